@@ -1,0 +1,157 @@
+/* Allocator and arenas (see memory.h). */
+#include "base/memory.h"
+
+#include <stdatomic.h>
+#include <stdlib.h>
+
+/* Each block is preceded by its size, in one alignment unit, so that freeing can count it back. */
+static _Atomic int64_t bytes_alive, blocks_alive, fail_after = -1;
+
+void *
+mil_alloc(size_t count, size_t size)
+{
+    if (size != 0 && count > (SIZE_MAX / 2 - 2 * MIL_ALIGNMENT) / size) {
+        return NULL;
+    }
+    int64_t left = atomic_load(&fail_after);
+    if (left >= 0) {
+        if (left == 0) {
+            return NULL;
+        }
+        atomic_store(&fail_after, left - 1);
+    }
+    size_t bytes = (count * size + MIL_ALIGNMENT - 1) / MIL_ALIGNMENT * MIL_ALIGNMENT;
+    char *base = aligned_alloc(MIL_ALIGNMENT, bytes + MIL_ALIGNMENT);
+    if (base == NULL) {
+        return NULL;
+    }
+    *(size_t *)base = bytes;
+    atomic_fetch_add(&bytes_alive, (int64_t)bytes);
+    atomic_fetch_add(&blocks_alive, 1);
+    return base + MIL_ALIGNMENT;
+}
+
+void
+mil_free(void *pointer)
+{
+    if (pointer == NULL) {
+        return;
+    }
+    char *base = (char *)pointer - MIL_ALIGNMENT;
+    atomic_fetch_sub(&bytes_alive, (int64_t)*(size_t *)base);
+    atomic_fetch_sub(&blocks_alive, 1);
+    free(base);
+}
+
+int64_t
+mil_memory_bytes(void)
+{
+    return atomic_load(&bytes_alive);
+}
+
+int64_t
+mil_memory_blocks(void)
+{
+    return atomic_load(&blocks_alive);
+}
+
+void
+mil_memory_fail_after(int64_t allocations)
+{
+    atomic_store(&fail_after, allocations);
+}
+
+/* A block's header takes one alignment unit; its memory follows. */
+static mil_arena_block *
+block_new(size_t size, mil_arena_block *previous)
+{
+    mil_arena_block *block = mil_alloc(1, size + MIL_ALIGNMENT);
+    if (block != NULL) {
+        *block = (mil_arena_block){.previous = previous, .size = size};
+    }
+    return block;
+}
+
+mil_status
+mil_arena_push(mil_arena *arena, size_t count, size_t size, void **out)
+{
+    *out = NULL;
+    if (size != 0 && count > (SIZE_MAX / 4) / size) {
+        return mil_fail(MIL_ERR_MEMORY, "arena: %zu elements of %zu bytes overflow", count, size);
+    }
+    size_t bytes = (count * size + MIL_ALIGNMENT - 1) / MIL_ALIGNMENT * MIL_ALIGNMENT;
+    mil_arena_block *block = arena->last;
+    if (block == NULL || block->size - block->used < bytes) {
+        size_t wanted = bytes > arena->total ? bytes : arena->total; /* at least double */
+        if (wanted < (size_t)1 << 16) {
+            wanted = (size_t)1 << 16;
+        }
+        block = block_new(wanted, arena->last);
+        if (block == NULL && wanted > bytes) {
+            wanted = bytes;
+            block = block_new(wanted, arena->last);
+        }
+        if (block == NULL) {
+            return mil_fail(MIL_ERR_MEMORY, "out of memory: %zu more bytes of workspace beside %zu", bytes,
+                            arena->total);
+        }
+        arena->last = block;
+        arena->total += wanted;
+    }
+    *out = (char *)block + MIL_ALIGNMENT + block->used;
+    block->used += bytes;
+    arena->in_use += bytes;
+    if (arena->in_use > arena->peak) {
+        arena->peak = arena->in_use;
+    }
+    return MIL_OK;
+}
+
+mil_arena_mark
+mil_arena_get_mark(const mil_arena *arena)
+{
+    return (mil_arena_mark){
+        .block = arena->last,
+        .used = arena->last ? arena->last->used : 0,
+        .in_use = arena->in_use,
+    };
+}
+
+void
+mil_arena_rewind(mil_arena *arena, mil_arena_mark mark)
+{
+    /* Back to empty: one block as large as the most that was ever in use serves every later step. */
+    if (mark.in_use == 0) {
+        if (arena->last != NULL && (arena->last->previous != NULL || arena->last->size < arena->peak)) {
+            size_t peak = arena->peak;
+            mil_arena_release(arena);
+            arena->peak = peak;
+            arena->last = block_new(peak, NULL); /* where this fails, the next push tries again */
+            arena->total = arena->last ? peak : 0;
+        }
+        else if (arena->last != NULL) {
+            arena->last->used = 0;
+        }
+        arena->in_use = 0;
+        return;
+    }
+    while (arena->last != mark.block) {
+        mil_arena_block *previous = arena->last->previous;
+        arena->total -= arena->last->size;
+        mil_free(arena->last);
+        arena->last = previous;
+    }
+    arena->last->used = mark.used;
+    arena->in_use = mark.in_use;
+}
+
+void
+mil_arena_release(mil_arena *arena)
+{
+    while (arena->last != NULL) {
+        mil_arena_block *previous = arena->last->previous;
+        mil_free(arena->last);
+        arena->last = previous;
+    }
+    *arena = (mil_arena){0};
+}

@@ -1,0 +1,470 @@
+/* The operator table: every operation that a model, a loss or an optimizer needs, forward and backward.
+ *
+ * One instance per device: mil_cpu_ops (csrc/cpu) and mil_cuda_ops (kernels).  Model code is written once
+ * against this table.  A NULL member means that the device does not offer it; only members documented as
+ * optional may be NULL.
+ *
+ * Conventions
+ * - Arrays are row-major.  A comment gives each pointer's shape.  `<name>_stride` is the distance between
+ *   rows in elements, so that slices of a wider array (z, x, B, C, dt of one projection) are read in place.
+ * - `act` marks activations: float32 on the CPU; the table's activation_dtype on other devices.  Everything
+ *   else says its type.  Accumulation is float32; norms, softmax, losses, dt, decays and SSM states are
+ *   always float32.
+ * - Rows of several sequences are packed one after another (mil_rows); no operator ever sees padding.
+ * - Forward operators overwrite their outputs.  Backward operators overwrite gradients of activations
+ *   unless `accumulate` says otherwise, and always ADD to gradients of parameters (named so below).
+ *   An output may alias an input only where a comment says so.
+ * - Operators keep nothing, print nothing, and take workspace from context->scratch, rewound on return.
+ *   They validate and take memory before any parallel region, so workers cannot fail.
+ * - Reduction order: an output element is reduced in an order that depends on neither the number of
+ *   rows, nor their grouping into sequences and calls, nor the thread count.  So a token's result is the same bits
+ *   alone, in a verify window, in a batch, and in prefill.  The exception is a product with `fast` set
+ *   (training), whose order is that of the BLAS; it still repeats for the same shapes and threads.
+ *   Parameter gradients are summed over fixed blocks of rows added in a fixed order.
+ */
+#ifndef MIL_DEVICE_H
+#define MIL_DEVICE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "base/dtype.h"
+#include "base/memory.h"
+#include "base/status.h"
+
+typedef struct mil_ops mil_ops;
+
+/* Everything an operator may use besides its arguments. One per running call; none is global. */
+typedef struct mil_context {
+    const mil_ops *ops;
+    mil_arena *scratch; /* operators' workspace and model activations */
+    int threads;        /* CPU team size, at least 1 */
+    void *stream;       /* CUDA stream; NULL on the CPU */
+} mil_context;
+
+/* ---- packed rows and the state of a sequence ------------------------------------------------------- */
+
+/* Mixers fold their inputs into the SSM state once a window; windows start at multiples of MIL_WINDOW
+ * tokens of the sequence, however the tokens arrive.  The inputs since the last fold are the tail: dropping its
+ * last rows takes tokens back exactly, as from a KV cache.  A call of at most MIL_WINDOW rows a
+ * sequence folds only tokens of earlier calls, so all of its rows can be taken back.
+ *
+ *   tokens   0 ........ boundary ........ past ........ past + count
+ *            | in state | in the tail     | rows of this call
+ */
+#define MIL_WINDOW 16
+#define MIL_TAIL (2 * MIL_WINDOW)
+
+typedef struct mil_rows {
+    int64_t rows;            /* of all sequences */
+    int64_t sequences;       /* at least 1 */
+    const int64_t *offsets;  /* [sequences + 1] first row of each sequence; offsets[0] = 0 */
+    const int64_t *past;     /* [sequences] tokens before these rows; NULL = none */
+    const int64_t *boundary; /* [sequences] tokens folded into the states on entry; NULL = none */
+} mil_rows;
+
+/* The boundary after a call: what operators with state leave behind. */
+static inline int64_t
+mil_boundary_after(int64_t past, int64_t count)
+{
+    int64_t folded = count > MIL_WINDOW ? past + count : past;
+    return folded - folded % MIL_WINDOW;
+}
+
+/* One sequence's attention cache in one layer; keys are stored after RoPE. */
+typedef struct mil_kv_cache {
+    void *k, *v; /* [capacity, kv_heads, head_dim] of `dtype` */
+    mil_dtype dtype;
+    int64_t capacity;
+} mil_kv_cache;
+
+/* One sequence's mixer state in one layer, float32. Index of token t in a tail array: t - boundary. */
+typedef struct mil_mixer_state {
+    float *state; /* Mamba-2 [heads, head_dim, state_dim], Mamba-1 [inner, state_dim]: after `boundary` tokens */
+    float *conv;  /* [conv_width - 1 + MIL_TAIL, conv inputs] raw conv inputs; token t at t - boundary + conv_width - 1;
+                     zeros stand for tokens before the first */
+    float *x;     /* [MIL_TAIL, x_heads * head_dim] or [MIL_TAIL, inner]: as the scan reads it */
+    float *B;     /* [MIL_TAIL, B_groups * state_dim] */
+    float *dt;    /* [MIL_TAIL, heads] or [MIL_TAIL, inner]: after bias, softplus and clamp */
+    float *current;          /* Mamba-1, may be NULL: the state after *current_tokens tokens, so that plain */
+    int64_t *current_tokens; /* decoding need not replay the tail; used only where it equals `past` */
+} mil_mixer_state;
+
+/* ---- products --------------------------------------------------------------------------------------- */
+
+/* y = x W^T + bias, or y += where accumulate. */
+typedef struct mil_linear {
+    int64_t rows, in, out;
+    const void *x; /* [rows, in] act; all products of one call share x */
+    int64_t x_stride;
+    const void *weight; /* [out, in] of `dtype`; a 16-bit product rounds x to that type once (CPU) */
+    mil_dtype dtype;
+    const float *bias; /* [out] or NULL */
+    void *y;           /* [rows, out] act */
+    int64_t y_stride;
+    bool accumulate;
+    bool fast; /* training: any reduction order, x not rounded */
+} mil_linear;
+
+/* Either gradient may be NULL. Reduction order is free, as with `fast`. */
+typedef struct mil_linear_grad {
+    int64_t rows, in, out;
+    const void *x; /* [rows, in] act */
+    int64_t x_stride;
+    const void *weight; /* [out, in] of `dtype` */
+    mil_dtype dtype;
+    const void *grad_y; /* [rows, out] act */
+    int64_t grad_y_stride;
+    void *grad_x; /* [rows, in] act; overwritten, added to where accumulate */
+    int64_t grad_x_stride;
+    bool accumulate;
+    float *grad_weight; /* [out, in] float32, added to */
+    float *grad_bias;   /* [out], added to */
+} mil_linear_grad;
+
+/* ---- norms ------------------------------------------------------------------------------------------ */
+
+/* y = x / sqrt(mean(x^2) + eps) * weight over each group of `group` columns; with a gate z
+ * x is first multiplied by silu(z) (Mamba-2), or y afterwards where norm_before_gate. */
+typedef struct mil_norm {
+    int64_t rows, width, group; /* group divides width; plain RMSNorm: group = width */
+    const void *x;              /* [rows, width] act */
+    int64_t x_stride;
+    const void *z; /* [rows, width] act or NULL */
+    int64_t z_stride;
+    bool norm_before_gate;
+    const float *weight; /* [width], or NULL: none */
+    bool weight_per_group; /* weight is [group], shared by all groups (query and key norms of attention) */
+    float eps;
+    void *y; /* [rows, width] act; may be x (forward only) */
+    int64_t y_stride;
+} mil_norm;
+
+typedef struct mil_norm_grad {
+    mil_norm forward; /* its y is not read */
+    const void *grad_y;
+    int64_t grad_y_stride;
+    void *grad_x; /* [rows, width] act; may be grad_y; overwritten, added to where accumulate */
+    int64_t grad_x_stride;
+    bool accumulate;
+    void *grad_z; /* [rows, width] act; where forward.z is set */
+    int64_t grad_z_stride;
+    float *grad_weight; /* as weight, added to; may be NULL */
+} mil_norm_grad;
+
+/* ---- attention -------------------------------------------------------------------------------------- */
+
+/* cos and sin of position * inv_freq, times scale: table [rows, rotary / 2, 2] float32. */
+typedef struct mil_rope_table {
+    mil_rows rows;
+    int64_t rotary;             /* rotated part of head_dim, even */
+    const float *inv_freq;      /* [rotary / 2], or one such row a sequence */
+    int64_t inv_freq_stride;    /* 0: the same for all sequences */
+    float scale;                /* attention factor of YaRN and LongRoPE, else 1 */
+    float *table;
+} mil_rope_table;
+
+/* Rotates the first `rotary` entries of each head in place, entry i with i + rotary / 2 (Hugging Face order);
+ * inverse = backward. */
+typedef struct mil_rope {
+    int64_t rows, heads, head_dim, rotary;
+    const float *table; /* [rows, rotary / 2, 2] */
+    bool inverse;
+    void *x; /* [rows, heads, head_dim] act */
+    int64_t x_stride;
+} mil_rope;
+
+/* Causal softmax(q k^T * scale) v within each sequence; query head i reads key head i * kv_heads / heads.
+ * With caches the keys are caches[i][0 .. past + count), these rows' own having been appended before; without
+ * them k and v hold the rows' own and past must be NULL. window > 0: only the last `window` keys, own included. */
+typedef struct mil_attention {
+    mil_rows rows;
+    int64_t heads, kv_heads, head_dim;
+    int64_t window;
+    float scale;
+    const void *q; /* [rows, heads, head_dim] act */
+    int64_t q_stride;
+    const void *k, *v; /* [rows, kv_heads, head_dim] act, without caches */
+    int64_t kv_stride;
+    const mil_kv_cache *caches; /* [sequences] or NULL */
+    void *y;                    /* [rows, heads, head_dim] act */
+    int64_t y_stride;
+    float *log_sum_exp; /* [rows, heads] for backward, or NULL */
+} mil_attention;
+
+typedef struct mil_attention_grad {
+    mil_attention forward; /* without caches; y and log_sum_exp are read */
+    const void *grad_y;    /* [rows, heads, head_dim] act */
+    int64_t grad_y_stride;
+    void *grad_q, *grad_k, *grad_v; /* as q, k, v; overwritten */
+    int64_t grad_q_stride, grad_kv_stride;
+} mil_attention_grad;
+
+/* Writes rows' k and v at their positions past .. past + count of the caches, rounding to the cache's dtype. */
+typedef struct mil_kv_append {
+    mil_rows rows;
+    int64_t kv_heads, head_dim;
+    const void *k, *v; /* [rows, kv_heads, head_dim] act */
+    int64_t kv_stride;
+    const mil_kv_cache *caches; /* [sequences]; capacity is checked by the caller */
+} mil_kv_append;
+
+/* ---- mixers ----------------------------------------------------------------------------------------- */
+
+/* Depthwise causal convolution, y[t, c] = act(bias[c] + sum_j weight[c, j] x[t - width + 1 + j, source(c)]).
+ * repeat > 1 reads each run of `repeat_group` inputs `repeat` times in a row (grouped heads):
+ * source(c) = c / (repeat_group * repeat) * repeat_group + c % repeat_group. */
+typedef struct mil_conv1d {
+    mil_rows rows;
+    int64_t channels; /* of y; x has channels / repeat */
+    int64_t width;    /* taps, 2 to 8 */
+    int64_t repeat, repeat_group;
+    const void *x; /* [rows, channels / repeat] act */
+    int64_t x_stride;
+    const float *weight; /* [channels, width] */
+    const float *bias;   /* [channels] or NULL */
+    bool silu;
+    void *y; /* [rows, channels] act */
+    int64_t y_stride;
+    const mil_mixer_state *states; /* [sequences] or NULL: sequences start here and leave nothing */
+} mil_conv1d;
+
+typedef struct mil_conv1d_grad {
+    mil_conv1d forward; /* without states; y is not read */
+    const void *grad_y;
+    int64_t grad_y_stride;
+    void *grad_x; /* [rows, channels / repeat] act */
+    int64_t grad_x_stride;
+    float *grad_weight, *grad_bias; /* added to; may be NULL */
+} mil_conv1d_grad;
+
+/* Mamba-1 (Gu & Dao 2023, section 3.2), per channel c and state n:
+ *   dt_t = clamp(softplus(dt[t, c] + dt_bias_scale * dt_bias[c]))
+ *   H_t = exp(dt_t A[c, n]) H_{t-1} + dt_t x_t B[t, g(c), n],   y_t = sum_n C[t, g'(c), n] H_t[n] + D[c] x_t
+ *   y_t *= silu(z[t, c]) where z is given
+ * with A = -exp(A_log); channel c reads B group c * B_groups / inner and C group c * C_groups / inner.
+ * x_repeat > 1: x has inner / x_repeat channels, read as the convolution's `repeat` does. */
+typedef struct mil_scan {
+    mil_rows rows;
+    int64_t inner, state_dim, B_groups, C_groups, x_repeat, x_repeat_group;
+    const void *x; /* [rows, inner / x_repeat] act */
+    int64_t x_stride;
+    const void *dt; /* [rows, inner] act, before bias and softplus */
+    int64_t dt_stride;
+    const void *B; /* [rows, B_groups, state_dim] act */
+    int64_t B_stride;
+    const void *C; /* [rows, C_groups, state_dim] act */
+    int64_t C_stride;
+    const void *z; /* [rows, inner] act or NULL */
+    int64_t z_stride;
+    const float *dt_bias, *A_log, *D; /* [inner], [inner, state_dim], [inner] */
+    float dt_bias_scale;              /* 2 in MambaInLlama checkpoints (method.md), else 1 */
+    float dt_min, dt_max;             /* 0 and INFINITY unless the checkpoint gives limits */
+    void *y;                          /* [rows, inner] act */
+    int64_t y_stride;
+    const mil_mixer_state *states; /* [sequences] or NULL */
+} mil_scan;
+
+typedef struct mil_scan_grad {
+    mil_scan forward; /* without states; y is not read */
+    const void *grad_y;
+    int64_t grad_y_stride;
+    void *grad_x, *grad_dt, *grad_B, *grad_C, *grad_z; /* as the inputs; grad_z NULL without z */
+    int64_t grad_x_stride, grad_dt_stride, grad_B_stride, grad_C_stride, grad_z_stride;
+    float *grad_dt_bias, *grad_A_log, *grad_D; /* added to; each may be NULL */
+} mil_scan_grad;
+
+/* Mamba-2, state space duality (Dao & Gu 2024, section 6), per head h with A = -exp(A_log[h]):
+ *   dt_t = clamp(softplus(dt[t, h] + dt_bias[h]))
+ *   H_t = exp(dt_t A) H_{t-1} + dt_t x_t (outer) B_t,   y_t = H_t C_t + D[h] x_t
+ * head h reads x head h * x_heads / heads, B group h * B_groups / heads, C group h * C_groups / heads.
+ * Computed window by window in the dual form (see csrc/cpu/ssd.c). */
+typedef struct mil_ssd {
+    mil_rows rows;
+    int64_t heads, head_dim, state_dim, x_heads, B_groups, C_groups;
+    const void *x; /* [rows, x_heads, head_dim] act */
+    int64_t x_stride;
+    const void *B; /* [rows, B_groups, state_dim] act */
+    int64_t B_stride;
+    const void *C; /* [rows, C_groups, state_dim] act */
+    int64_t C_stride;
+    const void *dt; /* [rows, heads] act, before bias and softplus */
+    int64_t dt_stride;
+    const float *dt_bias, *A_log, *D; /* [heads] */
+    float dt_min, dt_max;
+    void *y; /* [rows, heads, head_dim] act */
+    int64_t y_stride;
+    const mil_mixer_state *states; /* [sequences] or NULL */
+} mil_ssd;
+
+typedef struct mil_ssd_grad {
+    mil_ssd forward; /* without states; y is not read */
+    const void *grad_y;
+    int64_t grad_y_stride;
+    void *grad_x, *grad_B, *grad_C, *grad_dt; /* as the inputs */
+    int64_t grad_x_stride, grad_B_stride, grad_C_stride, grad_dt_stride;
+    float *grad_dt_bias, *grad_A_log, *grad_D; /* [heads], added to; each may be NULL */
+} mil_ssd_grad;
+
+/* ---- MLP, embedding, elementwise ------------------------------------------------------------------------ */
+
+typedef enum mil_activation { MIL_SILU = 0, MIL_GELU, MIL_GELU_TANH, MIL_RELU, MIL_RELU2 } mil_activation;
+
+/* y = act(gate) * up, or act(gate) where up is NULL. y may be gate. */
+typedef struct mil_glu {
+    int64_t rows, width;
+    mil_activation activation;
+    const void *gate, *up; /* [rows, width] act */
+    int64_t gate_stride, up_stride;
+    void *y;
+    int64_t y_stride;
+} mil_glu;
+
+typedef struct mil_glu_grad {
+    mil_glu forward; /* y is not read */
+    const void *grad_y;
+    int64_t grad_y_stride;
+    void *grad_gate, *grad_up; /* grad_gate may be grad_y */
+    int64_t grad_gate_stride, grad_up_stride;
+} mil_glu_grad;
+
+/* y[r] = table[tokens[r]] * scale; tokens were checked against vocab by the caller. */
+typedef struct mil_embedding {
+    int64_t rows, hidden, vocab;
+    const int32_t *tokens; /* [rows] */
+    const void *table;     /* [vocab, hidden] of `dtype` */
+    mil_dtype dtype;
+    float scale;
+    void *y; /* [rows, hidden] act */
+    int64_t y_stride;
+} mil_embedding;
+
+typedef struct mil_embedding_grad {
+    int64_t rows, hidden, vocab;
+    const int32_t *tokens;
+    float scale;
+    const void *grad_y; /* [rows, hidden] act */
+    int64_t grad_y_stride;
+    float *grad_table; /* [vocab, hidden], added to, in row order */
+} mil_embedding_grad;
+
+/* ---- losses ----------------------------------------------------------------------------------------- */
+
+typedef enum mil_kl_direction { MIL_KL_FORWARD = 0, MIL_KL_REVERSE = 1 } mil_kl_direction;
+
+/* The output product fused with the loss, in blocks of rows, so that no [rows, vocab] array exists for the whole batch.
+ * With s, t the softmax of (student, teacher logits) / temperature, for each row r with row_weight[r] > 0:
+ *   kl_r = sum t (log t - log s)  (forward: KL(t || s))  or  sum s (log s - log t)  (reverse)
+ *   ce_r = -log softmax(student logits)[labels[r]]   where labels[r] >= 0 (temperature 1)
+ *   loss = scale * sum_r row_weight[r] * (kl_weight * temperature^2 * kl_r + ce_weight * ce_r)
+ * Gradients are those of `loss`.  The sums below are unscaled, float64, in row order. */
+typedef struct mil_linear_loss {
+    int64_t rows, vocab;  /* rows of weight beyond vocab (padding) are left out */
+    int64_t hidden;       /* student */
+    const void *x;        /* [rows, hidden] act: after the final norm */
+    int64_t x_stride;
+    const void *weight; /* [vocab, hidden] of `dtype` */
+    mil_dtype dtype;
+    float logit_scale;      /* logits = logit_scale * x W^T */
+    int64_t teacher_hidden; /* 0: no teacher */
+    const void *teacher_x;  /* [rows, teacher_hidden] act */
+    int64_t teacher_x_stride;
+    const void *teacher_weight; /* [vocab, teacher_hidden] */
+    mil_dtype teacher_dtype;
+    float teacher_logit_scale;
+    const int32_t *labels;   /* [rows], negative = none; NULL = none at all */
+    const float *row_weight; /* [rows]; NULL = all 1 */
+    float kl_weight, ce_weight, temperature, scale;
+    mil_kl_direction direction;
+    void *grad_x; /* [rows, hidden] act, or NULL: evaluate only */
+    int64_t grad_x_stride;
+    float *grad_weight; /* [vocab, hidden], added to; NULL: frozen */
+    struct {
+        double kl, ce, teacher_ce; /* sums of row_weight * value; kl at `temperature` */
+        double kl_rows, ce_rows;   /* sums of row_weight over the rows that counted */
+        double agree, correct;     /* sums of row_weight: student's argmax = teacher's; = label */
+    } sums;                        /* out, host memory */
+} mil_linear_loss;
+
+/* Mean squared error of hidden states relative to the target's mean square, with gradient:
+ *   value = sum |x - target|^2 / sum |target|^2, grad_x += weight * d value / d x. */
+typedef struct mil_relative_mse {
+    int64_t rows, width;
+    const void *x, *target; /* [rows, width] act */
+    int64_t x_stride, target_stride;
+    float weight;
+    void *grad_x; /* [rows, width] act, added to; may be NULL */
+    int64_t grad_x_stride;
+    double value; /* out */
+} mil_relative_mse;
+
+/* ---- optimizer -------------------------------------------------------------------------------------- */
+
+/* Decoupled weight decay (Loshchilov & Hutter 2019): with g = grad * grad_scale, t = step from 1,
+ *   m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2,
+ *   master -= lr * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay * master); weight = round(master). */
+typedef struct mil_adamw {
+    int64_t count;
+    float *master; /* [count]; is `weight` itself where dtype is float32 */
+    void *weight;  /* [count] of `dtype` */
+    mil_dtype dtype;
+    const float *grad;
+    float *m, *v;
+    float learning_rate, beta1, beta2, eps, weight_decay, grad_scale;
+    int64_t step;
+} mil_adamw;
+
+/* ---- the table -------------------------------------------------------------------------------------- */
+
+#define MIL_OPS_VERSION 1
+
+struct mil_ops {
+    uint32_t version; /* MIL_OPS_VERSION: _core refuses a table of another build */
+    uint32_t size;    /* sizeof(mil_ops) */
+    const char *name; /* "cpu", "cuda" */
+    mil_dtype activation_dtype;
+
+    /* Memory of the device. copy works between host and device in either direction, in stream order. */
+    mil_status (*alloc)(mil_context *context, size_t bytes, void **out);
+    void (*free)(mil_context *context, void *pointer);
+    mil_status (*copy)(mil_context *context, void *to, const void *from, size_t bytes);
+    mil_status (*zero)(mil_context *context, void *pointer, size_t bytes);
+
+    /* `count` products that share x, rows, in and fast: one pass over x, one parallel region. */
+    mil_status (*linear_forward)(mil_context *context, const mil_linear *products, int64_t count);
+    mil_status (*linear_backward)(mil_context *context, const mil_linear_grad *arguments);
+    mil_status (*norm_forward)(mil_context *context, const mil_norm *arguments);
+    mil_status (*norm_backward)(mil_context *context, const mil_norm_grad *arguments);
+    mil_status (*rope_table)(mil_context *context, const mil_rope_table *arguments);
+    mil_status (*rope)(mil_context *context, const mil_rope *arguments);
+    mil_status (*attention_forward)(mil_context *context, const mil_attention *arguments);
+    mil_status (*attention_backward)(mil_context *context, const mil_attention_grad *arguments);
+    mil_status (*kv_append)(mil_context *context, const mil_kv_append *arguments);
+    mil_status (*conv1d_forward)(mil_context *context, const mil_conv1d *arguments);
+    mil_status (*conv1d_backward)(mil_context *context, const mil_conv1d_grad *arguments);
+    mil_status (*scan_forward)(mil_context *context, const mil_scan *arguments);
+    mil_status (*scan_backward)(mil_context *context, const mil_scan_grad *arguments);
+    mil_status (*ssd_forward)(mil_context *context, const mil_ssd *arguments);
+    mil_status (*ssd_backward)(mil_context *context, const mil_ssd_grad *arguments);
+    mil_status (*glu_forward)(mil_context *context, const mil_glu *arguments);
+    mil_status (*glu_backward)(mil_context *context, const mil_glu_grad *arguments);
+    mil_status (*embedding_forward)(mil_context *context, const mil_embedding *arguments);
+    mil_status (*embedding_backward)(mil_context *context, const mil_embedding_grad *arguments);
+    mil_status (*linear_loss)(mil_context *context, mil_linear_loss *arguments);
+    mil_status (*relative_mse)(mil_context *context, mil_relative_mse *arguments);
+    mil_status (*adamw)(mil_context *context, const mil_adamw *arguments);
+    mil_status (*sum_squares)(mil_context *context, const float *x, int64_t count, double *out);
+    /* y += x over [rows, width] act. */
+    mil_status (*add)(mil_context *context, int64_t rows, int64_t width, const void *x, int64_t x_stride, void *y,
+                      int64_t y_stride);
+    /* y[i] = x[index[i]] over rows of [*, width] act. */
+    mil_status (*gather_rows)(mil_context *context, int64_t count, int64_t width, const int64_t *index, const void *x,
+                              int64_t x_stride, void *y, int64_t y_stride);
+    /* float32 [rows, width] for the host from act, times scale. */
+    mil_status (*to_host)(mil_context *context, int64_t rows, int64_t width, const void *x, int64_t x_stride,
+                          float scale, float *y);
+};
+
+extern const mil_ops mil_cpu_ops;
+
+#endif
