@@ -37,7 +37,8 @@ typedef struct mil_ops mil_ops;
 /* Everything an operator may use besides its arguments. One per running call; none is global. */
 typedef struct mil_context {
     const mil_ops *ops;
-    mil_arena *scratch; /* operators' workspace and model activations */
+    mil_arena *scratch; /* operators' workspace and model activations, on the device */
+    mil_arena *host;    /* model code's small arrays (offsets, states), in host memory */
     int threads;        /* CPU team size, at least 1 */
     void *stream;       /* CUDA stream; NULL on the CPU */
 } mil_context;
@@ -80,10 +81,10 @@ typedef struct mil_kv_cache {
 
 /* One sequence's mixer state in one layer, float32. Index of token t in a tail array: t - boundary. */
 typedef struct mil_mixer_state {
-    float *state; /* Mamba-2 [heads, head_dim, state_dim], Mamba-1 [inner, state_dim]: after `boundary` tokens */
+    float *state; /* Mamba-2 [heads, state_dim, head_dim], Mamba-1 [state_dim, inner]: after `boundary` tokens */
     float *conv;  /* [conv_width - 1 + MIL_TAIL, conv inputs] raw conv inputs; token t at t - boundary + conv_width - 1;
                      zeros stand for tokens before the first */
-    float *x;     /* [MIL_TAIL, x_heads * head_dim] or [MIL_TAIL, inner]: as the scan reads it */
+    float *x;     /* [MIL_TAIL, x_heads * head_dim] or [MIL_TAIL, inner / x_repeat]: rows as given */
     float *B;     /* [MIL_TAIL, B_groups * state_dim] */
     float *dt;    /* [MIL_TAIL, heads] or [MIL_TAIL, inner]: after bias, softplus and clamp */
     float *current;          /* Mamba-1, may be NULL: the state after *current_tokens tokens, so that plain */
