@@ -159,7 +159,7 @@ typedef struct mil_norm_grad {
 typedef struct mil_rope_table {
     mil_rows rows;
     int64_t rotary;             /* rotated part of head_dim, even */
-    const float *inv_freq;      /* [rotary / 2], or one such row a sequence */
+    const float *inv_freq;      /* host memory: [rotary / 2], or one such row a sequence */
     int64_t inv_freq_stride;    /* 0: the same for all sequences */
     float scale;                /* attention factor of YaRN and LongRoPE, else 1 */
     float *table;

@@ -55,7 +55,7 @@ typedef struct mil_rope_config {
     const float *inv_freq;      /* [rotary / 2], owned by the model after mil_model_init */
     const float *long_inv_freq; /* [rotary / 2] or NULL */
     int64_t rotary, long_after;
-    float scale, long_scale;
+    float scale; /* of cos and sin: attention factor of YaRN and LongRoPE, else 1 */
     float theta, dynamic_factor;
 } mil_rope_config;
 
@@ -64,7 +64,7 @@ typedef struct mil_model_config {
     const mil_layer_config *layers; /* [layer_count], copied by mil_model_init */
     bool tied;                      /* the output product uses the embedding */
     float norm_eps;
-    float embedding_scale, logit_scale, residual_scale; /* 1 but for Granite */
+    float embedding_scale, logit_scale; /* 1 by custom */
     mil_rope_config rope;
 } mil_model_config;
 

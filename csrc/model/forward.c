@@ -1,0 +1,289 @@
+/* The forward pass: embedding, layers, final norm, output product, over packed rows of several sequences.
+ *
+ * All activations come from the context's arena; after each layer it is rewound to the residual stream, so
+ * memory is one layer's activations whatever the depth.  Logits are computed only for the rows asked for, in
+ * blocks of LOGIT_ROWS rows, so that a [rows, vocab] array exists only where the caller brings it.
+ */
+#include <math.h>
+#include <string.h>
+
+#include "model/block.h"
+
+#define LOGIT_ROWS 64
+
+mil_status
+mil_check_tokens(const mil_model *model, const int32_t *tokens, int64_t sequences, const int64_t *offsets)
+{
+    if (sequences < 1 || offsets[0] != 0) {
+        return mil_fail(MIL_ERR_VALUE, "forward: at least one sequence is needed, and offsets start at 0");
+    }
+    for (int64_t i = 0; i < sequences; i++) {
+        if (offsets[i + 1] <= offsets[i]) {
+            return mil_fail(MIL_ERR_VALUE, "forward: sequence %lld is empty (offsets %lld to %lld)", (long long)i,
+                            (long long)offsets[i], (long long)offsets[i + 1]);
+        }
+        for (int64_t t = offsets[i]; t < offsets[i + 1]; t++) {
+            if (tokens[t] < 0 || tokens[t] >= model->config.vocab) {
+                return mil_fail(MIL_ERR_VALUE, "forward: token %d at position %lld of sequence %lld is outside the vocabulary of %lld",
+                                tokens[t], (long long)(t - offsets[i]), (long long)i, (long long)model->config.vocab);
+            }
+        }
+    }
+    return MIL_OK;
+}
+
+/* ---- rotary positions --------------------------------------------------------------------------------- */
+
+/* The frequencies for a sequence of `length` tokens, into out [rotary / 2] (see mil_rope_config). */
+static void
+rope_frequencies(const mil_rope_config *rope, int64_t length, float *out)
+{
+    int64_t half = rope->rotary / 2;
+    bool beyond = length > rope->long_after;
+    if (rope->dynamic_factor > 0 && beyond) {
+        double stretch = (double)rope->dynamic_factor * (double)length / (double)rope->long_after - ((double)rope->dynamic_factor - 1);
+        double exponent = (double)rope->rotary / (double)(rope->rotary - 2);
+        double base = (double)rope->theta * pow(stretch, exponent);
+        for (int64_t i = 0; i < half; i++) {
+            out[i] = (float)(1.0 / pow(base, (double)(2 * i) / (double)rope->rotary));
+        }
+        return;
+    }
+    const float *from = rope->long_inv_freq != NULL && beyond ? rope->long_inv_freq : rope->inv_freq;
+    memcpy(out, from, (size_t)half * sizeof(float));
+}
+
+static mil_status
+push_rope_table(mil_pass *pass)
+{
+    const mil_rope_config *rope = &pass->model->config.rope;
+    mil_context *context = pass->context;
+    pass->rope_table = NULL;
+    if (rope->rotary == 0) {
+        return MIL_OK;
+    }
+    int64_t half = rope->rotary / 2;
+    float *table, *frequencies;
+    MIL_TRY(MIL_PUSH(context->scratch, pass->rows.rows * half * 2, float, &table));
+    MIL_TRY(MIL_PUSH(context->host, pass->rows.sequences * half, float, &frequencies));
+    for (int64_t i = 0; i < pass->rows.sequences; i++) {
+        int64_t past = pass->rows.past == NULL ? 0 : pass->rows.past[i];
+        rope_frequencies(rope, past + pass->rows.offsets[i + 1] - pass->rows.offsets[i], frequencies + i * half);
+    }
+    mil_rope_table arguments = {
+        .rows = pass->rows,
+        .rotary = rope->rotary,
+        .inv_freq = frequencies,
+        .inv_freq_stride = half,
+        .scale = rope->scale,
+        .table = table,
+    };
+    pass->rope_table = table;
+    return context->ops->rope_table(context, &arguments);
+}
+
+mil_status
+mil_pass_begin(mil_pass *pass, mil_context *context, const mil_model *model, int64_t sequences, const int64_t *offsets,
+               mil_state *const *states, bool fast)
+{
+    *pass = (mil_pass){
+        .context = context,
+        .model = model,
+        .rows = {.rows = offsets[sequences], .sequences = sequences, .offsets = offsets},
+        .states = states,
+        .fast = fast,
+    };
+    if (states != NULL) {
+        int64_t *past, *boundary;
+        MIL_TRY(MIL_PUSH(context->host, sequences, int64_t, &past));
+        MIL_TRY(MIL_PUSH(context->host, sequences, int64_t, &boundary));
+        for (int64_t i = 0; i < sequences; i++) {
+            if (states[i]->model != model) {
+                return mil_fail(MIL_ERR_VALUE, "forward: state %lld belongs to another model", (long long)i);
+            }
+            past[i] = states[i]->length;
+            boundary[i] = states[i]->boundary;
+            MIL_TRY(mil_state_reserve(states[i], past[i] + offsets[i + 1] - offsets[i]));
+            for (int64_t j = 0; j < i; j++) {
+                if (states[j] == states[i]) {
+                    return mil_fail(MIL_ERR_VALUE, "forward: sequences %lld and %lld share one state; fork it with copy()",
+                                    (long long)j, (long long)i);
+                }
+            }
+        }
+        pass->rows.past = past;
+        pass->rows.boundary = boundary;
+    }
+    return push_rope_table(pass);
+}
+
+/* ---- layers ------------------------------------------------------------------------------------------- */
+
+/* Copies `from` [rows, width] to every capture of this kind and layer. */
+static mil_status
+capture(const mil_pass *pass, const mil_forward *arguments, mil_capture_kind kind, int64_t layer, const void *from, int64_t width)
+{
+    for (int64_t i = 0; i < arguments->capture_count; i++) {
+        const mil_capture *wanted = &arguments->captures[i];
+        if (wanted->kind == kind && (wanted->layer == layer || kind == MIL_CAPTURE_FINAL)) {
+            size_t bytes = (size_t)(pass->rows.rows * width) * mil_dtype_size(pass->context->ops->activation_dtype);
+            MIL_TRY(pass->context->ops->copy(pass->context, wanted->out, from, bytes));
+        }
+    }
+    return MIL_OK;
+}
+
+static bool
+is_captured(const mil_forward *arguments, mil_capture_kind kind, int64_t layer)
+{
+    for (int64_t i = 0; i < arguments->capture_count; i++) {
+        if (arguments->captures[i].kind == kind && (arguments->captures[i].layer == layer || kind == MIL_CAPTURE_FINAL)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* x = x + mixer(norm(x)), by way of an array of its own where somebody wants the mixer's output alone. */
+static mil_status
+run_mixer(mil_pass *pass, const mil_forward *arguments, int64_t layer, void *x)
+{
+    mil_context *context = pass->context;
+    int64_t rows = pass->rows.rows, hidden = pass->model->config.hidden;
+    const mil_layer_config *c = &pass->model->layers[layer].config;
+    mil_mixer_saved saved;
+    MIL_TRY(capture(pass, arguments, MIL_CAPTURE_INPUT, layer, x, hidden));
+    if (is_captured(arguments, MIL_CAPTURE_MIXER, layer)) {
+        void *y;
+        MIL_TRY(mil_act_push(context, rows, hidden, &y));
+        MIL_TRY(mil_mixer_forward(pass, layer, x, y, false, &saved));
+        MIL_TRY(capture(pass, arguments, MIL_CAPTURE_MIXER, layer, y, hidden));
+        MIL_TRY(context->ops->add(context, rows, hidden, y, hidden, x, hidden));
+    }
+    else {
+        MIL_TRY(mil_mixer_forward(pass, layer, x, x, true, &saved));
+    }
+    MIL_TRY(capture(pass, arguments, MIL_CAPTURE_NORMED, layer, saved.u, hidden));
+    int64_t features = c->mixer == MIL_ATTENTION ? c->heads * c->head_dim : c->inner;
+    return capture(pass, arguments, MIL_CAPTURE_FEATURES, layer, saved.features, features);
+}
+
+static mil_status
+run_layers(mil_pass *pass, const mil_forward *arguments, void *x)
+{
+    mil_context *context = pass->context;
+    for (int64_t layer = 0; layer < pass->model->config.layer_count; layer++) {
+        mil_arena_mark mark = mil_arena_get_mark(context->scratch);
+        mil_arena_mark host_mark = mil_arena_get_mark(context->host);
+        MIL_TRY(run_mixer(pass, arguments, layer, x));
+        mil_arena_rewind(context->scratch, mark);
+        if (pass->model->layers[layer].config.intermediate > 0) {
+            mil_mlp_saved saved;
+            MIL_TRY(mil_mlp_forward(pass, layer, x, x, true, &saved));
+            mil_arena_rewind(context->scratch, mark);
+        }
+        mil_arena_rewind(context->host, host_mark);
+        MIL_TRY(capture(pass, arguments, MIL_CAPTURE_HIDDEN, layer, x, pass->model->config.hidden));
+    }
+    return MIL_OK;
+}
+
+static mil_status
+final_norm(const mil_pass *pass, int64_t rows, const void *x, void *y)
+{
+    int64_t hidden = pass->model->config.hidden;
+    mil_norm norm = {
+        .rows = rows,
+        .width = hidden,
+        .group = hidden,
+        .x = x,
+        .x_stride = hidden,
+        .weight = pass->model->final_norm->data,
+        .eps = pass->model->config.norm_eps,
+        .y = y,
+        .y_stride = hidden,
+    };
+    return pass->context->ops->norm_forward(pass->context, &norm);
+}
+
+/* Logits of up to LOGIT_ROWS wanted rows of the residual stream x. */
+static mil_status
+logits_block(const mil_pass *pass, const void *x, const int64_t *wanted, int64_t count, float *logits)
+{
+    mil_context *context = pass->context;
+    const mil_parameter *output = pass->model->output;
+    int64_t hidden = pass->model->config.hidden, vocab = pass->model->config.vocab;
+    mil_arena_mark mark = mil_arena_get_mark(context->scratch);
+    void *picked, *block;
+    MIL_TRY(mil_act_push(context, count, hidden, &picked));
+    MIL_TRY(mil_act_push(context, count, vocab, &block));
+    MIL_TRY(context->ops->gather_rows(context, count, hidden, wanted, x, hidden, picked, hidden));
+    MIL_TRY(final_norm(pass, count, picked, picked));
+    mil_linear product = {
+        .rows = count,
+        .in = hidden,
+        .out = vocab,
+        .x = picked,
+        .x_stride = hidden,
+        .weight = output->data,
+        .dtype = output->dtype,
+        .y = block,
+        .y_stride = vocab,
+        .fast = pass->fast,
+    };
+    MIL_TRY(context->ops->linear_forward(context, &product, 1));
+    MIL_TRY(context->ops->to_host(context, count, vocab, block, vocab, pass->model->config.logit_scale, logits));
+    mil_arena_rewind(context->scratch, mark);
+    return MIL_OK;
+}
+
+static mil_status
+run_model(mil_context *context, const mil_model *model, const mil_forward *arguments)
+{
+    int64_t rows = arguments->offsets[arguments->sequences], hidden = model->config.hidden;
+    mil_pass pass;
+    MIL_TRY(mil_pass_begin(&pass, context, model, arguments->sequences, arguments->offsets, arguments->states, arguments->fast));
+    void *x;
+    MIL_TRY(mil_act_push(context, rows, hidden, &x));
+    mil_embedding embedding = {
+        .rows = rows,
+        .hidden = hidden,
+        .vocab = model->config.vocab,
+        .tokens = arguments->tokens,
+        .table = model->embedding->data,
+        .dtype = model->embedding->dtype,
+        .scale = model->config.embedding_scale,
+        .y = x,
+        .y_stride = hidden,
+    };
+    MIL_TRY(context->ops->embedding_forward(context, &embedding));
+    MIL_TRY(run_layers(&pass, arguments, x));
+    for (int64_t i = 0; i < arguments->logit_count; i += LOGIT_ROWS) {
+        int64_t count = arguments->logit_count - i < LOGIT_ROWS ? arguments->logit_count - i : LOGIT_ROWS;
+        MIL_TRY(logits_block(&pass, x, arguments->logit_rows + i, count, arguments->logits + i * model->config.vocab));
+    }
+    if (is_captured(arguments, MIL_CAPTURE_FINAL, 0)) {
+        MIL_TRY(final_norm(&pass, rows, x, x));
+        MIL_TRY(capture(&pass, arguments, MIL_CAPTURE_FINAL, 0, x, hidden));
+    }
+    return MIL_OK;
+}
+
+mil_status
+mil_model_forward(mil_context *context, const mil_model *model, const mil_forward *arguments)
+{
+    mil_arena_mark mark = mil_arena_get_mark(context->scratch);
+    mil_arena_mark host_mark = mil_arena_get_mark(context->host);
+    mil_status status = run_model(context, model, arguments);
+    mil_arena_rewind(context->scratch, mark);
+    mil_arena_rewind(context->host, host_mark);
+    if (status == MIL_OK && arguments->states != NULL) {
+        for (int64_t i = 0; i < arguments->sequences; i++) {
+            mil_state *state = arguments->states[i];
+            int64_t count = arguments->offsets[i + 1] - arguments->offsets[i];
+            state->boundary = mil_boundary_after(state->length, count);
+            state->length += count;
+        }
+    }
+    return status;
+}

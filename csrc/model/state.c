@@ -1,0 +1,301 @@
+/* The state of one sequence: KV caches of the attention layers, convolution windows, SSM states and tails of
+ * the mixers (device.h explains the tail; design.md, "The state of a sequence").
+ *
+ * All mixers of a sequence live in one block of fixed size, so copying a sequence without attention is one
+ * memcpy however long it is.  KV caches grow with the sequence, one pair of arrays a layer.
+ *
+ * The image of a state is what `write` lays out and `read` checks:
+ *
+ *   header | mixer block | per attention layer: k rows [length], v rows [length]
+ */
+#include <string.h>
+
+#include "model/parameters.h"
+
+typedef struct image_header {
+    char magic[8];
+    int64_t length, boundary, mixer_bytes, cache_bytes; /* cache bytes of one token, all layers */
+    int64_t layer_count, cache_dtype;
+} image_header;
+
+static const char image_magic[8] = "milstat1";
+
+/* Bytes of one token's k (or v) in one layer. */
+static int64_t
+kv_row_bytes(const mil_model *model, const mil_layer_config *c)
+{
+    return c->kv_heads * c->head_dim * (int64_t)mil_dtype_size(model->cache_dtype);
+}
+
+static int64_t
+cache_bytes_per_token(const mil_model *model)
+{
+    int64_t bytes = 0;
+    for (int64_t i = 0; i < model->config.layer_count; i++) {
+        const mil_layer_config *c = &model->layers[i].config;
+        bytes += c->mixer == MIL_ATTENTION ? 2 * kv_row_bytes(model, c) : 0;
+    }
+    return bytes;
+}
+
+/* Hands out the next `count` floats of a block; with block NULL it only counts. */
+static float *
+take(float *block, int64_t *offset, int64_t count)
+{
+    float *at = block == NULL ? NULL : block + *offset;
+    *offset += (count + 15) / 16 * 16;
+    return at;
+}
+
+/* Points each mixer into `block` (NULL: none) and returns the floats that all of them need. */
+static int64_t
+lay_out_mixers(const mil_model *model, mil_layer_state *layers, float *block)
+{
+    int64_t offset = 0;
+    for (int64_t i = 0; i < model->config.layer_count; i++) {
+        const mil_layer_config *c = &model->layers[i].config;
+        if (c->mixer == MIL_ATTENTION) {
+            continue;
+        }
+        bool mamba1 = c->mixer == MIL_MAMBA1;
+        int64_t state = c->inner * c->state_dim;
+        mil_mixer_state mixer = {0};
+        mixer.state = take(block, &offset, state);
+        mixer.conv = take(block, &offset, (c->conv_width - 1 + MIL_TAIL) * mil_conv_inputs(c));
+        mixer.x = take(block, &offset, MIL_TAIL * (mamba1 ? mil_conv_channels(c) : c->x_width));
+        mixer.B = take(block, &offset, MIL_TAIL * c->B_groups * c->state_dim);
+        mixer.dt = take(block, &offset, MIL_TAIL * (mamba1 ? c->inner : c->heads));
+        mixer.current = mamba1 ? take(block, &offset, state) : NULL;
+        if (layers != NULL) {
+            layers[i].mixer = mixer;
+            layers[i].mixer.current_tokens = mamba1 ? &layers[i].current_tokens : NULL;
+        }
+    }
+    return offset;
+}
+
+mil_status
+mil_state_init(mil_state *state, const mil_model *model, int64_t capacity)
+{
+    *state = (mil_state){.model = model};
+    int64_t floats = lay_out_mixers(model, NULL, NULL);
+    size_t layer_count = (size_t)model->config.layer_count;
+    state->layers = mil_alloc(layer_count, sizeof *state->layers);
+    state->mixer_memory = mil_alloc((size_t)floats, sizeof(float));
+    if (state->layers == NULL || state->mixer_memory == NULL) {
+        mil_state_release(state);
+        return mil_fail(MIL_ERR_MEMORY, "state: out of memory for %lld bytes of mixer state", (long long)floats * 4);
+    }
+    state->mixer_bytes = (size_t)floats * sizeof(float);
+    memset(state->layers, 0, layer_count * sizeof *state->layers);
+    lay_out_mixers(model, state->layers, state->mixer_memory);
+    mil_state_clear(state);
+    mil_status status = mil_state_reserve(state, capacity);
+    if (status != MIL_OK) {
+        mil_state_release(state);
+    }
+    return status;
+}
+
+void
+mil_state_release(mil_state *state)
+{
+    if (state->layers != NULL) {
+        for (int64_t i = 0; i < state->model->config.layer_count; i++) {
+            mil_free(state->layers[i].kv.k);
+            mil_free(state->layers[i].kv.v);
+        }
+    }
+    mil_free(state->layers);
+    mil_free(state->mixer_memory);
+    *state = (mil_state){0};
+}
+
+/* Replaces *array by one of `bytes` that begins with the `used` bytes of the old. */
+static mil_status
+grow(void **array, int64_t used, int64_t bytes)
+{
+    void *larger = mil_alloc((size_t)bytes, 1);
+    if (larger == NULL) {
+        return mil_fail(MIL_ERR_MEMORY, "state: out of memory for a KV cache of %lld bytes", (long long)bytes);
+    }
+    if (used > 0) {
+        memcpy(larger, *array, (size_t)used);
+    }
+    mil_free(*array);
+    *array = larger;
+    return MIL_OK;
+}
+
+mil_status
+mil_state_reserve(mil_state *state, int64_t capacity)
+{
+    if (capacity <= state->capacity) {
+        return MIL_OK;
+    }
+    if (capacity > (int64_t)1 << 40) {
+        return mil_fail(MIL_ERR_VALUE, "state: a capacity of %lld tokens is beyond reason", (long long)capacity);
+    }
+    int64_t wanted = state->capacity + state->capacity / 2;
+    wanted = capacity > wanted ? capacity : wanted;
+    for (int64_t i = 0; i < state->model->config.layer_count; i++) {
+        const mil_layer_config *c = &state->model->layers[i].config;
+        if (c->mixer != MIL_ATTENTION) {
+            continue;
+        }
+        mil_kv_cache *kv = &state->layers[i].kv;
+        if (kv->capacity >= wanted) { /* an earlier attempt stopped half way */
+            continue;
+        }
+        int64_t row = kv_row_bytes(state->model, c);
+        kv->dtype = state->model->cache_dtype;
+        MIL_TRY(grow(&kv->k, state->length * row, wanted * row));
+        MIL_TRY(grow(&kv->v, state->length * row, wanted * row));
+        kv->capacity = wanted;
+    }
+    state->capacity = wanted;
+    return MIL_OK;
+}
+
+void
+mil_state_clear(mil_state *state)
+{
+    state->length = state->boundary = 0;
+    memset(state->mixer_memory, 0, state->mixer_bytes);
+    for (int64_t i = 0; i < state->model->config.layer_count; i++) {
+        state->layers[i].current_tokens = 0;
+    }
+}
+
+mil_status
+mil_state_copy(mil_state *to, const mil_state *from)
+{
+    MIL_TRY(mil_state_init(to, from->model, from->capacity));
+    to->length = from->length;
+    to->boundary = from->boundary;
+    memcpy(to->mixer_memory, from->mixer_memory, from->mixer_bytes);
+    for (int64_t i = 0; i < from->model->config.layer_count; i++) {
+        const mil_layer_config *c = &from->model->layers[i].config;
+        to->layers[i].current_tokens = from->layers[i].current_tokens;
+        if (c->mixer == MIL_ATTENTION && from->length > 0) {
+            size_t bytes = (size_t)(from->length * kv_row_bytes(from->model, c));
+            memcpy(to->layers[i].kv.k, from->layers[i].kv.k, bytes);
+            memcpy(to->layers[i].kv.v, from->layers[i].kv.v, bytes);
+        }
+    }
+    return MIL_OK;
+}
+
+mil_status
+mil_state_rollback(mil_state *state, int64_t count)
+{
+    /* Without mixers nothing is ever folded, and all tokens can go. */
+    int64_t earliest = state->mixer_bytes > 0 ? state->boundary : 0;
+    if (count < 0 || state->length - count < earliest) {
+        return mil_fail(MIL_ERR_STATE, "state: cannot take back %lld of %lld tokens; the last %lld can be taken back",
+                        (long long)count, (long long)state->length, (long long)(state->length - earliest));
+    }
+    state->length -= count;
+    if (state->length < state->boundary) {
+        state->boundary = mil_boundary_after(state->length, 0);
+    }
+    return MIL_OK;
+}
+
+int64_t
+mil_state_bytes(const mil_state *state)
+{
+    return (int64_t)state->mixer_bytes + state->capacity * cache_bytes_per_token(state->model);
+}
+
+int64_t
+mil_state_bytes_at(const mil_model *model, int64_t length)
+{
+    return lay_out_mixers(model, NULL, NULL) * (int64_t)sizeof(float) + length * cache_bytes_per_token(model);
+}
+
+int64_t
+mil_state_image_bytes(const mil_state *state)
+{
+    int64_t counters = state->model->config.layer_count * (int64_t)sizeof(int64_t);
+    return (int64_t)sizeof(image_header) + counters + (int64_t)state->mixer_bytes +
+           state->length * cache_bytes_per_token(state->model);
+}
+
+static image_header
+header_of(const mil_state *state)
+{
+    image_header header = {
+        .length = state->length,
+        .boundary = state->boundary,
+        .mixer_bytes = (int64_t)state->mixer_bytes,
+        .cache_bytes = cache_bytes_per_token(state->model),
+        .layer_count = state->model->config.layer_count,
+        .cache_dtype = (int64_t)state->model->cache_dtype,
+    };
+    memcpy(header.magic, image_magic, sizeof image_magic);
+    return header;
+}
+
+/* Copies between the state and an image in the one order that both directions share. */
+static void
+transfer_image(const mil_state *state, char *image, bool write)
+{
+    char *at = image + sizeof(image_header);
+#define TRANSFER(memory, bytes)                                                                                          \
+    do {                                                                                                                 \
+        size_t transfer_bytes_ = (size_t)(bytes);                                                                        \
+        memcpy(write ? (void *)at : (void *)(memory), write ? (const void *)(memory) : (const void *)at, transfer_bytes_); \
+        at += transfer_bytes_;                                                                                           \
+    } while (0)
+    for (int64_t i = 0; i < state->model->config.layer_count; i++) {
+        TRANSFER(&state->layers[i].current_tokens, sizeof(int64_t));
+    }
+    if (state->mixer_bytes > 0) {
+        TRANSFER(state->mixer_memory, state->mixer_bytes);
+    }
+    for (int64_t i = 0; i < state->model->config.layer_count; i++) {
+        const mil_layer_config *c = &state->model->layers[i].config;
+        if (c->mixer == MIL_ATTENTION && state->length > 0) {
+            TRANSFER(state->layers[i].kv.k, state->length * kv_row_bytes(state->model, c));
+            TRANSFER(state->layers[i].kv.v, state->length * kv_row_bytes(state->model, c));
+        }
+    }
+#undef TRANSFER
+}
+
+void
+mil_state_write(const mil_state *state, void *image)
+{
+    image_header header = header_of(state);
+    memcpy(image, &header, sizeof header);
+    transfer_image(state, image, true);
+}
+
+mil_status
+mil_state_read(mil_state *state, const mil_model *model, const void *image, int64_t bytes)
+{
+    image_header header;
+    if (bytes < (int64_t)sizeof header) {
+        return mil_fail(MIL_ERR_FORMAT, "state: an image of %lld bytes is cut short", (long long)bytes);
+    }
+    memcpy(&header, image, sizeof header);
+    if (memcmp(header.magic, image_magic, sizeof image_magic) != 0) {
+        return mil_fail(MIL_ERR_FORMAT, "state: this is not a saved state");
+    }
+    if (header.length < 0 || header.length > bytes || header.boundary < 0 || header.boundary % MIL_WINDOW != 0 ||
+        header.boundary > header.length || (header.mixer_bytes > 0 && header.length - header.boundary >= MIL_TAIL)) {
+        return mil_fail(MIL_ERR_FORMAT, "state: %lld tokens with boundary %lld cannot be", (long long)header.length,
+                        (long long)header.boundary);
+    }
+    MIL_TRY(mil_state_init(state, model, header.length));
+    state->length = header.length;
+    state->boundary = header.boundary;
+    image_header expected = header_of(state);
+    if (memcmp(&header, &expected, sizeof header) != 0 || bytes != mil_state_image_bytes(state)) {
+        mil_state_release(state);
+        return mil_fail(MIL_ERR_FORMAT, "state: the saved state belongs to another model or is cut short");
+    }
+    transfer_image(state, (char *)(uintptr_t)image, false);
+    return MIL_OK;
+}
