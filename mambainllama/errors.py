@@ -1,0 +1,58 @@
+"""The exceptions of mambainllama: one line each, naming the culprit, what was expected, and the mend.
+
+All of them are subclasses of `Error`, and each is also the built-in exception that fits, so both
+``except mil.Error`` and ``except ValueError`` do what they say.  The classes are made by the extension
+module, which raises most of them; only `NotFoundError` is added here.
+"""
+
+from __future__ import annotations
+
+from ._core import (
+    ArgumentError,
+    DeviceError,
+    DtypeError,
+    Error,
+    FileError,
+    FormatError,
+    NonFiniteError,
+    OutOfMemoryError,
+    ShapeError,
+    StateError,
+    StoppedError,
+    UnsupportedError,
+)
+
+__all__ = [
+    "ArgumentError",
+    "DeviceError",
+    "DtypeError",
+    "Error",
+    "FileError",
+    "FormatError",
+    "NonFiniteError",
+    "NotFoundError",
+    "OutOfMemoryError",
+    "ShapeError",
+    "StateError",
+    "StoppedError",
+    "UnsupportedError",
+]
+
+
+class NotFoundError(FileError, FileNotFoundError):
+    """A file, a folder or a Hub repository that does not exist."""
+
+    __module__ = "mambainllama"
+
+
+def shorten(value: object, limit: int = 80) -> str:
+    """`value` as one line of at most `limit` characters, for messages that quote untrusted input."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def listing(names, limit: int = 3) -> str:
+    """The first names of a long list, and how many more there are: "a, b, c and 9 more"."""
+    names = list(names)
+    text = ", ".join(str(name) for name in names[:limit])
+    return text if len(names) <= limit else f"{text} and {len(names) - limit} more"

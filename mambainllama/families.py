@@ -1,0 +1,561 @@
+"""Model families: one row each, from a file's words to the canonical configuration and names.
+
+`FAMILIES` is the only place that knows what a `model_type` calls things.  A row says how config.json is read
+(`Dense` for Transformers and the hybrids made from them, `Pure` for Mamba models) and how tensors are named in
+files of this family.  Everything behind it - C core, conversion, training - sees one canonical
+configuration (a flat dict whose layers carry the fields of mil_layer_config in csrc/model/model.h) and one set of
+names, those of the published hybrid layout:
+
+    model.embed_tokens.weight
+    model.layers.N.input_layernorm.weight
+    model.layers.N.self_attn.{q,k,v,o}_proj.weight     or   model.layers.N.mamba.*
+    model.layers.N.post_attention_layernorm.weight, model.layers.N.mlp.{gate,up,down}_proj.weight
+    model.norm.weight, lm_head.weight (absent where tied)
+
+A hybrid is a Transformer's config.json plus mamba_config.json, which says which layers stay attention and how
+large the mixers are; whether they are Mamba-1 or Mamba-2 is read from the tensors.
+
+To add a family: a row here, and a row in tests/tiny_models.py that makes a tiny random checkpoint of it,
+which test_parity.py then holds against transformers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from .errors import FormatError, UnsupportedError, listing, shorten
+from .rope import canonical_rope
+
+__all__ = ["FAMILIES", "Description", "Dense", "Pure", "describe", "hybrid_config", "mamba_layer", "match_tensors"]
+
+# The core's limit on every size (MAX_SIZE in csrc/model/config.c).
+_MAX_SIZE = 1 << 24
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+}
+
+
+# ---- reading config.json -------------------------------------------------------------------------------
+
+
+class Keys:
+    """Typed access to a JSON object; what is missing or wrong becomes an error naming file, key and value."""
+
+    def __init__(self, values: dict, where: str):
+        self.values, self.where = values, where
+
+    def _fail(self, key: str, expected: str, got: object) -> FormatError:
+        return FormatError(f"{self.where}: {key}: expected {expected}, got {shorten(got)}")
+
+    def size(self, key: str, default: int | None = None, minimum: int = 1) -> int:
+        """An integer from `minimum` up to the core's limit; null counts as absent."""
+        value = self.values.get(key)
+        if value is None:
+            if default is None:
+                raise self._fail(key, "an integer", "nothing")
+            return default
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= _MAX_SIZE:
+            raise self._fail(key, f"an integer from {minimum} to {_MAX_SIZE}", value)
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        """A finite number; null counts as absent."""
+        value = self.values.get(key)
+        if value is None:
+            return float(default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise self._fail(key, "a finite number", value)
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self._fail(key, "true or false", value)
+        return value
+
+    def activation(self, key: str = "hidden_act") -> str:
+        value = self.values.get(key, "silu")
+        if value not in _ACTIVATIONS:
+            supported = ", ".join(_ACTIVATIONS)
+            raise UnsupportedError(f"{self.where}: {key} {shorten(value)} is not supported; these are: {supported}")
+        return _ACTIVATIONS[value]
+
+    def list_of(self, key: str, count: int, kind: type, what: str) -> list | None:
+        """A list of at least `count` values of a type, cut to `count`; None where absent."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) < count or not all(isinstance(item, kind) for item in value):
+            raise self._fail(key, f"a list of {count} {what}", value)
+        return value[:count]
+
+
+# ---- families -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a checkpoint is: canonical configuration, and the tensors that its files should hold."""
+
+    model_type: str
+    canonical: dict
+    biases: frozenset[str]
+    """Suffixes of the optional parameters that the configuration says are there."""
+    file_name: Callable[[str], str]
+    """From a canonical name to the name in this family's files."""
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A Transformer of Llama's shape; the fields are what tells families apart."""
+
+    head_dim: int | None = None
+    """Where config.json gives none; None is hidden_size / heads."""
+    kv_heads: int | None = None
+    """Where config.json gives none; None is one for each head."""
+    theta: float = 10000.0
+    tied: bool = False
+    norm_eps: float = 1e-6
+    qkv_bias: bool | None = None
+    """None: as `attention_bias` says."""
+    o_bias: bool | None = None
+    mlp_bias: bool | None = None
+    """None: as `mlp_bias` says."""
+    qk_norm: bool = False
+    window: str = "none"
+    """Which layers slide: "none", "all", "typed" (layer_types), "switched" (use_sliding_window, then layer_types)."""
+    default_window: int | None = None
+    no_rope: bool = False
+    """no_rope_layers, no_rope_layer_interval."""
+    multipliers: bool = False
+    """Granite's four scalars."""
+
+    def describe(self, config: Keys, model_type: str) -> Description:
+        hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
+        head_dim = config.size("head_dim", self.head_dim or max(1, hidden // heads))
+        kv_heads = config.size("num_key_value_heads", self.kv_heads or heads)
+        if heads % kv_heads:
+            raise FormatError(
+                f"{config.where}: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}"
+            )
+        count = config.size("num_hidden_layers")
+        rope = canonical_rope(config.values, head_dim, config.where, self.theta)
+        scale = config.number("attention_multiplier", 1.0) if self.multipliers else head_dim**-0.5
+        layer = {
+            "mixer": "attention",
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "head_dim": head_dim,
+            "rotary": rope["rotary"],
+            "attention_scale": scale,
+            "intermediate": config.size("intermediate_size"),
+            "activation": config.activation(),
+            "gated": True,
+        }
+        windows, rotaries = self._windows(config, count), self._rotaries(config, count, rope["rotary"])
+        canonical = {
+            "vocab": config.size("vocab_size"),
+            "hidden": hidden,
+            "tied": config.flag("tie_word_embeddings", self.tied),
+            "norm_eps": config.number("rms_norm_eps", self.norm_eps),
+            "embedding_scale": config.number("embedding_multiplier", 1.0) if self.multipliers else 1.0,
+            "logit_scale": 1.0 / (config.number("logits_scaling", 1.0) or 1.0) if self.multipliers else 1.0,
+            "residual_scale": config.number("residual_multiplier", 1.0) if self.multipliers else 1.0,
+            "rope": rope,
+            "layers": [{**layer, "window": windows[i], "rotary": rotaries[i]} for i in range(count)],
+        }
+        return Description(model_type, canonical, self._biases(config), lambda name: name)
+
+    def _windows(self, config: Keys, count: int) -> list[int]:
+        """Each layer's sliding window, 0 where it sees everything."""
+        if self.window == "none" or (self.window == "switched" and not config.flag("use_sliding_window", False)):
+            return [0] * count
+        given = "sliding_window" in config.values  # null means none, absent means the family's default
+        window = config.size("sliding_window", 0) if given else self.default_window or 0
+        if window == 0 or self.window == "all":
+            return [window] * count
+        types = config.list_of("layer_types", count, str, "layer types")
+        if types is None and self.window == "typed":
+            return [window] * count
+        if types is None and self.no_rope:
+            return [0 if rotary else window for rotary in self._rotaries(config, count, 1)]
+        if types is None:
+            first = config.size("max_window_layers", 28, minimum=0)
+            return [window if i >= first else 0 for i in range(count)]
+        unknown = set(types) - {"sliding_attention", "full_attention"}
+        if unknown:
+            raise UnsupportedError(f"{config.where}: layer type {shorten(min(unknown))} is not supported in this family")
+        return [window if kind == "sliding_attention" else 0 for kind in types]
+
+    def _rotaries(self, config: Keys, count: int, rotary: int) -> list[int]:
+        """Each layer's rotated size, 0 where it has no RoPE."""
+        if not self.no_rope:
+            return [rotary] * count
+        flags = config.list_of("no_rope_layers", count, int, "numbers 0 or 1")
+        if flags is None:
+            interval = config.size("no_rope_layer_interval", 4)
+            flags = [(i + 1) % interval != 0 for i in range(count)]
+        return [rotary if flag else 0 for flag in flags]
+
+    def _biases(self, config: Keys) -> frozenset[str]:
+        attention = config.flag("attention_bias", False)
+        names = []
+        if attention if self.qkv_bias is None else self.qkv_bias:
+            names += ["self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"]
+        if attention if self.o_bias is None else self.o_bias:
+            names += ["self_attn.o_proj.bias"]
+        if config.flag("mlp_bias", False) if self.mlp_bias is None else self.mlp_bias:
+            names += ["mlp.gate_proj.bias", "mlp.up_proj.bias", "mlp.down_proj.bias"]
+        if self.qk_norm:
+            names += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
+        return frozenset(names)
+
+
+@dataclass(frozen=True)
+class Pure:
+    """A Mamba model in the layout of transformers: mixers only, no MLP, the prefix `backbone.`."""
+
+    mixer: str
+    tied: bool
+    norms: bool = False
+    """Falcon-Mamba: RMS norms without weights on dt, B and C."""
+
+    def describe(self, config: Keys, model_type: str) -> Description:
+        hidden, count = config.size("hidden_size"), config.size("num_hidden_layers")
+        if config.activation() != "silu":
+            raise UnsupportedError(f"{config.where}: hidden_act of a Mamba mixer must be silu")
+        layer = self._mamba1(config, hidden) if self.mixer == "mamba1" else self._mamba2(config, hidden)
+        names = ["mamba.conv1d.bias"] if config.flag("use_conv_bias", True) else []
+        if config.flag("use_bias", False):
+            names += ["mamba.in_proj.bias", "mamba.out_proj.bias"]
+        canonical = {
+            "vocab": config.size("vocab_size"),
+            "hidden": hidden,
+            "tied": config.flag("tie_word_embeddings", self.tied),
+            "norm_eps": config.number("layer_norm_epsilon", 1e-5),
+            "embedding_scale": 1.0,
+            "logit_scale": 1.0,
+            "residual_scale": 1.0,
+            "rope": None,
+            "layers": [dict(layer) for _ in range(count)],
+        }
+        return Description(model_type, canonical, frozenset(names), _backbone_name)
+
+    def _mamba1(self, config: Keys, hidden: int) -> dict:
+        inner = int(config.number("expand", 2) * hidden)
+        rank = config.values.get("time_step_rank", "auto")
+        return {
+            "mixer": "mamba1",
+            "inner": inner,
+            "x_width": inner,
+            "state_dim": config.size("state_size", 16),
+            "conv_width": config.size("conv_kernel", 4),
+            "dt_rank": math.ceil(hidden / 16) if rank == "auto" else config.size("time_step_rank"),
+            "B_groups": 1,
+            "C_groups": 1,
+            "x_proj": True,
+            "bcdt_norm": self.norms,
+            "bcdt_eps": config.number("mixer_rms_eps", 1e-6),
+            "dt_bias_scale": 1.0,
+        }
+
+    def _mamba2(self, config: Keys, hidden: int) -> dict:
+        heads, head_dim = config.size("num_heads", 128), config.size("head_dim", 64)
+        inner, groups = int(config.number("expand", 2) * hidden), config.size("n_groups", 8)
+        if heads * head_dim != inner or inner % groups:
+            raise FormatError(
+                f"{config.where}: num_heads * head_dim = {heads} * {head_dim} must be expand * hidden_size = {inner}, "
+                f"a multiple of n_groups = {groups}"
+            )
+        dt_min, dt_max = _dt_limits(config, "time_step_limit")
+        return {
+            "mixer": "mamba2",
+            "heads": heads,
+            "head_dim": head_dim,
+            "inner": inner,
+            "x_width": inner,
+            "state_dim": config.size("state_size", 128),
+            "conv_width": config.size("conv_kernel", 4),
+            "B_groups": groups,
+            "C_groups": groups,
+            "norm_group": inner // groups,
+            "mixer_norm_eps": config.number("layer_norm_epsilon", 1e-5),
+            "dt_min": dt_min,
+            "dt_max": dt_max,
+        }
+
+
+def _dt_limits(config: Keys, key: str) -> tuple[float, float]:
+    """Limits of dt, (0, inf) where absent. JSON has no infinity: files write it as Infinity or as 1e999, or wrap it."""
+    value = config.values.get(key)
+    if value is None:
+        return 0.0, math.inf
+    if isinstance(value, list):  # {"__float__": "Infinity"} is how newer files write it
+        value = [float(v.get("__float__", "nan")) if isinstance(v, dict) else v for v in value]
+    good = isinstance(value, list) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value)
+    if not good or not 0 <= value[0] < value[1]:
+        raise FormatError(f"{config.where}: {key}: expected [minimum, maximum], got {shorten(value)}")
+    return float(value[0]), float(value[1])
+
+
+def _backbone_name(name: str) -> str:
+    """Canonical name to that of transformers' Mamba files."""
+    if name == "lm_head.weight":
+        return name
+    name = name.removeprefix("model.")
+    name = name.replace("embed_tokens.", "embeddings.").replace("input_layernorm.", "norm.").replace(".mamba.", ".mixer.")
+    return "backbone." + ("norm_f.weight" if name == "norm.weight" else name)
+
+
+FAMILIES: dict[str, Dense | Pure] = {
+    "llama": Dense(),
+    "mistral": Dense(kv_heads=8, window="all", default_window=4096, qkv_bias=False, o_bias=False, mlp_bias=False),
+    "ministral": Dense(kv_heads=8, window="typed", default_window=4096, qkv_bias=False, o_bias=False, mlp_bias=False),
+    "qwen2": Dense(window="switched", default_window=4096, qkv_bias=True, o_bias=False, mlp_bias=False),
+    "qwen3": Dense(head_dim=128, window="switched", default_window=4096, qk_norm=True, mlp_bias=False),
+    "smollm3": Dense(kv_heads=4, theta=2e6, tied=True, window="switched", no_rope=True),
+    "granite": Dense(multipliers=True),
+    "mamba": Pure("mamba1", tied=True),
+    "falcon_mamba": Pure("mamba1", tied=True, norms=True),
+    "mamba2": Pure("mamba2", tied=False),
+}
+
+# Other spellings of names that are met in files, as (pattern, replacement).
+_ALIASES = [(re.compile(r"^backbone\.embedding\."), "backbone.embeddings.")]
+
+# Buffers that old files store and nobody reads: they are computed.
+_IGNORED = re.compile(r"\.rotary_emb\.inv_freq$|\.attention\.(bias|masked_bias)$")
+
+
+# ---- hybrids ------------------------------------------------------------------------------------------------
+
+
+def mamba_layer(mixer: str, attention: dict, hidden: int, ssm: Keys | None = None) -> dict:
+    """The canonical layer in which `attention` is replaced by a mixer of the published hybrid layout.
+
+    Parameters
+    ----------
+    mixer
+        "mamba1" or "mamba2".
+    attention
+        The canonical layer that it replaces: heads, kv_heads, head_dim, and the MLP, which is kept.
+    hidden
+        The model's width.
+    ssm
+        `ssm_cfg` of mamba_config.json, whose keys override the defaults.
+    """
+    ssm = ssm or Keys({}, "ssm_cfg")
+    heads, head_dim = attention["heads"], attention["head_dim"]
+    inner, narrow = heads * head_dim, attention["kv_heads"] * head_dim
+    kept = {key: attention[key] for key in ("intermediate", "activation", "gated")}
+    dt_min, dt_max = _dt_limits(ssm, "dt_limit")
+    common = {
+        **kept,
+        "mixer": mixer,
+        "inner": inner,
+        "x_width": narrow,
+        "conv_width": ssm.size("d_conv", 4),
+        "dt_min": dt_min,
+        "dt_max": dt_max,
+    }
+    if mixer == "mamba2":
+        groups = ssm.size("ngroups", heads)
+        if inner % groups:
+            raise FormatError(f"{ssm.where}: ngroups = {groups} does not divide d_inner = {inner}")
+        state_dim = ssm.size("d_state", inner // groups)
+        _check_divides(ssm.where, mixer, narrow, state_dim)
+        return {
+            **common,
+            "heads": groups,
+            "head_dim": inner // groups,
+            "state_dim": state_dim,
+            "B_groups": narrow // state_dim,
+            "C_groups": groups,
+            "norm_group": inner // groups,
+            "mixer_norm_eps": 1e-5,
+        }
+    state_dim, rank = ssm.size("d_state", 16), ssm.values.get("dt_rank", "auto")
+    _check_divides(ssm.where, mixer, narrow, state_dim)
+    return {
+        **common,
+        "state_dim": state_dim,
+        "dt_rank": math.ceil(hidden / 16) if rank == "auto" else ssm.size("dt_rank"),
+        "B_groups": narrow // state_dim,
+        "C_groups": inner // state_dim,
+        "repeat_before_conv": ssm.flag("repeat_kv_before_conv", True),
+        "dt_bias_scale": 2.0,
+    }
+
+
+def _check_divides(where: str, mixer: str, narrow: int, state_dim: int) -> None:
+    if narrow % state_dim:
+        raise FormatError(
+            f"{where}: {mixer} needs the width of keys and values ({narrow}) to be a multiple of its state size ({state_dim})"
+        )
+
+
+def hybrid_config(canonical: dict, config: dict, mixer: str) -> dict:
+    """mamba_config.json of a hybrid with this canonical configuration, in the published layout."""
+    layers = canonical["layers"]
+    ssm_cfg: dict[str, object] = {"expand": 1}
+    mixers = [layer for layer in layers if layer["mixer"] != "attention"]
+    if mixers:
+        first = mixers[0]
+        inner, narrow = first["inner"], first["x_width"]
+        if mixer == "mamba2":
+            ssm_cfg.update(ngroups=first["heads"], d_state=first["state_dim"])
+    else:
+        inner, narrow = (layers[0][key] * layers[0]["head_dim"] for key in ("heads", "kv_heads"))
+    return {
+        "d_model": canonical["hidden"],
+        "ssm_cfg": ssm_cfg,
+        "rms_norm_eps": canonical["norm_eps"],
+        "vocab_size": None,
+        "d_inner": inner,
+        "d_xb": narrow,
+        "intermediate_size": config.get("intermediate_size", layers[0]["intermediate"]),
+        "hidden_act": config.get("hidden_act", "silu"),
+        "n_layer": len(layers),
+        "attn_layers": [i for i, layer in enumerate(layers) if layer["mixer"] == "attention"],
+    }
+
+
+def _attention_layers(mamba: Keys, count: int) -> list[int]:
+    kept = mamba.values.get("attn_layers")
+    if not isinstance(kept, list) or not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < count for i in kept):
+        raise FormatError(f"{mamba.where}: attn_layers: expected layers from 0 to {count - 1}, got {shorten(kept)}")
+    return kept
+
+
+def _make_hybrid(base: Description, mamba: Keys, tensors: Iterable[str]) -> Description:
+    """The Transformer's description with its mixers put in, as mamba_config.json says."""
+    canonical, layers = base.canonical, base.canonical["layers"]
+    expected = {
+        "d_model": canonical["hidden"],
+        "n_layer": len(layers),
+        "vocab_size": canonical["vocab"],
+        "intermediate_size": layers[0]["intermediate"],
+        "d_inner": layers[0]["heads"] * layers[0]["head_dim"],
+        "d_xb": layers[0]["kv_heads"] * layers[0]["head_dim"],
+        "rms_norm_eps": canonical["norm_eps"],
+    }
+    for key, value in expected.items():
+        got = mamba.values.get(key)
+        if got is not None and got != value:
+            raise FormatError(f"{mamba.where}: {key}: expected {value} as in config.json, got {shorten(got)}")
+    ssm_cfg = mamba.values.get("ssm_cfg") or {}
+    if not isinstance(ssm_cfg, dict):
+        raise FormatError(f"{mamba.where}: ssm_cfg: expected an object, got {shorten(ssm_cfg)}")
+    ssm = Keys(ssm_cfg, f"{mamba.where}: ssm_cfg")
+    kept = set(_attention_layers(mamba, len(layers)))
+    replaced = [i for i in range(len(layers)) if i not in kept]
+    names, biases = set(tensors), set(base.biases)
+    if replaced:
+        # The two mixers share a configuration file; only their tensors tell them apart for certain.
+        prefix = f"model.layers.{replaced[0]}.mamba."
+        if f"{prefix}in_proj.weight" in names:
+            mixer = "mamba2"
+        elif f"{prefix}in_proj_x.weight" in names:
+            mixer = "mamba1"
+        else:
+            mixer = "mamba2" if "ngroups" in ssm_cfg else "mamba1"
+        if ssm.flag("conv_bias", True):
+            biases.add("mamba.conv1d.bias")
+        if mixer == "mamba2" and ssm.flag("bias", False):
+            biases |= {"mamba.in_proj.bias", "mamba.out_proj.bias"}
+        layers = [mamba_layer(mixer, layer, canonical["hidden"], ssm) if i not in kept else layer for i, layer in enumerate(layers)]
+    return Description(base.model_type, {**canonical, "layers": layers}, frozenset(biases), base.file_name)
+
+
+# ---- from a checkpoint to a description ----------------------------------------------------------------------
+
+
+def describe(config: dict, mamba_config: dict | None, tensors: Iterable[str], where: str) -> Description:
+    """What a checkpoint is, from its configuration files and the names of its tensors.
+
+    Parameters
+    ----------
+    config, mamba_config
+        config.json and mamba_config.json (None where there is none).
+    tensors
+        The names in its files.
+    where
+        The folder's name, for messages.
+
+    Raises
+    ------
+    UnsupportedError
+        A model_type, activation or rope type that is not supported; the message lists those that are.
+    FormatError
+        A key that is missing, wrong, or contradicts another.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise UnsupportedError(
+            f"{where}/config.json: model_type {shorten(model_type)} is not supported; these are: {', '.join(FAMILIES)}"
+        )
+    if config.get("quantization_config"):
+        raise UnsupportedError(f"{where}/config.json: the weights are quantised; use the unquantised checkpoint")
+    family = FAMILIES[model_type]
+    description = family.describe(Keys(config, f"{where}/config.json"), model_type)
+    if mamba_config is None:
+        return description
+    if not isinstance(family, Dense):
+        raise FormatError(f"{where}/mamba_config.json: a {model_type} model has no attention layers that it could replace")
+    return _make_hybrid(description, Keys(mamba_config, f"{where}/mamba_config.json"), tensors)
+
+
+def match_tensors(
+    description: Description, specs: list[tuple[str, tuple[int, ...], bool, bool]], shapes: dict[str, tuple[int, ...]], where: str
+) -> dict[str, str]:
+    """Canonical name -> name in the files, after checking that the files hold exactly what the configuration says.
+
+    Parameters
+    ----------
+    specs
+        `_core.Model.parameter_specs` of the canonical configuration.
+    shapes
+        Of the tensors in the files.
+    """
+    files = {}
+    for name in shapes:
+        plain = name
+        for pattern, replacement in _ALIASES:
+            plain = pattern.sub(replacement, plain)
+        files[plain] = name
+    sources, missing, wrong = {}, [], []
+    for name, shape, _, required in specs:
+        wanted = required or any(name.endswith(suffix) for suffix in description.biases)
+        file_name = description.file_name(name)
+        if file_name not in files:
+            if wanted:
+                missing.append(file_name)
+            continue
+        if wanted:
+            source = files.pop(file_name)
+            sources[name] = source
+            if shapes[source] != tuple(shape):
+                wrong.append(f"{source} has shape {list(shapes[source])}, expected {list(shape)}")
+    tied = description.canonical["tied"]
+    extra = [name for plain, name in files.items() if not _IGNORED.search(plain) and not (tied and plain == "lm_head.weight")]
+    if wrong:
+        raise FormatError(f"{where}: config.json and tensors contradict each other: {listing(wrong, 2)}")
+    if missing:
+        raise FormatError(f"{where}: tensors are missing: {listing(missing)}; the download is incomplete or config.json is another model's")
+    if extra:
+        raise FormatError(f"{where}: tensors that config.json does not account for: {listing(extra)}")
+    return sources
