@@ -1,0 +1,472 @@
+/* The engine: requests, rounds, and the packing of rows (see decode.h for the picture). */
+#include <math.h>
+#include <omp.h>
+#include <string.h>
+
+#include "decode/sequence.h"
+
+#define DEFAULT_BATCH 16
+#define DEFAULT_PREFILL_ROWS 512
+/* Scores of a prompt need a row of logits for each token: chunks are cut so that these stay in 64 MiB. */
+#define SCORE_LOGITS ((int64_t)16 << 20)
+
+/* ---- options and requests ----------------------------------------------------------------------------------- */
+
+mil_status
+mil_engine_init(mil_engine *engine, const mil_engine_options *options)
+{
+    *engine = (mil_engine){.options = *options};
+    mil_engine_options *o = &engine->options;
+    o->max_batch = o->max_batch == 0 ? DEFAULT_BATCH : o->max_batch;
+    o->prefill_rows = o->prefill_rows == 0 ? DEFAULT_PREFILL_ROWS : o->prefill_rows;
+    if (o->max_batch < 1 || o->max_batch > 1 << 16) {
+        return mil_fail(MIL_ERR_VALUE, "generate: max_batch must lie in 1 .. 65536, not %lld", (long long)o->max_batch);
+    }
+    if (o->prefill_rows < 1 || o->prefill_rows > 1 << 20) {
+        return mil_fail(MIL_ERR_VALUE, "generate: prefill_rows must lie in 1 .. 1048576, not %lld",
+                        (long long)o->prefill_rows);
+    }
+    if ((o->draft_kind == MIL_DRAFT_MODEL) != (o->draft != NULL)) {
+        return mil_fail(MIL_ERR_VALUE, "generate: a draft model must be given exactly where drafts come from one");
+    }
+    engine->running = mil_alloc((size_t)o->max_batch, sizeof *engine->running);
+    if (engine->running == NULL) {
+        return mil_fail(MIL_ERR_MEMORY, "generate: out of memory for a batch of %lld", (long long)o->max_batch);
+    }
+    mil_speculate_costs(o);
+    return MIL_OK;
+}
+
+void
+mil_engine_release(mil_engine *engine)
+{
+    for (int64_t i = 0; i < engine->running_count; i++) {
+        mil_sequence_delete(engine->running[i]);
+    }
+    for (int64_t i = 0; i < engine->waiting_count; i++) {
+        mil_sequence_delete(engine->waiting[i]);
+    }
+    mil_free(engine->running);
+    mil_free(engine->waiting);
+    mil_free(engine->pack.tokens);
+    mil_free(engine->pack.offsets);
+    mil_free(engine->pack.logit_rows);
+    mil_free(engine->pack.states);
+    mil_free(engine->pack.sequences);
+    mil_free(engine->pack.logits);
+    *engine = (mil_engine){0};
+}
+
+static mil_status
+check_state(const mil_state *state, const mil_model *model, const mil_request *request, const char *name)
+{
+    if (state == NULL) {
+        return MIL_OK;
+    }
+    if (state->model != model) {
+        return mil_fail(MIL_ERR_STATE, "generate: %s belongs to another model; make it with this model's state()",
+                        name);
+    }
+    if (state->length > request->prompt_count) {
+        return mil_fail(MIL_ERR_STATE,
+                        "generate: %s has read %lld tokens, more than the prompt's %lld; the prompt must begin "
+                        "with the tokens that the state has read",
+                        name, (long long)state->length, (long long)request->prompt_count);
+    }
+    return MIL_OK;
+}
+
+static mil_status
+check_request(const mil_engine_options *options, const mil_request *request)
+{
+    if (request->prompt_count < 1) {
+        return mil_fail(MIL_ERR_VALUE, "generate: a prompt is empty; give at least one token");
+    }
+    int64_t offsets[2] = {0, request->prompt_count};
+    MIL_TRY(mil_check_tokens(options->model, request->prompt, 1, offsets));
+    if (request->max_new_tokens < 0) {
+        return mil_fail(MIL_ERR_VALUE, "generate: max_new_tokens must be at least 0, not %lld",
+                        (long long)request->max_new_tokens);
+    }
+    if (request->draft_tokens < 0 || request->draft_tokens >= MIL_WINDOW) {
+        return mil_fail(MIL_ERR_VALUE, "generate: draft_tokens must lie in 0 .. %d, not %lld", MIL_WINDOW - 1,
+                        (long long)request->draft_tokens);
+    }
+    if (request->top_logprobs < 0 || request->top_logprobs > options->model->config.vocab) {
+        return mil_fail(MIL_ERR_VALUE, "generate: top_logprobs must lie in 0 .. %lld (the vocabulary), not %lld",
+                        (long long)options->model->config.vocab, (long long)request->top_logprobs);
+    }
+    MIL_TRY(mil_sampling_check(&request->sampling));
+    MIL_TRY(check_state(request->state, options->model, request, "state"));
+    if (request->draft_state != NULL && options->draft == NULL) {
+        return mil_fail(MIL_ERR_VALUE, "generate: draft_state is given, but there is no draft model");
+    }
+    return check_state(request->draft_state, options->draft, request, "draft_state");
+}
+
+/* Room for `count` elements in an array whose content need not survive. */
+static mil_status
+room(void **array, int64_t *capacity, int64_t count, size_t size)
+{
+    if (count <= *capacity) {
+        return MIL_OK;
+    }
+    int64_t wanted = count + count / 2;
+    mil_free(*array);
+    *capacity = 0;
+    *array = mil_alloc((size_t)wanted, size);
+    if (*array == NULL) {
+        return mil_fail(MIL_ERR_MEMORY, "generate: out of memory for %lld elements of %zu bytes", (long long)wanted,
+                        size);
+    }
+    *capacity = wanted;
+    return MIL_OK;
+}
+
+mil_status
+mil_engine_submit(mil_engine *engine, const mil_request *request)
+{
+    MIL_TRY(check_request(&engine->options, request));
+    if (engine->waiting_count == engine->waiting_capacity) {
+        int64_t capacity = 2 * engine->waiting_capacity + 16;
+        mil_sequence **larger = mil_alloc((size_t)capacity, sizeof *larger);
+        if (larger == NULL) {
+            return mil_fail(MIL_ERR_MEMORY, "generate: out of memory for %lld requests", (long long)capacity);
+        }
+        for (int64_t i = 0; i < engine->waiting_count; i++) {
+            larger[i] = engine->waiting[i];
+        }
+        mil_free(engine->waiting);
+        engine->waiting = larger;
+        engine->waiting_capacity = capacity;
+    }
+    MIL_TRY(mil_sequence_new(request, &engine->waiting[engine->waiting_count]));
+    engine->waiting_count++;
+    return MIL_OK;
+}
+
+/* ---- one forward pass ------------------------------------------------------------------------------------- */
+
+void
+mil_pack_begin(mil_engine *engine)
+{
+    engine->pack.rows = engine->pack.count = engine->pack.logit_count = 0;
+}
+
+mil_status
+mil_pack_add(mil_engine *engine, mil_sequence *sequence, mil_state *state, int64_t rows, int64_t logit_count)
+{
+    struct mil_pack *pack = &engine->pack;
+    MIL_TRY(mil_state_reserve(state, state->length + rows));
+    sequence->past = state->length;
+    sequence->rows = rows;
+    sequence->first_logit = pack->logit_count;
+    sequence->logit_count = logit_count;
+    pack->sequences[pack->count] = sequence;
+    pack->states[pack->count] = state;
+    pack->count++;
+    pack->rows += rows;
+    pack->logit_count += logit_count;
+    return MIL_OK;
+}
+
+/* Lays the packed sequences' rows one after another. */
+static void
+lay_out_rows(struct mil_pack *pack)
+{
+    int64_t row = 0, logit = 0;
+    for (int64_t i = 0; i < pack->count; i++) {
+        const mil_sequence *sequence = pack->sequences[i];
+        pack->offsets[i] = row;
+        memcpy(pack->tokens + row, sequence->generation.tokens + sequence->past,
+               (size_t)sequence->rows * sizeof *pack->tokens);
+        row += sequence->rows;
+        for (int64_t j = 0; j < sequence->logit_count; j++) {
+            pack->logit_rows[logit++] = row - sequence->logit_count + j;
+        }
+    }
+    pack->offsets[pack->count] = row;
+}
+
+mil_status
+mil_pack_run(mil_engine *engine, mil_context *context, const mil_model *model)
+{
+    struct mil_pack *pack = &engine->pack;
+    MIL_TRY(room((void **)&pack->tokens, &pack->token_capacity, pack->rows, sizeof *pack->tokens));
+    MIL_TRY(room((void **)&pack->logit_rows, &pack->row_capacity, pack->logit_count, sizeof *pack->logit_rows));
+    MIL_TRY(room((void **)&pack->logits, &pack->logit_capacity, pack->logit_count * model->config.vocab,
+                 sizeof *pack->logits));
+    lay_out_rows(pack);
+    mil_arena_mark mark = mil_arena_get_mark(context->scratch);
+    int32_t *tokens;
+    MIL_TRY(MIL_PUSH(context->scratch, pack->rows, int32_t, &tokens));
+    mil_status status = context->ops->copy(context, tokens, pack->tokens, (size_t)pack->rows * sizeof *tokens);
+    if (status == MIL_OK) {
+        status = mil_model_forward(context, model,
+                                   &(mil_forward){
+                                       .tokens = tokens,
+                                       .sequences = pack->count,
+                                       .offsets = pack->offsets,
+                                       .states = pack->states,
+                                       .logit_rows = pack->logit_rows,
+                                       .logit_count = pack->logit_count,
+                                       .logits = pack->logit_count > 0 ? pack->logits : NULL,
+                                   });
+    }
+    mil_arena_rewind(context->scratch, mark);
+    return status;
+}
+
+mil_status
+mil_pack_each(mil_engine *engine, mil_context *context, mil_sequence_work work)
+{
+    struct mil_pack *pack = &engine->pack;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(context->threads) if (pack->count > 1)
+    for (int64_t i = 0; i < pack->count; i++) {
+        mil_sequence *sequence = pack->sequences[i];
+        sequence->status = work(engine, sequence);
+        if (sequence->status != MIL_OK) { /* the message lives in the worker's own buffer */
+            memcpy(sequence->message, mil_message(), sizeof sequence->message);
+        }
+    }
+    for (int64_t i = 0; i < pack->count; i++) {
+        if (pack->sequences[i]->status != MIL_OK) {
+            return mil_fail(pack->sequences[i]->status, "%s", pack->sequences[i]->message);
+        }
+    }
+    return MIL_OK;
+}
+
+/* ---- a round ------------------------------------------------------------------------------------------------ */
+
+/* Finished ones leave, waiting ones join. */
+static mil_status
+change_guard(mil_engine *engine)
+{
+    int64_t kept = 0;
+    for (int64_t i = 0; i < engine->running_count; i++) {
+        mil_sequence *sequence = engine->running[i];
+        if (sequence->generation.finish == MIL_RUNNING) {
+            engine->running[kept++] = sequence;
+        }
+        else {
+            mil_sequence_delete(sequence);
+        }
+    }
+    engine->running_count = kept;
+    int64_t joined = 0;
+    mil_status status = MIL_OK;
+    while (status == MIL_OK && joined < engine->waiting_count && engine->running_count < engine->options.max_batch) {
+        mil_sequence *sequence = engine->waiting[joined++];
+        engine->running[engine->running_count++] = sequence; /* released with the engine where joining fails */
+        status = mil_sequence_join(engine, sequence);
+    }
+    for (int64_t i = joined; i < engine->waiting_count; i++) {
+        engine->waiting[i - joined] = engine->waiting[i];
+    }
+    engine->waiting_count -= joined;
+    return status;
+}
+
+/* Adds the next rows of a prompt; `left`: prompt rows that the round still takes. */
+static mil_status
+add_prompt_rows(mil_engine *engine, mil_sequence *sequence, int64_t *left)
+{
+    const mil_request *request = &sequence->request;
+    int64_t unread = sequence->count - sequence->state->length;
+    int64_t most = *left;
+    if (request->prompt_logprobs) {
+        int64_t fit = SCORE_LOGITS / engine->options.model->config.vocab;
+        fit = fit < MIL_WINDOW ? MIL_WINDOW : fit;
+        most = most < fit ? most : fit;
+    }
+    int64_t rows = unread < most ? unread : most;
+    if (rows == 0) {
+        return MIL_OK;
+    }
+    *left -= rows;
+    bool first_token = rows == unread && request->max_new_tokens > 0;
+    int64_t logits = request->prompt_logprobs ? rows : first_token ? 1 : 0;
+    return mil_pack_add(engine, sequence, sequence->state, rows, logits);
+}
+
+static mil_status
+pack_round(mil_engine *engine)
+{
+    int64_t left = engine->options.prefill_rows;
+    mil_pack_begin(engine);
+    for (int64_t i = 0; i < engine->running_count; i++) {
+        mil_sequence *sequence = engine->running[i];
+        if (sequence->generation.finish != MIL_RUNNING) {
+            continue;
+        }
+        if (sequence->generation.count > 0) {
+            int64_t rows = 1 + sequence->drafted;
+            MIL_TRY(mil_pack_add(engine, sequence, sequence->state, rows, rows));
+        }
+        else {
+            MIL_TRY(add_prompt_rows(engine, sequence, &left));
+        }
+    }
+    return MIL_OK;
+}
+
+/* Log-probabilities of the prompt's tokens from the rows before them. */
+static void
+score_prompt(const mil_engine *engine, mil_sequence *sequence, const float *logits)
+{
+    int64_t vocab = engine->options.model->config.vocab;
+    mil_generation *g = &sequence->generation;
+    for (int64_t row = 0; row < sequence->rows; row++) {
+        int64_t next = sequence->past + row + 1;
+        if (next >= g->prompt_count) {
+            break;
+        }
+        const float *at = logits + row * vocab;
+        g->prompt_logprobs[next] = mil_log_probability(at, vocab, g->tokens[next]);
+        if (g->top > 0) {
+            mil_top_log_probabilities(at, vocab, g->top, g->prompt_top_tokens + next * g->top,
+                                      g->prompt_top_logprobs + next * g->top);
+        }
+    }
+}
+
+/* Reads one sequence's logits of the round; runs beside the others. */
+static mil_status
+settle(const mil_engine *engine, mil_sequence *sequence)
+{
+    int64_t vocab = engine->options.model->config.vocab;
+    const float *logits = engine->pack.logits + sequence->first_logit * vocab;
+    if (sequence->generation.count > 0) {
+        sequence->generation.stats.rounds++;
+        return mil_speculate_settle(engine, sequence, logits);
+    }
+    if (sequence->request.prompt_logprobs) {
+        score_prompt(engine, sequence, logits);
+    }
+    if (sequence->past + sequence->rows < sequence->count || sequence->request.max_new_tokens == 0) {
+        return MIL_OK;
+    }
+    return mil_speculate_settle(engine, sequence, logits + (sequence->logit_count - 1) * vocab);
+}
+
+static mil_status
+take_back(mil_state *state, int64_t length)
+{
+    return state != NULL && state->length > length ? mil_state_rollback(state, state->length - length) : MIL_OK;
+}
+
+/* Rejected drafts leave the states; a finished text gets its times. */
+static mil_status
+close_round(mil_sequence *sequence)
+{
+    mil_generation *g = &sequence->generation;
+    bool only_read = sequence->request.max_new_tokens == 0;
+    if (only_read && g->finish == MIL_RUNNING && sequence->state->length >= sequence->count) {
+        g->finish = MIL_FINISH_LENGTH;
+        sequence->first_token_at = omp_get_wtime();
+    }
+    if (g->count > 0) {
+        /* The last token is one that the model has not read, unless a stop token came after it. */
+        int64_t read = g->finish == MIL_FINISH_STOP ? sequence->count : sequence->count - 1;
+        MIL_TRY(take_back(sequence->state, read));
+        MIL_TRY(take_back(sequence->draft_state, read));
+    }
+    if (g->finish != MIL_RUNNING) {
+        double now = omp_get_wtime();
+        double first = sequence->first_token_at > 0.0 ? sequence->first_token_at : now;
+        g->stats.new_tokens = g->count;
+        g->stats.prefill_seconds = sequence->joined_at > 0.0 ? first - sequence->joined_at : 0.0;
+        g->stats.decode_seconds = now - first;
+    }
+    return MIL_OK;
+}
+
+/* Room for the tokens of this round, and where speculation stands. */
+static mil_status
+plan_round(mil_engine *engine)
+{
+    for (int64_t i = 0; i < engine->running_count; i++) {
+        mil_sequence *sequence = engine->running[i];
+        sequence->fresh = 0;
+        sequence->wanted = sequence->drafted = 0;
+        if (sequence->generation.finish != MIL_RUNNING) {
+            continue;
+        }
+        MIL_TRY(mil_sequence_reserve(sequence, MIL_WINDOW + 1));
+        if (sequence->generation.count > 0) {
+            mil_speculate_plan(engine, sequence);
+        }
+    }
+    return MIL_OK;
+}
+
+mil_status
+mil_engine_round(mil_engine *engine, mil_context *context)
+{
+    MIL_TRY(change_guard(engine));
+    struct mil_pack *pack = &engine->pack;
+    if (pack->sequences == NULL) {
+        size_t most = (size_t)engine->options.max_batch;
+        pack->sequences = mil_alloc(most, sizeof *pack->sequences);
+        pack->states = mil_alloc(most, sizeof *pack->states);
+        pack->offsets = mil_alloc(most + 1, sizeof *pack->offsets);
+        if (pack->sequences == NULL || pack->states == NULL || pack->offsets == NULL) {
+            return mil_fail(MIL_ERR_MEMORY, "generate: out of memory for a batch of %zu", most);
+        }
+    }
+    MIL_TRY(plan_round(engine));
+    MIL_TRY(mil_speculate_draft(engine, context));
+    MIL_TRY(pack_round(engine));
+    if (pack->count > 0) {
+        MIL_TRY(mil_pack_run(engine, context, engine->options.model));
+        MIL_TRY(mil_pack_each(engine, context, settle));
+    }
+    for (int64_t i = 0; i < engine->running_count; i++) {
+        MIL_TRY(close_round(engine->running[i]));
+    }
+    return MIL_OK;
+}
+
+/* ---- between rounds ----------------------------------------------------------------------------------------- */
+
+int64_t
+mil_engine_pending(const mil_engine *engine)
+{
+    int64_t pending = engine->waiting_count;
+    for (int64_t i = 0; i < engine->running_count; i++) {
+        pending += engine->running[i]->generation.finish == MIL_RUNNING;
+    }
+    return pending;
+}
+
+const mil_generation *
+mil_engine_look(const mil_engine *engine, int64_t index, int64_t *fresh)
+{
+    *fresh = engine->running[index]->fresh;
+    return &engine->running[index]->generation;
+}
+
+mil_status
+mil_engine_cut(mil_engine *engine, int64_t index, int64_t keep, mil_finish finish)
+{
+    mil_sequence *sequence = engine->running[index];
+    mil_generation *g = &sequence->generation;
+    int64_t dropped = sequence->fresh - (keep < 0 ? 0 : keep > sequence->fresh ? sequence->fresh : keep);
+    g->count -= dropped;
+    sequence->count -= dropped;
+    sequence->fresh -= dropped;
+    g->finish = finish;
+    /* Each dropped token was in the last pass or came from it, so the pass can give it back. */
+    MIL_TRY(take_back(sequence->state, sequence->count));
+    MIL_TRY(take_back(sequence->draft_state, sequence->count));
+    return close_round(sequence);
+}
+
+mil_generation
+mil_engine_take(mil_engine *engine, int64_t index)
+{
+    mil_generation taken = engine->running[index]->generation;
+    engine->running[index]->generation = (mil_generation){.tag = taken.tag, .finish = taken.finish};
+    return taken;
+}

@@ -1,0 +1,113 @@
+/* One text in the making: the inside of an engine, shared by generate.c and speculate.c. */
+#ifndef MIL_DECODE_SEQUENCE_H
+#define MIL_DECODE_SEQUENCE_H
+
+#include "decode/decode.h"
+
+/* tokens   0 ...... prompt_count ...... count ...... count + drafted
+ *          | prompt | new tokens        | drafts of this round, not yet believed
+ *                            | state->length: read by the model; the one token beyond it, at count - 1, is
+ *                              the first row of the next pass
+ */
+struct mil_sequence {
+    mil_request request; /* stop_tokens: own copy; prompt: not kept, see tokens */
+    mil_generation generation;
+    int64_t count, token_capacity;
+    int64_t fresh;
+    int32_t *occurrences; /* [vocab] of tokens in the text and its drafts, or NULL: no repetition penalty */
+    mil_state own_state, own_draft_state;
+    mil_state *state, *draft_state; /* the request's or the own ones; draft_state NULL: no draft model */
+
+    /* sampling */
+    float *weight;          /* [vocab] of the distribution in hand; NULL where greedy */
+    mil_candidate *scratch; /* [vocab] or NULL */
+
+    /* speculation */
+    int64_t wanted, drafted; /* this round */
+    mil_distribution drafts[MIL_WINDOW]; /* that each was drawn from; weights in draft_weight */
+    float *draft_weight;                 /* [draft_tokens, vocab] or NULL */
+    double tried, accepted;              /* recent drafts, older ones fading */
+    int64_t quiet;                       /* rounds since the last speculation */
+    bool undraftable;                    /* the text holds a token that the draft model does not know */
+
+    /* this round's rows */
+    int64_t rows, first_logit, logit_count;
+    int64_t past; /* tokens read before them */
+
+    double joined_at, first_token_at;
+    mil_status status; /* of the parallel part, with its message */
+    char message[MIL_MESSAGE_SIZE];
+};
+
+/* A sequence that waits: it holds its text only. */
+mil_status
+mil_sequence_new(const mil_request *request, mil_sequence **out) MIL_MUST_CHECK;
+/* States and sampling memory, when its turn has come. */
+mil_status
+mil_sequence_join(const mil_engine *engine, mil_sequence *sequence) MIL_MUST_CHECK;
+void
+mil_sequence_delete(mil_sequence *sequence);
+
+/* Room for `more` tokens beyond count, in the arrays that grow with the text. */
+mil_status
+mil_sequence_reserve(mil_sequence *sequence, int64_t more) MIL_MUST_CHECK;
+
+/* Counts a token for the repetition penalty, or takes it back. */
+static inline void
+mil_sequence_mark(mil_sequence *sequence, int32_t token, int32_t change)
+{
+    if (sequence->occurrences != NULL) {
+        sequence->occurrences[token] += change;
+    }
+}
+
+static inline bool
+mil_sequence_stops(const mil_sequence *sequence, int32_t token)
+{
+    for (int64_t i = 0; i < sequence->request.stop_count; i++) {
+        if (sequence->request.stop_tokens[i] == token) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Adds one token to the text, with its log-probabilities from `logits`; ends the sequence at a stop token or
+ * at its length. */
+void
+mil_sequence_add(mil_sequence *sequence, int64_t vocab, int32_t token, const float *logits);
+
+/* ---- speculate.c ------------------------------------------------------------------------------------------ */
+
+/* Sets the costs that the options leave open. */
+void
+mil_speculate_costs(mil_engine_options *options);
+/* Sets `wanted`: the number of drafts that this round is worth. */
+void
+mil_speculate_plan(const mil_engine *engine, mil_sequence *sequence);
+/* Fills tokens[count ..] with drafts for all running sequences that want some. */
+mil_status
+mil_speculate_draft(mil_engine *engine, mil_context *context) MIL_MUST_CHECK;
+/* The target's verdict on one sequence: logits [drafted + 1, vocab] of the last token and the drafts. Adds the
+ * accepted drafts and one token more. Touches this sequence only. */
+mil_status
+mil_speculate_settle(const mil_engine *engine, mil_sequence *sequence, const float *logits) MIL_MUST_CHECK;
+
+/* ---- generate.c ------------------------------------------------------------------------------------------- */
+
+/* Starts a pass; adds rows tokens[from .. from + rows) of a sequence (sets its first_logit and logit_count: the last
+ * `logit_count` rows); runs it: logits are in engine->pack.logits. */
+void
+mil_pack_begin(mil_engine *engine);
+mil_status
+mil_pack_add(mil_engine *engine, mil_sequence *sequence, mil_state *state, int64_t rows, int64_t logit_count)
+    MIL_MUST_CHECK;
+mil_status
+mil_pack_run(mil_engine *engine, mil_context *context, const mil_model *model) MIL_MUST_CHECK;
+
+/* Runs `work` for each packed sequence on the context's team; the first failure, in order, is returned. */
+typedef mil_status (*mil_sequence_work)(const mil_engine *engine, mil_sequence *sequence);
+mil_status
+mil_pack_each(mil_engine *engine, mil_context *context, mil_sequence_work work) MIL_MUST_CHECK;
+
+#endif
