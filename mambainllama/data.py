@@ -1,0 +1,667 @@
+"""Training data: documents of tokens, and the batches that a training step takes from them.
+
+Whatever the data come from, they become one long array of tokens and the places where documents start
+(`Documents`); `Batches` cuts documents into pieces of at most `sequence_length` tokens, packs pieces into
+rows, and hands out the rows of any optimizer step by its number.  Three things follow from this form:
+
+- Documents never mix.  A batch is a flat run of tokens with `offsets`; the C core treats every piece as a
+  sequence of its own (positions, convolutions and states start afresh), so packing costs no padding and
+  leaks nothing from one document into the next.
+- A run resumes at the exact example.  The order of rows is a function of (seed, epoch), and batch k of a
+  function of that order: nothing has to be replayed or remembered.
+- Memory stays bounded.  Text is tokenised once into an unnamed temporary file that is mapped, not read;
+  what stays in memory is 8 bytes a document and 16 bytes a piece.
+
+Token arrays are taken as they are, memory-mapped where they come from a .npy file.  Each of their rows is
+one row of a batch, not packed with others, so that `batch_size` counts what the user counts.
+
+>>> import numpy as np
+>>> documents = read_documents(np.arange(12).reshape(3, 4), vocab=12)
+>>> batch = Batches(documents, batch_size=2, sequence_length=4, shuffle=False).step(0)[0]
+>>> batch.tokens.tolist(), batch.offsets.tolist()
+([0, 1, 2, 3, 4, 5, 6, 7], [0, 4, 8])
+>>> batch.labels.tolist()
+[1, 2, 3, -1, 5, 6, 7, -1]
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import (
+    ArgumentError,
+    DtypeError,
+    FileError,
+    FormatError,
+    NotFoundError,
+    ShapeError,
+    listing,
+    shorten,
+)
+
+__all__ = ["Batch", "Batches", "Documents", "read_documents", "sample_rows"]
+
+SUFFIXES = (".npz", ".npy", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet", ".txt")
+
+# Tokens checked, hashed or written at once: large enough to be fast, small beside a model.
+BLOCK = 1 << 22
+
+# Files above this many bytes of tokens are told apart by evenly spaced samples instead of every byte.
+FULL_HASH_BYTES = 1 << 28
+
+
+class BadRecord(Exception):
+    """One record cannot be used; the reader adds where it stands and decides whether to go on."""
+
+
+# ---- documents -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Tokenised documents, end to end.
+
+    Attributes
+    ----------
+    tokens : integer array [total]
+    starts : int64 array [documents + 1], where each document begins; the last entry is `total`
+    targets : bool array [total] or None
+        Whether a token is something to learn to predict (an answer); None means that all are.
+    packed : bool
+        Whether several documents may share a row of a batch.
+    skipped : int
+        Bad records that were left out (`skip_bad`).
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    targets: np.ndarray | None = None
+    packed: bool = True
+    skipped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.tokens[self.starts[index] : self.starts[index + 1]]
+
+    def fingerprint(self) -> str:
+        """A short hash of all tokens and borders: equal data give equal training."""
+        digest = hashlib.sha256()
+        for array in (self.starts, self.tokens, self.targets):
+            if array is None:
+                continue
+            digest.update(f"{array.dtype.str}{array.shape}".encode())
+            step = max(1, BLOCK // 8)
+            begins = range(0, len(array), step)
+            if array.nbytes > FULL_HASH_BYTES:
+                begins = np.linspace(0, len(array) - step, 64).astype(np.int64)
+            for begin in begins:
+                digest.update(np.ascontiguousarray(array[begin : begin + step]).tobytes())
+        return digest.hexdigest()[:16]
+
+    def split(self, fraction: float) -> tuple[Documents, Documents]:
+        """(the rest, an evenly spaced `fraction` of the documents), for validation."""
+        count = len(self)
+        held = round(count * fraction)
+        if held < 1 or held >= count:
+            raise ArgumentError(
+                f"validation={fraction} of {count} documents leaves one side empty: give more data"
+            )
+        keep = np.ones(count, bool)
+        keep[(np.arange(held) * count) // held] = False
+        return self._select(keep), self._select(~keep)
+
+    def _select(self, keep: np.ndarray) -> Documents:
+        lengths = np.diff(self.starts)
+        of_token = np.repeat(keep, lengths)
+        starts = np.concatenate([[0], np.cumsum(lengths[keep])]).astype(np.int64)
+        targets = None if self.targets is None else self.targets[of_token]
+        return Documents(self.tokens[of_token], starts, targets, self.packed, self.skipped)
+
+
+def read_documents(
+    data: Any,
+    tokenizer: Any = None,
+    *,
+    vocab: int,
+    loss_on: str = "all",
+    skip_bad: bool = False,
+) -> Documents:
+    """Tokens of any data that the library takes.
+
+    Parameters
+    ----------
+    data : integer array (n, length); path or list of paths; list of records; list of token lists
+        Paths: .npz or .npy of tokens, .jsonl or .jsonl.gz or parquet of ``{"text": ...}`` or
+        ``{"messages": [...]}``, .txt, or a folder of such files. Records are the same dictionaries.
+    tokenizer : Tokenizer, needed for text
+    vocab : int
+        Tokens must lie in [0, vocab).
+    loss_on : "all" or "answers"
+        With "answers", only the assistant's tokens of ``messages`` are learnt.
+    skip_bad : bool
+        Leave bad records out and count them instead of stopping at the first.
+
+    Raises
+    ------
+    mil.FormatError, mil.FileError, mil.ArgumentError, mil.ShapeError
+        One line with file and line, or array row and column.
+    """
+    if loss_on not in ("all", "answers"):
+        raise ArgumentError(f"loss_on={shorten(loss_on)}: expected 'all' or 'answers'")
+    if isinstance(data, Documents):
+        check_tokens(data.tokens, data.starts, vocab, "data")
+        return data
+    if hasattr(data, "__array__") or hasattr(data, "__dlpack__"):
+        return documents_of_array(np.asarray(data), vocab, "data")
+    if isinstance(data, (str, os.PathLike)):
+        data = [data]
+    if not isinstance(data, Sequence) or len(data) == 0:
+        raise ArgumentError(
+            f"data is {describe(data)}: expected a token array (n, length), a path, a list of paths, or a list "
+            "of records such as {'text': ...} or {'messages': [...]}"
+        )
+    if all(isinstance(item, (str, os.PathLike)) for item in data):
+        return documents_of_files(expand_paths(data), tokenizer, vocab, loss_on, skip_bad)
+    if all(isinstance(item, Mapping) for item in data):
+        records = ((f"data[{index}]", record) for index, record in enumerate(data))
+        return documents_of_records(records, tokenizer, vocab, loss_on, skip_bad)
+    if all(isinstance(item, (Sequence, np.ndarray)) for item in data):
+        rows = [integer_row(item, f"data[{index}]") for index, item in enumerate(data)]
+        starts = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+        documents = Documents(np.concatenate(rows), starts)
+        check_tokens(documents.tokens, starts, vocab, "data")
+        return documents
+    raise ArgumentError("data mixes kinds: expected only paths, only records, or only token lists")
+
+
+def describe(value: Any) -> str:
+    return "empty" if isinstance(value, Sequence) and len(value) == 0 else type(value).__name__
+
+
+def integer_row(row: Any, where: str) -> np.ndarray:
+    array = np.asarray(row)
+    if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
+        raise ShapeError(f"{where}: expected a list of token ids, got {array.dtype} of shape {array.shape}")
+    return array.astype(np.int64)
+
+
+def documents_of_array(array: np.ndarray, vocab: int, where: str) -> Documents:
+    """Each row of a (n, length) array is a document; a one-dimensional array is a single one."""
+    if array.dtype.kind not in "iu":
+        raise DtypeError(f"{where}: token arrays hold integers, got {array.dtype}")
+    if array.ndim not in (1, 2) or array.size == 0:
+        raise ShapeError(f"{where}: expected tokens of shape (n, length), got {array.shape}")
+    length = array.shape[-1]
+    count = array.size // length
+    starts = np.arange(count + 1, dtype=np.int64) * length
+    documents = Documents(array.reshape(-1), starts, packed=False)
+    check_tokens(documents.tokens, starts, vocab, where)
+    return documents
+
+
+def check_tokens(tokens: np.ndarray, starts: np.ndarray, vocab: int, where: str) -> None:
+    """Every token lies in the vocabulary; the message names the first that does not."""
+    for begin in range(0, len(tokens), BLOCK):
+        block = tokens[begin : begin + BLOCK]
+        if int(block.min()) >= 0 and int(block.max()) < vocab:
+            continue
+        at = begin + int(np.argmax((block < 0) | (block >= vocab)))
+        row = int(np.searchsorted(starts, at, side="right")) - 1
+        raise ArgumentError(
+            f"{where}: token {int(tokens[at])} at row {row}, column {at - int(starts[row])} is outside the "
+            f"model's vocabulary [0, {vocab})"
+        )
+
+
+# ---- files -----------------------------------------------------------------------------------------------
+
+
+def expand_paths(paths: Iterable[str | os.PathLike]) -> list[Path]:
+    """Existing files, folders replaced by the files in them."""
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES))
+            if not inside:
+                raise ArgumentError(f"{path}: no file in this folder ends in {', '.join(SUFFIXES)}")
+            files += inside
+        elif not path.exists():
+            raise NotFoundError(f"{path}: no such data file")
+        elif not path.name.endswith(SUFFIXES):
+            raise ArgumentError(f"{path}: unknown kind of data file; expected {', '.join(SUFFIXES)}")
+        else:
+            files.append(path)
+    return files
+
+
+def documents_of_files(
+    files: list[Path], tokenizer: Any, vocab: int, loss_on: str, skip_bad: bool
+) -> Documents:
+    arrays = [path for path in files if path.suffix in (".npz", ".npy")]
+    if not arrays:
+        records = (record for path in files for record in read_records(path, skip_bad))
+        return documents_of_records(records, tokenizer, vocab, loss_on, skip_bad)
+    if len(arrays) < len(files):
+        raise ArgumentError(f"data mixes token arrays ({arrays[0]}) with text files: give one kind")
+    parts = [read_array(path, vocab) for path in arrays]
+    if len(parts) == 1:
+        return parts[0]
+    lengths = np.concatenate([np.diff(part.starts) for part in parts])
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return Documents(np.concatenate([p.tokens for p in parts]), starts, packed=any(p.packed for p in parts))
+
+
+def read_array(path: Path, vocab: int) -> Documents:
+    """Tokens of one .npy (mapped) or .npz file (`tokens`, and `offsets` where documents differ in length)."""
+    try:
+        content = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None, allow_pickle=False)
+        if path.suffix == ".npy":
+            return documents_of_array(content, vocab, str(path))
+        with content:
+            names = list(content)
+            name = "tokens" if "tokens" in names else names[0] if len(names) == 1 else None
+            if name is None:
+                raise FormatError(f"{path}: expected an array named 'tokens', found {names}")
+            tokens = content[name]
+            if "offsets" not in names:
+                return documents_of_array(tokens, vocab, str(path))
+            starts = content["offsets"].astype(np.int64)
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror or error}") from None
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        if isinstance(error, (FormatError, ArgumentError, ShapeError)):
+            raise
+        raise FormatError(f"{path}: not a NumPy file of tokens ({error})") from None
+    if tokens.ndim != 1 or starts.ndim != 1 or len(starts) < 2 or starts[0] != 0 or starts[-1] != len(tokens):
+        raise FormatError(f"{path}: 'offsets' must rise from 0 to the number of tokens, {len(tokens)}")
+    if np.any(np.diff(starts) < 0):
+        raise FormatError(f"{path}: 'offsets' must not fall")
+    check_tokens(tokens, starts, vocab, str(path))
+    return Documents(tokens, starts)
+
+
+def read_records(path: Path, skip_bad: bool) -> Iterator[tuple[str, Any]]:
+    """(place, record) of a text file, one at a time. A record that is a BadRecord could not be read."""
+    if path.suffix == ".parquet":
+        yield from read_parquet(path)
+        return
+    try:
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rb") as lines:
+            if path.suffix == ".txt":
+                yield from read_plain(path, lines)
+                return
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", parse_line(line)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise FormatError(f"{path}: damaged gzip file ({error})") from None
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror or error}") from None
+
+
+def parse_line(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except UnicodeDecodeError as error:
+        return BadRecord(f"not UTF-8 ({error.reason} at byte {error.start})")
+    except (json.JSONDecodeError, RecursionError) as error:
+        return BadRecord(f"not JSON ({error})")
+
+
+def read_plain(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[str, Any]]:
+    """Plain text is cut at line ends into documents of about a megabyte, whatever its size."""
+    held: list[bytes] = []
+    size, first = 0, 1
+    for number, line in enumerate(lines, start=1):
+        held.append(line)
+        size += len(line)
+        if size >= 1 << 20:
+            yield f"{path}:{first}", text_record(held)
+            held, size, first = [], 0, number + 1
+    if size:
+        yield f"{path}:{first}", text_record(held)
+
+
+def text_record(lines: list[bytes]) -> Any:
+    try:
+        return {"text": b"".join(lines).decode()}
+    except UnicodeDecodeError as error:
+        return BadRecord(f"not UTF-8 ({error.reason})")
+
+
+def read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ArgumentError(
+            f"{path}: reading parquet needs pyarrow (pip install pyarrow), or convert it to .jsonl"
+        ) from None
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+        columns = [name for name in ("text", "messages") if name in table.schema_arrow.names]
+        if not columns:
+            raise FormatError(
+                f"{path}: expected a column 'text' or 'messages', found {table.schema_arrow.names}"
+            )
+        row = 0
+        for block in table.iter_batches(batch_size=256, columns=columns[:1]):
+            for record in block.to_pylist():
+                row += 1
+                yield f"{path}: row {row}", record
+    except pyarrow.ArrowException as error:
+        raise FormatError(f"{path}: not a parquet file ({str(error).splitlines()[0]})") from None
+
+
+# ---- tokenising ------------------------------------------------------------------------------------------
+
+
+class TokenFile:
+    """A growing array in an unnamed temporary file: memory stays bounded however much is added."""
+
+    def __init__(self, dtype: type):
+        self.dtype = np.dtype(dtype)
+        self.file = tempfile.TemporaryFile(prefix="mambainllama-", buffering=1 << 20)  # noqa: SIM115
+        self.count = 0
+
+    def add(self, values: Sequence) -> None:
+        try:
+            self.file.write(np.asarray(values, self.dtype).tobytes())
+        except OSError as error:
+            raise FileError(
+                f"{tempfile.gettempdir()}: {error.strerror} while tokenising; set TMPDIR to a larger disk"
+            ) from None
+        self.count += len(values)
+
+    def array(self) -> np.ndarray:
+        """All values, mapped; the file goes when the array does."""
+        try:
+            self.file.flush()
+        except OSError as error:
+            raise FileError(
+                f"{tempfile.gettempdir()}: {error.strerror} while tokenising; set TMPDIR to a larger disk"
+            ) from None
+        return np.memmap(self.file, self.dtype, "r", shape=(self.count,))
+
+
+def documents_of_records(
+    records: Iterable[tuple[str, Any]], tokenizer: Any, vocab: int, loss_on: str, skip_bad: bool
+) -> Documents:
+    """Tokenises records one by one into a mapped file."""
+    if tokenizer is None:
+        raise ArgumentError("data is text, but the model has no tokenizer: give token arrays instead")
+    tokens = TokenFile(np.uint16 if vocab <= 1 << 16 else np.int32)
+    targets = TokenFile(np.bool_) if loss_on == "answers" else None
+    starts = [0]
+    skipped = 0
+    last = "data"
+    for place, record in records:
+        last = place
+        try:
+            ids, answer = encode_record(record, tokenizer, loss_on)
+            worst = max(ids) if ids else 0
+            if worst >= vocab:
+                raise BadRecord(
+                    f"the tokenizer gives token {worst}, outside the model's vocabulary [0, {vocab})"
+                )
+        except BadRecord as error:
+            if not skip_bad:
+                raise FormatError(f"{place}: {error}; mend it, or skip such records with skip_bad") from None
+            skipped += 1
+            continue
+        tokens.add(ids)
+        if targets is not None:
+            targets.add(answer)
+        starts.append(tokens.count)
+    if len(starts) == 1:
+        raise FormatError(f"{last}: no usable record ({skipped} bad ones skipped)")
+    return Documents(
+        tokens.array(),
+        np.array(starts, np.int64),
+        targets.array() if targets is not None else None,
+        skipped=skipped,
+    )
+
+
+def encode_record(record: Any, tokenizer: Any, loss_on: str) -> tuple[list[int], list[bool] | None]:
+    """Token ids of a record, and with loss_on="answers" which of them are answers."""
+    if isinstance(record, BadRecord):
+        raise record
+    if not isinstance(record, Mapping):
+        raise BadRecord(f"expected an object with 'text' or 'messages', got {type(record).__name__}")
+    if "messages" in record:
+        segments = chat_segments(record["messages"], tokenizer)
+    elif isinstance(record.get("text"), str):
+        ids = list(tokenizer.encode(record["text"]))
+        end = tokenizer.eos_token_id
+        if end is not None and (not ids or ids[-1] != end):
+            ids.append(end)
+        segments = [(ids, True)]
+    else:
+        raise BadRecord(
+            f"expected 'text' (a string) or 'messages' (a list), found {listing(record, 5) or 'nothing'}"
+        )
+    ids = [token for segment, _ in segments for token in segment]
+    if len(ids) < 2:
+        raise BadRecord("an empty document: nothing to predict")
+    if loss_on == "all":
+        return ids, None
+    answer = [flag for segment, flag in segments for _ in segment]
+    if not any(answer):
+        raise BadRecord("no assistant message to learn from")
+    return ids, answer
+
+
+def chat_segments(messages: Any, tokenizer: Any) -> list[tuple[list[int], bool]]:
+    """Runs of tokens of a chat, told apart by whether the assistant said them.
+
+    Each answer is what the template adds after its generation prompt, and is tokenised on its own: just
+    so the model meets it when it generates.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise BadRecord("'messages' must be a list of {'role', 'content'}")
+    for index, message in enumerate(messages):
+        if not (
+            isinstance(message, Mapping)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+        ):
+            raise BadRecord(f"messages[{index}] must have a 'role' and a 'content', both strings")
+    try:
+        whole = tokenizer.apply_chat_template(messages)
+        cuts = []
+        for index, message in enumerate(messages):
+            if message["role"] == "assistant":
+                prompt = tokenizer.apply_chat_template(messages[:index], add_generation_prompt=True)
+                answered = tokenizer.apply_chat_template(messages[: index + 1])
+                if whole.startswith(prompt) and whole.startswith(answered) and len(answered) > len(prompt):
+                    cuts.append((len(prompt), len(answered)))
+    except ValueError as error:
+        raise BadRecord(f"the chat template refused it ({error})") from None
+    segments, at = [], 0
+    for begin, end in cuts:
+        segments.append((whole[at:begin], False))
+        segments.append((whole[begin:end], True))
+        at = end
+    segments.append((whole[at:], False))
+    return [(list(tokenizer.encode(text, add_special_tokens=False)), flag) for text, flag in segments if text]
+
+
+# ---- batches ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward and backward pass takes.
+
+    Attributes
+    ----------
+    tokens : int32 array [n], sequences end to end
+    offsets : int64 array [sequences + 1]
+    labels : int32 array [n], the next token of the same document, -1 at its end
+    row_weight : float32 array [n] or None (all 1)
+    rows : int
+        Rows of the batch in the user's sense (array rows, or packed rows).
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    labels: np.ndarray
+    row_weight: np.ndarray | None
+    rows: int
+
+    @property
+    def counted(self) -> float:
+        """Sum of row weights: how many distributions are compared."""
+        return float(len(self.tokens)) if self.row_weight is None else float(self.row_weight.sum())
+
+    @property
+    def labelled(self) -> float:
+        """Sum of row weights where a next token is known."""
+        known = self.labels >= 0
+        return float(known.sum() if self.row_weight is None else self.row_weight[known].sum())
+
+
+class Batches:
+    """Rows of at most `sequence_length` tokens, and the batches that each optimizer step takes.
+
+    An optimizer step takes `batch_size * accumulation` rows in `accumulation` micro-batches. The last
+    step of an epoch takes what is left. Step numbers run on through epochs, each in an order of its own.
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        *,
+        batch_size: int,
+        sequence_length: int,
+        accumulation: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+    ):
+        self.documents = documents
+        self.batch_size, self.accumulation = batch_size, accumulation
+        self.seed, self.shuffle = seed, shuffle
+        self.piece_starts, self.piece_lengths = cut_pieces(documents.starts, sequence_length)
+        if len(self.piece_starts) == 0:
+            raise ArgumentError("data holds no document of two tokens or more: nothing to predict")
+        if documents.packed:
+            self._pack(sequence_length)
+        else:
+            self.row_bounds = np.arange(len(self.piece_starts) + 1, dtype=np.int64)
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def _pack(self, sequence_length: int) -> None:
+        """Fills rows with pieces in a shuffled order, each row until the next piece does not fit.
+
+        Nothing is gained by a cleverer fit: an unfilled row costs no padding, it is only shorter. The rows
+        are the same in every epoch; their order is not.
+        """
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, 0, 1]).permutation(len(self.piece_starts))
+            self.piece_starts, self.piece_lengths = self.piece_starts[order], self.piece_lengths[order]
+        ends = np.cumsum(self.piece_lengths)
+        bounds, used = [0], 0
+        while bounds[-1] < len(ends):
+            bounds.append(int(np.searchsorted(ends, used + sequence_length, side="right")))
+            used = int(ends[bounds[-1] - 1])
+        self.row_bounds = np.array(bounds, np.int64)
+
+    @property
+    def rows_per_epoch(self) -> int:
+        return len(self.row_bounds) - 1
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        return int(self.piece_lengths.sum())
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.rows_per_epoch // (self.batch_size * self.accumulation))
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Row numbers in the order of an epoch: a function of (seed, epoch) alone."""
+        if epoch != self._epoch:
+            count = self.rows_per_epoch
+            self._order = (
+                np.random.default_rng([self.seed, epoch]).permutation(count)
+                if self.shuffle
+                else np.arange(count)
+            )
+            self._epoch = epoch
+        return self._order
+
+    def step(self, index: int) -> list[Batch]:
+        """The micro-batches of optimizer step `index`, counted from 0 through all epochs."""
+        epoch, within = divmod(index, self.steps_per_epoch)
+        window = self.batch_size * self.accumulation
+        rows = self.order(epoch)[within * window : (within + 1) * window]
+        return [self.batch(rows[at : at + self.batch_size]) for at in range(0, len(rows), self.batch_size)]
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        """The given rows as one flat batch."""
+        pieces = np.concatenate([np.arange(self.row_bounds[r], self.row_bounds[r + 1]) for r in rows])
+        starts, lengths = self.piece_starts[pieces], self.piece_lengths[pieces]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        tokens = np.empty(offsets[-1], np.int32)
+        labels = np.full(offsets[-1], -1, np.int32)
+        targets = self.documents.targets
+        weight = None if targets is None else np.zeros(offsets[-1], np.float32)
+        for begin, start, length in zip(offsets[:-1], starts, lengths, strict=True):
+            tokens[begin : begin + length] = self.documents.tokens[start : start + length]
+            labels[begin : begin + length - 1] = tokens[begin + 1 : begin + length]
+            if weight is not None:
+                weight[begin : begin + length - 1] = targets[start + 1 : start + length]
+        return Batch(tokens, offsets, labels, weight, len(rows))
+
+    def __iter__(self) -> Iterator[Batch]:
+        """All micro-batches of the first epoch."""
+        for index in range(self.steps_per_epoch):
+            yield from self.step(index)
+
+
+def cut_pieces(starts: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(start, length) of every piece: documents cut at multiples of `sequence_length`.
+
+    Pieces of one token hold nothing to predict and are dropped.
+    """
+    lengths = np.diff(starts)
+    counts = -(-lengths // sequence_length)
+    document = np.repeat(np.arange(len(lengths)), counts)
+    number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
+    begins = number * sequence_length
+    sizes = np.minimum(sequence_length, lengths[document] - begins)
+    keep = sizes >= 2
+    return (starts[:-1][document] + begins)[keep], sizes[keep]
+
+
+def sample_rows(documents: Documents, rows: int, length: int, seed: int = 0) -> np.ndarray:
+    """An int32 array (at most `rows`, `length`) of tokens for calibration: whole windows, evenly drawn."""
+    starts, lengths = cut_pieces(documents.starts, length)
+    full = starts[lengths == length]
+    usable = len(documents.tokens) // length
+    if len(full) < min(rows, usable):
+        # Many documents are shorter: run them together, calibration minds no borders.
+        full = np.arange(usable, dtype=np.int64) * length
+    if len(full) == 0:
+        raise ArgumentError(
+            f"calibration needs at least {length} tokens, the data hold {len(documents.tokens)}"
+        )
+    if len(full) > rows:
+        full = np.sort(np.random.default_rng([seed, 2]).choice(full, rows, replace=False))
+    return np.stack([documents.tokens[at : at + length] for at in full]).astype(np.int32)
