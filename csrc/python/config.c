@@ -3,9 +3,9 @@
  * mambainllama/families.py has turned a checkpoint's words into this dict; its keys are the structs' field
  * names.  An unknown key is refused, so that a misspelt switch cannot silently do nothing.
  */
-#include <math.h>
-
 #include "python/types.h"
+
+#include <math.h>
 
 typedef struct reader {
     core_state *core;

@@ -5,8 +5,6 @@
  */
 #include "python/types.h"
 
-#include <stddef.h>
-
 /* ---- arguments shared with the other bindings ------------------------------------------------------------ */
 
 core_model *
@@ -718,9 +716,16 @@ static PyMethodDef model_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static PyMemberDef model_members[] = {
-    {"config", Py_T_OBJECT_EX, offsetof(core_model, config), Py_READONLY, "The configuration dict."},
-    {NULL, 0, 0, 0, NULL},
+static PyObject *
+model_get_config(PyObject *self, void *unused)
+{
+    (void)unused;
+    return Py_NewRef(((core_model *)self)->config);
+}
+
+static PyGetSetDef model_properties[] = {
+    {"config", model_get_config, NULL, "The configuration dict.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
 };
 
 static PyType_Slot model_slots[] = {
@@ -729,7 +734,7 @@ static PyType_Slot model_slots[] = {
     {Py_tp_dealloc, model_dealloc},
     {Py_tp_traverse, model_traverse},
     {Py_tp_methods, model_methods},
-    {Py_tp_members, model_members},
+    {Py_tp_getset, model_properties},
     {0, NULL},
 };
 

@@ -125,10 +125,10 @@ scan_forward(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject
     core_call call;
     mil_scan a = {0};
     call_begin(&call, module, "scan_forward", args, count, names);
-    bind_scan(&call, &a);
+    int64_t inputs = bind_scan(&call, &a);
     a.states = call_states(&call, a.rows.sequences,
-                           &(call_state_sizes){.state = a.inner * a.state_dim,
-                                               .x = a.inner,
+                           &(call_state_sizes){.state = a.state_dim * a.inner,
+                                               .x = inputs,
                                                .B = a.B_groups * a.state_dim,
                                                .dt = a.inner,
                                                .current = true});
@@ -198,7 +198,7 @@ ssd_forward(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject 
     call_begin(&call, module, "ssd_forward", args, count, names);
     bind_ssd(&call, &a);
     a.states = call_states(&call, a.rows.sequences,
-                           &(call_state_sizes){.state = a.heads * a.head_dim * a.state_dim,
+                           &(call_state_sizes){.state = a.heads * a.state_dim * a.head_dim,
                                                .x = a.x_heads * a.head_dim,
                                                .B = a.B_groups * a.state_dim,
                                                .dt = a.heads});

@@ -2,9 +2,10 @@
 #ifndef MIL_PYTHON_TYPES_H
 #define MIL_PYTHON_TYPES_H
 
-#include "model/model.h"
-#include "python/arrays.h"
+#include "python/arrays.h" /* Python.h comes first */
 #include "python/errors.h"
+
+#include "model/model.h"
 
 /* A model over borrowed parameters. Immutable after its making, but for the parameters' values. */
 typedef struct core_model {
