@@ -244,7 +244,8 @@ module_exec(PyObject *module)
     }
     state->threads = default_threads();
     if (core_add_errors(module, state) < 0 || core_add_ops(module) < 0 ||
-        core_add_model_types(module, state) < 0 || core_add_trainer_type(module, state) < 0) {
+        core_add_model_types(module, state) < 0 || core_add_trainer_type(module, state) < 0 ||
+        core_add_generate(module) < 0) {
         return -1;
     }
     mil_status status = mil_cpu_check_level(); /* MAMBAINLLAMA_CPU misspelt: say so at once */

@@ -64,5 +64,7 @@ int
 core_add_model_types(PyObject *module, core_state *state);
 int
 core_add_trainer_type(PyObject *module, core_state *state);
+int
+core_add_generate(PyObject *module);
 
 #endif
