@@ -2,8 +2,46 @@
 
 from . import _blas, errors, ops
 from ._version import __version__
-from .errors import Error
+from .convert import convert
+from .errors import (
+    ArgumentError,
+    DeviceError,
+    DtypeError,
+    Error,
+    FileError,
+    FormatError,
+    NonFiniteError,
+    NotFoundError,
+    OutOfMemoryError,
+    ShapeError,
+    StateError,
+    StoppedError,
+    UnsupportedError,
+)
+from .model import Model, load
+from .tokenizer import Tokenizer
 
 _blas.load()
 
-__all__ = ["Error", "__version__", "errors", "ops"]
+__all__ = [
+    "ArgumentError",
+    "DeviceError",
+    "DtypeError",
+    "Error",
+    "FileError",
+    "FormatError",
+    "Model",
+    "NonFiniteError",
+    "NotFoundError",
+    "OutOfMemoryError",
+    "ShapeError",
+    "StateError",
+    "StoppedError",
+    "Tokenizer",
+    "UnsupportedError",
+    "__version__",
+    "convert",
+    "errors",
+    "load",
+    "ops",
+]

@@ -1,17 +1,19 @@
 """Checkpoint folders: config.json, safetensors files (one or sharded), and the files beside them.
 
-Reading.  A safetensors file is eight bytes (the header's length, little-endian), a JSON header that gives each
-tensor's dtype, shape and byte range, and the bytes.  The file is mapped, not read: a 16 GB model opens at once
-and its pages come in as they are used.  The mapping is copy-on-write, so a model can be trained in place
-without touching its file and without a second copy of what is not changed.
+Reading.  A safetensors file is eight bytes (the header's length, little-endian), a JSON header that
+gives each tensor's dtype, shape and byte range, and the bytes.  The file is mapped, not read: a 16
+GB model opens at once and its pages come in as they are used.  The mapping is copy-on-write, so a
+model can be trained in place without touching its file and without a second copy of what is not
+changed.
 
-Files are treated as hostile.  Every number in the header is checked before it is used for anything: the ranges
-must tile the data exactly (no hole, no overlap, nothing beyond the end), the products of the shapes must give
-the ranges' lengths, names must not repeat, and a shard index may only name files in its own folder.
+Files are treated as hostile.  Every number in the header is checked before it is used for anything:
+the ranges must tile the data exactly (no hole, no overlap, nothing beyond the end), the products of
+the shapes must give the ranges' lengths, names must not repeat, and a shard index may only name
+files in its own folder.
 
-Writing.  A folder is written beside its destination and renamed when all of it is on the disk; into a folder
-that exists already, files are moved one by one, each by an atomic rename.  A full disk or a killed
-process never leaves half a file under a name that a reader would open.
+Writing.  A folder is written beside its destination and renamed when all of it is on the disk; into
+a folder that exists already, files are moved one by one, each by an atomic rename.  A full disk or
+a killed process never leaves half a file under a name that a reader would open.
 
 Format: https://github.com/huggingface/safetensors#format
 """
@@ -34,7 +36,14 @@ import numpy as np
 from .dtypes import STORAGE
 from .errors import Error, FileError, FormatError, NotFoundError, listing, shorten
 
-__all__ = ["Checkpoint", "StoredTensor", "read_header", "read_json", "write_folder", "write_safetensors"]
+__all__ = [
+    "Checkpoint",
+    "StoredTensor",
+    "read_header",
+    "read_json",
+    "write_folder",
+    "write_safetensors",
+]
 
 #: Names of the safetensors dtypes and their bytes an element.
 _ITEM_BYTES = {
@@ -59,12 +68,12 @@ COMPANION_FILES = (
     "added_tokens.json",
     "tokenizer.model",
     "chat_template.jinja",
-    "chat_template.json",
     "generation_config.json",
 )
 
 
-# ---- JSON --------------------------------------------------------------------------------------------
+# ---- JSON
+# --------------------------------------------------------------------------------------------
 
 
 def _no_duplicates(pairs):
@@ -79,13 +88,15 @@ def _no_duplicates(pairs):
     return result
 
 
-def _parse_json(data: bytes, where: str) -> dict:
+def parse_json(data: bytes, where: str) -> dict:
     """The JSON object in `data`. Any other content is one FormatError, however deep or large it is."""
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise FormatError(f"{where}: not valid JSON ({reason}); download or write the file again") from None
+        raise FormatError(
+            f"{where}: not valid JSON ({reason}); download or write the file again"
+        ) from None
     if not isinstance(value, dict):
         raise FormatError(f"{where}: expected a JSON object, got {type(value).__name__}")
     return value
@@ -102,11 +113,14 @@ def read_json(path: str | os.PathLike) -> dict:
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror})") from None
     if len(data) > _MAX_JSON:
-        raise FormatError(f"{path}: larger than {_MAX_JSON} bytes; this is not a configuration file")
-    return _parse_json(data, str(path))
+        raise FormatError(
+            f"{path}: larger than {_MAX_JSON} bytes; this is not a configuration file"
+        )
+    return parse_json(data, str(path))
 
 
-# ---- safetensors: reading -------------------------------------------------------------------------------
+# ---- safetensors: reading
+# -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -122,11 +136,15 @@ class StoredTensor:
     end: int
 
 
-def _checked_tensor(name: str, entry: object, path: Path, data_start: int, data_bytes: int) -> StoredTensor:
+def _checked_tensor(
+    name: str, entry: object, path: Path, data_start: int, data_bytes: int
+) -> StoredTensor:
     """One header entry as a StoredTensor, every number of it checked."""
 
     def fail(expected: str, got: object):
-        return FormatError(f"{path}: tensor {shorten(name)}: expected {expected}, got {shorten(got)}")
+        return FormatError(
+            f"{path}: tensor {shorten(name)}: expected {expected}, got {shorten(got)}"
+        )
 
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise fail("an object of dtype, shape and data_offsets", entry)
@@ -139,7 +157,9 @@ def _checked_tensor(name: str, entry: object, path: Path, data_start: int, data_
         raise fail("data_offsets [begin, end] with 0 <= begin <= end", offsets)
     begin, end = offsets
     if end > data_bytes:
-        raise fail(f"bytes within the {data_bytes} of the file's data (is the file cut off?)", offsets)
+        raise fail(
+            f"bytes within the {data_bytes} of the file's data (is the file cut off?)", offsets
+        )
     wanted = math.prod(shape) * _ITEM_BYTES[dtype]
     if end - begin != wanted:
         raise fail(f"{wanted} bytes for {dtype} of shape {shorten(shape)}", f"{end - begin} bytes")
@@ -158,7 +178,8 @@ def read_header(path: str | os.PathLike) -> dict[str, StoredTensor]:
     Raises
     ------
     FormatError
-        For anything that is not exactly the format; the message names file, tensor, expected and got.
+        For anything that is not exactly the format; the message names file, tensor, expected and
+        got.
     """
     path = Path(path)
     try:
@@ -173,37 +194,50 @@ def read_header(path: str | os.PathLike) -> dict[str, StoredTensor]:
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror})") from None
     if len(prefix) < 8:
-        raise FormatError(f"{path}: {size} bytes are too few for a safetensors file; download it again")
+        raise FormatError(
+            f"{path}: {size} bytes are too few for a safetensors file; download it again"
+        )
     if length > min(size - 8, _MAX_HEADER):
         raise FormatError(
             f"{path}: the header claims {length} bytes, but the file has {size} (and {_MAX_HEADER} are allowed); "
             "it is cut off or not a safetensors file: download it again"
         )
     if not header.startswith(b"{"):
-        raise FormatError(f"{path}: the header does not start with '{{': this is not a safetensors file")
+        raise FormatError(
+            f"{path}: the header does not start with '{{': this is not a safetensors file"
+        )
 
-    entries = _parse_json(header, f"{path}: header")
+    entries = parse_json(header, f"{path}: header")
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict):
         raise FormatError(f"{path}: __metadata__: expected an object, got {shorten(metadata)}")
     start, data_bytes = 8 + length, size - 8 - length
-    tensors = [_checked_tensor(name, entry, path, start, data_bytes) for name, entry in entries.items()]
+    tensors = [
+        _checked_tensor(name, entry, path, start, data_bytes) for name, entry in entries.items()
+    ]
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
     position = start
     for tensor in tensors:
         if tensor.begin != position:
-            kind = "overlaps the one before it" if tensor.begin < position else "leaves a hole before it"
+            kind = (
+                "overlaps the one before it"
+                if tensor.begin < position
+                else "leaves a hole before it"
+            )
             raise FormatError(
                 f"{path}: tensor {shorten(tensor.name)} {kind}: expected its data at byte {position - start}, "
                 f"got {tensor.begin - start}"
             )
         position = tensor.end
     if position != size:
-        raise FormatError(f"{path}: {size - position} bytes after the last tensor; the file is damaged")
+        raise FormatError(
+            f"{path}: {size - position} bytes after the last tensor; the file is damaged"
+        )
     return {tensor.name: tensor for tensor in tensors}
 
 
-# ---- folders: reading --------------------------------------------------------------------------------------
+# ---- folders: reading
+# --------------------------------------------------------------------------------------
 
 
 class Checkpoint:
@@ -235,35 +269,56 @@ class Checkpoint:
         if index.exists():
             return self._read_shards(index)
         others = sorted(
-            path.name for path in self.folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors")
+            path.name
+            for path in self.folder.glob("*")
+            if path.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors")
         )
-        mend = f"; it holds {listing(others)}: save the model as safetensors first" if others else ""
+        mend = (
+            f"; it holds {listing(others)}: save the model as safetensors first" if others else ""
+        )
         raise NotFoundError(f"{self.folder}: neither {_SINGLE} nor {_INDEX} is there{mend}")
 
     def _read_shards(self, index: Path) -> dict[str, StoredTensor]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise FormatError(f"{index}: expected a weight_map object of tensor names to files, got {shorten(weight_map)}")
+            raise FormatError(
+                f"{index}: expected a weight_map object of tensor names to files, got {shorten(weight_map)}"
+            )
         for name, shard in weight_map.items():
             # A shard is a plain name in this folder: an index cannot make us open anything else.
-            if not isinstance(shard, str) or shard != os.path.basename(shard) or shard in ("", ".", "..") or "\\" in shard or "\0" in shard:
-                raise FormatError(f"{index}: tensor {shorten(name)}: expected the name of a file in this folder, got {shorten(shard)}")
+            if (
+                not isinstance(shard, str)
+                or shard != os.path.basename(shard)
+                or shard in ("", ".", "..")
+                or "\\" in shard
+                or "\0" in shard
+            ):
+                raise FormatError(
+                    f"{index}: tensor {shorten(name)}: expected the name of a file in this folder, got {shorten(shard)}"
+                )
         tensors: dict[str, StoredTensor] = {}
         for shard in sorted(set(weight_map.values())):
             path = self.folder / shard
             if not path.exists():
-                raise NotFoundError(f"{index}: shard {shorten(shard)} is missing; download the whole repository")
+                raise NotFoundError(
+                    f"{index}: shard {shorten(shard)} is missing; download the whole repository"
+                )
             for name, tensor in read_header(path).items():
                 if name in tensors:
-                    raise FormatError(f"{path}: tensor {shorten(name)} is also in {tensors[name].file.name}; expected it once")
+                    raise FormatError(
+                        f"{path}: tensor {shorten(name)} is also in {tensors[name].file.name}; expected it once"
+                    )
                 tensors[name] = tensor
         for name, shard in weight_map.items():
             if name not in tensors or tensors[name].file.name != shard:
-                raise FormatError(f"{index}: tensor {shorten(name)} is not in {shorten(shard)}; index and shards do not belong together")
+                raise FormatError(
+                    f"{index}: tensor {shorten(name)} is not in {shorten(shard)}; index and shards do not belong together"
+                )
         return tensors
 
     def read(self, name: str) -> tuple[np.ndarray, str]:
-        """A tensor and the name of its dtype; the array is a writeable copy-on-write view of the file.
+        """A tensor and the name of its dtype; the array is a writeable copy-on-write view of the
+        file.
 
         bfloat16 comes as uint16 (see `dtypes`).
         """
@@ -287,16 +342,21 @@ class Checkpoint:
                 self._maps[path] = np.memmap(path, np.uint8, mode="c").view(np.ndarray)
             except (OSError, ValueError) as error:
                 raise FileError(f"{path}: cannot be mapped into memory ({error})") from None
-        if self._maps[path].size < max(tensor.end for tensor in self.tensors.values() if tensor.file == path):
+        if self._maps[path].size < max(
+            tensor.end for tensor in self.tensors.values() if tensor.file == path
+        ):
             raise FileError(f"{path}: became shorter while it was being read; load it again")
         return self._maps[path]
 
 
-# ---- safetensors: writing -------------------------------------------------------------------------------------
+# ---- safetensors: writing
+# -------------------------------------------------------------------------------------
 
 
 def write_safetensors(
-    path: str | os.PathLike, tensors: Mapping[str, tuple[np.ndarray, str]], metadata: Mapping[str, str] | None = None
+    path: str | os.PathLike,
+    tensors: Mapping[str, tuple[np.ndarray, str]],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes one safetensors file and waits until it is on the disk.
 
@@ -318,7 +378,11 @@ def write_safetensors(
     for name in order:
         array, dtype = tensors[name]
         end = position + array.nbytes
-        header[name] = {"dtype": _FILE_DTYPES[dtype], "shape": list(array.shape), "data_offsets": [position, end]}
+        header[name] = {
+            "dtype": _FILE_DTYPES[dtype],
+            "shape": list(array.shape),
+            "data_offsets": [position, end],
+        }
         position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -412,7 +476,9 @@ def write_folder(
         if isinstance(error, Error):
             raise
         reason = error.strerror or error
-        raise FileError(f"{folder}: the model could not be saved ({reason}); what was there before is unharmed") from error
+        raise FileError(
+            f"{folder}: the model could not be saved ({reason}); what was there before is unharmed"
+        ) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -425,7 +491,9 @@ def _umask() -> int:
     return mask
 
 
-def _write_weights(folder: Path, tensors: Mapping[str, tuple[np.ndarray, str]], shard_bytes: int) -> None:
+def _write_weights(
+    folder: Path, tensors: Mapping[str, tuple[np.ndarray, str]], shard_bytes: int
+) -> None:
     shards = _split_shards(tensors, shard_bytes)
     if len(shards) == 1:
         write_safetensors(folder / _SINGLE, shards[0])
@@ -453,7 +521,9 @@ def _move_into_place(temporary: Path, folder: Path) -> None:
     for name in sorted(fresh, key=lambda name: name.endswith(".json")):
         os.replace(temporary / name, folder / name)
     # What the old checkpoint had and the new one has not would be read along with it.
-    stale = {_SINGLE, _INDEX, "mamba_config.json"} | {path.name for path in folder.glob("model-*-of-*.safetensors")}
+    stale = {_SINGLE, _INDEX, "mamba_config.json"} | {
+        path.name for path in folder.glob("model-*-of-*.safetensors")
+    }
     for name in stale - set(fresh):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(folder / name)

@@ -1,8 +1,9 @@
 """The three dtypes of weights, and conversions between them.
 
 NumPy has no bfloat16: such arrays are held as uint16, the upper half of the float32 bits, and their
-dtype travels beside them as the word "bfloat16".  Conversions to 16 bits round to nearest, ties to even, as the
-C core does; they work in blocks so that a large matrix never has a float32 copy of itself beside it.
+dtype travels beside them as the word "bfloat16".  Conversions to 16 bits round to nearest, ties to
+even, as the C core does; they work in blocks so that a large matrix never has a float32 copy of
+itself beside it.
 """
 
 from __future__ import annotations

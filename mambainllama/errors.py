@@ -1,8 +1,9 @@
-"""The exceptions of mambainllama: one line each, naming the culprit, what was expected, and the mend.
+"""The exceptions of mambainllama: one line each, naming the culprit, what was expected, and the
+mend.
 
 All of them are subclasses of `Error`, and each is also the built-in exception that fits, so both
-``except mil.Error`` and ``except ValueError`` do what they say.  The classes are made by the extension
-module, which raises most of them; only `NotFoundError` is added here.
+``except mil.Error`` and ``except ValueError`` do what they say.  The classes are made by the
+extension module, which raises most of them; only `NotFoundError` is added here.
 """
 
 from __future__ import annotations

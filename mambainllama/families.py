@@ -1,10 +1,11 @@
 """Model families: one row each, from a file's words to the canonical configuration and names.
 
-`FAMILIES` is the only place that knows what a `model_type` calls things.  A row says how config.json is read
-(`Dense` for Transformers and the hybrids made from them, `Pure` for Mamba models) and how tensors are named in
-files of this family.  Everything behind it - C core, conversion, training - sees one canonical
-configuration (a flat dict whose layers carry the fields of mil_layer_config in csrc/model/model.h) and one set of
-names, those of the published hybrid layout:
+`FAMILIES` is the only place that knows what a `model_type` calls things.  A row says how
+config.json is read (`Dense` for Transformers and the hybrids made from them, `Pure` for Mamba
+models) and how tensors are named in files of this family.  Everything behind it - C core,
+conversion, training - sees one canonical configuration (a flat dict whose layers carry the fields
+of mil_layer_config in csrc/model/model.h) and one set of names, those of the published hybrid
+layout:
 
     model.embed_tokens.weight
     model.layers.N.input_layernorm.weight
@@ -12,11 +13,12 @@ names, those of the published hybrid layout:
     model.layers.N.post_attention_layernorm.weight, model.layers.N.mlp.{gate,up,down}_proj.weight
     model.norm.weight, lm_head.weight (absent where tied)
 
-A hybrid is a Transformer's config.json plus mamba_config.json, which says which layers stay attention and how
-large the mixers are; whether they are Mamba-1 or Mamba-2 is read from the tensors.
+A hybrid is a Transformer's config.json plus mamba_config.json, which says which layers stay
+attention and how large the mixers are; whether they are Mamba-1 or Mamba-2 is read from the
+tensors.
 
-To add a family: a row here, and a row in tests/tiny_models.py that makes a tiny random checkpoint of it,
-which test_parity.py then holds against transformers.
+To add a family: a row here, and a row in tests/tiny_models.py that makes a tiny random checkpoint
+of it, which test_parity.py then holds against transformers.
 """
 
 from __future__ import annotations
@@ -29,7 +31,16 @@ from dataclasses import dataclass
 from .errors import FormatError, UnsupportedError, listing, shorten
 from .rope import canonical_rope
 
-__all__ = ["FAMILIES", "Description", "Dense", "Pure", "describe", "hybrid_config", "mamba_layer", "match_tensors"]
+__all__ = [
+    "FAMILIES",
+    "Description",
+    "Dense",
+    "Pure",
+    "describe",
+    "hybrid_config",
+    "mamba_layer",
+    "match_tensors",
+]
 
 # The core's limit on every size (MAX_SIZE in csrc/model/config.c).
 _MAX_SIZE = 1 << 24
@@ -45,7 +56,8 @@ _ACTIVATIONS = {
 }
 
 
-# ---- reading config.json -------------------------------------------------------------------------------
+# ---- reading config.json
+# -------------------------------------------------------------------------------
 
 
 class Keys:
@@ -66,7 +78,11 @@ class Keys:
             return default
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= _MAX_SIZE:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int)
+            or not minimum <= value <= _MAX_SIZE
+        ):
             raise self._fail(key, f"an integer from {minimum} to {_MAX_SIZE}", value)
         return value
 
@@ -75,7 +91,11 @@ class Keys:
         value = self.values.get(key)
         if value is None:
             return float(default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not math.isfinite(value)
+        ):
             raise self._fail(key, "a finite number", value)
         return float(value)
 
@@ -88,10 +108,12 @@ class Keys:
         return value
 
     def activation(self, key: str = "hidden_act") -> str:
-        value = self.values.get(key, "silu")
-        if value not in _ACTIVATIONS:
+        value = self.values.get(key) or "silu"
+        if not isinstance(value, str) or value not in _ACTIVATIONS:
             supported = ", ".join(_ACTIVATIONS)
-            raise UnsupportedError(f"{self.where}: {key} {shorten(value)} is not supported; these are: {supported}")
+            raise UnsupportedError(
+                f"{self.where}: {key} {shorten(value)} is not supported; these are: {supported}"
+            )
         return _ACTIVATIONS[value]
 
     def list_of(self, key: str, count: int, kind: type, what: str) -> list | None:
@@ -99,12 +121,17 @@ class Keys:
         value = self.values.get(key)
         if value is None:
             return None
-        if not isinstance(value, list) or len(value) < count or not all(isinstance(item, kind) for item in value):
+        if (
+            not isinstance(value, list)
+            or len(value) < count
+            or not all(isinstance(item, kind) for item in value)
+        ):
             raise self._fail(key, f"a list of {count} {what}", value)
         return value[:count]
 
 
-# ---- families -------------------------------------------------------------------------------------------
+# ---- families
+# -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -141,8 +168,6 @@ class Dense:
     default_window: int | None = None
     no_rope: bool = False
     """no_rope_layers, no_rope_layer_interval."""
-    multipliers: bool = False
-    """Granite's four scalars."""
 
     def describe(self, config: Keys, model_type: str) -> Description:
         hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
@@ -154,37 +179,42 @@ class Dense:
             )
         count = config.size("num_hidden_layers")
         rope = canonical_rope(config.values, head_dim, config.where, self.theta)
-        scale = config.number("attention_multiplier", 1.0) if self.multipliers else head_dim**-0.5
         layer = {
             "mixer": "attention",
             "heads": heads,
             "kv_heads": kv_heads,
             "head_dim": head_dim,
             "rotary": rope["rotary"],
-            "attention_scale": scale,
+            "attention_scale": head_dim**-0.5,
             "intermediate": config.size("intermediate_size"),
             "activation": config.activation(),
             "gated": True,
         }
-        windows, rotaries = self._windows(config, count), self._rotaries(config, count, rope["rotary"])
+        windows, rotaries = (
+            self._windows(config, count),
+            self._rotaries(config, count, rope["rotary"]),
+        )
         canonical = {
             "vocab": config.size("vocab_size"),
             "hidden": hidden,
             "tied": config.flag("tie_word_embeddings", self.tied),
             "norm_eps": config.number("rms_norm_eps", self.norm_eps),
-            "embedding_scale": config.number("embedding_multiplier", 1.0) if self.multipliers else 1.0,
-            "logit_scale": 1.0 / (config.number("logits_scaling", 1.0) or 1.0) if self.multipliers else 1.0,
-            "residual_scale": config.number("residual_multiplier", 1.0) if self.multipliers else 1.0,
             "rope": rope,
-            "layers": [{**layer, "window": windows[i], "rotary": rotaries[i]} for i in range(count)],
+            "layers": [
+                {**layer, "window": windows[i], "rotary": rotaries[i]} for i in range(count)
+            ],
         }
         return Description(model_type, canonical, self._biases(config), lambda name: name)
 
     def _windows(self, config: Keys, count: int) -> list[int]:
         """Each layer's sliding window, 0 where it sees everything."""
-        if self.window == "none" or (self.window == "switched" and not config.flag("use_sliding_window", False)):
+        if self.window == "none" or (
+            self.window == "switched" and not config.flag("use_sliding_window", False)
+        ):
             return [0] * count
-        given = "sliding_window" in config.values  # null means none, absent means the family's default
+        given = (
+            "sliding_window" in config.values
+        )  # null means none, absent means the family's default
         window = config.size("sliding_window", 0) if given else self.default_window or 0
         if window == 0 or self.window == "all":
             return [window] * count
@@ -198,7 +228,9 @@ class Dense:
             return [window if i >= first else 0 for i in range(count)]
         unknown = set(types) - {"sliding_attention", "full_attention"}
         if unknown:
-            raise UnsupportedError(f"{config.where}: layer type {shorten(min(unknown))} is not supported in this family")
+            raise UnsupportedError(
+                f"{config.where}: layer type {shorten(min(unknown))} is not supported in this family"
+            )
         return [window if kind == "sliding_attention" else 0 for kind in types]
 
     def _rotaries(self, config: Keys, count: int, rotary: int) -> list[int]:
@@ -238,7 +270,9 @@ class Pure:
         hidden, count = config.size("hidden_size"), config.size("num_hidden_layers")
         if config.activation() != "silu":
             raise UnsupportedError(f"{config.where}: hidden_act of a Mamba mixer must be silu")
-        layer = self._mamba1(config, hidden) if self.mixer == "mamba1" else self._mamba2(config, hidden)
+        layer = (
+            self._mamba1(config, hidden) if self.mixer == "mamba1" else self._mamba2(config, hidden)
+        )
         names = ["mamba.conv1d.bias"] if config.flag("use_conv_bias", True) else []
         if config.flag("use_bias", False):
             names += ["mamba.in_proj.bias", "mamba.out_proj.bias"]
@@ -247,9 +281,6 @@ class Pure:
             "hidden": hidden,
             "tied": config.flag("tie_word_embeddings", self.tied),
             "norm_eps": config.number("layer_norm_epsilon", 1e-5),
-            "embedding_scale": 1.0,
-            "logit_scale": 1.0,
-            "residual_scale": 1.0,
             "rope": None,
             "layers": [dict(layer) for _ in range(count)],
         }
@@ -300,15 +331,21 @@ class Pure:
 
 
 def _dt_limits(config: Keys, key: str) -> tuple[float, float]:
-    """Limits of dt, (0, inf) where absent. JSON has no infinity: files write it as Infinity or as 1e999, or wrap it."""
+    """Limits of dt, (0, inf) where absent."""
     value = config.values.get(key)
     if value is None:
         return 0.0, math.inf
-    if isinstance(value, list):  # {"__float__": "Infinity"} is how newer files write it
-        value = [float(v.get("__float__", "nan")) if isinstance(v, dict) else v for v in value]
-    good = isinstance(value, list) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value)
+    if isinstance(value, list):  # JSON has no infinity: newer files wrap it
+        value = [math.inf if v == {"__float__": "Infinity"} else v for v in value]
+    good = (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(isinstance(v, (int, float)) for v in value)
+    )
     if not good or not 0 <= value[0] < value[1]:
-        raise FormatError(f"{config.where}: {key}: expected [minimum, maximum], got {shorten(value)}")
+        raise FormatError(
+            f"{config.where}: {key}: expected [minimum, maximum], got {shorten(value)}"
+        )
     return float(value[0]), float(value[1])
 
 
@@ -317,18 +354,34 @@ def _backbone_name(name: str) -> str:
     if name == "lm_head.weight":
         return name
     name = name.removeprefix("model.")
-    name = name.replace("embed_tokens.", "embeddings.").replace("input_layernorm.", "norm.").replace(".mamba.", ".mixer.")
+    name = (
+        name.replace("embed_tokens.", "embeddings.")
+        .replace("input_layernorm.", "norm.")
+        .replace(".mamba.", ".mixer.")
+    )
     return "backbone." + ("norm_f.weight" if name == "norm.weight" else name)
 
 
 FAMILIES: dict[str, Dense | Pure] = {
     "llama": Dense(),
-    "mistral": Dense(kv_heads=8, window="all", default_window=4096, qkv_bias=False, o_bias=False, mlp_bias=False),
-    "ministral": Dense(kv_heads=8, window="typed", default_window=4096, qkv_bias=False, o_bias=False, mlp_bias=False),
-    "qwen2": Dense(window="switched", default_window=4096, qkv_bias=True, o_bias=False, mlp_bias=False),
-    "qwen3": Dense(head_dim=128, window="switched", default_window=4096, qk_norm=True, mlp_bias=False),
+    "mistral": Dense(
+        kv_heads=8, window="all", default_window=4096, qkv_bias=False, o_bias=False, mlp_bias=False
+    ),
+    "ministral": Dense(
+        kv_heads=8,
+        window="typed",
+        default_window=4096,
+        qkv_bias=False,
+        o_bias=False,
+        mlp_bias=False,
+    ),
+    "qwen2": Dense(
+        window="switched", default_window=4096, qkv_bias=True, o_bias=False, mlp_bias=False
+    ),
+    "qwen3": Dense(
+        head_dim=128, window="switched", default_window=4096, qk_norm=True, mlp_bias=False
+    ),
     "smollm3": Dense(kv_heads=4, theta=2e6, tied=True, window="switched", no_rope=True),
-    "granite": Dense(multipliers=True),
     "mamba": Pure("mamba1", tied=True),
     "falcon_mamba": Pure("mamba1", tied=True, norms=True),
     "mamba2": Pure("mamba2", tied=False),
@@ -341,11 +394,13 @@ _ALIASES = [(re.compile(r"^backbone\.embedding\."), "backbone.embeddings.")]
 _IGNORED = re.compile(r"\.rotary_emb\.inv_freq$|\.attention\.(bias|masked_bias)$")
 
 
-# ---- hybrids ------------------------------------------------------------------------------------------------
+# ---- hybrids
+# ------------------------------------------------------------------------------------------------
 
 
 def mamba_layer(mixer: str, attention: dict, hidden: int, ssm: Keys | None = None) -> dict:
-    """The canonical layer in which `attention` is replaced by a mixer of the published hybrid layout.
+    """The canonical layer in which `attention` is replaced by a mixer of the published hybrid
+    layout.
 
     Parameters
     ----------
@@ -436,8 +491,12 @@ def hybrid_config(canonical: dict, config: dict, mixer: str) -> dict:
 
 def _attention_layers(mamba: Keys, count: int) -> list[int]:
     kept = mamba.values.get("attn_layers")
-    if not isinstance(kept, list) or not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < count for i in kept):
-        raise FormatError(f"{mamba.where}: attn_layers: expected layers from 0 to {count - 1}, got {shorten(kept)}")
+    if not isinstance(kept, list) or not all(
+        isinstance(i, int) and not isinstance(i, bool) and 0 <= i < count for i in kept
+    ):
+        raise FormatError(
+            f"{mamba.where}: attn_layers: expected layers from 0 to {count - 1}, got {shorten(kept)}"
+        )
     return kept
 
 
@@ -456,7 +515,9 @@ def _make_hybrid(base: Description, mamba: Keys, tensors: Iterable[str]) -> Desc
     for key, value in expected.items():
         got = mamba.values.get(key)
         if got is not None and got != value:
-            raise FormatError(f"{mamba.where}: {key}: expected {value} as in config.json, got {shorten(got)}")
+            raise FormatError(
+                f"{mamba.where}: {key}: expected {value} as in config.json, got {shorten(got)}"
+            )
     ssm_cfg = mamba.values.get("ssm_cfg") or {}
     if not isinstance(ssm_cfg, dict):
         raise FormatError(f"{mamba.where}: ssm_cfg: expected an object, got {shorten(ssm_cfg)}")
@@ -477,14 +538,22 @@ def _make_hybrid(base: Description, mamba: Keys, tensors: Iterable[str]) -> Desc
             biases.add("mamba.conv1d.bias")
         if mixer == "mamba2" and ssm.flag("bias", False):
             biases |= {"mamba.in_proj.bias", "mamba.out_proj.bias"}
-        layers = [mamba_layer(mixer, layer, canonical["hidden"], ssm) if i not in kept else layer for i, layer in enumerate(layers)]
-    return Description(base.model_type, {**canonical, "layers": layers}, frozenset(biases), base.file_name)
+        layers = [
+            mamba_layer(mixer, layer, canonical["hidden"], ssm) if i not in kept else layer
+            for i, layer in enumerate(layers)
+        ]
+    return Description(
+        base.model_type, {**canonical, "layers": layers}, frozenset(biases), base.file_name
+    )
 
 
-# ---- from a checkpoint to a description ----------------------------------------------------------------------
+# ---- from a checkpoint to a description
+# ----------------------------------------------------------------------
 
 
-def describe(config: dict, mamba_config: dict | None, tensors: Iterable[str], where: str) -> Description:
+def describe(
+    config: dict, mamba_config: dict | None, tensors: Iterable[str], where: str
+) -> Description:
     """What a checkpoint is, from its configuration files and the names of its tensors.
 
     Parameters
@@ -499,7 +568,8 @@ def describe(config: dict, mamba_config: dict | None, tensors: Iterable[str], wh
     Raises
     ------
     UnsupportedError
-        A model_type, activation or rope type that is not supported; the message lists those that are.
+        A model_type, activation or rope type that is not supported; the message lists those that
+        are.
     FormatError
         A key that is missing, wrong, or contradicts another.
     """
@@ -509,20 +579,28 @@ def describe(config: dict, mamba_config: dict | None, tensors: Iterable[str], wh
             f"{where}/config.json: model_type {shorten(model_type)} is not supported; these are: {', '.join(FAMILIES)}"
         )
     if config.get("quantization_config"):
-        raise UnsupportedError(f"{where}/config.json: the weights are quantised; use the unquantised checkpoint")
+        raise UnsupportedError(
+            f"{where}/config.json: the weights are quantised; use the unquantised checkpoint"
+        )
     family = FAMILIES[model_type]
     description = family.describe(Keys(config, f"{where}/config.json"), model_type)
     if mamba_config is None:
         return description
     if not isinstance(family, Dense):
-        raise FormatError(f"{where}/mamba_config.json: a {model_type} model has no attention layers that it could replace")
+        raise FormatError(
+            f"{where}/mamba_config.json: a {model_type} model has no attention layers that it could replace"
+        )
     return _make_hybrid(description, Keys(mamba_config, f"{where}/mamba_config.json"), tensors)
 
 
 def match_tensors(
-    description: Description, specs: list[tuple[str, tuple[int, ...], bool, bool]], shapes: dict[str, tuple[int, ...]], where: str
+    description: Description,
+    specs: list[tuple[str, tuple[int, ...], bool, bool]],
+    shapes: dict[str, tuple[int, ...]],
+    where: str,
 ) -> dict[str, str]:
-    """Canonical name -> name in the files, after checking that the files hold exactly what the configuration says.
+    """Canonical name -> name in the files, after checking that the files hold exactly what the
+    configuration says.
 
     Parameters
     ----------
@@ -551,11 +629,21 @@ def match_tensors(
             if shapes[source] != tuple(shape):
                 wrong.append(f"{source} has shape {list(shapes[source])}, expected {list(shape)}")
     tied = description.canonical["tied"]
-    extra = [name for plain, name in files.items() if not _IGNORED.search(plain) and not (tied and plain == "lm_head.weight")]
+    extra = [
+        name
+        for plain, name in files.items()
+        if not _IGNORED.search(plain) and not (tied and plain == "lm_head.weight")
+    ]
     if wrong:
-        raise FormatError(f"{where}: config.json and tensors contradict each other: {listing(wrong, 2)}")
+        raise FormatError(
+            f"{where}: config.json and tensors contradict each other: {listing(wrong, 2)}"
+        )
     if missing:
-        raise FormatError(f"{where}: tensors are missing: {listing(missing)}; the download is incomplete or config.json is another model's")
+        raise FormatError(
+            f"{where}: tensors are missing: {listing(missing)}; the download is incomplete or config.json is another model's"
+        )
     if extra:
-        raise FormatError(f"{where}: tensors that config.json does not account for: {listing(extra)}")
+        raise FormatError(
+            f"{where}: tensors that config.json does not account for: {listing(extra)}"
+        )
     return sources

@@ -4,19 +4,20 @@ A head's entries i and i + rotary/2 are turned by the angle position * inv_freq[
 
     inv_freq[i] = theta^(-2 i / rotary)
 
-in the plain case; the rope types below stretch these frequencies so that a model reads longer texts than it was
-trained on.  They are computed here, once, in float32 and in the order of operations that transformers
-uses: at position 100,000 a last bit of a frequency is 0.006 rad, so the same bits matter.  What depends on the
-length of a sequence (dynamic, longrope) is chosen in C for each call.
+in the plain case; the rope types below stretch these frequencies so that a model reads longer texts
+than it was trained on.  They are computed here, once, in float32 and in the order of operations
+that transformers uses: at position 100,000 a last bit of a frequency is 0.006 rad, so the same bits
+matter.  What depends on the length of a sequence (dynamic, longrope) is chosen in C for each call.
 
     default   as above
     linear    all frequencies / factor (position interpolation)
     llama3    low frequencies / factor, high ones kept, a smooth ramp between (Llama 3.1)
-    yarn      the same idea with a linear ramp over i, and cos, sin scaled (Peng et al. 2023, arXiv 2309.00071)
-    longrope  one divisor a frequency, two sets of them, chosen by length (Ding et al. 2024, arXiv 2402.13753)
+    yarn      the same idea with a linear ramp over i; cos and sin are scaled (arXiv 2309.00071)
+    longrope  a divisor for each frequency, two sets chosen by length (arXiv 2402.13753)
     dynamic   theta grows with the length of the sequence (dynamic NTK)
 
-Settings are read from `rope_parameters` (transformers 5) or from `rope_theta` + `rope_scaling` (before).
+Settings are read from `rope_parameters` (transformers 5) or from `rope_theta` + `rope_scaling`
+(before).
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def rope_settings(config: dict, where: str, default_theta: float = 10000.0) -> d
     # transformers lets rope_scaling win where a file has both.
     settings = dict(old or new or {})
     if any(isinstance(value, dict) for value in settings.values()):
-        raise UnsupportedError(f"{where}: rope_parameters differ between layer types; this is not supported")
+        raise UnsupportedError(
+            f"{where}: rope_parameters differ between layer types; this is not supported"
+        )
     settings["rope_type"] = settings.get("rope_type") or settings.get("type") or "default"
     for key, fallback in (("rope_theta", default_theta), ("partial_rotary_factor", 1.0)):
         if settings.get(key) is None:
@@ -69,9 +72,16 @@ class _Settings:
         value = self.settings.get(key)
         if value is None:
             value = default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= above:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not math.isfinite(value)
+            or value <= above
+        ):
             rope_type = self.settings["rope_type"]
-            raise FormatError(f"{self.where}: rope type {rope_type}: expected {key} > {above:g}, got {shorten(value)}")
+            raise FormatError(
+                f"{self.where}: rope type {rope_type}: expected {key} > {above:g}, got {shorten(value)}"
+            )
         return value
 
     def optional(self, key: str) -> float | None:
@@ -80,8 +90,12 @@ class _Settings:
     def factors(self, key: str, count: int) -> np.ndarray:
         value = self.settings.get(key)
         good = isinstance(value, list) and len(value) == count
-        if not good or not all(isinstance(f, (int, float)) and math.isfinite(f) and f > 0 for f in value):
-            raise FormatError(f"{self.where}: rope: expected {key} with {count} numbers > 0, got {shorten(value)}")
+        if not good or not all(
+            isinstance(f, (int, float)) and math.isfinite(f) and f > 0 for f in value
+        ):
+            raise FormatError(
+                f"{self.where}: rope: expected {key} with {count} numbers > 0, got {shorten(value)}"
+            )
         return np.array(value, _F32)
 
 
@@ -105,7 +119,9 @@ def _linear(get: _Settings, rotary: int) -> dict:
 def _dynamic(get: _Settings, rotary: int) -> dict:
     """Up to max_position_embeddings tokens nothing changes; beyond, C computes theta from the length."""
     if rotary <= 2:
-        raise FormatError(f"{get.where}: rope type dynamic needs a rotary size above 2, got {rotary}")
+        raise FormatError(
+            f"{get.where}: rope type dynamic needs a rotary size above 2, got {rotary}"
+        )
     return {
         "inv_freq": _plain(get.number("rope_theta"), rotary),
         "dynamic_factor": float(get.number("factor")),
@@ -114,10 +130,16 @@ def _dynamic(get: _Settings, rotary: int) -> dict:
 
 
 def _llama3(get: _Settings, rotary: int) -> dict:
-    factor, low, high = get.number("factor"), get.number("low_freq_factor"), get.number("high_freq_factor")
+    factor, low, high = (
+        get.number("factor"),
+        get.number("low_freq_factor"),
+        get.number("high_freq_factor"),
+    )
     context = get.number("original_max_position_embeddings")
     if high == low:
-        raise FormatError(f"{get.where}: rope type llama3: high_freq_factor and low_freq_factor are both {low:g}; they must differ")
+        raise FormatError(
+            f"{get.where}: rope type llama3: high_freq_factor and low_freq_factor are both {low:g}; they must differ"
+        )
     inv_freq = _plain(get.number("rope_theta"), rotary)
     wavelength = _F32(2 * math.pi) / inv_freq
     scaled = np.where(wavelength > _F32(context / low), inv_freq / _F32(factor), inv_freq)
@@ -137,7 +159,8 @@ def _yarn(get: _Settings, rotary: int) -> dict:
             scale = _yarn_scale(factor, numerator) / _yarn_scale(factor, denominator)
         else:
             scale = _yarn_scale(factor, 1)
-    # The ramp runs over the frequencies that make between beta_fast and beta_slow turns in the old context.
+    # The ramp runs over the frequencies that make between beta_fast and beta_slow turns in the old
+    # context.
     fast, slow = get.number("beta_fast", 32), get.number("beta_slow", 1)
     if theta == 1:
         raise FormatError(f"{get.where}: rope type yarn: rope_theta must not be 1")
@@ -167,13 +190,16 @@ def _longrope(get: _Settings, rotary: int) -> dict:
     factor = get.optional("factor") or get.number("max_position_embeddings") / context
     scale = get.optional("attention_factor")
     if scale is None:
-        scale = 1.0 if factor <= 1 or context <= 1 else math.sqrt(1 + math.log(factor) / math.log(context))
+        scale = (
+            1.0
+            if factor <= 1 or context <= 1
+            else math.sqrt(1 + math.log(factor) / math.log(context))
+        )
     powers = _F32(get.number("rope_theta")) ** _exponents(rotary)
     return {
         "inv_freq": _F32(1) / (get.factors("short_factor", rotary // 2) * powers),
         "long_inv_freq": _F32(1) / (get.factors("long_factor", rotary // 2) * powers),
         "scale": float(scale),
-        "long_scale": float(scale),
         "long_after": int(context),
     }
 
@@ -207,10 +233,14 @@ def canonical_rope(config: dict, head_dim: int, where: str, default_theta: float
     get = _Settings(settings, where)
     rotary = int(head_dim * get.number("partial_rotary_factor"))
     if rotary % 2 or not 0 < rotary <= head_dim:
-        raise FormatError(f"{where}: RoPE needs an even rotary size up to head_dim = {head_dim}, got {rotary}")
+        raise FormatError(
+            f"{where}: RoPE needs an even rotary size up to head_dim = {head_dim}, got {rotary}"
+        )
     kind = settings["rope_type"]
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
-        raise UnsupportedError(f"{where}: rope type {shorten(kind)} is not supported; these are: {', '.join(ROPE_TYPES)}")
+        raise UnsupportedError(
+            f"{where}: rope type {shorten(kind)} is not supported; these are: {', '.join(ROPE_TYPES)}"
+        )
     with np.errstate(all="ignore"):  # a result that is not finite is reported below
         result = ROPE_TYPES[kind](get, rotary)
     rope = {
@@ -218,7 +248,6 @@ def canonical_rope(config: dict, head_dim: int, where: str, default_theta: float
         "long_inv_freq": None,
         "rotary": rotary,
         "scale": 1.0,
-        "long_scale": 1.0,
         "long_after": 0,
         "theta": float(settings["rope_theta"]),
         "dynamic_factor": 0.0,
@@ -227,6 +256,8 @@ def canonical_rope(config: dict, head_dim: int, where: str, default_theta: float
     for key in ("inv_freq", "long_inv_freq"):
         if rope[key] is not None:
             if not np.isfinite(rope[key]).all():
-                raise FormatError(f"{where}: rope type {kind}: the settings give frequencies that are not finite")
+                raise FormatError(
+                    f"{where}: rope type {kind}: the settings give frequencies that are not finite"
+                )
             rope[key] = [float(value) for value in rope[key].astype(_F32)]
     return rope

@@ -1,0 +1,110 @@
+"""Measuring a teacher on real text: what the calibrated start of a student needs.
+
+A gate silu(z) with random rows of z flips the sign of each channel at random.  It should start as a
+positive constant, z = 2 on every input u of the layer, which has no bias to say so.  But real
+inputs have a mean: the direction w with w.u closest to 1 on all of them,
+
+    w = argmin E[(w.u - 1)^2] + 1e-3 |w|^2 = (E[u u^T] + 1e-3 I)^-1 E[u],
+
+found from the teacher's activations, makes z = 2 w.u near 2 (method: docs; measured in the
+project's notes). The sums are float64: on wide models E[u u^T] is close to singular.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from . import _core
+from .errors import ArgumentError, shorten
+
+__all__ = ["calibration_rows", "constant_directions"]
+
+_MAX_TOKENS = 131_072
+_BATCH_TOKENS = 2048
+_SUMS_BYTES = 1 << 30  # of E[u u^T] held at once; more layers take more passes
+_RIDGE = 1e-3
+
+
+def calibration_rows(model, calibration) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and offsets, packed, of what the user gave: tokens (n, length), token lists or texts.
+
+    More than 131,072 tokens are cut to rows spread evenly over what was given.
+    """
+    from .model import pack
+
+    if isinstance(calibration, str):
+        calibration = [calibration]
+    if not hasattr(calibration, "__len__") or len(calibration) == 0:
+        raise ArgumentError(
+            f"calibration: expected tokens (n, length) or a list of texts, got {shorten(calibration)}"
+        )
+    if isinstance(calibration, np.ndarray):
+        rows = calibration[None] if calibration.ndim == 1 else calibration
+    elif all(isinstance(text, str) for text in calibration):
+        if model.tokenizer is None:
+            raise ArgumentError(
+                "calibration: texts need the model's tokenizer, and it has none; give tokens, or set model.tokenizer"
+            )
+        rows = model.tokenizer.encode_batch(list(calibration))
+    else:
+        rows = [calibration] if isinstance(calibration[0], (int, np.integer)) else calibration
+    average = max(1, sum(map(len, rows)) // len(rows))
+    wanted = max(1, _MAX_TOKENS // average)
+    if len(rows) > wanted:
+        chosen = np.linspace(0, len(rows) - 1, wanted).astype(int)
+        rows = rows[chosen] if isinstance(rows, np.ndarray) else [rows[i] for i in chosen]
+    tokens, offsets, _ = pack(rows)
+    tokens = tokens[:_MAX_TOKENS]
+    offsets = np.unique(np.minimum(offsets, tokens.size))  # without empty rows
+    if tokens.size == 0:
+        raise ArgumentError("calibration: there is no token in it")
+    if tokens.max() >= model.config.vocab_size:
+        raise ArgumentError(
+            f"calibration: token {tokens.max()} is not in the vocabulary of {model.config.vocab_size}"
+        )
+    return tokens, offsets
+
+
+def constant_directions(
+    core: _core.Model, layers: Sequence[int], tokens: np.ndarray, offsets: np.ndarray
+) -> dict[int, np.ndarray]:
+    """For each of the layers, the float64 direction w [hidden] on which its normed inputs are near 1."""
+    hidden = core.config["hidden"]
+    at_once = max(1, _SUMS_BYTES // (hidden * hidden * 8))
+    directions = {}
+    for first in range(0, len(layers), at_once):
+        directions.update(_directions(core, layers[first : first + at_once], tokens, offsets))
+    return directions
+
+
+def _directions(core, layers, tokens, offsets) -> dict[int, np.ndarray]:
+    hidden = core.config["hidden"]
+    square = {layer: np.zeros((hidden, hidden)) for layer in layers}
+    total = {layer: np.zeros(hidden) for layer in layers}
+    for begin, end in _batches(offsets):
+        part = offsets[begin : end + 1] - offsets[begin]
+        rows = tokens[offsets[begin] : offsets[end]]
+        capture = [("normed", layer) for layer in layers]
+        _, inputs = core.forward(rows, part, rows="none", capture=capture, fast=True)
+        for layer, u in zip(layers, inputs, strict=True):
+            u = u.astype(np.float64)
+            square[layer] += u.T @ u
+            total[layer] += u.sum(axis=0)
+    count = tokens.size
+    return {
+        layer: np.linalg.solve(
+            square[layer] / count + _RIDGE * np.eye(hidden), total[layer] / count
+        )
+        for layer in layers
+    }
+
+
+def _batches(offsets: np.ndarray):
+    """(first, end) of runs of sequences with about _BATCH_TOKENS tokens."""
+    begin = 0
+    for end in range(1, len(offsets)):
+        if offsets[end] - offsets[begin] >= _BATCH_TOKENS or end == len(offsets) - 1:
+            yield begin, end
+            begin = end

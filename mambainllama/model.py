@@ -1,0 +1,450 @@
+"""A loaded model: `load`, and the `Model` that it returns.
+
+A model is the C core's description of itself plus the arrays of its parameters, which Python owns:
+they are views of the mapped files until something writes to them.  `parameters()` shows them
+without a copy, and training changes them in place.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from . import _core
+from .checkpoint import Checkpoint, parse_json, read_companions, write_folder
+from .dtypes import check_dtype, convert
+from .errors import ArgumentError, DeviceError, ShapeError, shorten
+from .families import Description, describe, match_tensors
+from .hub import find_folder
+from .tokenizer import Tokenizer
+
+__all__ = ["Model", "ModelConfig", "load"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a model is, in a few words; `raw` is its whole config.json."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    attention_layers: tuple[int, ...]
+    """Layers that are attention; the others are mixers."""
+    mixer: str | None
+    """"mamba1" or "mamba2"; None where every layer is attention."""
+    heads: int
+    """Attention heads (of a Mamba-2 model without attention: its heads; of such a Mamba-1 model: 0)."""
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    """Width of the MLP, 0 where there is none."""
+    max_position_embeddings: int | None
+    """The length that it was trained for; longer inputs are allowed, and the model's quality is its own matter."""
+    tied: bool
+    """Whether the output product uses the embedding."""
+    dtype: str
+    """In which the matrices are stored."""
+    raw: Mapping = field(repr=False, compare=False)
+    mamba: Mapping | None = field(repr=False, compare=False, default=None)
+    """mamba_config.json of a hybrid."""
+
+
+class Model:
+    """A Transformer, a hybrid, or a Mamba model, on one device. Made by `load` and `convert`.
+
+    Calling it gives logits:
+
+    >>> model = mil.load("my-model")                      # doctest: +SKIP
+    >>> model(np.array([[1, 15, 27]])).shape              # doctest: +SKIP
+    (1, 3, 2048)
+
+    Attributes
+    ----------
+    config : ModelConfig
+    core : mambainllama._core.Model
+        The C core's model, for what packs its own rows.
+    """
+
+    def __init__(
+        self,
+        description: Description,
+        parameters: Mapping[str, np.ndarray],
+        dtypes: Mapping[str, str],
+        config: Mapping,
+        mamba_config: Mapping | None = None,
+        companions: Mapping[str, bytes] | None = None,
+        name: str = "",
+        folder: Path | None = None,
+    ):
+        self.core = _core.Model(description.canonical, parameters, dtypes)
+        self.name = name
+        self._description = description
+        self._raw, self._mamba_config = dict(config), mamba_config and dict(mamba_config)
+        self._companions = companions
+        self._folder = folder
+        self._tokenizer: Tokenizer | None = None
+        self._tokenizer_sought = False
+        self.config = self._summary()
+
+    def _summary(self) -> ModelConfig:
+        canonical = self._description.canonical
+        layers = canonical["layers"]
+        kept = tuple(i for i, layer in enumerate(layers) if layer["mixer"] == "attention")
+        first = layers[kept[0] if kept else 0]
+        mixers = {layer["mixer"] for layer in layers} - {"attention"}
+        return ModelConfig(
+            model_type=self._description.model_type,
+            vocab_size=canonical["vocab"],
+            hidden_size=canonical["hidden"],
+            num_layers=len(layers),
+            attention_layers=kept,
+            mixer=mixers.pop() if mixers else None,
+            heads=first.get("heads", 0),
+            kv_heads=first.get("kv_heads", first.get("heads", 0)),
+            head_dim=first.get("head_dim", 0),
+            intermediate_size=first.get("intermediate", 0),
+            max_position_embeddings=self._raw.get("max_position_embeddings"),
+            tied=canonical["tied"],
+            dtype=self.dtype,
+            raw=self._raw,
+            mamba=self._mamba_config,
+        )
+
+    # ---- what it is
+
+    @property
+    def device(self) -> str:
+        """Where it computes: "cpu"."""
+        return "cpu"
+
+    @property
+    def dtype(self) -> str:
+        """In which its matrices are stored: "float32", "bfloat16" or "float16"."""
+        return self.core.dtypes()["model.embed_tokens.weight"]
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers it has; a tied output product counts once."""
+        return sum(array.size for array in self.core.parameters().values())
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        """Name -> array, no copy: writing to one changes the model.
+
+        Names are those of the hybrid layout (see families.py). bfloat16 matrices come as uint16,
+        the upper half of float32; `dtypes()` tells them apart.
+        """
+        return self.core.parameters()
+
+    def dtypes(self) -> dict[str, str]:
+        """Name -> "float32", "bfloat16" or "float16", as `parameters()`."""
+        return self.core.dtypes()
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The checkpoint's tokenizer, read when it is first asked for; None where it has none. Can be set."""
+        if not self._tokenizer_sought:
+            self._tokenizer_sought = True
+            if self._folder is not None and (self._folder / "tokenizer.json").exists():
+                self._tokenizer = Tokenizer.load(self._folder)
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer, self._tokenizer_sought = tokenizer, True
+
+    @property
+    def generation_config(self) -> dict:
+        """generation_config.json, or nothing."""
+        content = self.companions().get("generation_config.json")
+        return {} if content is None else parse_json(content, "generation_config.json")
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """Tokens that end a text: of generation_config.json, else of config.json, else the tokenizer's eos."""
+        for value in (self.generation_config.get("eos_token_id"), self._raw.get("eos_token_id")):
+            ids = value if isinstance(value, list) else [value]
+            ids = [
+                i
+                for i in ids
+                if isinstance(i, int)
+                and not isinstance(i, bool)
+                and 0 <= i < self.config.vocab_size
+            ]
+            if ids:
+                return tuple(dict.fromkeys(ids))
+        eos = self.tokenizer.eos_token_id if self.tokenizer else None
+        return () if eos is None else (eos,)
+
+    # ---- computing
+
+    def __call__(self, input_ids, lengths=None) -> np.ndarray:
+        """Logits of every position.
+
+        Parameters
+        ----------
+        input_ids
+            (batch, length) integers, or a list of token lists of any lengths.
+        lengths
+            How many tokens of each row count, where the rows are padded; all of them if not given.
+            What stands behind them is not looked at.
+
+        Returns
+        -------
+        numpy.ndarray
+            (batch, length, vocab) float32; zeros past a row's length.
+
+        Raises
+        ------
+        ShapeError, ArgumentError
+            A wrong shape, length or token; the message names it.
+
+        Notes
+        -----
+        Rows are computed packed one after another, so padding costs nothing and a row's logits are
+        the same bits in any batch. There is no limit on the length beyond memory: past
+        `max_position_embeddings` positions simply go on.
+        """
+        tokens, offsets, length = pack(input_ids, lengths)
+        counts = np.diff(offsets)
+        filled = counts > 0  # the core's sequences have tokens
+        packed = np.concatenate([[0], np.cumsum(counts[filled])]).astype(np.int64)
+        vocab = self.config.vocab_size
+        if tokens.size == 0:
+            return np.zeros((counts.size, length, vocab), np.float32)
+        logits = self.core.forward(tokens, packed)
+        if (counts == length).all():
+            return logits.reshape(counts.size, length, vocab)
+        out = np.zeros((counts.size, length, vocab), np.float32)
+        for row, count in enumerate(counts):
+            out[row, :count] = logits[offsets[row] : offsets[row] + count]
+        return out
+
+    def state(self, capacity: int = 0) -> _core.State:
+        """An empty state for one sequence, with room for `capacity` tokens in its caches (they grow by themselves)."""
+        return self.core.state(capacity)
+
+    # ---- saving
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        """Saves the model as a Hugging Face folder (with mamba_config.json where it is a hybrid),
+        tokenizer included.
+
+        The parameters are written in the dtypes that they have in memory, so that loading gives the
+        same bits. The folder is written aside and renamed: an older model there is unharmed until
+        the new one is complete.
+
+        Returns
+        -------
+        Path
+            The folder.
+        """
+        names, dtypes = self._description.file_name, self.core.dtypes()
+        tensors = {
+            names(name): (array, dtypes[name]) for name, array in self.core.parameters().items()
+        }
+        config = {
+            key: value for key, value in self._raw.items() if key not in ("torch_dtype", "dtype")
+        }
+        # The key that this file has always had; both are read by everybody.
+        config["dtype" if "dtype" in self._raw else "torch_dtype"] = self.dtype
+        return write_folder(folder, tensors, config, self._mamba_config, self.companions())
+
+    def companions(self) -> dict[str, bytes]:
+        """The files that are saved beside the weights: tokenizer, chat template, generation settings."""
+        if self._companions is None:
+            self._companions = read_companions(self._folder) if self._folder else {}
+        return dict(self._companions)
+
+    # ---- showing
+
+    def _facts(self) -> list[tuple[str, str]]:
+        config = self.config
+        size = self.num_parameters
+        unit, divisor = ("B", 1e9) if size >= 1e9 else ("M", 1e6) if size >= 1e6 else ("k", 1e3)
+        layers = f"{config.num_layers} layers"
+        if config.mixer:
+            kept = len(config.attention_layers)
+            mixer = {"mamba1": "Mamba", "mamba2": "Mamba-2"}[config.mixer]
+            layers += f": {config.num_layers - kept} {mixer}" + (
+                f", {kept} attention" if kept else ""
+            )
+        facts = [
+            ("family", config.model_type + (" hybrid" if self._mamba_config else "")),
+            ("layers", layers),
+            ("hidden", str(config.hidden_size)),
+            ("vocabulary", str(config.vocab_size)),
+            ("parameters", f"{size / divisor:.3g} {unit}"),
+            ("dtype", config.dtype),
+            ("device", self.device),
+        ]
+        return [("name", self.name), *facts] if self.name else facts
+
+    def __repr__(self) -> str:
+        facts = dict(self._facts())
+        name = f" {facts['name']!r}" if "name" in facts else ""
+        return (
+            f"<Model{name}: {facts['family']}, {facts['layers']}, hidden {facts['hidden']}, "
+            f"{facts['parameters']} parameters, {facts['dtype']} on {facts['device']}>"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th>{key}</th><td>{html.escape(value)}</td></tr>" for key, value in self._facts()
+        )
+        return f"<table>{rows}</table>"
+
+
+def pack(input_ids, lengths=None) -> tuple[np.ndarray, np.ndarray, int]:
+    """Rows of tokens as the core takes them: packed one after another.
+
+    Returns
+    -------
+    tokens : int32 array
+        The counting tokens of all rows.
+    offsets : int64 array of rows + 1
+        Where each row starts.
+    length : int
+        Of the longest row, padding included.
+    """
+    ragged = not isinstance(input_ids, np.ndarray) and isinstance(input_ids, Sequence)
+    if ragged and all(
+        isinstance(row, (Sequence, np.ndarray)) and not isinstance(row, str) for row in input_ids
+    ):
+        rows = [np.asarray(row) for row in input_ids]
+        given = [row.size for row in rows]
+        if all(row.ndim == 1 for row in rows) and (lengths is None or len(set(given)) > 1):
+            if lengths is not None:
+                raise ShapeError(
+                    "input_ids: rows of different lengths need no lengths; pad them or leave lengths out"
+                )
+            tokens = np.concatenate(
+                [np.asarray(row, np.int64) if row.size == 0 else row for row in rows] or [[]]
+            )
+            return (
+                _integers(tokens),
+                np.concatenate([[0], np.cumsum(given)]).astype(np.int64),
+                max(given, default=0),
+            )
+    ids = np.asarray(input_ids)
+    if ids.ndim != 2:
+        raise ShapeError(
+            f"input_ids: expected (batch, length), got shape {ids.shape}; one sequence is [tokens]"
+        )
+    batch, length = ids.shape
+    if lengths is None:
+        return _integers(ids.reshape(-1)), np.arange(batch + 1, dtype=np.int64) * length, length
+    counts = np.asarray(lengths)
+    if counts.shape != (batch,) or not np.issubdtype(counts.dtype, np.integer):
+        raise ShapeError(
+            f"lengths: expected {batch} integers, one for each row, got {shorten(lengths)}"
+        )
+    if batch and (counts.min() < 0 or counts.max() > length):
+        raise ArgumentError(
+            f"lengths: expected values from 0 to {length}, got {shorten(counts.tolist())}"
+        )
+    tokens = ids[np.arange(length) < counts[:, None]]
+    return _integers(tokens), np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), length
+
+
+def _integers(tokens: np.ndarray) -> np.ndarray:
+    """Tokens as int32; anything that is not a whole number, or does not fit, is refused."""
+    if tokens.size == 0:
+        return np.zeros(0, np.int32)
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise ArgumentError(f"input_ids: expected integers, got {tokens.dtype}")
+    if tokens.min() < 0 or tokens.max() > np.iinfo(np.int32).max:
+        worst = tokens.min() if tokens.min() < 0 else tokens.max()
+        raise ArgumentError(f"input_ids: token {worst} is not in the vocabulary")
+    return np.ascontiguousarray(tokens, np.int32)
+
+
+# ---- loading
+# ------------------------------------------------------------------------------------------------
+
+
+def check_device(device: str) -> str:
+    """The device's name; "auto" is the best that this build has."""
+    kind = str(device).partition(":")[0].lower()
+    if kind in ("auto", "cpu"):
+        return "cpu"
+    if kind in ("cuda", "gpu"):
+        raise DeviceError(
+            f'device {shorten(device)}: CUDA is not in this build; use device="cpu" (or "auto")'
+        )
+    raise ArgumentError(f'device {shorten(device)} is not known; use "auto" or "cpu"')
+
+
+def load(
+    path_or_hub_id, device: str = "auto", dtype: str = "auto", *, revision: str | None = None
+) -> Model:
+    """Loads a model from a Hugging Face folder: a Transformer, a hybrid, or a pure Mamba model.
+
+    Parameters
+    ----------
+    path_or_hub_id
+        A folder with config.json and model.safetensors (or shards), or "owner/name" on the Hugging
+        Face Hub.
+    device
+        "auto" or "cpu".
+    dtype
+        "float32", "bfloat16" or "float16" for the matrices, or "auto": as they are stored. Vectors
+        (norms, biases, convolutions, A_log, D, dt biases) are always float32 in memory.
+    revision
+        Branch, tag or commit on the Hub.
+
+    Returns
+    -------
+    Model
+
+    Raises
+    ------
+    NotFoundError
+        There is no such folder or repository, or a file in it is missing.
+    FormatError
+        A file is damaged, or configuration and tensors contradict each other.
+    UnsupportedError
+        A family, activation or rope type that is not supported.
+
+    Notes
+    -----
+    Files are mapped, not read, so a model of any size opens at once and shares its memory with
+    other processes; only dtype conversions make copies.
+
+    Examples
+    --------
+    >>> model = mil.load("my-model", dtype="bfloat16")    # doctest: +SKIP
+    """
+    check_device(device)
+    dtype = check_dtype(dtype)
+    folder = find_folder(path_or_hub_id, revision)
+    checkpoint = Checkpoint(folder)
+    description = describe(
+        checkpoint.config, checkpoint.mamba_config, checkpoint.tensors, str(folder)
+    )
+    specs = _core.Model.parameter_specs(description.canonical)
+    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    sources = match_tensors(description, specs, shapes, str(folder))
+    parameters, dtypes = {}, {}
+    for name, _, is_matrix, _ in specs:
+        if name not in sources:
+            continue
+        array, stored = checkpoint.read(sources[name])
+        wanted = (stored if dtype == "auto" else dtype) if is_matrix else "float32"
+        parameters[name], dtypes[name] = convert(array, stored, wanted), wanted
+    return Model(
+        description,
+        parameters,
+        dtypes,
+        checkpoint.config,
+        checkpoint.mamba_config,
+        name=Path(os.path.abspath(folder)).name
+        if os.path.isdir(os.fspath(path_or_hub_id))
+        else str(path_or_hub_id),
+        folder=folder,
+    )
