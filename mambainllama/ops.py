@@ -428,22 +428,24 @@ def boundary_after(past, count):
     return folded - folded % WINDOW
 
 
-def scan_state(inner, state_dim, conv_width, conv_inputs, *, B_groups, current=False):
+def scan_state(
+    inner, state_dim, conv_width, conv_inputs, *, B_groups, x_repeat=1, current=False
+):
     """Return the empty state of one sequence in one Mamba-1 layer, a dict of float32 arrays at zero.
 
-    Keys: state [inner, state_dim], conv [conv_width - 1 + TAIL, conv_inputs], x [TAIL, inner],
-    B [TAIL, B_groups, state_dim], dt [TAIL, inner] and, with ``current``, current [inner, state_dim] with
+    Keys: state [state_dim, inner], conv [conv_width - 1 + TAIL, conv_inputs], x [TAIL, inner / x_repeat],
+    B [TAIL, B_groups, state_dim], dt [TAIL, inner] and, with ``current``, current [state_dim, inner] with
     current_tokens, int64 [1].
     """
     state = {
-        "state": np.zeros((inner, state_dim), np.float32),
+        "state": np.zeros((state_dim, inner), np.float32),
         "conv": np.zeros((conv_width - 1 + TAIL, conv_inputs), np.float32),
-        "x": np.zeros((TAIL, inner), np.float32),
+        "x": np.zeros((TAIL, inner // x_repeat), np.float32),
         "B": np.zeros((TAIL, B_groups, state_dim), np.float32),
         "dt": np.zeros((TAIL, inner), np.float32),
     }
     if current:
-        state["current"] = np.zeros((inner, state_dim), np.float32)
+        state["current"] = np.zeros((state_dim, inner), np.float32)
         state["current_tokens"] = np.zeros(1, np.int64)
     return state
 
@@ -451,11 +453,11 @@ def scan_state(inner, state_dim, conv_width, conv_inputs, *, B_groups, current=F
 def ssd_state(heads, head_dim, state_dim, conv_width, conv_inputs, *, x_heads, B_groups):
     """Return the empty state of one sequence in one Mamba-2 layer, a dict of float32 arrays at zero.
 
-    Keys: state [heads, head_dim, state_dim], conv [conv_width - 1 + TAIL, conv_inputs],
+    Keys: state [heads, state_dim, head_dim], conv [conv_width - 1 + TAIL, conv_inputs],
     x [TAIL, x_heads, head_dim], B [TAIL, B_groups, state_dim], dt [TAIL, heads].
     """
     return {
-        "state": np.zeros((heads, head_dim, state_dim), np.float32),
+        "state": np.zeros((heads, state_dim, head_dim), np.float32),
         "conv": np.zeros((conv_width - 1 + TAIL, conv_inputs), np.float32),
         "x": np.zeros((TAIL, x_heads, head_dim), np.float32),
         "B": np.zeros((TAIL, B_groups, state_dim), np.float32),
