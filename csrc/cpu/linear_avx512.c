@@ -1,0 +1,109 @@
+/* Matrix products with AVX-512 F, BW, VL, DQ: 16 lanes, 32 registers (see linear_tiles.h).
+ *
+ * Twice the lanes of AVX2 and room for 24 accumulators beside the weights and one vector of x.
+ */
+#include "cpu/linear.h"
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
+#define INLINE static inline __attribute__((always_inline)) TARGET
+#define VECTOR_REGISTER "v"
+#define LANES 16
+#define PANEL_WIDTH 16
+#define PARTS 2
+#define TILE_W1 8
+#define TILE_W2 8
+#define TILE_W3 6
+#define TILE_W4 6
+#define TILE_W5 4
+#define TILE_W6 4
+#define WIDE_W 6
+
+typedef __m512 vec;
+typedef __m512 pvec;
+typedef float panel_t;
+
+INLINE pvec
+load_panel(const panel_t *from)
+{
+    return _mm512_load_ps(from);
+}
+
+INLINE void
+store_panel(panel_t *to, pvec values)
+{
+    _mm512_store_ps(to, values);
+}
+
+INLINE pvec
+load_weight(mil_dtype dtype, const char *from, int part)
+{
+    if (dtype == MIL_F32) {
+        return _mm512_loadu_ps(from + 64 * part);
+    }
+    if (dtype == MIL_F16) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)(from + 32 * part)));
+    }
+    __m512i pairs = _mm512_loadu_si512(from);
+    __m512i values = part == 0 ? _mm512_slli_epi32(pairs, 16)
+                               : _mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000u));
+    return _mm512_castsi512_ps(values);
+}
+
+INLINE int
+panel_source(mil_dtype dtype, int i)
+{
+    return dtype == MIL_BF16 ? 2 * (i % 16) + i / 16 : i;
+}
+
+INLINE void
+round_step(mil_dtype dtype, float *values)
+{
+    for (int i = 0; i < 32 && dtype == MIL_F16; i += 16) {
+        __m256i half = _mm512_cvtps_ph(_mm512_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        _mm512_storeu_ps(values + i, _mm512_cvtph_ps(half));
+    }
+    for (int i = 0; i < 32 && dtype == MIL_BF16; i++) {
+        values[i] = mil_bf16_to_float(mil_float_to_bf16(values[i]));
+    }
+}
+
+INLINE panel_t
+to_panel(float value)
+{
+    return value;
+}
+
+INLINE vec
+multiply_add(vec sums, pvec w, pvec x)
+{
+    return _mm512_fmadd_ps(w, x, sums);
+}
+
+#include "cpu/linear_avx512.h"
+
+#include "cpu/linear_tiles.h"
+
+DEFINE_KERNEL(f32, MIL_F32)
+DEFINE_KERNEL(bf16, MIL_BF16)
+DEFINE_KERNEL(f16, MIL_F16)
+
+const mil_linear_kernel *
+mil_linear_avx512(mil_dtype dtype)
+{
+    return dtype == MIL_F32 ? &f32_kernel : dtype == MIL_BF16 ? &bf16_kernel : &f16_kernel;
+}
+
+#else
+
+const mil_linear_kernel *
+mil_linear_avx512(mil_dtype dtype)
+{
+    (void)dtype;
+    return NULL;
+}
+
+#endif

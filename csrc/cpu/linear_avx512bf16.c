@@ -1,0 +1,96 @@
+/* bfloat16 products with vdpbf16ps; other dtypes go to the AVX-512 kernels (see linear_tiles.h).
+ *
+ * One instruction multiplies 32 pairs and adds each two neighbours to one of 16 lanes, so neither weights nor x
+ * are widened: x's panel is bfloat16 in plain order, half the bytes, and a step of 32 elements is one load a row.
+ * The instruction treats subnormal inputs as zero and rounds sums to nearest even, whatever the mode.
+ */
+#include "cpu/linear.h"
+
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
+
+#include <immintrin.h>
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")))
+#define INLINE static inline __attribute__((always_inline)) TARGET
+#define VECTOR_REGISTER "v"
+#define LANES 16
+#define PANEL_WIDTH 32
+#define PARTS 1
+#define TILE_W1 8
+#define TILE_W2 8
+#define TILE_W3 6
+#define TILE_W4 6
+#define TILE_W5 4
+#define TILE_W6 4
+#define WIDE_W 6
+
+typedef __m512 vec;
+typedef __m512i pvec;
+typedef uint16_t panel_t;
+
+INLINE pvec
+load_panel(const panel_t *from)
+{
+    return _mm512_load_si512(from);
+}
+
+INLINE void
+store_panel(panel_t *to, pvec values)
+{
+    _mm512_store_si512(to, values);
+}
+
+INLINE pvec
+load_weight(mil_dtype dtype, const char *from, int part)
+{
+    (void)dtype, (void)part; /* bfloat16, one part */
+    return _mm512_loadu_si512(from);
+}
+
+INLINE int
+panel_source(mil_dtype dtype, int i)
+{
+    (void)dtype;
+    return i;
+}
+
+INLINE void
+round_step(mil_dtype dtype, float *values)
+{
+    (void)dtype, (void)values; /* to_panel rounds */
+}
+
+INLINE panel_t
+to_panel(float value)
+{
+    return mil_float_to_bf16(value);
+}
+
+INLINE vec
+multiply_add(vec sums, pvec w, pvec x)
+{
+    return _mm512_dpbf16_ps(sums, (__m512bh)w, (__m512bh)x);
+}
+
+#include "cpu/linear_avx512.h"
+
+#include "cpu/linear_tiles.h"
+
+DEFINE_KERNEL(bf16, MIL_BF16)
+
+const mil_linear_kernel *
+mil_linear_avx512bf16(mil_dtype dtype)
+{
+    return dtype == MIL_BF16 ? &bf16_kernel : NULL;
+}
+
+#else
+
+const mil_linear_kernel *
+mil_linear_avx512bf16(mil_dtype dtype)
+{
+    (void)dtype;
+    return NULL;
+}
+
+#endif
