@@ -1,0 +1,604 @@
+"""The command line: ``mambainllama COMMAND``, the same words as the library's functions.
+
+Every command prints what a reader wants, or with ``--json`` one JSON value on standard output and nothing
+else there.  A mistake of the user's is one line on standard error and exit status 2; ``--debug`` shows
+where it came from.  Ctrl-C ends a command with status 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import _core
+from ._version import __version__
+from .errors import Error
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status."""
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    try:
+        if options.threads is not None:
+            _core.set_threads(options.threads)
+        return options.run(options) or 0
+    except Error as error:
+        if options.debug:
+            raise
+        print(f"mambainllama {options.command}: {one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        if options.debug:
+            raise
+        # A training run says what it saved.
+        print(f"\nmambainllama {options.command}: {one_line(stop) or 'interrupted'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output (head, less) has gone: not an error. Python must not flush into the pipe again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError:
+        if options.debug:
+            raise
+        print(f"mambainllama {options.command}: out of memory", file=sys.stderr)
+        return 2
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+# ---- options ---------------------------------------------------------------------------------------------
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps examples' lines; adds the default of an option where it has one."""
+
+    def _get_help_string(self, action):
+        hidden = action.default in (None, False, argparse.SUPPRESS) or not action.option_strings
+        return action.help if hidden else super()._get_help_string(action)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mambainllama",
+        description="Turn Llama-family Transformers into hybrid Mamba models, distil them, and run them fast.",
+        formatter_class=Formatter,
+    )
+    parser.add_argument("--version", action="version", version=f"mambainllama {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    common = common_options()
+    for add in (add_info, add_convert, add_distill, add_generate, add_chat, add_eval, add_bench, add_demo):
+        add(commands, common)
+    return parser
+
+
+def common_options() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    group = common.add_argument_group("common options")
+    group.add_argument("--device", default="auto", help="where to compute: auto or cpu")
+    group.add_argument(
+        "--dtype", default="auto", help="of the matrices: auto (as stored), float32, bfloat16, float16"
+    )
+    group.add_argument("--seed", type=int, default=0, help="of everything random")
+    group.add_argument("--threads", type=int, help="threads to compute with (default: all usable cores)")
+    group.add_argument("--json", action="store_true", help="print one JSON value instead of text")
+    group.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    return common
+
+
+def add_command(commands: Any, common: Any, name: str, run: Any, words: str, example: str) -> Any:
+    parser = commands.add_parser(
+        name,
+        parents=[common],
+        help=words,
+        description=words[0].upper() + words[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=Formatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def load_model(options: argparse.Namespace, path: str) -> Any:
+    from .model import load
+
+    return load(path, device=options.device, dtype=options.dtype)
+
+
+def say(options: argparse.Namespace, text: str) -> None:
+    """Words beside the result: on standard error, so that standard output stays the result's."""
+    if not options.json:
+        print(text, file=sys.stderr)
+
+
+def show(options: argparse.Namespace, value: Any, text: str) -> None:
+    """The result: JSON where asked for, else the text."""
+    print(json.dumps(value, ensure_ascii=False) if options.json else text, flush=True)
+
+
+def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
+    """Columns of text; the first left-aligned, the others right-aligned."""
+    cells = [list(header), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = [
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    ]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return ""
+
+
+def comma_list(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 128,512,2048") from None
+
+
+def layer_choice(text: str) -> Any:
+    """Numbers, a share between 0 and 1, or a word that mil.convert knows."""
+    if "." in text:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+    return comma_list(text) if text.replace(",", "").isdigit() else text
+
+
+# ---- info ------------------------------------------------------------------------------------------------
+
+
+def add_info(commands: Any, common: Any) -> None:
+    parser = add_command(
+        commands, common, "info", run_info, "say what a model is and what memory a sequence needs",
+        "mambainllama info my-model --json",
+    )  # fmt: skip
+    parser.add_argument("model", help="folder or Hub id")
+
+
+def run_info(options: argparse.Namespace) -> None:
+    model = load_model(options, options.model)
+    config = model.config
+    lengths = (2048, 16384)
+    facts = {
+        "model": options.model,
+        "model_type": config.model_type,
+        "parameters": model.num_parameters,
+        "layers": config.num_layers,
+        "attention_layers": list(config.attention_layers),
+        "mixer": config.mixer,
+        "hidden_size": config.hidden_size,
+        "heads": config.heads,
+        "kv_heads": config.kv_heads,
+        "vocab_size": config.vocab_size,
+        "tied": config.tied,
+        "dtype": config.dtype,
+        "device": model.device,
+        "tokenizer": model.tokenizer is not None,
+        "chat_template": model.tokenizer is not None and model.tokenizer.chat_template is not None,
+        "state_bytes": {length: model.core.state_bytes(length) for length in lengths},
+    }
+    rows = [(name, fact_words(value)) for name, value in facts.items() if name != "state_bytes"]
+    rows += [(f"state at {length} tokens", size(n)) for length, n in facts["state_bytes"].items()]
+    width = max(len(name) for name, _ in rows)
+    show(options, facts, "\n".join(f"{name.replace('_', ' '):<{width}}  {value}" for name, value in rows))
+
+
+def fact_words(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return f"{value:,}" if isinstance(value, int) else str(value or "none")
+
+
+# ---- convert ---------------------------------------------------------------------------------------------
+
+
+def add_convert(commands: Any, common: Any) -> None:
+    parser = add_command(
+        commands, common, "convert", run_convert, "replace attention layers by Mamba mixers",
+        "mambainllama convert my-llama my-hybrid --attention-layers half --calibration texts.jsonl",
+    )  # fmt: skip
+    parser.add_argument("model", help="folder or Hub id of a Transformer")
+    parser.add_argument("output", help="folder to write the student to")
+    parser.add_argument("--mixer", choices=("mamba1", "mamba2"), default="mamba2")
+    parser.add_argument(
+        "--attention-layers", type=layer_choice, default="half",
+        help="layers that stay attention: 1,3, a share such as 0.25, or half, quarter, eighth, none",
+    )  # fmt: skip
+    parser.add_argument(
+        "--init", choices=("auto", "paper", "calibrated"), default="auto",
+        help="start of the new parameters; auto is calibrated where --calibration is given",
+    )  # fmt: skip
+    parser.add_argument(
+        "--calibration", nargs="+", metavar="FILE", help="text or token files that the model reads"
+    )
+    parser.add_argument("--calibration-rows", type=int, default=128, help="sequences read of them")
+    parser.add_argument("--calibration-length", type=int, default=256, help="tokens in each")
+
+
+def run_convert(options: argparse.Namespace) -> None:
+    from .convert import convert
+
+    model = load_model(options, options.model)
+    begin = time.perf_counter()
+    calibration = calibration_tokens(
+        model, options.calibration, options.calibration_rows, options.calibration_length, options.seed
+    )
+    student = convert(
+        model,
+        mixer=options.mixer,
+        attention_layers=options.attention_layers,
+        # Asked for on a terminal without calibration, "auto" needs no warning: the start is printed.
+        init="paper" if options.init == "auto" and calibration is None else options.init,
+        calibration=calibration,
+        seed=options.seed,
+    )
+    folder = student.save(options.output)
+    start = "published" if options.init == "paper" or calibration is None else "calibrated"
+    kept = list(student.config.attention_layers)
+    facts = {
+        "output": str(folder),
+        "mixer": options.mixer,
+        "attention_layers": kept,
+        "start": start,
+        "parameters": student.num_parameters,
+        "seconds": round(time.perf_counter() - begin, 2),
+    }
+    show(
+        options, facts,
+        f"{folder}: {student.config.num_layers - len(kept)} of {student.config.num_layers} layers are "
+        f"{options.mixer} now ({start} start), {student.num_parameters:,} parameters",
+    )  # fmt: skip
+
+
+def calibration_tokens(model: Any, files: Any, rows: int, length: int, seed: int) -> Any:
+    """Token windows of files for a calibrated start, or None."""
+    from .data import read_documents, sample_rows
+
+    if not files:
+        return None
+    documents = read_documents(list(files), model.tokenizer, vocab=model.config.vocab_size, skip_bad=True)
+    return sample_rows(documents, rows, length, seed)
+
+
+# ---- distill ---------------------------------------------------------------------------------------------
+
+
+def add_distill(commands: Any, common: Any) -> None:
+    parser = add_command(
+        commands, common, "distill", run_distill, "distil a student as a recipe says",
+        "mambainllama distill recipe.toml --set distill.epochs=2",
+    )  # fmt: skip
+    parser.add_argument("recipe", help="TOML file; see recipes/ and mambainllama/recipe.py")
+    parser.add_argument("--output", metavar="FOLDER", help="instead of the recipe's [output] folder")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint in the output folder"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="override one setting of the recipe",
+    )
+    parser.add_argument("--check", action="store_true", help="check the recipe and its files, then stop")
+
+
+def run_distill(options: argparse.Namespace) -> None:
+    from .distill import distill
+    from .recipe import read_recipe
+
+    overrides = list(options.set)
+    if options.seed:
+        overrides.append(f"distill.seed={options.seed}")
+    recipe = read_recipe(options.recipe, overrides)
+    folder = options.output or recipe.output["folder"]
+    teacher, student = models_of(options, recipe)
+    if options.check:
+        show(options, {"recipe": options.recipe, "ok": True}, f"{options.recipe}: fine; {student!r}")
+        return
+    say(options, f"teacher {teacher!r}\nstudent {student!r}")
+    history = distill(
+        student,
+        teacher,
+        recipe.data["files"],
+        recipe.config,
+        folder,
+        options.resume,
+        validation=recipe.data.get("validation"),
+        progress=False if options.json else None,
+    )
+    final = history.final
+    show(options, {"output": str(folder), **final}, f"{history!r}\ntrained model: {Path(folder) / 'model'}")
+
+
+def models_of(options: argparse.Namespace, recipe: Any) -> tuple[Any, Any]:
+    """A recipe's teacher and student; the student converted where it is not there yet."""
+    from .convert import convert
+    from .model import load
+
+    def dtype(section):
+        return section.get("dtype", options.dtype)
+
+    teacher = load(recipe.teacher["model"], device=options.device, dtype=dtype(recipe.teacher))
+    settings = recipe.student
+    if "trained" in settings:
+        return teacher, load(settings["trained"], device=options.device, dtype=dtype(settings))
+    source = teacher
+    if "model" in settings or "dtype" in settings:
+        source = load(
+            settings.get("model", recipe.teacher["model"]), device=options.device, dtype=dtype(settings)
+        )
+    words = {k: settings[k] for k in ("mixer", "attention_layers", "init", "seed") if k in settings}
+    calibration = None
+    if words.get("init", "auto") != "paper":
+        calibration = calibration_tokens(
+            source,
+            recipe.data["files"],
+            settings.get("calibration_rows", 128),
+            settings.get("calibration_length", 256),
+            words.get("seed", 0),
+        )
+    return teacher, convert(source, calibration=calibration, **words)
+
+
+# ---- generate and chat -----------------------------------------------------------------------------------
+
+
+def add_sampling(parser: Any, tokens: int) -> None:
+    parser.add_argument("--max-new-tokens", type=int, default=tokens)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    parser.add_argument("--top-k", type=int, default=0, help="sample among so many likeliest tokens; 0: all")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="sample among the likeliest of this much probability"
+    )
+    parser.add_argument("--draft", help='speculate with this model, or with "ngram"')
+    parser.add_argument("--draft-tokens", type=int, default=4, help="tokens drafted at a time, at most")
+
+
+def sampling(options: argparse.Namespace) -> dict[str, Any]:
+    draft = options.draft
+    if draft not in (None, "ngram"):
+        draft = load_model(options, draft)
+    return {
+        "max_new_tokens": options.max_new_tokens,
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "seed": options.seed,
+        "draft": draft,
+        "draft_tokens": options.draft_tokens,
+    }
+
+
+def add_generate(commands: Any, common: Any) -> None:
+    parser = add_command(
+        commands, common, "generate", run_generate, "continue one or several prompts",
+        'mambainllama generate my-model "Once upon a time" --max-new-tokens 64',
+    )  # fmt: skip
+    parser.add_argument("model", help="folder or Hub id")
+    parser.add_argument(
+        "prompts", nargs="*", metavar="PROMPT", help="text; without any, standard input is one prompt"
+    )
+    parser.add_argument("--chat", action="store_true", help="each prompt is a user's message of a chat")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="end where this text comes; may be given several times",
+    )
+    parser.add_argument("--stats", action="store_true", help="print speed and acceptance on standard error")
+    add_sampling(parser, 128)
+
+
+def run_generate(options: argparse.Namespace) -> None:
+    from .generate import generate
+
+    model = load_model(options, options.model)
+    prompts: list[Any] = list(options.prompts) or [sys.stdin.read()]
+    if options.chat:
+        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    settings = sampling(options)
+    stream = not options.json and len(prompts) == 1
+    printer = Printer() if stream else None
+    results = generate(model, prompts, stop=options.stop, on_text=printer, **settings)
+    if options.json:
+        rows = [
+            {"prompt": prompt, "text": r.text, "token_ids": list(map(int, r.token_ids)),
+             "finish_reason": r.finish_reason, "stats": stats_dict(r.stats)}
+            for prompt, r in zip(prompts, results, strict=True)
+        ]  # fmt: skip
+        show(options, rows, "")
+    elif stream:
+        print(flush=True)
+    else:
+        for index, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
+            words = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            print(f"{'' if index == 0 else chr(10)}== {words}\n{result.text}", flush=True)
+    if options.stats and not options.json:
+        for result in results:
+            print(stats_line(result.stats), file=sys.stderr)
+
+
+class Printer:
+    """Prints the pieces of a text as they come."""
+
+    def __call__(self, index: int, text: str) -> None:
+        print(text, end="", flush=True)
+
+
+def stats_dict(stats: Any) -> dict[str, Any]:
+    from dataclasses import asdict, is_dataclass
+
+    return asdict(stats) if is_dataclass(stats) else dict(stats)
+
+
+def stats_line(stats: Any) -> str:
+    found = stats_dict(stats)
+    rate = found["new_tokens"] / max(found["decode_seconds"], 1e-9)
+    line = f"{found['new_tokens']} tokens, {rate:.0f} tokens/s"
+    if found.get("drafted"):
+        line += f", {found['accepted']} of {found['drafted']} drafts accepted"
+    return line
+
+
+def add_chat(commands: Any, common: Any) -> None:
+    parser = add_command(
+        commands, common, "chat", run_chat, "talk with a model on the terminal",
+        "mambainllama chat my-model --temperature 0.7",
+    )  # fmt: skip
+    parser.add_argument("model", help="folder or Hub id")
+    parser.add_argument("--system", help="system message")
+    add_sampling(parser, 512)
+
+
+def run_chat(options: argparse.Namespace) -> None:
+    from .conversation import Conversation
+
+    model = load_model(options, options.model)
+    conversation = Conversation(model, system=options.system, **sampling(options))
+    terminal = sys.stdin.isatty()
+    if terminal and not options.json:
+        say(options, "/reset starts over, /stats tells the last answer's speed, /exit or Ctrl-D leaves.")
+    while True:
+        try:
+            line = input("> " if terminal and not options.json else "")
+        except EOFError:
+            break
+        if line.strip() in ("/exit", "/quit"):
+            break
+        if line.strip() == "/reset":
+            conversation.reset()
+            continue
+        if line.strip() == "/stats":
+            say(options, stats_line(conversation.stats) if conversation.stats else "nothing was said yet")
+            continue
+        if not line.strip():
+            continue
+        try:
+            text = conversation.ask(line, on_text=None if options.json else Printer())
+        except KeyboardInterrupt:
+            # The answer so far stays a part of the chat; a second Ctrl-C at the prompt leaves.
+            print(flush=True)
+            continue
+        if options.json:
+            print(json.dumps({"role": "assistant", "content": text}, ensure_ascii=False), flush=True)
+        else:
+            print(flush=True)
+    if terminal and not options.json:
+        print()
+
+
+# ---- eval, bench, demo -----------------------------------------------------------------------------------
+
+
+def add_eval(commands: Any, common: Any) -> None:
+    parser = add_command(
+        commands, common, "eval", run_eval, "measure perplexity, and closeness to a teacher, on held-out data",
+        "mambainllama eval my-hybrid --teacher my-llama --data held-out.jsonl",
+    )  # fmt: skip
+    parser.add_argument("model", help="folder or Hub id")
+    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="text or token files")
+    parser.add_argument("--teacher", help="compare with this model: KL and top-1 agreement")
+    parser.add_argument("--sequence-length", type=int, default=2048)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-batches", type=int, help="stop after so many batches")
+
+
+def run_eval(options: argparse.Namespace) -> None:
+    from .evaluate import compare, perplexity
+
+    model = load_model(options, options.model)
+    settings = {
+        "batch_size": options.batch_size,
+        "sequence_length": options.sequence_length,
+        "max_batches": options.max_batches,
+    }
+    if options.teacher is None:
+        value = perplexity(model, options.data, **settings)
+        show(options, {"perplexity": value}, f"perplexity {value:.4g}")
+        return
+    found = compare(model, load_model(options, options.teacher), options.data, **settings)
+    show(
+        options, found.to_dict(),
+        f"KL {found.kl:.4g} nats/token, perplexity {found.perplexity:.4g} (teacher "
+        f"{found.teacher_perplexity:.4g}), top-1 agreement {100 * found.agreement:.1f} %, {found.tokens:,} tokens",
+    )  # fmt: skip
+
+
+def add_bench(commands: Any, common: Any) -> None:
+    parser = add_command(
+        commands, common, "bench", run_bench, "measure speed and memory at several lengths of context",
+        "mambainllama bench my-hybrid my-llama --lengths 512,4096 --plot speed.png",
+    )  # fmt: skip
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="folders or Hub ids")
+    parser.add_argument(
+        "--lengths", type=comma_list, default=[128, 512, 2048, 8192], help="tokens in the sequence"
+    )
+    parser.add_argument("--tokens", type=int, default=32, help="tokens decoded for one figure")
+    parser.add_argument("--repeats", type=int, default=3, help="times; the median is shown")
+    parser.add_argument("--plot", metavar="PNG", help="draw the figures")
+
+
+def run_bench(options: argparse.Namespace) -> None:
+    from .bench import speed
+
+    tables = {}
+    for path in options.models:
+        tables[path] = speed(
+            load_model(options, path), options.lengths, options.tokens, options.repeats, options.seed
+        )
+    rows = [
+        (path, f"{row['length']:,}", f"{row['prefill_tokens_per_second']:,.0f}",
+         f"{row['decode_tokens_per_second']:,.0f}", f"{100 * row['decode_spread']:.0f} %", size(row["state_bytes"]))
+        for path, table_rows in tables.items()
+        for row in table_rows
+    ]  # fmt: skip
+    header = ("model", "length", "prefill tokens/s", "decode tokens/s", "spread", "state")
+    show(options, tables, table(rows, header))
+    if options.plot:
+        from .plot import plot_speed
+
+        plot_speed(tables, options.plot)
+        say(options, f"figure: {options.plot}")
+
+
+def add_demo(commands: Any, common: Any) -> None:
+    parser = add_command(
+        commands, common, "demo", run_demo, "convert, distil, compare and generate with the packaged teacher, offline",
+        "mambainllama demo --output demo-output",
+    )  # fmt: skip
+    parser.add_argument("--output", default="demo-output", help="folder for students and figures")
+    parser.add_argument(
+        "--quick", action="store_true", help="a tenth of the training: shows that it works, not how well"
+    )
+
+
+def run_demo(options: argparse.Namespace) -> None:
+    from .demo import run
+
+    found = run(options.output, quick=options.quick, seed=options.seed, quiet=options.json)
+    if options.json:
+        show(options, found, "")

@@ -1,0 +1,130 @@
+"""Two figures: how a run learnt, and how speed depends on the length of the context.
+
+matplotlib is an optional dependency (``pip install 'mambainllama[plot]'``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .errors import ArgumentError
+
+__all__ = ["plot_history", "plot_speed"]
+
+# Distinguishable in print and to colour-blind readers (Okabe & Ito).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+def new_axes(columns: int):
+    """A figure with quiet axes; drawn without a display, and without touching the user's settings."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ArgumentError(
+            "plots need matplotlib, which is not installed: pip install 'mambainllama[plot]'"
+        ) from None
+    figure = Figure(figsize=(5.2 * columns, 3.8), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(True, color="#dddddd", linewidth=0.6)
+        ax.set_axisbelow(True)
+    return figure, axes
+
+
+def finish(figure: Any, path: str | os.PathLike | None) -> Any:
+    if path is not None:
+        figure.savefig(path)
+    return figure
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Means over the last `window` values."""
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    return [
+        (sums[i + 1] - sums[max(0, i + 1 - window)]) / (i + 1 - max(0, i + 1 - window))
+        for i in range(len(values))
+    ]
+
+
+def plot_history(histories: Any, path: str | os.PathLike | None = None) -> Any:
+    """Training loss and held-out values over tokens.
+
+    Parameters
+    ----------
+    histories : History, or a mapping of label to History
+    path : PNG to write, or None
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    named = histories if isinstance(histories, Mapping) else {"": histories}
+    if not any(len(history) for history in named.values()):
+        raise ArgumentError("plot: the history is empty")
+    figure, (ax,) = new_axes(1)
+    kind = "KL to the teacher" if any("kl" in row for h in named.values() for row in h) else "loss"
+    for colour, (label, history) in zip(COLOURS * len(named), named.items(), strict=False):
+        metric = "kl" if kind != "loss" else "loss"
+        rows = [row for row in history if metric in row]
+        tokens = [row["tokens"] / 1e3 for row in rows]
+        values = [row[metric] for row in rows]
+        name = f"{label}: " if label else ""
+        ax.plot(tokens, values, color=colour, linewidth=0.5, alpha=0.3)
+        ax.plot(tokens, smooth(values, max(1, len(values) // 40)), color=colour, label=f"{name}training")
+        held = f"eval_{metric}" if metric == "kl" else "eval_ce"
+        rows = [row for row in history if held in row]
+        if rows:
+            x, y = [row["tokens"] / 1e3 for row in rows], [row[held] for row in rows]
+            ax.plot(x, y, "o", color=colour, markersize=5, markerfacecolor="white", label=f"{name}held out")
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("{x:g}")
+    ax.tick_params(axis="y", which="minor", labelsize=7)
+    ax.set_xlim(left=0)
+    ax.set_xlabel("training tokens (thousands)")
+    ax.set_ylabel(f"{kind} (nats per token)")
+    ax.legend(frameon=False)
+    return finish(figure, path)
+
+
+def plot_speed(
+    tables: Mapping[str, Sequence[Mapping[str, float]]], path: str | os.PathLike | None = None
+) -> Any:
+    """Decoding speed and memory of a sequence over the tokens already in it.
+
+    Parameters
+    ----------
+    tables : mapping of label to rows of `mambainllama.bench.speed`
+    path : PNG to write, or None
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    if not tables or not all(tables.values()):
+        raise ArgumentError("plot: nothing was measured")
+    figure, (left, right) = new_axes(2)
+    for colour, (label, rows) in zip(COLOURS * len(tables), tables.items(), strict=False):
+        lengths = [row["length"] for row in rows]
+        left.plot(lengths, [row["decode_tokens_per_second"] for row in rows], "o-", color=colour, label=label,
+                  markersize=4)  # fmt: skip
+        right.plot(lengths, [row["state_bytes"] / 2**20 for row in rows], "o-", color=colour, label=label,
+                   markersize=4)  # fmt: skip
+    for ax in (left, right):
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}k" if value >= 1024 else f"{value:g}")
+        ax.set_xlabel("tokens in the sequence")
+    left.set_ylim(bottom=0)
+    left.set_ylabel("decoding speed (tokens/s, one sequence)")
+    right.set_yscale("log")
+    right.yaxis.set_major_formatter("{x:g}")
+    right.set_ylabel("memory of the sequence (MiB)")
+    left.legend(frameon=False)
+    return finish(figure, path)
