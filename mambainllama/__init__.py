@@ -1,8 +1,9 @@
 """Turn Llama-family Transformers into hybrid Mamba models, distil them, and run them fast."""
 
-from . import _blas, errors, ops
+from . import _blas, errors, evaluate, ops
 from ._version import __version__
 from .convert import convert
+from .distill import DistillConfig, SftConfig, distill, sft
 from .errors import (
     ArgumentError,
     DeviceError,
@@ -18,30 +19,39 @@ from .errors import (
     StoppedError,
     UnsupportedError,
 )
+from .history import History
 from .model import Model, load
 from .tokenizer import Tokenizer
+from .training import TrainingInterrupted
 
 _blas.load()
 
 __all__ = [
     "ArgumentError",
     "DeviceError",
+    "DistillConfig",
     "DtypeError",
     "Error",
     "FileError",
     "FormatError",
+    "History",
     "Model",
     "NonFiniteError",
     "NotFoundError",
     "OutOfMemoryError",
+    "SftConfig",
     "ShapeError",
     "StateError",
     "StoppedError",
     "Tokenizer",
+    "TrainingInterrupted",
     "UnsupportedError",
     "__version__",
     "convert",
+    "distill",
     "errors",
+    "evaluate",
     "load",
     "ops",
+    "sft",
 ]
