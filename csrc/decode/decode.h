@@ -13,8 +13,8 @@
  * acceptance so far, never on a clock.  Greedy tokens are the same with and without a draft; sampled tokens
  * are distributed exactly as without (see speculate.c).
  *
- * The caller loops: submit, then while (mil_engine_round(...) leaves something running) look at the sequences'
- * fresh tokens, cut those that it wants to end, take the finished ones.
+ * The caller loops: submit, then while (mil_engine_round(...) leaves something running) look at the
+ * sequences' fresh tokens, cut those that it wants to end, take the finished ones.
  */
 #ifndef MIL_DECODE_DECODE_H
 #define MIL_DECODE_DECODE_H
@@ -30,17 +30,17 @@ typedef enum mil_finish {
 } mil_finish;
 
 typedef struct mil_request {
-    const int32_t *prompt; /* [prompt_count], copied by mil_engine_submit */
-    int64_t prompt_count;  /* at least 1 */
+    const int32_t *prompt;  /* [prompt_count], copied by mil_engine_submit */
+    int64_t prompt_count;   /* at least 1 */
     int64_t max_new_tokens; /* 0: only read the prompt (scores, prompt caches) */
     mil_sampling sampling;
     const int32_t *stop_tokens; /* [stop_count], copied */
     int64_t stop_count;
-    int64_t draft_tokens;  /* most drafts a round, at most MIL_WINDOW - 1; 0: never speculate */
-    bool fixed_draft;      /* always that many, instead of what the acceptance so far suggests */
-    bool logprobs;         /* log-probability of each new token under the model's own logits */
-    bool prompt_logprobs;  /* the same for the prompt's tokens */
-    int64_t top_logprobs;  /* and of so many likeliest tokens at each of those places */
+    int64_t draft_tokens; /* most drafts a round, at most MIL_WINDOW - 1; 0: never speculate */
+    bool fixed_draft;     /* always that many, instead of what the acceptance so far suggests */
+    bool logprobs;        /* log-probability of each new token under the model's own logits */
+    bool prompt_logprobs; /* the same for the prompt's tokens */
+    int64_t top_logprobs; /* and of so many likeliest tokens at each of those places */
     /* The state to start from, or NULL for an empty one.  It has read the first `length` tokens of the prompt
      * (the caller's promise), which are not computed again.  Borrowed; when the request has finished it
      * has read prompt and new tokens up to its then `length`.  draft_state: the same for the draft model. */
@@ -60,13 +60,13 @@ typedef struct mil_generation {
     int64_t tag;
     mil_finish finish;
     int64_t prompt_count, count, top;
-    int32_t *tokens;             /* [prompt_count + count]: prompt, then the new ones, the stop token not included */
-    double *logprobs;            /* [count] or NULL */
-    int32_t *top_tokens;         /* [count, top] or NULL */
-    float *top_logprobs;         /* [count, top] */
-    double *prompt_logprobs;     /* [prompt_count] or NULL; NaN for the first token and for cached ones */
-    int32_t *prompt_top_tokens;  /* [prompt_count, top]; -1 there */
-    float *prompt_top_logprobs;  /* [prompt_count, top] */
+    int32_t *tokens;     /* [prompt_count + count]: prompt, then the new ones, the stop token not included */
+    double *logprobs;    /* [count] or NULL */
+    int32_t *top_tokens; /* [count, top] or NULL */
+    float *top_logprobs; /* [count, top] */
+    double *prompt_logprobs;    /* [prompt_count] or NULL; NaN for the first token and for cached ones */
+    int32_t *prompt_top_tokens; /* [prompt_count, top]; -1 there */
+    float *prompt_top_logprobs; /* [prompt_count, top] */
     mil_generation_stats stats;
 } mil_generation;
 
@@ -78,8 +78,8 @@ typedef enum mil_draft_kind { MIL_DRAFT_NONE = 0, MIL_DRAFT_MODEL, MIL_DRAFT_NGR
 /* Deliberate errors in the accept rule: tests prove with them that the statistics would notice. */
 typedef enum mil_broken_rule {
     MIL_RULE_RIGHT = 0,
-    MIL_RULE_ACCEPT_ALL,    /* every draft that the target could have drawn */
-    MIL_RULE_REDRAW_FROM_P  /* a rejected draft is replaced from p instead of max(0, p - q) */
+    MIL_RULE_ACCEPT_ALL,   /* every draft that the target could have drawn */
+    MIL_RULE_REDRAW_FROM_P /* a rejected draft is replaced from p instead of max(0, p - q) */
 } mil_broken_rule;
 
 typedef struct mil_engine_options {
@@ -88,8 +88,8 @@ typedef struct mil_engine_options {
     const mil_model *draft; /* where MIL_DRAFT_MODEL */
     int64_t max_batch;      /* requests that run at once; 0: 16 */
     int64_t prefill_rows;   /* prompt rows of one round, of all requests; 0: 512 */
-    /* Cost of one more verified row, and of one drafted token, in one-row passes of the model. 0: taken from the
-     * parameters' bytes (speculate.c). */
+    /* Cost of one more verified row, and of one drafted token, in one-row passes of the model.
+     * 0: estimated from the parameters' bytes (speculate.c). */
     double verify_cost, draft_cost;
     mil_broken_rule broken_rule;
 } mil_engine_options;
@@ -102,7 +102,7 @@ typedef struct mil_engine {
     mil_sequence **waiting; /* [waiting_count] in order of submission */
     mil_sequence **running; /* [running_count], likewise */
     int64_t waiting_count, waiting_capacity, running_count;
-    struct mil_pack {       /* one forward pass in the making */
+    struct mil_pack { /* one forward pass in the making */
         int32_t *tokens;
         int64_t *offsets, *logit_rows;
         mil_state **states;

@@ -10,7 +10,7 @@
 /* Scores of a prompt need a row of logits for each token: chunks are cut so that these stay in 64 MiB. */
 #define SCORE_LOGITS ((int64_t)16 << 20)
 
-/* ---- options and requests ----------------------------------------------------------------------------------- */
+/* ---- options and requests --------------------------------------------------------------------------- */
 
 mil_status
 mil_engine_init(mil_engine *engine, const mil_engine_options *options)
@@ -20,18 +20,21 @@ mil_engine_init(mil_engine *engine, const mil_engine_options *options)
     o->max_batch = o->max_batch == 0 ? DEFAULT_BATCH : o->max_batch;
     o->prefill_rows = o->prefill_rows == 0 ? DEFAULT_PREFILL_ROWS : o->prefill_rows;
     if (o->max_batch < 1 || o->max_batch > 1 << 16) {
-        return mil_fail(MIL_ERR_VALUE, "generate: max_batch must lie in 1 .. 65536, not %lld", (long long)o->max_batch);
+        return mil_fail(MIL_ERR_VALUE, "generate: max_batch must lie in 1 .. 65536, not %lld",
+                        (long long)o->max_batch);
     }
     if (o->prefill_rows < 1 || o->prefill_rows > 1 << 20) {
         return mil_fail(MIL_ERR_VALUE, "generate: prefill_rows must lie in 1 .. 1048576, not %lld",
                         (long long)o->prefill_rows);
     }
     if ((o->draft_kind == MIL_DRAFT_MODEL) != (o->draft != NULL)) {
-        return mil_fail(MIL_ERR_VALUE, "generate: a draft model must be given exactly where drafts come from one");
+        return mil_fail(MIL_ERR_VALUE,
+                        "generate: a draft model must be given exactly where drafts come from one");
     }
     engine->running = mil_alloc((size_t)o->max_batch, sizeof *engine->running);
     if (engine->running == NULL) {
-        return mil_fail(MIL_ERR_MEMORY, "generate: out of memory for a batch of %lld", (long long)o->max_batch);
+        return mil_fail(MIL_ERR_MEMORY, "generate: out of memory for a batch of %lld",
+                        (long long)o->max_batch);
     }
     mil_speculate_costs(o);
     return MIL_OK;
@@ -64,14 +67,15 @@ check_state(const mil_state *state, const mil_model *model, const mil_request *r
         return MIL_OK;
     }
     if (state->model != model) {
-        return mil_fail(MIL_ERR_STATE, "generate: %s belongs to another model; make it with this model's state()",
-                        name);
+        return mil_fail(MIL_ERR_STATE,
+                        "generate: %s belongs to another model; make it with this model's state()", name);
     }
     if (state->length > request->prompt_count) {
-        return mil_fail(MIL_ERR_STATE,
-                        "generate: %s has read %lld tokens, more than the prompt's %lld; the prompt must begin "
-                        "with the tokens that the state has read",
-                        name, (long long)state->length, (long long)request->prompt_count);
+        return mil_fail(
+            MIL_ERR_STATE,
+            "generate: %s has read %lld tokens, more than the prompt's %lld; the prompt must begin "
+            "with the tokens that the state has read",
+            name, (long long)state->length, (long long)request->prompt_count);
     }
     return MIL_OK;
 }
@@ -93,7 +97,8 @@ check_request(const mil_engine_options *options, const mil_request *request)
                         (long long)request->draft_tokens);
     }
     if (request->top_logprobs < 0 || request->top_logprobs > options->model->config.vocab) {
-        return mil_fail(MIL_ERR_VALUE, "generate: top_logprobs must lie in 0 .. %lld (the vocabulary), not %lld",
+        return mil_fail(MIL_ERR_VALUE,
+                        "generate: top_logprobs must lie in 0 .. %lld (the vocabulary), not %lld",
                         (long long)options->model->config.vocab, (long long)request->top_logprobs);
     }
     MIL_TRY(mil_sampling_check(&request->sampling));
@@ -116,8 +121,8 @@ room(void **array, int64_t *capacity, int64_t count, size_t size)
     *capacity = 0;
     *array = mil_alloc((size_t)wanted, size);
     if (*array == NULL) {
-        return mil_fail(MIL_ERR_MEMORY, "generate: out of memory for %lld elements of %zu bytes", (long long)wanted,
-                        size);
+        return mil_fail(MIL_ERR_MEMORY, "generate: out of memory for %lld elements of %zu bytes",
+                        (long long)wanted, size);
     }
     *capacity = wanted;
     return MIL_OK;
@@ -145,7 +150,7 @@ mil_engine_submit(mil_engine *engine, const mil_request *request)
     return MIL_OK;
 }
 
-/* ---- one forward pass ------------------------------------------------------------------------------------- */
+/* ---- one forward pass ------------------------------------------------------------------------------- */
 
 void
 mil_pack_begin(mil_engine *engine)
@@ -193,14 +198,16 @@ mil_pack_run(mil_engine *engine, mil_context *context, const mil_model *model)
 {
     struct mil_pack *pack = &engine->pack;
     MIL_TRY(room((void **)&pack->tokens, &pack->token_capacity, pack->rows, sizeof *pack->tokens));
-    MIL_TRY(room((void **)&pack->logit_rows, &pack->row_capacity, pack->logit_count, sizeof *pack->logit_rows));
+    MIL_TRY(
+        room((void **)&pack->logit_rows, &pack->row_capacity, pack->logit_count, sizeof *pack->logit_rows));
     MIL_TRY(room((void **)&pack->logits, &pack->logit_capacity, pack->logit_count * model->config.vocab,
                  sizeof *pack->logits));
     lay_out_rows(pack);
     mil_arena_mark mark = mil_arena_get_mark(context->scratch);
     int32_t *tokens;
     MIL_TRY(MIL_PUSH(context->scratch, pack->rows, int32_t, &tokens));
-    mil_status status = context->ops->copy(context, tokens, pack->tokens, (size_t)pack->rows * sizeof *tokens);
+    mil_status status =
+        context->ops->copy(context, tokens, pack->tokens, (size_t)pack->rows * sizeof *tokens);
     if (status == MIL_OK) {
         status = mil_model_forward(context, model,
                                    &(mil_forward){
@@ -237,7 +244,7 @@ mil_pack_each(mil_engine *engine, mil_context *context, mil_sequence_work work)
     return MIL_OK;
 }
 
-/* ---- a round ------------------------------------------------------------------------------------------------ */
+/* ---- a round ---------------------------------------------------------------------------------------- */
 
 /* Finished ones leave, waiting ones join. */
 static mil_status
@@ -256,9 +263,11 @@ change_guard(mil_engine *engine)
     engine->running_count = kept;
     int64_t joined = 0;
     mil_status status = MIL_OK;
-    while (status == MIL_OK && joined < engine->waiting_count && engine->running_count < engine->options.max_batch) {
+    while (status == MIL_OK && joined < engine->waiting_count &&
+           engine->running_count < engine->options.max_batch) {
         mil_sequence *sequence = engine->waiting[joined++];
-        engine->running[engine->running_count++] = sequence; /* released with the engine where joining fails */
+        engine->running[engine->running_count++] =
+            sequence; /* released with the engine where joining fails */
         status = mil_sequence_join(engine, sequence);
     }
     for (int64_t i = joined; i < engine->waiting_count; i++) {
@@ -353,7 +362,8 @@ settle(const mil_engine *engine, mil_sequence *sequence)
 static mil_status
 take_back(mil_state *state, int64_t length)
 {
-    return state != NULL && state->length > length ? mil_state_rollback(state, state->length - length) : MIL_OK;
+    return state != NULL && state->length > length ? mil_state_rollback(state, state->length - length)
+                                                   : MIL_OK;
 }
 
 /* Rejected drafts leave the states; a finished text gets its times. */
@@ -428,7 +438,7 @@ mil_engine_round(mil_engine *engine, mil_context *context)
     return MIL_OK;
 }
 
-/* ---- between rounds ----------------------------------------------------------------------------------------- */
+/* ---- between rounds --------------------------------------------------------------------------------- */
 
 int64_t
 mil_engine_pending(const mil_engine *engine)

@@ -1,9 +1,10 @@
 /* Filtered distributions and draws (see sampler.h for the formulas and their order).
  *
- * Cost: everything but top-k and top-p is a few passes over the vocabulary, dominated by one expf a token.
- * A full sort of 128 k scores would cost ten times that, so top-k finds its threshold by quickselect, O(vocab), and
- * top-p selects and sorts only the 256 likeliest tokens, then four times as many until they hold enough
- * probability: a peaked distribution, which is the usual one, needs the first step only.
+ * Cost: everything but top-k and top-p is a few passes over the vocabulary, dominated by one expf a
+ * token. A full sort of 128 k scores would cost ten times that, so top-k finds its threshold by
+ * quickselect, O(vocab), and top-p selects and sorts only the 256 likeliest tokens, then four times as
+ * many until they hold enough probability: a peaked distribution, which is the usual one, needs the
+ * first step only.
  *
  * Scores are compared as (score descending, token ascending), a total order, so the result
  * does not depend on how the selection happens to move elements about.
@@ -15,7 +16,7 @@
 #include <stddef.h>
 #include <stdlib.h>
 
-/* ---- options -------------------------------------------------------------------------------------------- */
+/* ---- options ---------------------------------------------------------------------------------------- */
 
 mil_status
 mil_sampling_check(const mil_sampling *sampling)
@@ -37,13 +38,14 @@ mil_sampling_check(const mil_sampling *sampling)
                         (double)sampling->min_p);
     }
     if (!(sampling->repetition_penalty > 0.0f && sampling->repetition_penalty <= FLT_MAX)) {
-        return mil_fail(MIL_ERR_VALUE, "generate: repetition_penalty must be a positive number (1 = off), not %g",
+        return mil_fail(MIL_ERR_VALUE,
+                        "generate: repetition_penalty must be a positive number (1 = off), not %g",
                         (double)sampling->repetition_penalty);
     }
     return MIL_OK;
 }
 
-/* ---- random numbers ------------------------------------------------------------------------------------- */
+/* ---- random numbers --------------------------------------------------------------------------------- */
 
 void
 mil_philox(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4])
@@ -79,7 +81,7 @@ mil_uniform(uint64_t seed, uint64_t position, mil_stream stream)
     return (double)(wide >> 11) * 0x1p-53;
 }
 
-/* ---- selection ------------------------------------------------------------------------------------------ */
+/* ---- selection -------------------------------------------------------------------------------------- */
 
 static bool
 before(mil_candidate a, mil_candidate b)
@@ -147,7 +149,7 @@ select_first(mil_candidate *candidates, int64_t count, int64_t keep)
     }
 }
 
-/* ---- scores --------------------------------------------------------------------------------------------- */
+/* ---- scores ----------------------------------------------------------------------------------------- */
 
 static float
 penalised(float score, int32_t count, float penalty)
@@ -172,10 +174,11 @@ check_finite(const float *logits, int64_t vocab)
         while (fabsf(logits[at]) <= FLT_MAX) {
             at++;
         }
-        return mil_fail(MIL_ERR_NONFINITE,
-                        "generate: the logit of token %lld is %g; weights with NaN or infinity, or an overflow of "
-                        "16-bit weights, cause this",
-                        (long long)at, (double)logits[at]);
+        return mil_fail(
+            MIL_ERR_NONFINITE,
+            "generate: the logit of token %lld is %g; weights with NaN or infinity, or an overflow of "
+            "16-bit weights, cause this",
+            (long long)at, (double)logits[at]);
     }
     return MIL_OK;
 }
@@ -308,7 +311,8 @@ mil_distribution_fill(const mil_sampling *sampling, const float *logits, const i
         }
     }
     double total = 0.0;
-    for (int64_t i = 0; i < vocab; i++) { /* the likeliest token has weight 1, so min_p is the threshold itself */
+    for (int64_t i = 0; i < vocab;
+         i++) { /* the likeliest token has weight 1, so min_p is the threshold itself */
         weight[i] = weight[i] < sampling->min_p ? 0.0f : weight[i];
         total += (double)weight[i];
     }
@@ -316,7 +320,7 @@ mil_distribution_fill(const mil_sampling *sampling, const float *logits, const i
     return MIL_OK;
 }
 
-/* ---- draws ---------------------------------------------------------------------------------------------- */
+/* ---- draws ------------------------------------------------------------------------------------------ */
 
 double
 mil_distribution_at(const mil_distribution *distribution, int32_t token)
@@ -348,7 +352,8 @@ mil_distribution_draw(const mil_distribution *distribution, int64_t vocab, doubl
 }
 
 int32_t
-mil_distribution_draw_rest(const mil_distribution *p, const mil_distribution *q, int64_t vocab, double uniform)
+mil_distribution_draw_rest(const mil_distribution *p, const mil_distribution *q, int64_t vocab,
+                           double uniform)
 {
     if (p->certain) {
         return p->best;
@@ -375,7 +380,7 @@ mil_distribution_draw_rest(const mil_distribution *p, const mil_distribution *q,
     return last;
 }
 
-/* ---- log-probabilities ---------------------------------------------------------------------------------- */
+/* ---- log-probabilities ------------------------------------------------------------------------------ */
 
 static double
 log_sum_exp(const float *logits, int64_t vocab)

@@ -7,13 +7,13 @@
  *   temperature           s / temperature; 0 means greedy: the first largest score, and the filters below
  *                         cannot change it
  *   top-k                 scores below the k-th largest go; ties with it stay
- *   top-p                 the smallest set of most likely tokens with probability >= top_p stays; of equally likely
- *                         tokens the lower index comes first
+ *   top-p                 the smallest set of most likely tokens with probability >= top_p stays; of equal
+ *                         ones the lower index comes first
  *   min-p                 tokens less likely than min_p times the likeliest go
  *
- * Speculative decoding needs the distribution itself and not only a draw, so that is what is
- * built: unnormalised float32 weights exp((s - max) / temperature), 0 where filtered, and their float64 sum.
- * A draw uses exactly these weights; normalising would only add rounding.
+ * Speculative decoding needs the distribution itself and not only a draw, so that is what is built:
+ * unnormalised float32 weights exp((s - max) / temperature), 0 where filtered, and their float64 sum. A
+ * draw uses exactly these weights; normalising would only add rounding.
  *
  * Random numbers are a function of (seed, position in the text, stream) and of nothing else
  * (mil_uniform), so a text comes out the same alone, in a batch, or after a restart.
@@ -81,9 +81,10 @@ mil_distribution_at(const mil_distribution *distribution, int32_t token);
 /* The token at quantile `uniform` in [0, 1), in index order. */
 int32_t
 mil_distribution_draw(const mil_distribution *distribution, int64_t vocab, double uniform);
-/* The same from the normalised max(0, p - q): what is left of p once q has been accepted where it could be. */
+/* The same from the normalised max(0, p - q): what is left of p once q was accepted where it could be. */
 int32_t
-mil_distribution_draw_rest(const mil_distribution *p, const mil_distribution *q, int64_t vocab, double uniform);
+mil_distribution_draw_rest(const mil_distribution *p, const mil_distribution *q, int64_t vocab,
+                           double uniform);
 
 /* log softmax(logits)[token] in float64, of the model's own logits before any filter. */
 double

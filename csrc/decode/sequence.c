@@ -11,7 +11,8 @@ grow(void **array, int64_t used, int64_t count, size_t size)
 {
     void *larger = mil_alloc((size_t)count, size);
     if (larger == NULL) {
-        return mil_fail(MIL_ERR_MEMORY, "generate: out of memory for %lld elements of a text", (long long)count);
+        return mil_fail(MIL_ERR_MEMORY, "generate: out of memory for %lld elements of a text",
+                        (long long)count);
     }
     if (used > 0) {
         memcpy(larger, *array, (size_t)used * size);
@@ -58,7 +59,8 @@ take_prompt_scores(mil_generation *g)
     }
     if (g->top > 0) {
         MIL_TRY(take((void **)&g->prompt_top_tokens, g->prompt_count * g->top, sizeof *g->prompt_top_tokens));
-        MIL_TRY(take((void **)&g->prompt_top_logprobs, g->prompt_count * g->top, sizeof *g->prompt_top_logprobs));
+        MIL_TRY(
+            take((void **)&g->prompt_top_logprobs, g->prompt_count * g->top, sizeof *g->prompt_top_logprobs));
         for (int64_t i = 0; i < g->prompt_count * g->top; i++) {
             g->prompt_top_tokens[i] = -1;
             g->prompt_top_logprobs[i] = NAN;
@@ -120,7 +122,7 @@ take_states(mil_sequence *sequence, const mil_engine_options *options)
     return MIL_OK;
 }
 
-/* A prompt that the state has read to its end has no row left to predict from: its last token is taken back. */
+/* A prompt that the state has read to its end leaves no row to predict from: its last token is taken back. */
 static mil_status
 leave_one_row(mil_sequence *sequence)
 {
@@ -128,10 +130,11 @@ leave_one_row(mil_sequence *sequence)
         return MIL_OK;
     }
     if (mil_state_rollback(sequence->state, 1) != MIL_OK) {
-        return mil_fail(MIL_ERR_STATE,
-                        "generate: the state has read all %lld tokens of the prompt and cannot take the last one "
-                        "back; make it from a prompt that is at least one token shorter",
-                        (long long)sequence->count);
+        return mil_fail(
+            MIL_ERR_STATE,
+            "generate: the state has read all %lld tokens of the prompt and cannot take the last one "
+            "back; make it from a prompt that is at least one token shorter",
+            (long long)sequence->count);
     }
     return MIL_OK;
 }

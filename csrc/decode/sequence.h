@@ -23,7 +23,7 @@ struct mil_sequence {
     mil_candidate *scratch; /* [vocab] or NULL */
 
     /* speculation */
-    int64_t wanted, drafted; /* this round */
+    int64_t wanted, drafted;             /* this round */
     mil_distribution drafts[MIL_WINDOW]; /* that each was drawn from; weights in draft_weight */
     float *draft_weight;                 /* [draft_tokens, vocab] or NULL */
     double tried, accepted;              /* recent drafts, older ones fading */
@@ -77,7 +77,7 @@ mil_sequence_stops(const mil_sequence *sequence, int32_t token)
 void
 mil_sequence_add(mil_sequence *sequence, int64_t vocab, int32_t token, const float *logits);
 
-/* ---- speculate.c ------------------------------------------------------------------------------------------ */
+/* ---- speculate.c ------------------------------------------------------------------------------------ */
 
 /* Sets the costs that the options leave open. */
 void
@@ -88,20 +88,20 @@ mil_speculate_plan(const mil_engine *engine, mil_sequence *sequence);
 /* Fills tokens[count ..] with drafts for all running sequences that want some. */
 mil_status
 mil_speculate_draft(mil_engine *engine, mil_context *context) MIL_MUST_CHECK;
-/* The target's verdict on one sequence: logits [drafted + 1, vocab] of the last token and the drafts. Adds the
- * accepted drafts and one token more. Touches this sequence only. */
+/* The target's verdict on one sequence: logits [drafted + 1, vocab] of the last token and the drafts. Adds
+ * the accepted drafts and one token more. Touches this sequence only. */
 mil_status
 mil_speculate_settle(const mil_engine *engine, mil_sequence *sequence, const float *logits) MIL_MUST_CHECK;
 
-/* ---- generate.c ------------------------------------------------------------------------------------------- */
+/* ---- generate.c ------------------------------------------------------------------------------------- */
 
-/* Starts a pass; adds rows tokens[from .. from + rows) of a sequence (sets its first_logit and logit_count: the last
- * `logit_count` rows); runs it: logits are in engine->pack.logits. */
+/* Starts a pass; adds the next `rows` tokens of a sequence that `state` has not read, the last `logit_count` of
+ * them with logits; runs it: a sequence's logits start at row first_logit of engine->pack.logits. */
 void
 mil_pack_begin(mil_engine *engine);
 mil_status
-mil_pack_add(mil_engine *engine, mil_sequence *sequence, mil_state *state, int64_t rows, int64_t logit_count)
-    MIL_MUST_CHECK;
+mil_pack_add(mil_engine *engine, mil_sequence *sequence, mil_state *state, int64_t rows,
+             int64_t logit_count) MIL_MUST_CHECK;
 mil_status
 mil_pack_run(mil_engine *engine, mil_context *context, const mil_model *model) MIL_MUST_CHECK;
 

@@ -7,15 +7,15 @@
  *                     else a draw from max(0, p_j - q_j), normalised, is, and the round ends
  *   after K:          a draw from p_{K+1} is one more token
  *
- * and every token is distributed as p: what min(p, q) lacks, the second draw adds.  Greedy sampling is the
- * same rule with p on one token.  An n-gram draft has q on one token.  Random numbers come from one stream each
- * for drafts, verdicts and the model's own draws; a draft that is thrown away leaves its stream's later numbers
- * unseen by any kept token, so using them again at the same position is sound.
+ * and every token is distributed as p: what min(p, q) lacks, the second draw adds.  Greedy sampling is
+ * the same rule with p on one token.  An n-gram draft has q on one token.  Random numbers come from one
+ * stream each for drafts, verdicts and the model's own draws; a draft that is thrown away leaves its
+ * stream's later numbers unseen by any kept token, so using them again at the same position is sound.
  *
- * The state goes back to the last accepted token exactly (device.h: the tail).  A pass of K + 1 <= 16 rows can
- * always be taken back.  The draft model, though, reads one token a pass, and once such a pass begins a new
- * window the old one is folded: so a draft with mixers never drafts across a window's end (draft_limit), which
- * shortens a few rounds in sixteen and needs no copies of states.
+ * The state goes back to the last accepted token exactly (device.h: the tail).  A pass of K + 1 <= 16
+ * rows can always be taken back.  The draft model, though, reads one token a pass, and once such a pass
+ * begins a new window the old one is folded: so a draft with mixers never drafts across a window's end
+ * (draft_limit), which shortens a few rounds in sixteen and needs no copies of states.
  *
  * How many drafts: with acceptance a (of this text so far, older rounds fading), K drafts give
  * 1 + a + .. + a^K tokens for 1 + K (verify_cost + draft_cost) passes; K maximises the ratio, and
@@ -26,16 +26,16 @@
 
 #include "decode/sequence.h"
 
-#define PRIOR_TRIED 2.0     /* weight and value of the acceptance assumed at the start */
+#define PRIOR_TRIED 2.0 /* weight and value of the acceptance assumed at the start */
 #define PRIOR_ACCEPTED 1.4
-#define FADING 0.97         /* of old drafts, a draft */
-#define TRIAL_ROUNDS 32     /* rounds between trials where drafting does not pay */
+#define FADING 0.97     /* of old drafts, a draft */
+#define TRIAL_ROUNDS 32 /* rounds between trials where drafting does not pay */
 #define TRIAL_DRAFTS 2
-#define VERIFY_COST 0.06    /* of a thin product, each row beyond the first adds about a sixteenth */
+#define VERIFY_COST 0.06 /* of a thin product, each row beyond the first adds about a sixteenth */
 #define NGRAM_LONGEST 4
 #define NGRAM_SHORTEST 2
 
-/* ---- how many --------------------------------------------------------------------------------------------- */
+/* ---- how many --------------------------------------------------------------------------------------- */
 
 /* Bytes of the weights that one token reads. */
 static double
@@ -123,14 +123,14 @@ mil_speculate_plan(const mil_engine *engine, mil_sequence *sequence)
     }
 }
 
-/* ---- drafts ----------------------------------------------------------------------------------------------- */
+/* ---- drafts ----------------------------------------------------------------------------------------- */
 
 static void
 draft_from_text(mil_sequence *sequence)
 {
     int32_t *tokens = sequence->generation.tokens;
-    sequence->drafted = mil_ngram_propose(tokens, sequence->count, NGRAM_LONGEST, NGRAM_SHORTEST, sequence->wanted,
-                                          tokens + sequence->count);
+    sequence->drafted = mil_ngram_propose(tokens, sequence->count, NGRAM_LONGEST, NGRAM_SHORTEST,
+                                          sequence->wanted, tokens + sequence->count);
     for (int64_t i = 0; i < sequence->drafted; i++) {
         int32_t token = tokens[sequence->count + i];
         sequence->drafts[i].certain = true;
@@ -170,8 +170,8 @@ draw_draft(const mil_engine *engine, mil_sequence *sequence)
     return MIL_OK;
 }
 
-/* One pass of the draft model over at most `most` rows a sequence; those that reach the end of their text get a
- * draft. Returns how many sequences still want more through *left. */
+/* One pass of the draft model over at most `most` rows a sequence; those that reach the end of their text get
+ * a draft. *left: sequences that took part, none once all have what they want. */
 static mil_status
 draft_pass(mil_engine *engine, mil_context *context, int64_t most, int64_t *left)
 {
@@ -210,12 +210,12 @@ mil_speculate_draft(mil_engine *engine, mil_context *context)
     return MIL_OK;
 }
 
-/* ---- verdicts --------------------------------------------------------------------------------------------- */
+/* ---- verdicts --------------------------------------------------------------------------------------- */
 
 /* Whether the draft token at `position` stands. */
 static bool
-accepts(const mil_engine *engine, const mil_sequence *sequence, const mil_distribution *p, const mil_distribution *q,
-        int32_t token, int64_t position)
+accepts(const mil_engine *engine, const mil_sequence *sequence, const mil_distribution *p,
+        const mil_distribution *q, int32_t token, int64_t position)
 {
     double target = mil_distribution_at(p, token);
     if (engine->options.broken_rule == MIL_RULE_ACCEPT_ALL) {
@@ -227,8 +227,8 @@ accepts(const mil_engine *engine, const mil_sequence *sequence, const mil_distri
 
 /* What the text goes on with once `p` alone decides; q: the rejected draft's distribution, or NULL. */
 static int32_t
-draw_own(const mil_engine *engine, const mil_sequence *sequence, const mil_distribution *p, const mil_distribution *q,
-         int64_t position)
+draw_own(const mil_engine *engine, const mil_sequence *sequence, const mil_distribution *p,
+         const mil_distribution *q, int64_t position)
 {
     int64_t vocab = engine->options.model->config.vocab;
     double uniform = mil_uniform(sequence->request.sampling.seed, (uint64_t)position, MIL_STREAM_TARGET);
@@ -278,7 +278,8 @@ mil_speculate_settle(const mil_engine *engine, mil_sequence *sequence, const flo
             rejected = q != NULL;
         }
         mil_sequence_add(sequence, vocab, token, row);
-        sequence->undraftable |= engine->options.draft != NULL && token >= engine->options.draft->config.vocab;
+        sequence->undraftable |=
+            engine->options.draft != NULL && token >= engine->options.draft->config.vocab;
     }
     if (drafted > 0) {
         remember(sequence, accepted, rejected);

@@ -1,9 +1,10 @@
 /* _core.generate: the engine of csrc/decode driven from one Python call, and the sampler for tests.
  *
  * The loop runs without the GIL.  It takes the GIL after a round only where Python has something to
- * hear: fresh tokens if there is an on_tokens, a finished request, a poll for new requests, or, every 50 ms, signals, so
- * that Ctrl-C works.  Whatever ends the call (an exception in a callback, KeyboardInterrupt, a failing
- * forward pass) takes the one exit that releases the engine and marks the states idle again.
+ * hear: fresh tokens if there is an on_tokens, a finished request, a poll for new requests, or, every
+ * 50 ms, signals, so that Ctrl-C works.  Whatever ends the call (an exception in a callback,
+ * KeyboardInterrupt, a failing forward pass) takes the one exit that releases the engine and marks the
+ * states idle again.
  */
 #include "python/types.h"
 
@@ -14,7 +15,7 @@
 
 #define SIGNAL_SECONDS 0.05
 
-/* ---- reading a request ---------------------------------------------------------------------------------- */
+/* ---- reading a request ------------------------------------------------------------------------------ */
 
 /* A dict that is read key by key; the first failure sticks. */
 typedef struct reader {
@@ -47,7 +48,8 @@ read_int(reader *r, const char *key, int64_t otherwise)
     Py_XDECREF(index);
     if (index == NULL || PyErr_Occurred()) {
         PyErr_Clear();
-        core_raise_format(r->core, MIL_ERR_DTYPE, "generate: %s must be an integer of 64 bits, not %R", key, value);
+        core_raise_format(r->core, MIL_ERR_DTYPE, "generate: %s must be an integer of 64 bits, not %R", key,
+                          value);
         r->failed = true;
     }
     return (int64_t)number;
@@ -122,8 +124,8 @@ read_state(reader *r, const char *key, PyObject **found)
         return NULL;
     }
     if (state->busy) {
-        core_raise_format(r->core, MIL_ERR_STATE, "generate: a %s is in use by another request or call; fork it with copy()",
-                          key);
+        core_raise_format(r->core, MIL_ERR_STATE,
+                          "generate: a %s is in use by another request or call; fork it with copy()", key);
         r->failed = true;
         return NULL;
     }
@@ -132,13 +134,13 @@ read_state(reader *r, const char *key, PyObject **found)
     return &state->state;
 }
 
-/* ---- the call ------------------------------------------------------------------------------------------- */
+/* ---- the call --------------------------------------------------------------------------------------- */
 
 typedef struct generate_call {
     core_state *core;
     mil_engine engine;
-    PyObject *results; /* list, one dict a request; NULL where on_finish takes them */
-    PyObject *states;  /* dict: tag -> tuple of the States that the request keeps busy */
+    PyObject *results;                      /* list, one dict a request; NULL where on_finish takes them */
+    PyObject *states;                       /* dict: tag -> tuple of the States that the request keeps busy */
     PyObject *on_tokens, *on_finish, *more; /* borrowed, NULL where not wanted */
     int64_t next_tag;
     bool closed; /* `more` has no more */
@@ -189,7 +191,8 @@ static int
 submit(generate_call *call, PyObject *dict)
 {
     if (!PyDict_Check(dict)) {
-        core_raise_format(call->core, MIL_ERR_DTYPE, "generate: a request is a dict, not %.80s", Py_TYPE(dict)->tp_name);
+        core_raise_format(call->core, MIL_ERR_DTYPE, "generate: a request is a dict, not %.80s",
+                          Py_TYPE(dict)->tp_name);
         return -1;
     }
     reader r = {.core = call->core, .dict = dict};
@@ -202,7 +205,8 @@ submit(generate_call *call, PyObject *dict)
         goto done;
     }
     prompt = core_tokens(call->core, prompt_object, "generate: a prompt");
-    stop = prompt == NULL || stop_object == NULL ? NULL : core_tokens(call->core, stop_object, "generate: stop");
+    stop =
+        prompt == NULL || stop_object == NULL ? NULL : core_tokens(call->core, stop_object, "generate: stop");
     if (prompt == NULL || (stop_object != NULL && stop == NULL)) {
         goto done;
     }
@@ -279,7 +283,7 @@ poll_more(generate_call *call)
     return failed;
 }
 
-/* ---- results -------------------------------------------------------------------------------------------- */
+/* ---- results ---------------------------------------------------------------------------------------- */
 
 /* A new array [count] or [count, width] with a copy of `from`; None where `from` is NULL. */
 static PyObject *
@@ -300,9 +304,10 @@ static PyObject *
 stats_of(const mil_generation_stats *s)
 {
     return Py_BuildValue("{s:L,s:L,s:L,s:L,s:L,s:L,s:d,s:d}", "prompt_tokens", (long long)s->prompt_tokens,
-                         "cached_tokens", (long long)s->cached_tokens, "new_tokens", (long long)s->new_tokens, "rounds",
-                         (long long)s->rounds, "drafted", (long long)s->drafted, "accepted", (long long)s->accepted,
-                         "prefill_seconds", s->prefill_seconds, "decode_seconds", s->decode_seconds);
+                         "cached_tokens", (long long)s->cached_tokens, "new_tokens", (long long)s->new_tokens,
+                         "rounds", (long long)s->rounds, "drafted", (long long)s->drafted, "accepted",
+                         (long long)s->accepted, "prefill_seconds", s->prefill_seconds, "decode_seconds",
+                         s->decode_seconds);
 }
 
 static PyObject *
@@ -311,8 +316,9 @@ result_of(const mil_generation *g)
     static const char *const reasons[] = {"running", "stop", "length", "cancelled"};
     /* "N" hands the new references over, and fails cleanly where one of them is NULL. */
     return Py_BuildValue(
-        "{s:N,s:s,s:N,s:N,s:N,s:N,s:N,s:N,s:N}", "tokens", copied(g->tokens + g->prompt_count, NPY_INT32, g->count, 0),
-        "finish_reason", reasons[g->finish], "logprobs", copied(g->logprobs, NPY_FLOAT64, g->count, 0), "top_tokens",
+        "{s:N,s:s,s:N,s:N,s:N,s:N,s:N,s:N,s:N}", "tokens",
+        copied(g->tokens + g->prompt_count, NPY_INT32, g->count, 0), "finish_reason", reasons[g->finish],
+        "logprobs", copied(g->logprobs, NPY_FLOAT64, g->count, 0), "top_tokens",
         copied(g->top_tokens, NPY_INT32, g->count, g->top), "top_logprobs",
         copied(g->top_logprobs, NPY_FLOAT32, g->count, g->top), "prompt_logprobs",
         copied(g->prompt_logprobs, NPY_FLOAT64, g->prompt_count, 0), "prompt_top_tokens",
@@ -426,8 +432,7 @@ run(generate_call *call)
         }
         mil_context context;
         mil_status status;
-        Py_BEGIN_ALLOW_THREADS
-        status = core_context_acquire(call->core, &mil_cpu_ops, &context);
+        Py_BEGIN_ALLOW_THREADS status = core_context_acquire(call->core, &mil_cpu_ops, &context);
         if (status == MIL_OK) {
             double last_heard = omp_get_wtime();
             do {
@@ -435,8 +440,8 @@ run(generate_call *call)
             } while (status == MIL_OK && !is_news(call, last_heard));
             core_context_release(call->core, &context);
         }
-        Py_END_ALLOW_THREADS
-        if (status != MIL_OK) {
+        Py_END_ALLOW_THREADS if (status != MIL_OK)
+        {
             core_raise(call->core, status);
             return -1;
         }
@@ -446,7 +451,7 @@ run(generate_call *call)
     }
 }
 
-/* ---- _core.generate ---------------------------------------------------------------------------------------- */
+/* ---- _core.generate --------------------------------------------------------------------------------- */
 
 static int
 read_draft(core_state *core, PyObject *draft, mil_engine_options *options)
@@ -480,15 +485,16 @@ wanted(PyObject *callback)
 static PyObject *
 generate(PyObject *module, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"model",     "requests", "draft",       "max_batch",  "prefill_rows", "on_tokens",
-                            "on_finish", "more",     "verify_cost", "draft_cost", "_break_accept", NULL};
+    static char *names[] = {"model",        "requests",   "draft",         "max_batch",
+                            "prefill_rows", "on_tokens",  "on_finish",     "more",
+                            "verify_cost",  "draft_cost", "_break_accept", NULL};
     PyObject *model_object, *requests, *draft = NULL, *on_tokens = NULL, *on_finish = NULL, *more = NULL;
     Py_ssize_t max_batch = 0, prefill_rows = 0;
     double verify_cost = 0.0, draft_cost = 0.0;
     int broken = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO|$OnnOOOddi:generate", names, &model_object, &requests, &draft,
-                                     &max_batch, &prefill_rows, &on_tokens, &on_finish, &more, &verify_cost,
-                                     &draft_cost, &broken)) {
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO|$OnnOOOddi:generate", names, &model_object,
+                                     &requests, &draft, &max_batch, &prefill_rows, &on_tokens, &on_finish,
+                                     &more, &verify_cost, &draft_cost, &broken)) {
         return NULL;
     }
     generate_call call = {
@@ -513,7 +519,8 @@ generate(PyObject *module, PyObject *args, PyObject *keywords)
         return NULL;
     }
     if (call.more != NULL && call.on_finish == NULL) {
-        return core_raise_format(call.core, MIL_ERR_VALUE, "generate: with more, on_finish must take the results");
+        return core_raise_format(call.core, MIL_ERR_VALUE,
+                                 "generate: with more, on_finish must take the results");
     }
     mil_status status = mil_engine_init(&call.engine, &options);
     if (status != MIL_OK) {
@@ -544,17 +551,18 @@ generate(PyObject *module, PyObject *args, PyObject *keywords)
     return call.results;
 }
 
-/* ---- the sampler by itself -------------------------------------------------------------------------------- */
+/* ---- the sampler by itself -------------------------------------------------------------------------- */
 
 static PyObject *
 sample(PyObject *module, PyObject *args, PyObject *keywords)
 {
     static char *names[] = {"logits", "options", "history", "position", NULL};
     core_state *core = core_get_state(module);
-    PyObject *logits_object, *options, *history_object = NULL, *history = NULL, *weights = NULL, *result = NULL;
+    PyObject *logits_object, *options, *history_object = NULL, *history = NULL, *weights = NULL,
+                                       *result = NULL;
     unsigned long long position = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO!|$OK:sample", names, &logits_object, &PyDict_Type, &options,
-                                     &history_object, &position)) {
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO!|$OK:sample", names, &logits_object, &PyDict_Type,
+                                     &options, &history_object, &position)) {
         return NULL;
     }
     reader r = {.core = core, .dict = options};
@@ -585,7 +593,8 @@ sample(PyObject *module, PyObject *args, PyObject *keywords)
         for (int64_t i = 0; i < core_length(history); i++) {
             int32_t token = ((const int32_t *)core_data(history))[i];
             if (token < 0 || token >= vocab) {
-                core_raise_format(core, MIL_ERR_VALUE, "sample: history holds %d, outside the vocabulary", token);
+                core_raise_format(core, MIL_ERR_VALUE, "sample: history holds %d, outside the vocabulary",
+                                  token);
                 goto done;
             }
             counts[token]++;
@@ -657,8 +666,8 @@ ngram_propose(PyObject *module, PyObject *args)
     PyObject *out = tokens == NULL ? NULL : core_array_new(1, &room, CORE_I32, true);
     PyObject *result = NULL;
     if (out != NULL) {
-        int64_t found = mil_ngram_propose(core_data(tokens), core_length(tokens), (int64_t)longest, (int64_t)shortest, room,
-                                          core_data(out));
+        int64_t found = mil_ngram_propose(core_data(tokens), core_length(tokens), (int64_t)longest,
+                                          (int64_t)shortest, room, core_data(out));
         result = PySequence_GetSlice(out, 0, (Py_ssize_t)found);
     }
     Py_XDECREF(tokens);
@@ -668,13 +677,17 @@ ngram_propose(PyObject *module, PyObject *args)
 
 static PyMethodDef methods[] = {
     {"generate", (PyCFunction)(void (*)(void))generate, METH_VARARGS | METH_KEYWORDS,
-     "generate(model, requests, *, draft=None, max_batch=16, prefill_rows=512, on_tokens=None, on_finish=None, more=None,\n"
-     "         verify_cost=0, draft_cost=0, _break_accept=0) -> list of dicts. See mambainllama/generate.py."},
+     "generate(model, requests, *, draft=None, max_batch=16, prefill_rows=512, on_tokens=None, "
+     "on_finish=None, more=None,\n"
+     "         verify_cost=0, draft_cost=0, _break_accept=0) -> list of dicts. See "
+     "mambainllama/generate.py."},
     {"sample", (PyCFunction)(void (*)(void))sample, METH_VARARGS | METH_KEYWORDS,
      "sample(logits, options, *, history=None, position=0) -> (token, weights, sum of weights)."},
     {"philox", philox, METH_VARARGS, "philox(counter, key) -> four words of Philox4x32-10. For tests."},
-    {"uniform", uniform, METH_VARARGS, "uniform(seed, position, stream) -> the number in [0, 1) that a draw uses."},
-    {"ngram_propose", ngram_propose, METH_VARARGS, "ngram_propose(tokens, longest, shortest, most) -> drafts."},
+    {"uniform", uniform, METH_VARARGS,
+     "uniform(seed, position, stream) -> the number in [0, 1) that a draw uses."},
+    {"ngram_propose", ngram_propose, METH_VARARGS,
+     "ngram_propose(tokens, longest, shortest, most) -> drafts."},
     {NULL, NULL, 0, NULL},
 };
 
