@@ -171,8 +171,11 @@ gradient_of_row(mil_kl_direction direction, int64_t count, row_gradient g, float
     else if (with_kl) {
         write_gradient(true, false, false, count, g, grad);
     }
-    else {
+    else if (with_ce) {
         write_gradient(false, false, true, count, g, grad);
+    }
+    else {
+        write_gradient(false, false, false, count, g, grad); /* a row without label where only labels count */
     }
 }
 

@@ -1,0 +1,232 @@
+"""The fused distillation loss against direct computation, differences and PyTorch; relative_mse.
+
+Tolerances: a row's loss carries float32 logits (hidden products) and exponentials, some 1e-6 of its
+size; sums of gradients over rows and vocabulary 1e-5 of the largest.
+"""
+
+import numpy as np
+import pytest
+from reference import loss as reference
+from reference.differences import check
+
+from mambainllama import ops
+from mambainllama.dtypes import from_float32, to_float32
+from mambainllama.errors import ArgumentError
+
+BASE = {
+    "rows": 37,
+    "vocab": 301,
+    "hidden": 24,
+    "teacher_hidden": 40,
+    "labels": True,
+    "weights": True,
+    "padding": 0,
+}
+OPTIONS = {"kl_weight": 0.7, "ce_weight": 0.3, "scale": 0.25}
+CHANGES = [
+    ({}, {}),
+    ({}, {"direction": "reverse"}),
+    ({}, {"temperature": 2.5}),
+    ({}, {"temperature": 0.5, "direction": "reverse"}),
+    ({}, {"logit_scale": 0.3, "teacher_logit_scale": 1.7}),
+    ({}, {"kl_weight": 0.0}),
+    ({}, {"ce_weight": 0.0, "temperature": 3.0}),
+    ({"labels": False}, {}),
+    ({"labels": False}, {"direction": "reverse", "temperature": 2.0}),
+    ({"weights": False}, {}),
+    ({"teacher_hidden": 0}, {"kl_weight": 0.0}),
+    ({"teacher_hidden": 0, "weights": False}, {"kl_weight": 0.0, "logit_scale": 2.0}),
+    ({"padding": 19}, {}),
+    ({"rows": 1}, {}),
+    ({"vocab": 1}, {}),
+    ({"vocab": 7, "hidden": 1, "teacher_hidden": 1}, {}),
+    ({"vocab": 4096, "rows": 70, "hidden": 64}, {}),
+    ({"rows": 2500, "vocab": 33}, {}),  # more rows than one block
+    (
+        {"rows": 300, "vocab": 33001, "hidden": 8, "teacher_hidden": 4},
+        {},
+    ),  # blocks cut by their bytes
+]
+
+
+def make(case, dtype=np.float32, spread=1.0):
+    rng = np.random.default_rng(8)
+    rows, vocab, stored = case["rows"], case["vocab"], case["vocab"] + case["padding"]
+    inputs = {
+        "x": rng.normal(size=(rows, case["hidden"])),
+        "weight": rng.normal(size=(stored, case["hidden"])) / case["hidden"] ** 0.5 * spread,
+    }
+    if case["teacher_hidden"]:
+        inputs["teacher_x"] = rng.normal(size=(rows, case["teacher_hidden"]))
+        inputs["teacher_weight"] = rng.normal(size=(stored, case["teacher_hidden"])) * 0.3 * spread
+    if case["labels"]:
+        inputs["labels"] = np.where(rng.random(rows) < 0.3, -100, rng.integers(0, vocab, rows))
+    if case["weights"]:
+        inputs["row_weight"] = rng.integers(0, 3, rows).astype(np.float64)
+    return {n: a if n == "labels" else a.astype(dtype) for n, a in inputs.items()}
+
+
+def doubles(inputs):
+    return {n: a if n == "labels" else a.astype(np.float64) for n, a in inputs.items()}
+
+
+def assert_equals_reference(got, expected):
+    for name in ("kl", "ce", "teacher_ce"):
+        assert got[name] == pytest.approx(expected[name], rel=3e-6, abs=1e-5), name
+    for name in ("kl_rows", "ce_rows", "agree", "correct"):
+        assert got[name] == expected[name], name
+    for name in ("grad_x", "grad_weight"):
+        size = max(1e-3, np.abs(expected[name]).max())
+        np.testing.assert_allclose(got[name] / size, expected[name] / size, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_reference_backward_is_the_gradient(direction):
+    inputs = make(
+        BASE | {"rows": 5, "vocab": 9, "hidden": 3, "teacher_hidden": 4, "padding": 1}, np.float64
+    )
+    options = OPTIONS | {"direction": direction, "temperature": 1.7, "logit_scale": 1.3, "vocab": 9}
+    grads = reference.linear_loss(**inputs, **options)
+    check(
+        lambda: reference.linear_loss(**inputs, **options)["loss"],
+        {"grad_x": inputs["x"], "grad_weight": inputs["weight"]},
+        grads,
+    )
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_against_direct_computation(change):
+    case, options = BASE | change[0], OPTIONS | change[1]
+    if case["padding"]:
+        options["vocab"] = case["vocab"]
+    inputs = make(case)
+    expected = reference.linear_loss(**doubles(inputs), **options)
+    got = ops.linear_loss(**inputs, **options)
+    assert_equals_reference(got, expected)
+
+    only_sums = ops.linear_loss(**inputs, **options, gradients=False)
+    assert "grad_x" not in only_sums
+    assert only_sums["kl"] == got["kl"] and only_sums["ce"] == got["ce"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_of_16_bits(dtype):
+    inputs = make(BASE)
+    stored = {n: from_float32(inputs[n], dtype) for n in ("weight", "teacher_weight")}
+    name = "bfloat16" if dtype == "bfloat16" else None
+    got = ops.linear_loss(**(inputs | stored), **OPTIONS, dtype=name, teacher_dtype=name)
+    rounded = {n: to_float32(a, dtype) for n, a in stored.items()}
+    assert_equals_reference(got, reference.linear_loss(**doubles(inputs | rounded), **OPTIONS))
+
+
+def test_skipped_rows_and_added_gradients():
+    """Rows of weight 0 may hold anything; grad_weight is added to, and may be left out."""
+    inputs = make(BASE)
+    got = ops.linear_loss(**inputs, **OPTIONS)
+    skipped = inputs["row_weight"] == 0
+    inputs["x"][skipped] = np.nan
+    out = {"grad_x": np.full_like(inputs["x"], 7), "grad_weight": np.ones_like(inputs["weight"])}
+    again = ops.linear_loss(**inputs, **OPTIONS, out=out)
+    assert again["kl"] == got["kl"]
+    assert (again["grad_x"][skipped] == 0).all()
+    assert np.array_equal(again["grad_x"], got["grad_x"])
+    np.testing.assert_allclose(again["grad_weight"], got["grad_weight"] + 1, rtol=1e-6)
+    frozen = ops.linear_loss(**inputs, **OPTIONS, out={"grad_weight": None})
+    assert "grad_weight" not in frozen or frozen["grad_weight"] is None
+    assert np.array_equal(frozen["grad_x"], got["grad_x"])
+
+
+def test_nothing_to_learn_from():
+    inputs = make(BASE)
+    inputs["row_weight"][:] = 0
+    got = ops.linear_loss(**inputs, **OPTIONS)
+    assert got["kl"] == got["ce"] == got["kl_rows"] == 0
+    assert not got["grad_x"].any() and not got["grad_weight"].any()
+
+
+def test_same_model_has_no_divergence():
+    inputs = make(BASE)
+    inputs |= {"teacher_x": inputs["x"], "teacher_weight": inputs["weight"]}
+    for direction in ("forward", "reverse"):
+        got = ops.linear_loss(**inputs, kl_weight=1.0, ce_weight=0.0, direction=direction)
+        assert got["kl"] == 0 and got["agree"] == got["kl_rows"]
+        assert np.abs(got["grad_x"]).max() < 1e-6
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_extreme_logits_stay_finite(direction, temperature):
+    """Logits of about 1e4: nearly every probability underflows."""
+    inputs = make(BASE, spread=1e4)
+    options = OPTIONS | {"direction": direction, "temperature": temperature}
+    got = ops.linear_loss(**inputs, **options)
+    expected = reference.linear_loss(**doubles(inputs), **options)
+    for name in ("kl", "ce"):
+        assert got[name] == pytest.approx(expected[name], rel=1e-5)
+    assert np.isfinite(got["grad_x"]).all() and np.isfinite(got["grad_weight"]).all()
+
+
+def test_threads_do_not_change_the_sums():
+    inputs = make(BASE | {"rows": 200, "vocab": 1000})
+    before, results = ops.get_threads(), []
+    for threads in (1, 2, 3):
+        ops.set_threads(threads)
+        results.append(ops.linear_loss(**inputs, **OPTIONS))
+    ops.set_threads(before)
+    for other in results[1:]:
+        assert other["kl"] == pytest.approx(results[0]["kl"], rel=1e-6)
+        np.testing.assert_allclose(other["grad_x"], results[0]["grad_x"], atol=1e-6)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_against_pytorch_autograd(direction):
+    torch = pytest.importorskip("torch")
+    inputs = make(BASE | {"weights": False})
+    x, weight = (torch.tensor(inputs[n], requires_grad=True) for n in ("x", "weight"))
+    temperature, rows = 2.0, len(inputs["x"])
+    student = x @ weight.T
+    teacher = torch.tensor(inputs["teacher_x"]) @ torch.tensor(inputs["teacher_weight"]).T
+    logs = [torch.log_softmax(z / temperature, dim=-1) for z in (student, teacher)]
+    to, of = logs if direction == "forward" else logs[::-1]
+    kl = torch.nn.functional.kl_div(to, of, log_target=True, reduction="sum")
+    ce = torch.nn.functional.cross_entropy(student, torch.tensor(inputs["labels"]), reduction="sum")
+    ((0.7 * temperature**2 * kl + 0.3 * ce) / rows).backward()
+    options = {"kl_weight": 0.7, "ce_weight": 0.3, "scale": 1 / rows, "temperature": temperature}
+    got = ops.linear_loss(**inputs, **options, direction=direction)
+    assert got["kl"] == pytest.approx(kl.item(), rel=1e-5)
+    assert got["ce"] == pytest.approx(ce.item(), rel=1e-5)
+    np.testing.assert_allclose(got["grad_x"], x.grad.numpy(), atol=1e-6)
+    np.testing.assert_allclose(got["grad_weight"], weight.grad.numpy(), atol=2e-6)
+
+
+def test_error_messages():
+    inputs = make(BASE)
+    with pytest.raises(ArgumentError, match="temperature"):
+        ops.linear_loss(**inputs, **OPTIONS, temperature=0.0)
+    inputs["labels"][3] = 301
+    with pytest.raises(ValueError, match="labels"):
+        ops.linear_loss(**inputs, **OPTIONS)
+
+
+# ---- relative error of hidden states ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 17), (300, 257)], ids=str)
+def test_relative_mse(shape):
+    rng = np.random.default_rng(9)
+    x, target = rng.normal(size=(2, *shape)).astype(np.float32)
+    expected = reference.relative_mse(x.astype(np.float64), target.astype(np.float64), 0.3)
+    start = np.ones_like(x)
+    got = ops.relative_mse(x, target, weight=0.3, out={"grad_x": start})
+    assert got["value"] == pytest.approx(expected["value"], rel=1e-6)
+    np.testing.assert_allclose(start, 1 + expected["grad_x"], rtol=2e-6)
+
+
+def test_relative_mse_reference_and_zero_target():
+    rng = np.random.default_rng(9)
+    x, target = rng.normal(size=(2, 3, 4))
+    grads = reference.relative_mse(x, target, 0.3)
+    check(lambda: 0.3 * reference.relative_mse(x, target)["value"], {"grad_x": x}, grads)
+    ones = np.ones((2, 3), np.float32)
+    got = ops.relative_mse(ones, np.zeros_like(ones))
+    assert got["value"] == 6 and np.array_equal(got["grad_x"], 2 * ones)
