@@ -17,7 +17,7 @@ A hybrid is a Transformer's config.json plus mamba_config.json, which says which
 attention and how large the mixers are; whether they are Mamba-1 or Mamba-2 is read from the
 tensors.
 
-To add a family: a row here, and a row in tests/tiny_models.py that makes a tiny random checkpoint
+To add a family: a row here, and a row in tests/tiny_checkpoints.py that makes a tiny random checkpoint
 of it, which test_parity.py then holds against transformers.
 """
 
@@ -61,7 +61,7 @@ _ACTIVATIONS = {
 
 
 class Keys:
-    """Typed access to a JSON object; what is missing or wrong becomes an error naming file, key and value."""
+    """Typed access to a JSON object; what is wrong becomes an error naming file, key and value."""
 
     def __init__(self, values: dict, where: str):
         self.values, self.where = values, where
@@ -164,7 +164,8 @@ class Dense:
     """None: as `mlp_bias` says."""
     qk_norm: bool = False
     window: str = "none"
-    """Which layers slide: "none", "all", "typed" (layer_types), "switched" (use_sliding_window, then layer_types)."""
+    """Which layers slide: "none", "all", "typed" (as layer_types says), "switched" (as typed, where
+    use_sliding_window is true)."""
     default_window: int | None = None
     no_rope: bool = False
     """no_rope_layers, no_rope_layer_interval."""
@@ -175,7 +176,8 @@ class Dense:
         kv_heads = config.size("num_key_value_heads", self.kv_heads or heads)
         if heads % kv_heads:
             raise FormatError(
-                f"{config.where}: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}"
+                f"{config.where}: num_attention_heads = {heads} is not a multiple of "
+                f"num_key_value_heads = {kv_heads}"
             )
         count = config.size("num_hidden_layers")
         rope = canonical_rope(config.values, head_dim, config.where, self.theta)
@@ -229,7 +231,8 @@ class Dense:
         unknown = set(types) - {"sliding_attention", "full_attention"}
         if unknown:
             raise UnsupportedError(
-                f"{config.where}: layer type {shorten(min(unknown))} is not supported in this family"
+                f"{config.where}: layer type {shorten(min(unknown))} is not supported in this "
+                "family"
             )
         return [window if kind == "sliding_attention" else 0 for kind in types]
 
@@ -309,7 +312,8 @@ class Pure:
         inner, groups = int(config.number("expand", 2) * hidden), config.size("n_groups", 8)
         if heads * head_dim != inner or inner % groups:
             raise FormatError(
-                f"{config.where}: num_heads * head_dim = {heads} * {head_dim} must be expand * hidden_size = {inner}, "
+                f"{config.where}: num_heads * head_dim = {heads} * {head_dim} must be expand * "
+                f"hidden_size = {inner}, "
                 f"a multiple of n_groups = {groups}"
             )
         dt_min, dt_max = _dt_limits(config, "time_step_limit")
@@ -459,7 +463,8 @@ def mamba_layer(mixer: str, attention: dict, hidden: int, ssm: Keys | None = Non
 def _check_divides(where: str, mixer: str, narrow: int, state_dim: int) -> None:
     if narrow % state_dim:
         raise FormatError(
-            f"{where}: {mixer} needs the width of keys and values ({narrow}) to be a multiple of its state size ({state_dim})"
+            f"{where}: {mixer} needs the width of keys and values ({narrow}) to be a multiple of "
+            f"its state size ({state_dim})"
         )
 
 
@@ -495,7 +500,8 @@ def _attention_layers(mamba: Keys, count: int) -> list[int]:
         isinstance(i, int) and not isinstance(i, bool) and 0 <= i < count for i in kept
     ):
         raise FormatError(
-            f"{mamba.where}: attn_layers: expected layers from 0 to {count - 1}, got {shorten(kept)}"
+            f"{mamba.where}: attn_layers: expected layers from 0 to {count - 1}, got "
+            f"{shorten(kept)}"
         )
     return kept
 
@@ -576,7 +582,8 @@ def describe(
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UnsupportedError(
-            f"{where}/config.json: model_type {shorten(model_type)} is not supported; these are: {', '.join(FAMILIES)}"
+            f"{where}/config.json: model_type {shorten(model_type)} is not supported; these are: "
+            f"{', '.join(FAMILIES)}"
         )
     if config.get("quantization_config"):
         raise UnsupportedError(
@@ -588,7 +595,8 @@ def describe(
         return description
     if not isinstance(family, Dense):
         raise FormatError(
-            f"{where}/mamba_config.json: a {model_type} model has no attention layers that it could replace"
+            f"{where}/mamba_config.json: a {model_type} model has no attention layers that it "
+            "could replace"
         )
     return _make_hybrid(description, Keys(mamba_config, f"{where}/mamba_config.json"), tensors)
 
@@ -615,6 +623,10 @@ def match_tensors(
         for pattern, replacement in _ALIASES:
             plain = pattern.sub(replacement, plain)
         files[plain] = name
+    tied = description.canonical["tied"]
+    embedding = description.file_name("model.embed_tokens.weight")
+    if tied and embedding not in files and "lm_head.weight" in files:
+        files[embedding] = files.pop("lm_head.weight")  # one tensor, stored under its other name
     sources, missing, wrong = {}, [], []
     for name, shape, _, required in specs:
         wanted = required or any(name.endswith(suffix) for suffix in description.biases)
@@ -628,7 +640,6 @@ def match_tensors(
             sources[name] = source
             if shapes[source] != tuple(shape):
                 wrong.append(f"{source} has shape {list(shapes[source])}, expected {list(shape)}")
-    tied = description.canonical["tied"]
     extra = [
         name
         for plain, name in files.items()
@@ -640,7 +651,8 @@ def match_tensors(
         )
     if missing:
         raise FormatError(
-            f"{where}: tensors are missing: {listing(missing)}; the download is incomplete or config.json is another model's"
+            f"{where}: tensors are missing: {listing(missing)}; the download is incomplete or "
+            "config.json is another model's"
         )
     if extra:
         raise FormatError(
