@@ -106,12 +106,12 @@ asan: ## the C tests under AddressSanitizer, UndefinedBehaviorSanitizer and Leak
 	@$(MAKE) --no-print-directory --silent -j$(JOBS) build/c-asan/test
 	ASAN_OPTIONS=detect_leaks=1:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1 build/c-asan/test
 
-# libgomp's own synchronisation is invisible to ThreadSanitizer, so teams of one: what is checked is calls from
-# several threads at once (allocator, messages, kernels' tables).
+# libgomp's own synchronisation is invisible to ThreadSanitizer, so the tests use teams of one here: what is
+# checked is calls from several threads at once (allocator, messages, run-time dispatch).
 .PHONY: tsan
 tsan: ## the C tests under ThreadSanitizer
 	@$(MAKE) --no-print-directory --silent -j$(JOBS) build/c-tsan/test
-	OMP_NUM_THREADS=1 TSAN_OPTIONS=halt_on_error=1 build/c-tsan/test
+	TSAN_OPTIONS=halt_on_error=1 build/c-tsan/test
 
 # ---- style --------------------------------------------------------------------------------------------
 

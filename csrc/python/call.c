@@ -826,7 +826,7 @@ tuple_of_sequences(core_call *call, const char *name, int64_t sequences)
         return NULL;
     }
     if (PyTuple_GET_SIZE(list) != sequences) {
-        call_fail(call, MIL_ERR_SHAPE, "%s: %s has %zd entries; there are %lld sequences", call->operator, name,
+        call_fail(call, MIL_ERR_SHAPE, "%s: %s has %zd entries; sequences = %lld", call->operator, name,
                   PyTuple_GET_SIZE(list), (long long)sequences);
         Py_CLEAR(list);
     }
