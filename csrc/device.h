@@ -415,6 +415,20 @@ typedef struct mil_adamw {
     int64_t step;
 } mil_adamw;
 
+/* Muon (see csrc/cpu/muon.c): the momentum of a matrix made orthogonal; part by part of its rows where parts are given.
+ * m is the momentum; master, weight and dtype as for AdamW. */
+typedef struct mil_muon {
+    int64_t rows, columns;
+    const int64_t *parts; /* [part_count] rows of each part, host memory; part_count = 0: one part */
+    int64_t part_count;
+    float *master; /* [rows, columns] */
+    void *weight;
+    mil_dtype dtype;
+    const float *grad;
+    float *m;
+    float learning_rate, momentum, weight_decay, grad_scale;
+} mil_muon;
+
 /* ---- the table -------------------------------------------------------------------------------------- */
 
 #define MIL_OPS_VERSION 1
@@ -454,6 +468,7 @@ struct mil_ops {
     mil_status (*linear_loss)(mil_context *context, mil_linear_loss *arguments);
     mil_status (*relative_mse)(mil_context *context, mil_relative_mse *arguments);
     mil_status (*adamw)(mil_context *context, const mil_adamw *arguments);
+    mil_status (*muon)(mil_context *context, const mil_muon *arguments);
     mil_status (*sum_squares)(mil_context *context, const float *x, int64_t count, double *out);
     /* y += x over [rows, width] act. */
     mil_status (*add)(mil_context *context, int64_t rows, int64_t width, const void *x, int64_t x_stride, void *y,

@@ -44,6 +44,7 @@ __all__ = [
     "TAIL",
     "WINDOW",
     "adamw",
+    "muon",
     "add",
     "attention_backward",
     "attention_forward",
@@ -967,6 +968,56 @@ def adamw(
         beta1=beta1,
         beta2=beta2,
         eps=eps,
+        weight_decay=weight_decay,
+        grad_scale=grad_scale,
+    )
+
+
+def muon(
+    master,
+    grad,
+    m,
+    *,
+    learning_rate,
+    momentum=0.95,
+    parts=None,
+    weight=None,
+    dtype=None,
+    weight_decay=0.0,
+    grad_scale=1.0,
+):
+    """One step of Muon on a matrix, in place: the Nesterov momentum made orthogonal by five Newton-Schulz steps.
+
+    With ``g = grad * grad_scale``::
+
+        m = momentum * m + g
+        X = orthogonal(g + momentum * m)
+        master -= learning_rate * (0.2 * sqrt(max(rows, columns)) * X + weight_decay * master)
+
+    Parameters
+    ----------
+    master, m : float32 [rows, columns], C-contiguous
+        Changed in place.
+    grad : float32 [rows, columns]
+    parts : int64 [parts], optional
+        Rows of unlike projections that the matrix stacks; each is made orthogonal on its own.
+    weight : bfloat16 or float16 [rows, columns], optional
+        The rounded copy that the model computes with.
+
+    References
+    ----------
+    Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; the update's scale is
+    from Liu et al. 2025, "Muon is scalable for LLM training" (arXiv 2502.16982), section 2.2.
+    """
+    _core.muon(
+        master=master,
+        grad=grad,
+        m=m,
+        learning_rate=learning_rate,
+        momentum=momentum,
+        parts=parts,
+        weight=weight,
+        dtype=dtype,
         weight_decay=weight_decay,
         grad_scale=grad_scale,
     )

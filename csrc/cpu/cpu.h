@@ -68,6 +68,8 @@ mil_cpu_relative_mse(mil_context *context, mil_relative_mse *arguments);
 mil_status
 mil_cpu_adamw(mil_context *context, const mil_adamw *arguments);
 mil_status
+mil_cpu_muon(mil_context *context, const mil_muon *arguments);
+mil_status
 mil_cpu_sum_squares(mil_context *context, const float *x, int64_t count, double *out);
 mil_status
 mil_cpu_add(mil_context *context, int64_t rows, int64_t width, const void *x, int64_t x_stride, void *y,

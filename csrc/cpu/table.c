@@ -72,6 +72,7 @@ const mil_ops mil_cpu_ops = {
     .linear_loss = mil_cpu_linear_loss,
     .relative_mse = mil_cpu_relative_mse,
     .adamw = mil_cpu_adamw,
+    .muon = mil_cpu_muon,
     .sum_squares = mil_cpu_sum_squares,
     .add = mil_cpu_add,
     .gather_rows = mil_cpu_gather_rows,

@@ -557,6 +557,73 @@ clear_gradients(mil_context *context, mil_trainer *trainer)
     return MIL_OK;
 }
 
+/* Row counts of the unlike projections that one matrix stacks: their updates are made orthogonal apart. */
+static int64_t
+stacked_parts(const mil_model *model, const mil_parameter *p, int64_t parts[5])
+{
+    const mil_layer_config *c = &model->layers[p->layer].config;
+    int64_t B = c->B_groups * c->state_dim, C = c->C_groups * c->state_dim;
+    if (p->id == MIL_P_IN && c->mixer == MIL_MAMBA2) {
+        memcpy(parts, (int64_t[5]){c->inner, c->x_width, B, C, c->heads}, 5 * sizeof *parts);
+        return 5;
+    }
+    if (p->id == MIL_P_IN) {
+        memcpy(parts, (int64_t[2]){c->inner, c->inner}, 2 * sizeof *parts);
+        return 2;
+    }
+    if (p->id == MIL_P_X_PROJ) {
+        memcpy(parts, (int64_t[3]){c->dt_rank, B, C}, 3 * sizeof *parts);
+        return 3;
+    }
+    return 0;
+}
+
+static mil_status
+apply_muon(mil_context *context, mil_trainer *trainer, const mil_optimizer_step *step, int64_t index, float grad_scale)
+{
+    const mil_parameter *p = &trainer->student->parameters[index];
+    int64_t parts[5];
+    mil_muon muon = {
+        .rows = p->shape[0],
+        .columns = p->shape[1],
+        .parts = parts,
+        .part_count = stacked_parts(trainer->student, p, parts),
+        .master = trainer->master[index],
+        .weight = p->data,
+        .dtype = p->dtype,
+        .grad = trainer->gradients.of[index],
+        .m = trainer->m[index],
+        .learning_rate = step->muon_rate,
+        .momentum = step->muon_momentum,
+        .weight_decay = step->weight_decay,
+        .grad_scale = grad_scale,
+    };
+    return context->ops->muon(context, &muon);
+}
+
+static mil_status
+apply_adamw(mil_context *context, mil_trainer *trainer, const mil_optimizer_step *step, int64_t index, float grad_scale)
+{
+    const mil_parameter *p = &trainer->student->parameters[index];
+    mil_adamw adamw = {
+        .count = p->count,
+        .master = trainer->master[index],
+        .weight = p->data,
+        .dtype = p->dtype,
+        .grad = trainer->gradients.of[index],
+        .m = trainer->m[index],
+        .v = trainer->v[index],
+        .learning_rate = step->learning_rate * (p->matrix ? 1 : step->vector_rate),
+        .beta1 = step->beta1,
+        .beta2 = step->beta2,
+        .eps = step->eps,
+        .weight_decay = p->matrix ? step->weight_decay : 0,
+        .grad_scale = grad_scale,
+        .step = trainer->step,
+    };
+    return context->ops->adamw(context, &adamw);
+}
+
 mil_status
 mil_trainer_apply(mil_context *context, mil_trainer *trainer, mil_optimizer_step *step)
 {
@@ -567,29 +634,15 @@ mil_trainer_apply(mil_context *context, mil_trainer *trainer, mil_optimizer_step
                         (long long)trainer->step + 1);
     }
     bool clip = step->max_grad_norm > 0 && step->grad_norm > step->max_grad_norm;
+    float grad_scale = clip ? (float)(step->max_grad_norm / step->grad_norm) : 1;
     trainer->step++;
     for (int64_t i = 0; i < trainer->student->parameter_count; i++) {
         const mil_parameter *p = &trainer->student->parameters[i];
         if (trainer->gradients.of[i] == NULL) {
             continue;
         }
-        mil_adamw adamw = {
-            .count = p->count,
-            .master = trainer->master[i],
-            .weight = p->data,
-            .dtype = p->dtype,
-            .grad = trainer->gradients.of[i],
-            .m = trainer->m[i],
-            .v = trainer->v[i],
-            .learning_rate = step->learning_rate * (p->matrix ? 1 : step->vector_rate),
-            .beta1 = step->beta1,
-            .beta2 = step->beta2,
-            .eps = step->eps,
-            .weight_decay = p->matrix ? step->weight_decay : 0,
-            .grad_scale = clip ? (float)(step->max_grad_norm / step->grad_norm) : 1,
-            .step = trainer->step,
-        };
-        MIL_TRY(context->ops->adamw(context, &adamw));
+        bool muon = step->muon_rate > 0 && p->matrix && p->layer >= 0;
+        MIL_TRY((muon ? apply_muon : apply_adamw)(context, trainer, step, i, grad_scale));
     }
     return clear_gradients(context, trainer);
 }

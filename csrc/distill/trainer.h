@@ -54,6 +54,8 @@ typedef struct mil_optimizer_step {
     float weight_decay;  /* of matrices; vectors (norms, biases, A_log, D, conv) are never decayed */
     float max_grad_norm; /* 0 = no clipping */
     float vector_rate;   /* factor on learning_rate for vectors; 1 by custom */
+    float muon_rate;     /* > 0: Muon with this learning rate on the layers' matrices, AdamW elsewhere */
+    float muon_momentum;
     double grad_norm;    /* out, before clipping */
 } mil_optimizer_step;
 

@@ -370,6 +370,34 @@ adamw(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject *names
 }
 
 static PyObject *
+muon(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject *names)
+{
+    core_call call;
+    mil_muon a = {0};
+    int64_t elements = 0;
+    call_begin(&call, module, "muon", args, count, names);
+    a.grad = call_input(&call, "grad", NULL, "rows columns", &a.rows, &a.columns);
+    elements = a.rows * a.columns;
+    a.master = call_flat_inout(&call, "master", &elements);
+    a.m = call_flat_inout(&call, "m", &elements);
+    a.weight = a.master;
+    a.dtype = MIL_F32;
+    if (call_has(&call, "weight")) {
+        a.weight = call_flat_weight(&call, "weight", "dtype", &a.dtype, &elements);
+    }
+    call_object(&call, "dtype");
+    a.parts = call_int64(&call, "parts", false, "parts", &a.part_count);
+    a.learning_rate = (float)call_float(&call, "learning_rate", 1e-2);
+    a.momentum = (float)call_float(&call, "momentum", 0.95);
+    a.weight_decay = (float)call_float(&call, "weight_decay", 0.0);
+    a.grad_scale = (float)call_float(&call, "grad_scale", 1.0);
+    if (call_ready(&call)) {
+        CALL_RUN(&call, mil_cpu_ops.muon(&call.context, &a));
+    }
+    return call_end(&call);
+}
+
+static PyObject *
 sum_squares(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject *names)
 {
     core_call call;
@@ -437,6 +465,6 @@ PyMethodDef core_dense_methods[] = {
     CORE_OPERATOR(norm_forward),      CORE_OPERATOR(norm_backward),      CORE_OPERATOR(glu_forward),
     CORE_OPERATOR(glu_backward),      CORE_OPERATOR(embedding_forward),  CORE_OPERATOR(embedding_backward),
     CORE_OPERATOR(linear_loss),       CORE_OPERATOR(relative_mse),       CORE_OPERATOR(adamw),
-    CORE_OPERATOR(sum_squares),       CORE_OPERATOR(add),                CORE_OPERATOR(gather_rows),
+    CORE_OPERATOR(muon),              CORE_OPERATOR(sum_squares),       CORE_OPERATOR(add),                CORE_OPERATOR(gather_rows),
     {NULL, NULL, 0, NULL},
 };

@@ -290,12 +290,14 @@ core_evaluate(PyObject *module, PyObject *args, PyObject *keywords)
 static PyObject *
 trainer_apply(PyObject *object, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"learning_rate", "betas", "eps", "weight_decay", "max_grad_norm", "vector_rate", NULL};
+    static char *names[] = {"learning_rate", "betas", "eps", "weight_decay", "max_grad_norm", "vector_rate",
+                            "muon_rate",     "muon_momentum", NULL};
     core_trainer *self = (core_trainer *)object;
     core_state *core = core_state_of(object);
-    mil_optimizer_step step = {.beta1 = 0.9f, .beta2 = 0.95f, .eps = 1e-8f, .max_grad_norm = 1, .vector_rate = 1};
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "f|$(ff)ffff:apply", names, &step.learning_rate, &step.beta1, &step.beta2,
-                                     &step.eps, &step.weight_decay, &step.max_grad_norm, &step.vector_rate)) {
+    mil_optimizer_step step = {.beta1 = 0.9f, .beta2 = 0.95f, .eps = 1e-8f, .max_grad_norm = 1, .vector_rate = 1, .muon_momentum = 0.95f};
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "f|$(ff)ffffff:apply", names, &step.learning_rate, &step.beta1, &step.beta2,
+                                     &step.eps, &step.weight_decay, &step.max_grad_norm, &step.vector_rate, &step.muon_rate,
+                                     &step.muon_momentum)) {
         return NULL;
     }
     if (enter(core, self) < 0) {
