@@ -430,6 +430,10 @@ mil_status
 mil_cpu_gemm(mil_context *context, bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, float alpha,
              const float *a, int64_t lda, const float *b, int64_t ldb, float beta, float *c, int64_t ldc)
 {
+    /* A single stored row has no distance to a next one, and callers may give any; a BLAS insists on the width. */
+    lda = larger(lda, transpose_a ? m : k);
+    ldb = larger(ldb, transpose_b ? k : n);
+    ldc = larger(ldc, n);
     gemm g = {transpose_a, transpose_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc};
     if (m <= 0 || n <= 0) {
         return MIL_OK;

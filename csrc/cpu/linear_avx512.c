@@ -10,7 +10,6 @@
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
 #define INLINE static inline __attribute__((always_inline)) TARGET
-#define VECTOR_REGISTER "v"
 #define LANES 16
 #define PANEL_WIDTH 16
 #define PARTS 2
@@ -80,7 +79,8 @@ to_panel(float value)
 INLINE vec
 multiply_add(vec sums, pvec w, pvec x)
 {
-    return _mm512_fmadd_ps(w, x, sums);
+    __asm__("vfmadd231ps %2, %1, %0" : "+v"(sums) : "v"(w), "v"(x)); /* see linear_avx2.c */
+    return sums;
 }
 
 #include "cpu/linear_avx512.h"

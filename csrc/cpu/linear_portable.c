@@ -15,11 +15,6 @@
 
 #define TARGET
 #define INLINE static inline __attribute__((always_inline))
-#if defined(__aarch64__)
-#define VECTOR_REGISTER "w"
-#elif defined(__x86_64__)
-#define VECTOR_REGISTER "x"
-#endif
 #define LANES 4
 #define PANEL_WIDTH 4
 #define PARTS 2

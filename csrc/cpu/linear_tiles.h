@@ -19,15 +19,16 @@
  * meets all rows while in registers or L1.  A tile is W weight rows by X rows of x, so that W * X chains hide the
  * latency of a multiply-add, and a step costs W + X loads for W * X multiply-adds.  k is cut so that the
  * rows of x stay in L1 (8 rows of 8192 floats would not), and between cuts the accumulators rest in `lanes`;
- * the next tile's weights are prefetched meanwhile, because the hardware's own prefetch stops at each cut.
+ * the next strip's weights are prefetched meanwhile, because the hardware's own prefetch stops at each cut.  A
+ * single row needs neither: eight weight rows are followed to their ends, and prefetching them by hand would only
+ * crowd L1, where rows that lie a power of two apart share a few sets.
  *
- * Wide products are bound by multiply-adds: COLUMNS weight rows of a k cut are expanded once into a panel of
- * their own (L1) and meet all rows of the chunk, which stream through from L2 in tiles of X rows.
+ * Wide products are bound by multiply-adds: WIDE_COLUMNS weight rows of a k cut are expanded once into a panel of
+ * their own (L1) and meet all rows of the chunk, which stream through from L2 in tiles of WIDE_GROUP rows.
  *
  * The includer defines, before inclusion:
  *   TARGET, INLINE                attribute of functions with vector code, or nothing; the same, always inlined
  *   vec, LANES                    accumulator
- *   VECTOR_REGISTER               the letter of its registers in asm constraints, where that is known
  *   panel_t, pvec, PANEL_WIDTH    element and vector of the panel, elements a vector
  *   PARTS                         panel vectors a step; STEP = PARTS * PANEL_WIDTH elements of k
  *   TILE_W1 … TILE_W6, WIDE_W     weight rows of a tile with 1 … 6 rows of x, and of wide tiles (divisors of COLUMNS)
@@ -47,24 +48,19 @@
 #else
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
-/* Loads x once for all weight rows: left alone, compilers fold the load into every multiply-add. */
-#if defined(VECTOR_REGISTER)
-#define IN_REGISTER(value) __asm__("" : "+" VECTOR_REGISTER(value))
-#else
-#define IN_REGISTER(value) ((void)0)
-#endif
-
 enum {
     STEP = PARTS * PANEL_WIDTH,
-    COLUMNS = 24,    /* of a block; a multiple of 8 and of every tile's weight rows */
-    THIN_ROWS = 16,  /* most rows of a thin product */
-    GROUP = 6,       /* most rows of a tile */
-    WIDE_GROUP = 4,  /* rows of a wide tile */
-    STRIP = 12,      /* weight rows that several groups share; a multiple of TILE_W3 … TILE_W6 */
-    MAX_W = 8,       /* most weight rows of a tile */
+    COLUMNS = 24,      /* of a thin block; a multiple of 8 and of every tile's weight rows */
+    THIN_ROWS = 16,    /* most rows of a thin product */
+    GROUP = 6,         /* most rows of a tile */
+    WIDE_GROUP = 4,    /* rows of a wide tile */
+    STRIP = 12,        /* weight rows that several groups share; a multiple of TILE_W3 … TILE_W6 */
+    MAX_W = 8,         /* most weight rows of a tile */
     LANES_BYTES = MIL_LINEAR_CHUNK * COLUMNS * LANES * sizeof(float),
-    THIN_PANEL = 16384 / sizeof(panel_t), /* elements of x kept in L1 by a thin product */
-    WIDE_CUT = 768 / sizeof(panel_t),     /* elements of k in a wide cut: 24 rows of it take 18 KiB of L1 */
+    WIDE_COLUMNS = 12, /* of a wide block; a multiple of WIDE_W */
+    /* Elements of a cut of k. Of 32 KiB of L1 the rows of x take 20 in a thin product, a wide block's weights 18. */
+    THIN_PANEL = 20480 / sizeof(panel_t),
+    WIDE_CUT = 1536 / sizeof(panel_t),
 };
 
 /* Weights as the tiles read them: as stored, or expanded by `expand`, which the fourth value stands for. */
@@ -85,37 +81,54 @@ element_size(int dtype)
 
 /* ---- tiles ------------------------------------------------------------------------------------------- */
 
-/* What a tile works on: one cut of k, `steps` whole steps and `tail` further elements. */
+/* What a tile works on: whole steps of one cut of k. */
 typedef struct tile_work {
     const char *weight[MAX_W]; /* start of each weight row's cut; may repeat a row at the edge */
     int64_t ahead;             /* bytes from there to what to prefetch meanwhile */
     const panel_t *panel;      /* x's cut: [steps, x rows, STEP] */
-    int64_t steps, tail;
+    int64_t steps;
     float *lanes; /* [x rows][COLUMNS][LANES]: accumulators, at this tile's first column */
     bool resume;  /* go on from `lanes`; else from zero */
 } tile_work;
 
 typedef void (*tile_function)(const tile_work *work);
 
-/* One step of k for w_count weight rows and x_count rows; the counts are constants after inlining. */
+/* One step of k for w_count weight rows and x_count rows; the counts are constants after inlining. The side with
+ * fewer rows is held in registers, the other passes by. */
 INLINE void
 tile_step(int dtype, int w_count, int x_count, const char *const *weight, int64_t offset, const panel_t *panel,
           vec sums[GROUP][MAX_W])
 {
     UNROLL
     for (int part = 0; part < PARTS; part++) {
-        pvec w[MAX_W];
-        UNROLL
-        for (int j = 0; j < w_count; j++) {
-            w[j] = load_any(dtype, weight[j] + offset, part);
-        }
-        UNROLL
-        for (int i = 0; i < x_count; i++) {
-            pvec x = load_panel(panel + i * STEP + part * PANEL_WIDTH);
-            IN_REGISTER(x);
+        const panel_t *x_part = panel + part * PANEL_WIDTH;
+        pvec held[MAX_W];
+        if (w_count <= x_count) {
             UNROLL
             for (int j = 0; j < w_count; j++) {
-                sums[i][j] = multiply_add(sums[i][j], w[j], x);
+                held[j] = load_any(dtype, weight[j] + offset, part);
+            }
+            UNROLL
+            for (int i = 0; i < x_count; i++) {
+                pvec x = load_panel(x_part + i * STEP);
+                UNROLL
+                for (int j = 0; j < w_count; j++) {
+                    sums[i][j] = multiply_add(sums[i][j], held[j], x);
+                }
+            }
+        }
+        else {
+            UNROLL
+            for (int i = 0; i < x_count; i++) {
+                held[i] = load_panel(x_part + i * STEP);
+            }
+            UNROLL
+            for (int j = 0; j < w_count; j++) {
+                pvec w = load_any(dtype, weight[j] + offset, part);
+                UNROLL
+                for (int i = 0; i < x_count; i++) {
+                    sums[i][j] = multiply_add(sums[i][j], w, held[i]);
+                }
             }
         }
     }
@@ -139,7 +152,7 @@ tile(int dtype, int w_count, int x_count, const tile_work *work)
     }
     int64_t offset = 0;
     for (int64_t s = 0; s < work->steps; s++) {
-        if (dtype != EXPANDED) {
+        if (dtype != EXPANDED && x_count > 1) {
             UNROLL
             for (int j = 0; j < w_count; j++) {
                 __builtin_prefetch(weight[j] + offset + ahead);
@@ -148,16 +161,6 @@ tile(int dtype, int w_count, int x_count, const tile_work *work)
         tile_step(dtype, w_count, x_count, weight, offset, panel, sums);
         offset += STEP * size;
         panel += x_count * STEP;
-    }
-    if (work->tail != 0) { /* the end of a row that is no whole step: through a copy padded with zeros */
-        char padded[MAX_W][STEP * sizeof(float)];
-        const char *rows[MAX_W];
-        for (int j = 0; j < w_count; j++) {
-            memset(padded[j], 0, sizeof padded[j]);
-            memcpy(padded[j], weight[j] + offset, (size_t)(work->tail * size));
-            rows[j] = padded[j];
-        }
-        tile_step(dtype, w_count, x_count, rows, 0, panel, sums);
     }
     UNROLL
     for (int i = 0; i < x_count; i++) {
@@ -223,12 +226,30 @@ finish(const mil_linear_block *block, int64_t column, int64_t columns, const flo
 
 /* Points at weight rows column, column + 1, … from element k on; beyond the last row, at the last one. */
 static void
-point_at_weights(const mil_linear *product, int64_t size, int64_t column, int64_t k, const char **rows)
+point_at_weights(const mil_linear *product, int64_t size, int64_t column, int count, int64_t k,
+                 const char **rows)
 {
-    for (int j = 0; j < MAX_W; j++) {
+    for (int j = 0; j < count; j++) {
         int64_t c = smaller(column + j, product->out - 1);
         rows[j] = (const char *)product->weight + (c * product->in + k) * size;
     }
+}
+
+/* The last elements of weight rows, `tail` bytes that are no whole step, through a copy padded with zeros. */
+static void
+finish_tile(tile_function tile, const tile_work *work, int64_t x_count, int64_t tail, int64_t step_bytes)
+{
+    char padded[MAX_W][STEP * sizeof(float)];
+    tile_work last = *work;
+    for (int j = 0; j < tile_weights[x_count]; j++) {
+        memset(padded[j], 0, sizeof padded[j]);
+        memcpy(padded[j], work->weight[j] + work->steps * step_bytes, (size_t)tail);
+        last.weight[j] = padded[j];
+    }
+    last.panel += work->steps * x_count * STEP;
+    last.steps = 1;
+    last.resume = true;
+    tile(&last);
 }
 
 /* A block of at most COLUMNS columns and a thin chunk's rows, weights read in place; tiles[x] serves x rows.
@@ -245,7 +266,8 @@ thin_block(const mil_linear_block *block, int64_t size, const tile_function *til
 
     for (int64_t k = 0; k < in; k += cut) {
         const int64_t length = smaller(cut, in - k), next_k = k + cut < in ? k + cut : 0;
-        tile_work work = {.steps = length / STEP, .tail = length % STEP, .resume = k != 0};
+        const int64_t tail = length % STEP; /* the end of a row that is no whole step */
+        tile_work work = {.steps = length / STEP, .resume = k != 0};
         for (int64_t first = column; first < end; first += strip) {
             /* Next comes the next strip; after the last one the next cut, or the next block. */
             const bool last = first + strip >= end;
@@ -255,9 +277,12 @@ thin_block(const mil_linear_block *block, int64_t size, const tile_function *til
                 const int64_t row = group_start(rows, g), x_count = group_start(rows, g + 1) - row;
                 work.panel = (const panel_t *)block->panel + row * padded + k * x_count;
                 for (int64_t c = first; c < smaller(first + strip, end); c += tile_weights[x_count]) {
-                    point_at_weights(product, size, c, k, work.weight);
+                    point_at_weights(product, size, c, tile_weights[x_count], k, work.weight);
                     work.lanes = lanes + (row * COLUMNS + c - column) * LANES;
                     tiles[x_count](&work);
+                    if (tail != 0) {
+                        finish_tile(tiles[x_count], &work, x_count, tail * size, STEP * size);
+                    }
                 }
                 work.ahead = 0; /* the first group has fetched the strip */
             }
@@ -301,11 +326,12 @@ wide_block(const mil_linear_block *block, expand_function expand_cut, const tile
 {
     const mil_linear *product = block->product;
     const int64_t in = product->in, rows = block->rows, padded = padded_length(in);
+    const int64_t cut = cut_length(in, WIDE_CUT);
     float *lanes = block->scratch;
     panel_t *weights = (panel_t *)((char *)block->scratch + LANES_BYTES); /* [COLUMNS, WIDE_CUT] */
 
-    for (int64_t k = 0; k < in; k += WIDE_CUT) {
-        const int64_t length = smaller(WIDE_CUT, in - k);
+    for (int64_t k = 0; k < in; k += cut) {
+        const int64_t length = smaller(cut, in - k);
         expand_cut(product, column, columns, k, length, weights);
         tile_work work = {.steps = (length + STEP - 1) / STEP, .resume = k != 0};
         for (int64_t row = 0; row < rows; row += WIDE_GROUP) {
@@ -328,14 +354,14 @@ multiply(const mil_linear_block *block, int64_t size, expand_function expand_cut
          const tile_function *wide_tiles)
 {
     const int64_t end = block->column + block->columns;
-    for (int64_t column = block->column; column < end; column += COLUMNS) {
-        const int64_t columns = smaller(COLUMNS, end - column);
-        if (block->chunk_rows <= THIN_ROWS) {
-            thin_block(block, size, thin_tiles, column, columns);
+    if (block->chunk_rows <= THIN_ROWS) {
+        for (int64_t column = block->column; column < end; column += COLUMNS) {
+            thin_block(block, size, thin_tiles, column, smaller(COLUMNS, end - column));
         }
-        else {
-            wide_block(block, expand_cut, wide_tiles, column, columns);
-        }
+        return;
+    }
+    for (int64_t column = block->column; column < end; column += WIDE_COLUMNS) {
+        wide_block(block, expand_cut, wide_tiles, column, smaller(WIDE_COLUMNS, end - column));
     }
 }
 
@@ -421,6 +447,6 @@ static const tile_function wide_tiles[WIDE_GROUP + 1] = {NULL, wide_tile_1, wide
         .panel_bytes = panel_bytes,                                                                          \
         .group_count = group_count,                                                                          \
         .pack = name##_pack,                                                                                 \
-        .scratch_bytes = LANES_BYTES + COLUMNS * WIDE_CUT * sizeof(panel_t),                                 \
+        .scratch_bytes = LANES_BYTES + WIDE_COLUMNS * WIDE_CUT * sizeof(panel_t),                                 \
         .multiply = name##_multiply,                                                                         \
     };
