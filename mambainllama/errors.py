@@ -47,7 +47,7 @@ class NotFoundError(FileError, FileNotFoundError):
 
 
 def shorten(value: object, limit: int = 80) -> str:
-    """`value` as one line of at most `limit` characters, for messages that quote untrusted input."""
+    """`value` on one line of at most `limit` characters, for messages that quote input."""
     text = " ".join(repr(value).split())
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
@@ -55,5 +55,8 @@ def shorten(value: object, limit: int = 80) -> str:
 def listing(names, limit: int = 3) -> str:
     """The first names of a long list, and how many more there are: "a, b, c and 9 more"."""
     names = list(names)
-    text = ", ".join(str(name) for name in names[:limit])
+    shown = [str(name) for name in names[:limit]]
+    text = ", ".join(
+        name if name.isprintable() and len(name) <= 200 else shorten(name) for name in shown
+    )
     return text if len(names) <= limit else f"{text} and {len(names) - limit} more"

@@ -42,8 +42,9 @@ __all__ = [
     "match_tensors",
 ]
 
-# The core's limit on every size (MAX_SIZE in csrc/model/config.c).
+# The core's limits (csrc/model/config.c), checked here too before anything is made of that size.
 _MAX_SIZE = 1 << 24
+_MAX_LAYERS = 4096
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -69,8 +70,10 @@ class Keys:
     def _fail(self, key: str, expected: str, got: object) -> FormatError:
         return FormatError(f"{self.where}: {key}: expected {expected}, got {shorten(got)}")
 
-    def size(self, key: str, default: int | None = None, minimum: int = 1) -> int:
-        """An integer from `minimum` up to the core's limit; null counts as absent."""
+    def size(
+        self, key: str, default: int | None = None, minimum: int = 1, maximum: int = _MAX_SIZE
+    ) -> int:
+        """An integer from `minimum` to `maximum`; null counts as absent."""
         value = self.values.get(key)
         if value is None:
             if default is None:
@@ -78,12 +81,8 @@ class Keys:
             return default
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int)
-            or not minimum <= value <= _MAX_SIZE
-        ):
-            raise self._fail(key, f"an integer from {minimum} to {_MAX_SIZE}", value)
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            raise self._fail(key, f"an integer from {minimum} to {maximum}", value)
         return value
 
     def number(self, key: str, default: float) -> float:
@@ -179,7 +178,7 @@ class Dense:
                 f"{config.where}: num_attention_heads = {heads} is not a multiple of "
                 f"num_key_value_heads = {kv_heads}"
             )
-        count = config.size("num_hidden_layers")
+        count = config.size("num_hidden_layers", maximum=_MAX_LAYERS)
         rope = canonical_rope(config.values, head_dim, config.where, self.theta)
         layer = {
             "mixer": "attention",
@@ -270,7 +269,10 @@ class Pure:
     """Falcon-Mamba: RMS norms without weights on dt, B and C."""
 
     def describe(self, config: Keys, model_type: str) -> Description:
-        hidden, count = config.size("hidden_size"), config.size("num_hidden_layers")
+        hidden, count = (
+            config.size("hidden_size"),
+            config.size("num_hidden_layers", maximum=_MAX_LAYERS),
+        )
         if config.activation() != "silu":
             raise UnsupportedError(f"{config.where}: hidden_act of a Mamba mixer must be silu")
         layer = (

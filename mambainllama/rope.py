@@ -80,7 +80,8 @@ class _Settings:
         ):
             rope_type = self.settings["rope_type"]
             raise FormatError(
-                f"{self.where}: rope type {rope_type}: expected {key} > {above:g}, got {shorten(value)}"
+                f"{self.where}: rope type {rope_type}: expected {key} > {above:g}, got "
+                f"{shorten(value)}"
             )
         return value
 
@@ -117,7 +118,7 @@ def _linear(get: _Settings, rotary: int) -> dict:
 
 
 def _dynamic(get: _Settings, rotary: int) -> dict:
-    """Up to max_position_embeddings tokens nothing changes; beyond, C computes theta from the length."""
+    """Nothing changes up to max_position_embeddings; beyond, C computes theta from the length."""
     if rotary <= 2:
         raise FormatError(
             f"{get.where}: rope type dynamic needs a rotary size above 2, got {rotary}"
@@ -138,12 +139,14 @@ def _llama3(get: _Settings, rotary: int) -> dict:
     context = get.number("original_max_position_embeddings")
     if high == low:
         raise FormatError(
-            f"{get.where}: rope type llama3: high_freq_factor and low_freq_factor are both {low:g}; they must differ"
+            f"{get.where}: rope type llama3: high_freq_factor and low_freq_factor are both "
+            f"{low:g}; they must differ"
         )
     inv_freq = _plain(get.number("rope_theta"), rotary)
-    wavelength = _F32(2 * math.pi) / inv_freq
+    # torch divides a number by a tensor as number * (1 / tensor), which rounds twice.
+    wavelength = _F32(1) / inv_freq * _F32(2 * math.pi)
     scaled = np.where(wavelength > _F32(context / low), inv_freq / _F32(factor), inv_freq)
-    smooth = (_F32(context) / wavelength - _F32(low)) / _F32(high - low)
+    smooth = (_F32(1) / wavelength * _F32(context) - _F32(low)) / _F32(high - low)
     ramp = (_F32(1) - smooth) * scaled / _F32(factor) + smooth * scaled
     medium = ~(wavelength < _F32(context / high)) & ~(wavelength > _F32(context / low))
     return {"inv_freq": np.where(medium, ramp, scaled)}
@@ -239,7 +242,8 @@ def canonical_rope(config: dict, head_dim: int, where: str, default_theta: float
     kind = settings["rope_type"]
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise UnsupportedError(
-            f"{where}: rope type {shorten(kind)} is not supported; these are: {', '.join(ROPE_TYPES)}"
+            f"{where}: rope type {shorten(kind)} is not supported; these are: "
+            f"{', '.join(ROPE_TYPES)}"
         )
     with np.errstate(all="ignore"):  # a result that is not finite is reported below
         result = ROPE_TYPES[kind](get, rotary)

@@ -8,11 +8,11 @@ the folder itself and must find every tensor and no other, so names are proven t
 
 import numpy as np
 import pytest
+import tiny_checkpoints
 from safetensors.numpy import load_file
+from tiny_checkpoints import CONFIGS, VOCAB, tiny, tiny_hybrid
 
 import mambainllama as mil
-import tiny_checkpoints
-from tiny_checkpoints import CONFIGS, VOCAB, tiny, tiny_hybrid
 
 torch = pytest.importorskip("torch", reason="torch is the judge here")
 transformers = pytest.importorskip("transformers", reason="transformers is the judge here")
@@ -28,7 +28,6 @@ def judge_logits(folder, tokens):
     assert not info["missing_keys"] and not info["unexpected_keys"], info
     with torch.no_grad():
         return model.eval()(torch.from_numpy(tokens), use_cache=False).logits.numpy()
-
 
 
 def error(ours, theirs):
@@ -79,9 +78,11 @@ def test_sharded(tmp_path, rng):
     assert np.array_equal(mil.load(sharded)(tokens), mil.load(whole)(tokens))
 
 
-@pytest.mark.parametrize("position", [5000, 100_000])
-def test_rope_frequencies_are_the_same_bits(position):
-    """At a far position a last bit of a frequency turns an angle by a hundredth, so bits are compared."""
+def test_rope_frequencies_are_the_same_bits():
+    """At position 100,000 a last bit of a frequency turns an angle by 0.006, so bits are compared.
+
+    One entry may differ by its last bit: torch's and NumPy's powers do.
+    """
     from mambainllama.rope import canonical_rope
 
     for name, config in CONFIGS.items():
@@ -98,8 +99,7 @@ def test_rope_frequencies_are_the_same_bits(position):
             )
             ours = canonical_rope(large, head_dim, name)
             theirs = judge.original_inv_freq.numpy()
-            turn = np.abs(np.array(ours["inv_freq"]) - theirs.astype(np.float64)) * position
-            assert turn.max() < 2e-7 * position * theirs.max(), name
+            np.testing.assert_array_max_ulp(np.float32(ours["inv_freq"]), theirs, 1)
             assert (np.float32(ours["inv_freq"]) != theirs).sum() <= 1, name
             assert ours["scale"] == pytest.approx(judge.attention_scaling, rel=1e-7), name
 

@@ -67,7 +67,9 @@ def _old_rope(theta=10000.0, **scaling):
 
 
 def _new_rope(theta=10000.0, **parameters):
-    return _dense("llama", rope_parameters={"rope_type": "default", "rope_theta": theta, **parameters})
+    return _dense(
+        "llama", rope_parameters={"rope_type": "default", "rope_theta": theta, **parameters}
+    )
 
 
 #: Name of a case -> config.json.
@@ -103,9 +105,7 @@ CONFIGS = {
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
     "qwen2": _dense("qwen2", tie_word_embeddings=True),
-    "qwen2-window": _dense(
-        "qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1
-    ),
+    "qwen2-window": _dense("qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1),
     "qwen3": _dense("qwen3", head_dim=12),
     "qwen3-bias": _dense("qwen3", head_dim=8, attention_bias=True),
     "smollm3": _dense("smollm3", no_rope_layer_interval=2),
@@ -348,7 +348,9 @@ def tiny(folder, case, **options):
     return write_checkpoint(folder, CONFIGS[case], **options)
 
 
-def tiny_hybrid(folder, mixer, attention_layers=(1,), ssm_cfg=None, case="llama-head-dim", **options):
+def tiny_hybrid(
+    folder, mixer, attention_layers=(1,), ssm_cfg=None, case="llama-head-dim", **options
+):
     """A hybrid of a case whose widths both mixers divide."""
     config = CONFIGS[case]
     replaced = [i for i in range(config["num_hidden_layers"]) if i not in attention_layers]

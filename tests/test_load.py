@@ -1,0 +1,296 @@
+"""Loading and saving: same bits back, arrays not shared with files, errors in one line with the mend."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from tiny_checkpoints import CONFIGS, VOCAB, tiny, tiny_hybrid
+
+import mambainllama as mil
+from mambainllama.checkpoint import Checkpoint, write_folder
+
+
+@pytest.fixture
+def llama(tmp_path):
+    return tiny(tmp_path / "llama", "llama")
+
+
+def one_line(error):
+    text = str(error.value)
+    assert "\n" not in text and text
+    return text
+
+
+# ---- what a model tells -----------------------------------------------------------------------------
+
+
+def test_facts(llama):
+    model = mil.load(llama)
+    assert model.device == "cpu" and model.dtype == "float32" and model.tokenizer is None
+    config = model.config
+    assert (config.vocab_size, config.hidden_size, config.num_layers) == (VOCAB, 48, 3)
+    assert config.attention_layers == (0, 1, 2) and config.mixer is None
+    assert config.raw["intermediate_size"] == 80 and model.stop_tokens == (2,)
+    assert model.num_parameters == sum(array.size for array in model.parameters().values())
+    assert "llama, 3 layers" in repr(model) and "<table>" in model._repr_html_()
+    assert "vocab_size=97" in repr(config) and "raw" not in repr(config)
+
+
+def test_hybrid_facts(tmp_path):
+    model = mil.load(tiny_hybrid(tmp_path / "h", "mamba2", [2]))
+    assert model.config.mixer == "mamba2" and model.config.attention_layers == (2,)
+    assert "2 Mamba-2, 1 attention" in repr(model)
+    pure = mil.load(tiny(tmp_path / "m", "mamba"))
+    assert pure.config.attention_layers == () and pure.config.intermediate_size == 0
+
+
+def test_parameters_are_views_and_files_stay(llama):
+    before = (llama / "model.safetensors").read_bytes()
+    model = mil.load(llama)
+    tokens = np.arange(10)[None]
+    old = model(tokens)
+    model.parameters()["model.norm.weight"][:] *= 2
+    np.testing.assert_allclose(model(tokens), 2 * old, rtol=1e-6)
+    assert (llama / "model.safetensors").read_bytes() == before
+    assert np.array_equal(mil.load(llama)(tokens), old)
+
+
+# ---- inputs ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(llama):
+    return mil.load(llama)
+
+
+def test_lengths_and_ragged_rows(model, rng):
+    rows = [rng.integers(0, VOCAB, n).tolist() for n in (5, 1, 0, 9)]
+    padded = np.full((4, 9), VOCAB + 5)  # what stands behind the lengths is not looked at
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    logits = model(padded, lengths=[5, 1, 0, 9])
+    assert logits.shape == (4, 9, VOCAB) and logits.dtype == np.float32
+    assert np.array_equal(model(rows), logits)
+    for i, row in enumerate(rows):
+        assert not logits[i, len(row) :].any()
+        if row:  # in a batch as alone, to the bit
+            assert np.array_equal(logits[i, : len(row)], model([row])[0])
+
+
+def test_longer_than_the_positions_trained_for(model, rng):
+    tokens = rng.integers(0, VOCAB, (1, 200))
+    assert np.isfinite(model(tokens)).all()
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint8, np.uint16, np.int64, np.uint64])
+def test_integer_types(model, dtype):
+    tokens = np.array([[1, 2, 3]])
+    assert np.array_equal(model(tokens.astype(dtype)), model(tokens))
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0)])
+def test_empty_batches(model, shape):
+    assert model(np.zeros(shape, int)).shape == (*shape, VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("input_ids", "lengths", "words"),
+    [
+        ([1, 2, 3], None, "(batch, length)"),
+        ([[[1, 2]]], None, "(batch, length)"),
+        ("text", None, "(batch, length)"),
+        ([[0.5, 1.0]], None, "integers"),
+        ([[1, VOCAB]], None, str(VOCAB)),
+        ([[1, -1]], None, "-1"),
+        ([[1, 2**40]], None, str(2**40)),
+        ([[1, 2]], [3], "0 to 2"),
+        ([[1, 2]], [-1], "0 to 2"),
+        ([[1, 2]], [1, 1], "1 integers"),
+        ([[1, 2]], [0.5], "1 integers"),
+        ([[1, 2], [1]], [2, 1], "leave lengths out"),
+    ],
+)
+def test_bad_inputs(model, input_ids, lengths, words):
+    with pytest.raises(mil.Error) as error:
+        model(input_ids, lengths)
+    assert isinstance(error.value, (ValueError, TypeError))
+    assert words in one_line(error)
+
+
+# ---- saving ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("case", ["llama", "llama-tied", "qwen3-bias", "mamba", "mamba2", "hybrid"])
+def test_save_and_load_give_the_same_bits(case, dtype, tmp_path, rng):
+    if case == "hybrid":
+        folder = tiny_hybrid(tmp_path / "a", "mamba1", [0], dtype=dtype)
+    else:
+        folder = tiny(tmp_path / "a", case, dtype=dtype)
+    model = mil.load(folder)
+    for name, array in model.parameters().items():
+        if array.dtype == np.float32:  # as after training: vectors hold more than 16 bits
+            array += rng.normal(0, 1e-3, array.shape).astype(np.float32)
+    saved = model.save(tmp_path / "b")
+    again = mil.load(saved)
+    assert again.dtypes() == model.dtypes()
+    for name, array in model.parameters().items():
+        assert np.array_equal(array, again.parameters()[name]), name
+    config = json.loads((saved / "config.json").read_text())
+    assert config == {**CONFIGS.get(case, config), "torch_dtype": dtype}
+    assert (saved / "mamba_config.json").exists() == (case == "hybrid")
+    if dtype != "bfloat16":  # the safetensors library agrees about the file
+        with safe_open(saved / "model.safetensors", "np") as file:
+            with safe_open(folder / "model.safetensors", "np") as original:
+                assert set(file.keys()) == set(original.keys())
+
+
+def test_save_keeps_the_other_files(shared, tmp_path):
+    model = mil.load(shared / "models" / "story-llama")
+    saved = model.save(tmp_path / "new" / "deep")
+    names = {path.name for path in saved.iterdir()}
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= names
+    assert mil.load(saved).tokenizer.encode("Once") == model.tokenizer.encode("Once")
+
+
+def test_save_over_an_older_model(tmp_path, rng):
+    """Into a folder that exists: the new model is whole, the old one's rest is gone, strangers stay."""
+    target = tiny_hybrid(tmp_path / "target", "mamba2", shards=3)
+    (target / "notes.txt").write_text("mine")
+    model = mil.load(tiny(tmp_path / "llama", "llama"))
+    model.save(target)
+    names = {path.name for path in target.iterdir()}
+    assert names == {"config.json", "model.safetensors", "notes.txt"}
+    tokens = rng.integers(0, VOCAB, (1, 9))
+    assert np.array_equal(mil.load(target)(tokens), model(tokens))
+    assert not [path for path in tmp_path.iterdir() if "saving" in path.name]
+
+
+def test_save_where_it_was_loaded_from(llama):
+    """The mapped file is replaced, not written to: the arrays that are its views stay what they are."""
+    model = mil.load(llama)
+    model.parameters()["model.norm.weight"][:] = 3
+    tokens = np.arange(8)[None]
+    logits = model(tokens)
+    model.save(llama)
+    assert np.array_equal(model(tokens), logits) and np.array_equal(mil.load(llama)(tokens), logits)
+
+
+def test_a_failed_save_leaves_the_old_model(llama, monkeypatch):
+    model = mil.load(llama)
+    before = {path.name: path.read_bytes() for path in llama.iterdir()}
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    with pytest.raises(mil.FileError, match="No space left on device") as error:
+        model.save(llama)
+    assert isinstance(error.value, OSError) and one_line(error)
+    assert {path.name: path.read_bytes() for path in llama.iterdir()} == before
+    assert [path.name for path in llama.parent.iterdir()] == ["llama"]
+
+
+def test_save_onto_a_file(llama, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(mil.FileError, match="folder"):
+        mil.load(llama).save(tmp_path / "file")
+
+
+def test_large_models_are_sharded(tmp_path, rng):
+    tensors = {f"t{i}": (rng.random((100, 10), np.float32), "float32") for i in range(5)}
+    folder = write_folder(tmp_path / "model", tensors, {"model_type": "llama"}, shard_bytes=9000)
+    assert sorted(path.name for path in folder.glob("*.safetensors")) == [
+        f"model-{i + 1:05d}-of-00003.safetensors" for i in range(3)
+    ]
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 20000
+    checkpoint = Checkpoint(folder)
+    for name, (array, _) in tensors.items():
+        assert np.array_equal(checkpoint.read(name)[0], array)
+
+
+# ---- dtypes, devices, names ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("wanted", ["float32", "bfloat16", "float16"])
+def test_conversions_agree_with_torch(stored, wanted, tmp_path):
+    torch = pytest.importorskip("torch")
+    folder = tiny(tmp_path / "m", "llama", dtype=stored)
+    original = mil.load(folder)
+    converted = mil.load(folder, dtype=wanted)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert converted.dtypes()[name] == wanted
+    assert converted.dtypes()["model.norm.weight"] == "float32"
+
+    def tensor(model, dtype):
+        array = model.parameters()[name]
+        return torch.from_numpy(array.copy()).view(getattr(torch, dtype))
+
+    theirs = tensor(original, stored).to(getattr(torch, wanted))
+    assert torch.equal(theirs, tensor(converted, wanted))
+
+
+def test_bfloat16_rounding_of_special_values():
+    torch = pytest.importorskip("torch")
+    from mambainllama.dtypes import from_float32, to_float32
+
+    bits = np.concatenate(
+        [np.arange(0, 2**32, 65521, dtype=np.uint64), [0x7F800001, 0xFFFFFFFF, 0x7F7FFFFF]]
+    )
+    values = bits.astype(np.uint32).view(np.float32)
+    ours = to_float32(from_float32(values, "bfloat16"), "bfloat16")
+    theirs = torch.from_numpy(values.copy()).to(torch.bfloat16).float().numpy()
+    assert np.array_equal(ours, theirs, equal_nan=True)
+
+
+def test_dtype_and_device_errors(llama):
+    with pytest.raises(mil.DtypeError, match="float32, bfloat16, float16"):
+        mil.load(llama, dtype="int8")
+    with pytest.raises(mil.DeviceError, match="not in this build"):
+        mil.load(llama, device="cuda")
+    with pytest.raises(mil.ArgumentError, match="auto"):
+        mil.load(llama, device="abacus")
+    assert mil.load(llama, device="cpu", dtype=np.float32).dtype == "float32"
+
+
+def test_paths_and_hub_names(llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert mil.load("llama").name == "llama"
+    with pytest.raises(FileNotFoundError, match="no such folder") as error:
+        mil.load("./missing/model")
+    assert isinstance(error.value, mil.NotFoundError) and one_line(error)
+    with pytest.raises(mil.NotFoundError, match="owner/name"):
+        mil.load("missing-model")
+    with pytest.raises(mil.ArgumentError, match="is a file"):
+        mil.load(llama / "config.json")
+    with pytest.raises(mil.ArgumentError, match="int"):
+        mil.load(3)
+
+
+def test_hub_failures_are_one_line(monkeypatch):
+    import huggingface_hub
+
+    def fail(*args, **kwargs):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("offline\nwith many lines")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(mil.FileError, match="someone/some-model") as error:
+        mil.load("someone/some-model")
+    assert "network" in one_line(error)
+
+
+def test_hub_download(llama, monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+
+    def download(repository, **options):
+        asked.update(options, repository=repository)
+        return str(llama)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    model = mil.load("someone/some-model", revision="v1")
+    assert asked["repository"] == model.name == "someone/some-model" and asked["revision"] == "v1"
+    assert not any(pattern.endswith(".bin") for pattern in asked["allow_patterns"])
