@@ -1,0 +1,92 @@
+"""Cost of a verify window: one forward pass over 2 to 16 rows, relative to one row.
+
+Speculative decoding gains what it accepts and pays for the rows that it verifies. At one row memory
+is the limit; further rows use the same weights while they pass, so that up to some number they cost
+almost nothing. Each pass continues a sequence of 64 tokens, gives the logits of all its rows and is
+taken back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from dataclasses import replace
+from typing import Any
+
+import checkpoints
+import numpy as np
+from checkpoints import LLAMA_1B, Shape
+from peers import Peer, interleave, start
+from report import Report, arguments, middle, ratio, spread
+
+OURS = "mambainllama"
+COUNTS = (1, 2, 3, 4, 5, 6, 8, 16)
+CONTEXT = 64
+
+
+def main() -> int:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=None, help="passes of each number of rows")
+    options = parser.parse_args()
+    options.rounds = options.rounds or (2 if options.quick else 4)
+    options.repeats = options.repeats or (3 if options.quick else 5)
+    shape = replace(LLAMA_1B, layers=4, vocab=32000) if options.quick else LLAMA_1B
+    report = Report("rows", "Several rows at once, bfloat16 weights", options)
+    measure(report, shape)
+    report.finish()
+    return 0
+
+
+def measure(report: Report, shape: Shape) -> None:
+    options = report.options
+    random = np.random.default_rng(2)
+    before = random.integers(0, shape.vocab, CONTEXT).tolist()
+    window = random.integers(0, shape.vocab, max(COUNTS)).tolist()
+    llama = checkpoints.llama(options.cache, shape)
+    hybrid = checkpoints.hybrid(options.cache, shape, "mamba2")
+    wanted: dict[str, tuple[str, dict[str, Any]]] = {
+        f"{OURS}, Llama": ("ours", {"folder": str(llama)}),
+        f"{OURS}, Mamba-2 hybrid": ("ours", {"folder": str(hybrid)}),
+    }
+    if not options.no_peers:
+        gguf = options.cache / f"{llama.name}.gguf"
+        wanted["llama.cpp, Llama"] = ("llama_cpp", {"folder": str(llama), "gguf": str(gguf)})
+        wanted["PyTorch eager, Llama"] = ("torch_eager", {"folder": str(llama)})
+    pythons = {"llama_cpp": options.llama_python, "torch_eager": options.torch_python}
+    with contextlib.ExitStack() as stack:
+        peers = start(stack, wanted, options.threads, pythons, report.absent)
+        report.heard(peers)
+        for peer in peers.values():
+            peer("context", tokens=before)
+        seconds = time_rounds(peers, window, options)
+    show(report, seconds)
+
+
+def time_rounds(peers: dict[str, Peer], window: list[int], options: Any):
+    """label -> number of rows -> seconds of each round."""
+    seconds = {label: {count: [] for count in COUNTS} for label in peers}
+    for _, order in interleave(peers, options.rounds):
+        for label in order:
+            for count in COUNTS:
+                found = peers[label]("rows", tokens=window[:count], repeats=options.repeats)
+                seconds[label][count].append(found)
+    return seconds
+
+
+def show(report: Report, seconds: dict[str, dict[int, list[float]]]) -> None:
+    rows = []
+    for label, by_count in seconds.items():
+        one = by_count[1]
+        ratios = [f"{ratio(by_count[count], one):.2f}" for count in COUNTS[1:]]
+        time = f"{1e3 * middle(one):.1f} ms ± {100 * spread(one):.0f} %"
+        rows.append([label, time, *ratios])
+    report.section(
+        "Time of a pass relative to one row",
+        ["", "1 row", *(f"{count} rows" for count in COUNTS[1:])],
+        rows,
+        seconds=seconds,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
