@@ -62,6 +62,8 @@ typedef struct mil_rows {
     const int64_t *offsets;  /* [sequences + 1] first row of each sequence; offsets[0] = 0 */
     const int64_t *past;     /* [sequences] tokens before these rows; NULL = none */
     const int64_t *boundary; /* [sequences] tokens folded into the states on entry; NULL = none */
+    const int64_t *device;   /* [3, sequences + 1] offsets, past and boundary again, where the device's kernels can
+                                read them (model code uploads them once a pass); the CPU does not look */
 } mil_rows;
 
 /* The boundary after a call: what operators with state leave behind. */
@@ -438,12 +440,16 @@ struct mil_ops {
     uint32_t size;    /* sizeof(mil_ops) */
     const char *name; /* "cpu", "cuda" */
     mil_dtype activation_dtype;
+    bool keeps_current; /* uses mil_mixer_state.current */
 
     /* Memory of the device. copy works between host and device in either direction, in stream order. */
     mil_status (*alloc)(mil_context *context, size_t bytes, void **out);
     void (*free)(mil_context *context, void *pointer);
     mil_status (*copy)(mil_context *context, void *to, const void *from, size_t bytes);
     mil_status (*zero)(mil_context *context, void *pointer, size_t bytes);
+    /* Host memory that kernels are to read: *out is `from` itself where they can (CPU), else a copy in
+     * context->scratch, complete in stream order; `from` may change after the call. */
+    mil_status (*upload)(mil_context *context, const void *from, size_t bytes, const void **out);
 
     /* `count` products that share x, rows, in and fast: one pass over x, one parallel region. */
     mil_status (*linear_forward)(mil_context *context, const mil_linear *products, int64_t count);

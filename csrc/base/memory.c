@@ -61,13 +61,37 @@ mil_memory_fail_after(int64_t allocations)
     atomic_store(&fail_after, allocations);
 }
 
-/* A block's header takes one alignment unit; its memory follows. */
-static mil_arena_block *
-block_new(size_t size, mil_arena_block *previous)
+static void *
+take_memory(const mil_arena *arena, size_t bytes)
 {
-    mil_arena_block *block = mil_alloc(1, size + MIL_ALIGNMENT);
-    if (block != NULL) {
-        *block = (mil_arena_block){.previous = previous, .size = size};
+    const mil_allocator *from = arena->allocator;
+    return from == NULL ? mil_alloc(1, bytes) : from->alloc(from->owner, bytes);
+}
+
+static void
+block_free(const mil_arena *arena, mil_arena_block *block)
+{
+    const mil_allocator *to = arena->allocator;
+    if (to == NULL) {
+        mil_free(block->memory);
+    }
+    else {
+        to->free(to->owner, block->memory);
+    }
+    mil_free(block);
+}
+
+static mil_arena_block *
+block_new(const mil_arena *arena, size_t size, mil_arena_block *previous)
+{
+    mil_arena_block *block = mil_alloc(1, sizeof *block);
+    if (block == NULL) {
+        return NULL;
+    }
+    *block = (mil_arena_block){.previous = previous, .size = size, .memory = take_memory(arena, size)};
+    if (block->memory == NULL) {
+        mil_free(block);
+        return NULL;
     }
     return block;
 }
@@ -86,10 +110,10 @@ mil_arena_push(mil_arena *arena, size_t count, size_t size, void **out)
         if (wanted < (size_t)1 << 16) {
             wanted = (size_t)1 << 16;
         }
-        block = block_new(wanted, arena->last);
+        block = block_new(arena, wanted, arena->last);
         if (block == NULL && wanted > bytes) {
             wanted = bytes;
-            block = block_new(wanted, arena->last);
+            block = block_new(arena, wanted, arena->last);
         }
         if (block == NULL) {
             return mil_fail(MIL_ERR_MEMORY, "out of memory: %zu more bytes of workspace beside %zu", bytes,
@@ -98,7 +122,7 @@ mil_arena_push(mil_arena *arena, size_t count, size_t size, void **out)
         arena->last = block;
         arena->total += wanted;
     }
-    *out = (char *)block + MIL_ALIGNMENT + block->used;
+    *out = block->memory + block->used;
     block->used += bytes;
     arena->in_use += bytes;
     if (arena->in_use > arena->peak) {
@@ -126,7 +150,7 @@ mil_arena_rewind(mil_arena *arena, mil_arena_mark mark)
             size_t peak = arena->peak;
             mil_arena_release(arena);
             arena->peak = peak;
-            arena->last = block_new(peak, NULL); /* where this fails, the next push tries again */
+            arena->last = block_new(arena, peak, NULL); /* where this fails, the next push tries again */
             arena->total = arena->last ? peak : 0;
         }
         else if (arena->last != NULL) {
@@ -138,7 +162,7 @@ mil_arena_rewind(mil_arena *arena, mil_arena_mark mark)
     while (arena->last != mark.block) {
         mil_arena_block *previous = arena->last->previous;
         arena->total -= arena->last->size;
-        mil_free(arena->last);
+        block_free(arena, arena->last);
         arena->last = previous;
     }
     arena->last->used = mark.used;
@@ -150,8 +174,8 @@ mil_arena_release(mil_arena *arena)
 {
     while (arena->last != NULL) {
         mil_arena_block *previous = arena->last->previous;
-        mil_free(arena->last);
+        block_free(arena, arena->last);
         arena->last = previous;
     }
-    *arena = (mil_arena){0};
+    *arena = (mil_arena){.allocator = arena->allocator};
 }

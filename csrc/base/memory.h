@@ -31,17 +31,26 @@ mil_memory_blocks(void);
 void
 mil_memory_fail_after(int64_t allocations); /* -1: never (default). For tests. */
 
+/* Where an arena's memory comes from: a device's allocator. NULL in an arena means host memory. */
+typedef struct mil_allocator {
+    void *(*alloc)(void *owner, size_t bytes); /* MIL_ALIGNMENT aligned at least; NULL: out of memory */
+    void (*free)(void *owner, void *memory);
+    void *owner;
+} mil_allocator;
+
 typedef struct mil_arena_block {
     struct mil_arena_block *previous;
+    char *memory; /* of the allocator; this struct itself is host memory */
     size_t size, used;
 } mil_arena_block;
 
-/* Zero-initialised is a valid empty arena. */
+/* Zero-initialised is a valid empty arena in host memory. */
 typedef struct mil_arena {
     mil_arena_block *last;
     size_t total; /* bytes in all blocks */
     size_t peak;  /* most bytes ever in use */
     size_t in_use;
+    const mil_allocator *allocator; /* borrowed */
 } mil_arena;
 
 typedef struct mil_arena_mark {

@@ -19,6 +19,8 @@ mil_status
 mil_cpu_copy(mil_context *context, void *to, const void *from, size_t bytes);
 mil_status
 mil_cpu_zero(mil_context *context, void *pointer, size_t bytes);
+mil_status
+mil_cpu_upload(mil_context *context, const void *from, size_t bytes, const void **out);
 
 /* linear.c */
 mil_status
@@ -98,13 +100,5 @@ mil_cpu_gemm(mil_context *context, bool transpose_a, bool transpose_b, int64_t m
 void
 mil_cpu_expand(int threads, mil_dtype dtype, int64_t rows, int64_t columns, const void *from, int64_t from_stride,
                float *to, int64_t to_stride);
-
-/* ---- for benchmarks ---------------------------------------------------------------------------------- */
-
-/* Sums `bytes` (rounded down to 64) at `buffer` with the whole team, `repeats` times, and tells the best
- * pass in bytes a second: the limit of every thin product. */
-mil_status
-mil_cpu_read_bandwidth(mil_context *context, const void *buffer, size_t bytes, int64_t repeats,
-                       double *bytes_per_second) MIL_MUST_CHECK;
 
 #endif

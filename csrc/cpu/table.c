@@ -41,15 +41,26 @@ mil_cpu_zero(mil_context *context, void *pointer, size_t bytes)
     return MIL_OK;
 }
 
+mil_status
+mil_cpu_upload(mil_context *context, const void *from, size_t bytes, const void **out)
+{
+    (void)context;
+    (void)bytes;
+    *out = from;
+    return MIL_OK;
+}
+
 const mil_ops mil_cpu_ops = {
     .version = MIL_OPS_VERSION,
     .size = sizeof(mil_ops),
     .name = "cpu",
     .activation_dtype = MIL_F32,
+    .keeps_current = true,
     .alloc = mil_cpu_alloc,
     .free = mil_cpu_free,
     .copy = mil_cpu_copy,
     .zero = mil_cpu_zero,
+    .upload = mil_cpu_upload,
     .linear_forward = mil_cpu_linear_forward,
     .linear_backward = mil_cpu_linear_backward,
     .norm_forward = mil_cpu_norm_forward,

@@ -145,24 +145,6 @@ layer_forward(mil_pass *pass, int64_t layer, void *input, layer_saved *saved, vo
     return mil_mlp_forward(pass, layer, saved->middle, output, true, &saved->mlp);
 }
 
-static mil_status
-embed(const mil_pass *pass, const int32_t *tokens, void *x)
-{
-    const mil_model *model = pass->model;
-    mil_embedding embedding = {
-        .rows = pass->rows.rows,
-        .hidden = model->config.hidden,
-        .vocab = model->config.vocab,
-        .tokens = tokens,
-        .table = model->embedding->data,
-        .dtype = model->embedding->dtype,
-        .scale = model->config.embedding_scale,
-        .y = x,
-        .y_stride = model->config.hidden,
-    };
-    return pass->context->ops->embedding_forward(pass->context, &embedding);
-}
-
 /* ---- losses --------------------------------------------------------------------------------------------- */
 
 /* What the teacher leaves for one micro-step. */
@@ -342,7 +324,7 @@ end_to_end(mil_context *context, mil_trainer *trainer, mil_micro_step *step)
     for (int64_t i = 0; i <= layers; i++) {
         MIL_TRY(mil_act_push(context, rows, hidden, &stream[i]));
     }
-    MIL_TRY(embed(&pass, step->tokens, stream[0]));
+    MIL_TRY(mil_embed(&pass, step->tokens, stream[0]));
     for (int64_t i = 0; i < layers; i++) {
         mil_arena_mark mark = mil_arena_get_mark(context->scratch);
         MIL_TRY(layer_forward(&pass, i, stream[i], &saved[i], stream[i + 1]));

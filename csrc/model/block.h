@@ -45,6 +45,10 @@ mil_status
 mil_pass_begin(mil_pass *pass, mil_context *context, const mil_model *model, int64_t sequences, const int64_t *offsets,
                mil_state *const *states, bool fast) MIL_MUST_CHECK;
 
+/* The embedding rows of `tokens` (host memory) into x [rows, hidden]. */
+mil_status
+mil_embed(mil_pass *pass, const int32_t *tokens, void *x) MIL_MUST_CHECK;
+
 /* y (+)= mixer(norm(x)). Fills `saved`. */
 mil_status
 mil_mixer_forward(mil_pass *pass, int64_t layer, const void *x, void *y, bool accumulate, mil_mixer_saved *saved) MIL_MUST_CHECK;

@@ -82,6 +82,46 @@ push_rope_table(mil_pass *pass)
     return context->ops->rope_table(context, &arguments);
 }
 
+/* The rows' numbers where the device's kernels can read them. */
+static mil_status
+upload_rows(mil_pass *pass)
+{
+    mil_rows *rows = &pass->rows;
+    int64_t *numbers, columns = rows->sequences + 1;
+    MIL_TRY(MIL_PUSH(pass->context->host, 3 * columns, int64_t, &numbers));
+    memset(numbers, 0, (size_t)(3 * columns) * sizeof *numbers);
+    memcpy(numbers, rows->offsets, (size_t)columns * sizeof *numbers);
+    if (rows->past != NULL) {
+        memcpy(numbers + columns, rows->past, (size_t)rows->sequences * sizeof *numbers);
+        memcpy(numbers + 2 * columns, rows->boundary, (size_t)rows->sequences * sizeof *numbers);
+    }
+    const void *device;
+    MIL_TRY(pass->context->ops->upload(pass->context, numbers, (size_t)(3 * columns) * sizeof *numbers, &device));
+    rows->device = device;
+    return MIL_OK;
+}
+
+/* The embedding rows of `tokens` (host memory) into x [rows, hidden]. */
+mil_status
+mil_embed(mil_pass *pass, const int32_t *tokens, void *x)
+{
+    const mil_model *model = pass->model;
+    const void *uploaded;
+    MIL_TRY(pass->context->ops->upload(pass->context, tokens, (size_t)pass->rows.rows * sizeof *tokens, &uploaded));
+    mil_embedding embedding = {
+        .rows = pass->rows.rows,
+        .hidden = model->config.hidden,
+        .vocab = model->config.vocab,
+        .tokens = uploaded,
+        .table = model->embedding->data,
+        .dtype = model->embedding->dtype,
+        .scale = model->config.embedding_scale,
+        .y = x,
+        .y_stride = model->config.hidden,
+    };
+    return pass->context->ops->embedding_forward(pass->context, &embedding);
+}
+
 mil_status
 mil_pass_begin(mil_pass *pass, mil_context *context, const mil_model *model, int64_t sequences, const int64_t *offsets,
                mil_state *const *states, bool fast)
@@ -114,6 +154,7 @@ mil_pass_begin(mil_pass *pass, mil_context *context, const mil_model *model, int
         pass->rows.past = past;
         pass->rows.boundary = boundary;
     }
+    MIL_TRY(upload_rows(pass));
     return push_rope_table(pass);
 }
 
@@ -245,18 +286,7 @@ run_model(mil_context *context, const mil_model *model, const mil_forward *argum
     MIL_TRY(mil_pass_begin(&pass, context, model, arguments->sequences, arguments->offsets, arguments->states, arguments->fast));
     void *x;
     MIL_TRY(mil_act_push(context, rows, hidden, &x));
-    mil_embedding embedding = {
-        .rows = rows,
-        .hidden = hidden,
-        .vocab = model->config.vocab,
-        .tokens = arguments->tokens,
-        .table = model->embedding->data,
-        .dtype = model->embedding->dtype,
-        .scale = model->config.embedding_scale,
-        .y = x,
-        .y_stride = hidden,
-    };
-    MIL_TRY(context->ops->embedding_forward(context, &embedding));
+    MIL_TRY(mil_embed(&pass, arguments->tokens, x));
     MIL_TRY(run_layers(&pass, arguments, x));
     for (int64_t i = 0; i < arguments->logit_count; i += LOGIT_ROWS) {
         int64_t count = arguments->logit_count - i < LOGIT_ROWS ? arguments->logit_count - i : LOGIT_ROWS;

@@ -110,6 +110,7 @@ typedef struct mil_layer {
 
 typedef struct mil_model {
     mil_model_config config;
+    const mil_ops *ops; /* the device that holds the parameters; set by the owner before mil_model_bind */
     mil_layer *layers;
     mil_parameter *parameters; /* [parameter_count], in file order: embedding, layers, final norm, output */
     int64_t parameter_count;
@@ -142,7 +143,7 @@ typedef struct mil_state {
     int64_t boundary; /* tokens folded into the mixers' states */
     int64_t capacity; /* tokens that the KV caches hold */
     mil_layer_state *layers; /* [layer_count] */
-    void *mixer_memory;      /* one block for all mixers */
+    void *mixer_memory;      /* one block for all mixers, on the model's device like the caches */
     size_t mixer_bytes;
 } mil_state;
 
@@ -154,8 +155,8 @@ mil_state_release(mil_state *state); /* twice is safe */
 /* Room for at least `capacity` tokens; grows by half as much again at least. */
 mil_status
 mil_state_reserve(mil_state *state, int64_t capacity) MIL_MUST_CHECK;
-void
-mil_state_clear(mil_state *state); /* back to no tokens; memory is kept */
+mil_status
+mil_state_clear(mil_state *state) MIL_MUST_CHECK; /* back to no tokens; memory is kept */
 /* An independent copy (fork) of `from` in the uninitialised `to`. */
 mil_status
 mil_state_copy(mil_state *to, const mil_state *from) MIL_MUST_CHECK;
@@ -172,8 +173,8 @@ mil_state_bytes_at(const mil_model *model, int64_t length);
  * `read` checks everything against the model (a hostile image is a MIL_ERR_FORMAT). */
 int64_t
 mil_state_image_bytes(const mil_state *state);
-void
-mil_state_write(const mil_state *state, void *image);
+mil_status
+mil_state_write(const mil_state *state, void *image) MIL_MUST_CHECK;
 mil_status
 mil_state_read(mil_state *state, const mil_model *model, const void *image, int64_t bytes) MIL_MUST_CHECK;
 
@@ -196,7 +197,7 @@ typedef struct mil_capture {
 } mil_capture;
 
 typedef struct mil_forward {
-    const int32_t *tokens; /* [rows], on the device; checked by mil_check_tokens beforehand */
+    const int32_t *tokens; /* [rows], host memory; checked by mil_check_tokens beforehand */
     int64_t sequences;
     const int64_t *offsets; /* [sequences + 1] */
     mil_state *const *states; /* [sequences] with room for their rows, or NULL: every sequence starts fresh */

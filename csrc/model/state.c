@@ -20,6 +20,27 @@ typedef struct image_header {
 
 static const char image_magic[8] = "milstat1";
 
+/* For the few operators that manage memory: they need a device, not a call's arenas. */
+static mil_context
+memory_context(const mil_model *model)
+{
+    return (mil_context){.ops = model->ops, .threads = 1};
+}
+
+static void
+device_free(const mil_model *model, void *memory)
+{
+    mil_context context = memory_context(model);
+    model->ops->free(&context, memory);
+}
+
+static mil_status
+device_copy(const mil_model *model, void *to, const void *from, size_t bytes)
+{
+    mil_context context = memory_context(model);
+    return bytes == 0 ? MIL_OK : model->ops->copy(&context, to, from, bytes);
+}
+
 /* Bytes of one token's k (or v) in one layer. */
 static int64_t
 kv_row_bytes(const mil_model *model, const mil_layer_config *c)
@@ -65,10 +86,10 @@ lay_out_mixers(const mil_model *model, mil_layer_state *layers, float *block)
         mixer.x = take(block, &offset, MIL_TAIL * (mamba1 ? mil_conv_channels(c) : c->x_width));
         mixer.B = take(block, &offset, MIL_TAIL * c->B_groups * c->state_dim);
         mixer.dt = take(block, &offset, MIL_TAIL * (mamba1 ? c->inner : c->heads));
-        mixer.current = mamba1 ? take(block, &offset, state) : NULL;
+        mixer.current = mamba1 && model->ops->keeps_current ? take(block, &offset, state) : NULL;
         if (layers != NULL) {
             layers[i].mixer = mixer;
-            layers[i].mixer.current_tokens = mamba1 ? &layers[i].current_tokens : NULL;
+            layers[i].mixer.current_tokens = mixer.current != NULL ? &layers[i].current_tokens : NULL;
         }
     }
     return offset;
@@ -81,16 +102,23 @@ mil_state_init(mil_state *state, const mil_model *model, int64_t capacity)
     int64_t floats = lay_out_mixers(model, NULL, NULL);
     size_t layer_count = (size_t)model->config.layer_count;
     state->layers = mil_alloc(layer_count, sizeof *state->layers);
-    state->mixer_memory = mil_alloc((size_t)floats, sizeof(float));
-    if (state->layers == NULL || state->mixer_memory == NULL) {
-        mil_state_release(state);
-        return mil_fail(MIL_ERR_MEMORY, "state: out of memory for %lld bytes of mixer state", (long long)floats * 4);
+    if (state->layers == NULL) {
+        return mil_fail(MIL_ERR_MEMORY, "state: out of memory");
     }
-    state->mixer_bytes = (size_t)floats * sizeof(float);
     memset(state->layers, 0, layer_count * sizeof *state->layers);
-    lay_out_mixers(model, state->layers, state->mixer_memory);
-    mil_state_clear(state);
-    mil_status status = mil_state_reserve(state, capacity);
+    state->mixer_bytes = (size_t)floats * sizeof(float);
+    mil_context context = memory_context(model);
+    mil_status status = MIL_OK;
+    if (floats > 0) {
+        status = model->ops->alloc(&context, state->mixer_bytes, &state->mixer_memory);
+    }
+    if (status == MIL_OK) {
+        lay_out_mixers(model, state->layers, state->mixer_memory);
+        status = mil_state_clear(state);
+    }
+    if (status == MIL_OK) {
+        status = mil_state_reserve(state, capacity);
+    }
     if (status != MIL_OK) {
         mil_state_release(state);
     }
@@ -102,29 +130,28 @@ mil_state_release(mil_state *state)
 {
     if (state->layers != NULL) {
         for (int64_t i = 0; i < state->model->config.layer_count; i++) {
-            mil_free(state->layers[i].kv.k);
-            mil_free(state->layers[i].kv.v);
+            device_free(state->model, state->layers[i].kv.k);
+            device_free(state->model, state->layers[i].kv.v);
         }
+        device_free(state->model, state->mixer_memory);
     }
     mil_free(state->layers);
-    mil_free(state->mixer_memory);
     *state = (mil_state){0};
 }
 
 /* Replaces *array by one of `bytes` that begins with the `used` bytes of the old. */
 static mil_status
-grow(void **array, int64_t used, int64_t bytes)
+grow(const mil_model *model, void **array, int64_t used, int64_t bytes)
 {
-    void *larger = mil_alloc((size_t)bytes, 1);
-    if (larger == NULL) {
-        return mil_fail(MIL_ERR_MEMORY, "state: out of memory for a KV cache of %lld bytes", (long long)bytes);
+    mil_context context = memory_context(model);
+    void *larger;
+    MIL_TRY(model->ops->alloc(&context, (size_t)bytes, &larger));
+    mil_status status = device_copy(model, larger, *array, (size_t)used);
+    device_free(model, status == MIL_OK ? *array : larger);
+    if (status == MIL_OK) {
+        *array = larger;
     }
-    if (used > 0) {
-        memcpy(larger, *array, (size_t)used);
-    }
-    mil_free(*array);
-    *array = larger;
-    return MIL_OK;
+    return status;
 }
 
 mil_status
@@ -149,41 +176,53 @@ mil_state_reserve(mil_state *state, int64_t capacity)
         }
         int64_t row = kv_row_bytes(state->model, c);
         kv->dtype = state->model->cache_dtype;
-        MIL_TRY(grow(&kv->k, state->length * row, wanted * row));
-        MIL_TRY(grow(&kv->v, state->length * row, wanted * row));
+        MIL_TRY(grow(state->model, &kv->k, state->length * row, wanted * row));
+        MIL_TRY(grow(state->model, &kv->v, state->length * row, wanted * row));
         kv->capacity = wanted;
     }
     state->capacity = wanted;
     return MIL_OK;
 }
 
-void
+mil_status
 mil_state_clear(mil_state *state)
 {
+    mil_context context = memory_context(state->model);
     state->length = state->boundary = 0;
-    memset(state->mixer_memory, 0, state->mixer_bytes);
     for (int64_t i = 0; i < state->model->config.layer_count; i++) {
         state->layers[i].current_tokens = 0;
     }
+    return state->mixer_bytes == 0 ? MIL_OK : state->model->ops->zero(&context, state->mixer_memory, state->mixer_bytes);
+}
+
+static mil_status
+copy_contents(mil_state *to, const mil_state *from)
+{
+    const mil_model *model = from->model;
+    to->length = from->length;
+    to->boundary = from->boundary;
+    MIL_TRY(device_copy(model, to->mixer_memory, from->mixer_memory, from->mixer_bytes));
+    for (int64_t i = 0; i < model->config.layer_count; i++) {
+        const mil_layer_config *c = &model->layers[i].config;
+        to->layers[i].current_tokens = from->layers[i].current_tokens;
+        if (c->mixer == MIL_ATTENTION) {
+            size_t bytes = (size_t)(from->length * kv_row_bytes(model, c));
+            MIL_TRY(device_copy(model, to->layers[i].kv.k, from->layers[i].kv.k, bytes));
+            MIL_TRY(device_copy(model, to->layers[i].kv.v, from->layers[i].kv.v, bytes));
+        }
+    }
+    return MIL_OK;
 }
 
 mil_status
 mil_state_copy(mil_state *to, const mil_state *from)
 {
     MIL_TRY(mil_state_init(to, from->model, from->capacity));
-    to->length = from->length;
-    to->boundary = from->boundary;
-    memcpy(to->mixer_memory, from->mixer_memory, from->mixer_bytes);
-    for (int64_t i = 0; i < from->model->config.layer_count; i++) {
-        const mil_layer_config *c = &from->model->layers[i].config;
-        to->layers[i].current_tokens = from->layers[i].current_tokens;
-        if (c->mixer == MIL_ATTENTION && from->length > 0) {
-            size_t bytes = (size_t)(from->length * kv_row_bytes(from->model, c));
-            memcpy(to->layers[i].kv.k, from->layers[i].kv.k, bytes);
-            memcpy(to->layers[i].kv.v, from->layers[i].kv.v, bytes);
-        }
+    mil_status status = copy_contents(to, from);
+    if (status != MIL_OK) {
+        mil_state_release(to);
     }
-    return MIL_OK;
+    return status;
 }
 
 mil_status
@@ -237,39 +276,44 @@ header_of(const mil_state *state)
     return header;
 }
 
-/* Copies between the state and an image in the one order that both directions share. */
-static void
-transfer_image(const mil_state *state, char *image, bool write)
+/* Copies `bytes` between the state's memory and the image, and moves on in the image. */
+static mil_status
+transfer(const mil_model *model, void *memory, char **image, size_t bytes, bool write)
 {
-    char *at = image + sizeof(image_header);
-#define TRANSFER(memory, bytes)                                                                                          \
-    do {                                                                                                                 \
-        size_t transfer_bytes_ = (size_t)(bytes);                                                                        \
-        memcpy(write ? (void *)at : (void *)(memory), write ? (const void *)(memory) : (const void *)at, transfer_bytes_); \
-        at += transfer_bytes_;                                                                                           \
-    } while (0)
-    for (int64_t i = 0; i < state->model->config.layer_count; i++) {
-        TRANSFER(&state->layers[i].current_tokens, sizeof(int64_t));
-    }
-    if (state->mixer_bytes > 0) {
-        TRANSFER(state->mixer_memory, state->mixer_bytes);
-    }
-    for (int64_t i = 0; i < state->model->config.layer_count; i++) {
-        const mil_layer_config *c = &state->model->layers[i].config;
-        if (c->mixer == MIL_ATTENTION && state->length > 0) {
-            TRANSFER(state->layers[i].kv.k, state->length * kv_row_bytes(state->model, c));
-            TRANSFER(state->layers[i].kv.v, state->length * kv_row_bytes(state->model, c));
-        }
-    }
-#undef TRANSFER
+    char *at = *image;
+    *image += bytes;
+    return device_copy(model, write ? at : memory, write ? memory : at, bytes);
 }
 
-void
+/* The one order that both directions share. */
+static mil_status
+transfer_image(const mil_state *state, char *image, bool write)
+{
+    const mil_model *model = state->model;
+    char *at = image + sizeof(image_header);
+    for (int64_t i = 0; i < model->config.layer_count; i++) {
+        int64_t *tokens = &state->layers[i].current_tokens;
+        memcpy(write ? (void *)at : (void *)tokens, write ? (void *)tokens : (void *)at, sizeof *tokens);
+        at += sizeof *tokens;
+    }
+    MIL_TRY(transfer(model, state->mixer_memory, &at, state->mixer_bytes, write));
+    for (int64_t i = 0; i < model->config.layer_count; i++) {
+        const mil_layer_config *c = &model->layers[i].config;
+        if (c->mixer == MIL_ATTENTION) {
+            size_t bytes = (size_t)(state->length * kv_row_bytes(model, c));
+            MIL_TRY(transfer(model, state->layers[i].kv.k, &at, bytes, write));
+            MIL_TRY(transfer(model, state->layers[i].kv.v, &at, bytes, write));
+        }
+    }
+    return MIL_OK;
+}
+
+mil_status
 mil_state_write(const mil_state *state, void *image)
 {
     image_header header = header_of(state);
     memcpy(image, &header, sizeof header);
-    transfer_image(state, image, true);
+    return transfer_image(state, image, true);
 }
 
 mil_status
@@ -296,6 +340,9 @@ mil_state_read(mil_state *state, const mil_model *model, const void *image, int6
         mil_state_release(state);
         return mil_fail(MIL_ERR_FORMAT, "state: the saved state belongs to another model or is cut short");
     }
-    transfer_image(state, (char *)(uintptr_t)image, false);
-    return MIL_OK;
+    mil_status status = transfer_image(state, (char *)(uintptr_t)image, false);
+    if (status != MIL_OK) {
+        mil_state_release(state);
+    }
+    return status;
 }

@@ -27,16 +27,20 @@ core_as_state(core_state *core, PyObject *object, const char *what)
     return (core_sequence_state *)object;
 }
 
-/* A new int64 array of one axis from whatever NumPy reads as integers, or NULL with an exception. */
+/* A new int64 array of one axis from whatever NumPy reads as integers, or NULL with an exception. An empty list
+ * has no integer type of its own and passes. */
 static PyObject *
 integers(core_state *core, PyObject *object, const char *what)
 {
-    PyObject *array = PyArray_FROM_OTF(object, NPY_INT64, NPY_ARRAY_IN_ARRAY);
-    if (array == NULL || PyArray_NDIM((PyArrayObject *)array) != 1) {
-        Py_XDECREF(array);
+    PyArrayObject *given = (PyArrayObject *)PyArray_FROM_O(object);
+    PyObject *array = NULL;
+    if (given != NULL && PyArray_NDIM(given) == 1 && (PyArray_ISINTEGER(given) || PyArray_SIZE(given) == 0)) {
+        array = PyArray_FROM_OTF((PyObject *)given, NPY_INT64, NPY_ARRAY_IN_ARRAY | NPY_ARRAY_FORCECAST);
+    }
+    Py_XDECREF(given);
+    if (array == NULL) {
         PyErr_Clear();
         core_raise_format(core, MIL_ERR_DTYPE, "%s must be integers in one axis", what);
-        return NULL;
     }
     return array;
 }
@@ -200,6 +204,7 @@ bind_parameters(core_state *core, core_model *self, PyObject *parameters, PyObje
             return -1;
         }
     }
+    self->model.ops = &mil_cpu_ops;
     mil_status status = mil_model_bind(&self->model);
     if (status != MIL_OK) {
         core_raise(core, status);
@@ -650,8 +655,8 @@ state_clear(PyObject *self, PyObject *unused)
     if (state == NULL) {
         return NULL;
     }
-    mil_state_clear(state);
-    return Py_NewRef(Py_None);
+    mil_status status = mil_state_clear(state);
+    return status == MIL_OK ? Py_NewRef(Py_None) : core_raise(core_state_of(self), status);
 }
 
 static PyObject *
@@ -661,7 +666,11 @@ state_save(PyObject *self, PyObject *unused)
     mil_state *state = idle_state(self);
     PyObject *image = state == NULL ? NULL : PyBytes_FromStringAndSize(NULL, (Py_ssize_t)mil_state_image_bytes(state));
     if (image != NULL) {
-        mil_state_write(state, PyBytes_AS_STRING(image));
+        mil_status status = mil_state_write(state, PyBytes_AS_STRING(image));
+        if (status != MIL_OK) {
+            Py_DECREF(image);
+            return core_raise(core_state_of(self), status);
+        }
     }
     return image;
 }
