@@ -1,8 +1,8 @@
 """Attention: reference against finite differences, C against the reference and PyTorch, and bits.
 
-Tolerances: outputs are averages of numbers of size 1 whose weights carry a float32 exponential (1e-7)
-and scores of up to `head_dim` products, so 2e-6 is some ten roundings; gradients sum over up to a thousand
-rows, 2e-5.  What must not depend on how rows arrive is compared bit for bit.
+Tolerances: outputs are averages of numbers of size 1 whose weights carry a float32 exponential and
+scores of up to `head_dim` products, so 2e-6 is some ten roundings; gradients sum over up to a
+thousand rows, 2e-5.  What must not depend on how rows arrive is compared bit for bit.
 """
 
 import numpy as np

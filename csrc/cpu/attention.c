@@ -54,10 +54,97 @@ enum {
 /* A maximum before any key; finite, so that exp(maximum - maximum) is 1 and not NaN. */
 #define NO_SCORE (-FLT_MAX)
 
-/* ---- products of tiles, one a level of processor ------------------------------------------------------ */
+/* ---- tiles, by level of processor --------------------------------------------------------------------- */
 
-typedef void (*tile_product)(int64_t m, int64_t n, int64_t k, const float *a, int64_t a_row, int64_t a_step,
-                             const float *b, int64_t b_stride, float *c, int64_t c_stride, bool accumulate);
+/* Rows of float32 or 16-bit numbers of one key head: row j at data + j * stride elements. */
+typedef struct source {
+    const char *data;
+    mil_dtype dtype;
+    int64_t stride;
+} source;
+
+/* What is written for each instruction set: the product of tile_product.h, and two ways to copy `count` rows of `width`
+ * numbers from `first` on into a packed array of float32 with zeros up to the last strip:
+ *   pack_rows        to [count, packed_stride(width)] = rows * factor
+ *   pack_transposed  to [width, packed_stride(BLOCK)], count at most BLOCK */
+typedef struct tile_kernels {
+    void (*product)(int64_t m, int64_t n, int64_t k, const float *a, int64_t a_row, int64_t a_step, const float *b,
+                    int64_t b_stride, float *c, int64_t c_stride, bool accumulate);
+    void (*pack_rows)(source from, int64_t first, int64_t count, int64_t width, float factor, float *to);
+    void (*pack_transposed)(source from, int64_t first, int64_t count, int64_t width, float *to);
+} tile_kernels;
+
+static inline int64_t
+round_up(int64_t value, int64_t unit)
+{
+    return (value + unit - 1) / unit * unit;
+}
+
+/* Distance of rows in a packed array: whole strips, and one more so that a column does not fall into few cache sets. */
+static inline int64_t
+packed_stride(int64_t width)
+{
+    return round_up(width, STRIP) + STRIP;
+}
+
+MIL_INLINE const char *
+row_of(source from, int64_t row, int64_t column)
+{
+    return from.data + (row * from.stride + column) * (int64_t)mil_dtype_size(from.dtype);
+}
+
+MIL_INLINE float
+load_one(mil_dtype dtype, const char *from)
+{
+    if (dtype == MIL_F32) {
+        float single;
+        memcpy(&single, from, sizeof single);
+        return single;
+    }
+    uint16_t half;
+    memcpy(&half, from, sizeof half);
+    return dtype == MIL_BF16 ? mil_bf16_to_float(half) : mil_f16_to_float(half);
+}
+
+/* Columns begin .. of one packed row: numbers up to `width`, zeros up to the last strip. */
+MIL_INLINE void
+finish_row(source from, int64_t row, int64_t begin, int64_t width, float factor, float *to)
+{
+    for (int64_t i = begin; i < width; i++) {
+        to[i] = load_one(from.dtype, row_of(from, row, i)) * factor;
+    }
+    for (int64_t i = width; i < round_up(width, STRIP); i++) {
+        to[i] = 0;
+    }
+}
+
+/* Keys begin .. of one column: numbers up to `count`, zeros up to the last strip. */
+MIL_INLINE void
+finish_column(source from, int64_t first, int64_t begin, int64_t count, int64_t column, float *to)
+{
+    for (int64_t key = begin; key < count; key++) {
+        to[key] = load_one(from.dtype, row_of(from, first + key, column));
+    }
+    for (int64_t key = count; key < round_up(count, STRIP); key++) {
+        to[key] = 0;
+    }
+}
+
+static void
+pack_rows_portable(source from, int64_t first, int64_t count, int64_t width, float factor, float *to)
+{
+    for (int64_t row = 0; row < count; row++) {
+        finish_row(from, first + row, 0, width, factor, to + row * packed_stride(width));
+    }
+}
+
+static void
+pack_transposed_portable(source from, int64_t first, int64_t count, int64_t width, float *to)
+{
+    for (int64_t column = 0; column < width; column++) {
+        finish_column(from, first, 0, count, column, to + column * packed_stride(BLOCK));
+    }
+}
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -95,13 +182,100 @@ typedef void (*tile_product)(int64_t m, int64_t n, int64_t k, const float *a, in
 #define MULTIPLY_ADD(a, b, c) _mm_add_ps(_mm_mul_ps((a), (b)), (c))
 #include "cpu/tile_product.h"
 
-static tile_product
-pick_tile_product(void)
+#define AVX2 __attribute__((target("avx2,fma,f16c")))
+
+AVX2 MIL_INLINE __m256
+load_eight(mil_dtype dtype, const char *from)
+{
+    if (dtype == MIL_F32) {
+        return _mm256_loadu_ps((const float *)from);
+    }
+    __m128i halves = _mm_loadu_si128((const __m128i *)from);
+    return dtype == MIL_F16 ? _mm256_cvtph_ps(halves)
+                            : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+
+AVX2 MIL_INLINE void
+pack_rows_of(source from, int64_t first, int64_t count, int64_t width, float factor, float *to)
+{
+    int64_t stride = packed_stride(width), whole = width - width % 8;
+    for (int64_t row = 0; row < count; row++, to += stride) {
+        for (int64_t i = 0; i < whole; i += 8) {
+            __m256 eight = load_eight(from.dtype, row_of(from, first + row, i));
+            _mm256_storeu_ps(to + i, _mm256_mul_ps(eight, _mm256_set1_ps(factor)));
+        }
+        finish_row(from, first + row, whole, width, factor, to);
+    }
+}
+
+/* Eight keys by eight columns: pairs of rows are interleaved by ones, twos and halves. */
+AVX2 MIL_INLINE void
+transpose_eight(source from, int64_t key, int64_t column, float *to, int64_t to_stride)
+{
+    __m256 row[8], pair[8], four[8];
+    for (int i = 0; i < 8; i++) {
+        row[i] = load_eight(from.dtype, row_of(from, key + i, column));
+    }
+    for (int i = 0; i < 8; i += 2) {
+        pair[i] = _mm256_unpacklo_ps(row[i], row[i + 1]);
+        pair[i + 1] = _mm256_unpackhi_ps(row[i], row[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        four[i] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0x44);
+        four[i + 1] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0xee);
+        four[i + 2] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
+        four[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; i++) {
+        _mm256_storeu_ps(to + i * to_stride, _mm256_permute2f128_ps(four[i], four[i + 4], 0x20));
+        _mm256_storeu_ps(to + (i + 4) * to_stride, _mm256_permute2f128_ps(four[i], four[i + 4], 0x31));
+    }
+}
+
+AVX2 MIL_INLINE void
+pack_transposed_of(source from, int64_t first, int64_t count, int64_t width, float *to)
+{
+    int64_t stride = packed_stride(BLOCK), keys = count - count % 8, columns = width - width % 8;
+    for (int64_t key = 0; key < keys; key += 8) {
+        for (int64_t column = 0; column < columns; column += 8) {
+            transpose_eight(from, first + key, column, to + column * stride + key, stride);
+        }
+    }
+    for (int64_t column = 0; column < width; column++) {
+        finish_column(from, first, column < columns ? keys : 0, count, column, to + column * stride);
+    }
+}
+
+/* The type is a constant in each branch, so no loop asks for it. */
+AVX2 static void
+pack_rows_avx2(source from, int64_t first, int64_t count, int64_t width, float factor, float *to)
+{
+    switch (from.dtype) {
+    case MIL_F32: pack_rows_of((source){from.data, MIL_F32, from.stride}, first, count, width, factor, to); break;
+    case MIL_BF16: pack_rows_of((source){from.data, MIL_BF16, from.stride}, first, count, width, factor, to); break;
+    case MIL_F16: pack_rows_of((source){from.data, MIL_F16, from.stride}, first, count, width, factor, to); break;
+    }
+}
+
+AVX2 static void
+pack_transposed_avx2(source from, int64_t first, int64_t count, int64_t width, float *to)
+{
+    switch (from.dtype) {
+    case MIL_F32: pack_transposed_of((source){from.data, MIL_F32, from.stride}, first, count, width, to); break;
+    case MIL_BF16: pack_transposed_of((source){from.data, MIL_BF16, from.stride}, first, count, width, to); break;
+    case MIL_F16: pack_transposed_of((source){from.data, MIL_F16, from.stride}, first, count, width, to); break;
+    }
+}
+
+static tile_kernels
+pick_kernels(void)
 {
     mil_cpu_level level = mil_cpu_get_level();
-    return level >= MIL_CPU_AVX512 ? tile_product_avx512
-           : level >= MIL_CPU_AVX2 ? tile_product_avx2
-                                   : tile_product_portable;
+    if (level >= MIL_CPU_AVX2) {
+        return (tile_kernels){level >= MIL_CPU_AVX512 ? tile_product_avx512 : tile_product_avx2, pack_rows_avx2,
+                              pack_transposed_avx2};
+    }
+    return (tile_kernels){tile_product_portable, pack_rows_portable, pack_transposed_portable};
 }
 
 #else
@@ -117,90 +291,13 @@ pick_tile_product(void)
 #define MULTIPLY_ADD(a, b, c) mil_fma((a), (b), (c))
 #include "cpu/tile_product.h"
 
-static tile_product
-pick_tile_product(void)
+static tile_kernels
+pick_kernels(void)
 {
-    return tile_product_portable;
+    return (tile_kernels){tile_product_portable, pack_rows_portable, pack_transposed_portable};
 }
 
 #endif
-
-/* ---- blocks of keys and values ------------------------------------------------------------------------ */
-
-/* Rows of float32 or 16-bit numbers, one key head of one sequence: row j at data + j * stride elements. */
-typedef struct source {
-    const char *data;
-    mil_dtype dtype;
-    int64_t stride;
-} source;
-
-static int64_t
-round_up(int64_t value, int64_t unit)
-{
-    return (value + unit - 1) / unit * unit;
-}
-
-/* Distance of rows in a packed array: whole strips, and one more so that a column does not fall into few cache sets. */
-static int64_t
-packed_stride(int64_t width)
-{
-    return round_up(width, STRIP) + STRIP;
-}
-
-/* Rows first .. first + count of `from` as float32: in place where they are already, else through `buffer`
- * [count, width].  Returns the rows and sets their stride. */
-static const float *
-read_rows(source from, int64_t first, int64_t count, int64_t width, float *buffer, int64_t *stride)
-{
-    const char *rows = from.data + first * from.stride * (int64_t)mil_dtype_size(from.dtype);
-    if (from.dtype == MIL_F32) {
-        *stride = from.stride;
-        return (const float *)rows;
-    }
-    mil_cpu_expand(1, from.dtype, count, width, rows, from.stride, buffer, width);
-    *stride = width;
-    return buffer;
-}
-
-/* to [count, packed_stride(width)] = rows * factor, zeros up to the last strip. */
-MIL_VECTORISE static void
-pack_rows(int64_t count, int64_t width, const float *rows, int64_t stride, float factor, float *to)
-{
-    int64_t to_stride = packed_stride(width), padded = round_up(width, STRIP);
-    for (int64_t row = 0; row < count; row++) {
-#pragma omp simd
-        for (int64_t i = 0; i < width; i++) {
-            to[row * to_stride + i] = rows[row * stride + i] * factor;
-        }
-        for (int64_t i = width; i < padded; i++) {
-            to[row * to_stride + i] = 0;
-        }
-    }
-}
-
-/* to [width, packed_stride(BLOCK)] = rows [count, width] transposed, zeros for the missing keys of a strip. */
-MIL_VECTORISE static void
-pack_transposed(int64_t count, int64_t width, const float *rows, int64_t stride, float *to)
-{
-    int64_t to_stride = packed_stride(BLOCK), padded = round_up(count, STRIP);
-    int64_t key = 0;
-    for (; key + 4 <= count; key += 4) {
-        const float *r0 = rows + key * stride, *r1 = r0 + stride, *r2 = r1 + stride, *r3 = r2 + stride;
-#pragma omp simd
-        for (int64_t i = 0; i < width; i++) {
-            float *four = to + i * to_stride + key;
-            four[0] = r0[i];
-            four[1] = r1[i];
-            four[2] = r2[i];
-            four[3] = r3[i];
-        }
-    }
-    for (; key < padded; key++) {
-        for (int64_t i = 0; i < width; i++) {
-            to[i * to_stride + key] = key < count ? rows[key * stride + i] : 0;
-        }
-    }
-}
 
 /* ---- one softmax row ---------------------------------------------------------------------------------- */
 
@@ -209,24 +306,33 @@ typedef struct softmax_row {
     float maximum, sum;
 } softmax_row;
 
+MIL_INLINE void
+fill_unseen(float *row, int first, int last, float value)
+{
+    for (int j = 0; j < first; j++) {
+        row[j] = value;
+    }
+    for (int j = last; j < BLOCK; j++) {
+        row[j] = value;
+    }
+}
+
 /* Turns the scores [BLOCK] of which only first .. last may be seen into exp(score - maximum), zeros elsewhere, takes them
  * into `state` and returns the factor by which earlier sums shrink. */
 MIL_VECTORISE static float
-softmax_block(float *scores, int64_t first, int64_t last, softmax_row *state)
+softmax_block(float *scores, int first, int last, softmax_row *state)
 {
     float maximum = state->maximum, lanes[LANES_OF_SUM] = {0};
-    for (int64_t j = 0; j < BLOCK; j++) {
-        scores[j] = j >= first && j < last ? scores[j] : -INFINITY;
-    }
+    fill_unseen(scores, first, last, -INFINITY);
 #pragma omp simd reduction(max : maximum)
-    for (int64_t j = 0; j < BLOCK; j++) {
+    for (int j = 0; j < BLOCK; j++) {
         maximum = scores[j] > maximum ? scores[j] : maximum;
     }
 #pragma omp simd
-    for (int64_t j = 0; j < BLOCK; j++) {
+    for (int j = 0; j < BLOCK; j++) {
         scores[j] = mil_expf(scores[j] - maximum);
     }
-    for (int64_t j = 0; j < BLOCK; j += LANES_OF_SUM) {
+    for (int j = 0; j < BLOCK; j += LANES_OF_SUM) {
         for (int lane = 0; lane < LANES_OF_SUM; lane++) {
             lanes[lane] += scores[j + lane];
         }
@@ -284,7 +390,6 @@ typedef struct workspace {
     float *q;      /* [rows, packed_stride(head_dim)] queries times scale */
     float *scores; /* [rows, BLOCK] */
     float *k, *v;  /* [head_dim, packed_stride(BLOCK)], [BLOCK, packed_stride(head_dim)] */
-    float *wide;   /* [BLOCK, head_dim] 16-bit rows as float32 */
     sums own, next;
 } workspace;
 
@@ -293,13 +398,21 @@ typedef struct forward_pass {
     int64_t group; /* query heads a key head */
     int64_t positions, rows; /* of a full tile */
     int64_t acc_stride;
-    tile_product product;
+    tile_kernels kernels;
 } forward_pass;
 
 static int64_t
 first_key(int64_t window, int64_t position)
 {
     return window > 0 && position + 1 > window ? position + 1 - window : 0;
+}
+
+/* A key's place in the block that begins at `block_first`, 0 to BLOCK: 32 bits for the vectorised masks. */
+static int
+place_in_block(int64_t key, int64_t block_first)
+{
+    int64_t place = key - block_first;
+    return place < 0 ? 0 : place > BLOCK ? BLOCK : (int)place;
 }
 
 static mil_status
@@ -317,7 +430,6 @@ push_workspace(mil_arena *arena, const forward_pass *f, workspace *out)
     MIL_TRY(MIL_PUSH(arena, f->rows * BLOCK, float, &out->scores));
     MIL_TRY(MIL_PUSH(arena, head_dim * packed_stride(BLOCK), float, &out->k));
     MIL_TRY(MIL_PUSH(arena, BLOCK * f->acc_stride, float, &out->v));
-    MIL_TRY(MIL_PUSH(arena, BLOCK * head_dim, float, &out->wide));
     MIL_TRY(push_sums(arena, f, &out->own));
     return push_sums(arena, f, &out->next);
 }
@@ -341,28 +453,24 @@ static void
 forward_block(const forward_pass *f, const tile *t, int64_t block, workspace *w, sums *to)
 {
     const mil_attention *a = f->a;
-    int64_t first = block * BLOCK, rows = t->positions * f->group, stride;
+    int64_t first = block * BLOCK, rows = t->positions * f->group;
     int64_t keys = t->first_position + t->positions - first;
     keys = keys < BLOCK ? keys : BLOCK;
-    source key_rows = get_source(a, t->sequence, t->kv_head, false), value_rows = get_source(a, t->sequence, t->kv_head, true);
 
-    const float *wide = read_rows(key_rows, first, keys, a->head_dim, w->wide, &stride);
-    pack_transposed(keys, a->head_dim, wide, stride, w->k);
-    wide = read_rows(value_rows, first, keys, a->head_dim, w->wide, &stride);
-    pack_rows(keys, a->head_dim, wide, stride, 1.0f, w->v);
-
-    f->product(rows, round_up(keys, STRIP), a->head_dim, w->q, f->acc_stride, 1, w->k, packed_stride(BLOCK), w->scores,
-               BLOCK, false);
+    f->kernels.pack_transposed(get_source(a, t->sequence, t->kv_head, false), first, keys, a->head_dim, w->k);
+    f->kernels.pack_rows(get_source(a, t->sequence, t->kv_head, true), first, keys, a->head_dim, 1.0f, w->v);
+    f->kernels.product(rows, round_up(keys, STRIP), a->head_dim, w->q, f->acc_stride, 1, w->k, packed_stride(BLOCK),
+                       w->scores, BLOCK, false);
     for (int64_t row = 0; row < rows; row++) {
         int64_t position = t->first_position + row / f->group;
-        int64_t low = first_key(a->window, position) - first, high = position + 1 - first;
+        int low = place_in_block(first_key(a->window, position), first), high = place_in_block(position + 1, first);
         float rescale = softmax_block(w->scores + row * BLOCK, low, high, &to->state[row]);
         if (rescale != 1.0f) {
             scale_row(f->acc_stride - STRIP, to->acc + row * f->acc_stride, rescale);
         }
     }
-    f->product(rows, f->acc_stride - STRIP, keys, w->scores, BLOCK, 1, w->v, f->acc_stride, to->acc, f->acc_stride,
-               true);
+    f->kernels.product(rows, f->acc_stride - STRIP, keys, w->scores, BLOCK, 1, w->v, f->acc_stride, to->acc,
+                       f->acc_stride, true);
 }
 
 static void
@@ -416,8 +524,10 @@ forward_tile(const forward_pass *f, const tile *t, workspace *w, sums *partials)
 {
     const mil_attention *a = f->a;
     for (int64_t position = 0; position < t->positions; position++) {
-        const float *q = (const float *)a->q + (t->first_row + position) * a->q_stride + t->kv_head * f->group * a->head_dim;
-        pack_rows(f->group, a->head_dim, q, a->head_dim, a->scale, w->q + position * f->group * f->acc_stride);
+        const float *q = (const float *)a->q + (t->first_row + position) * a->q_stride;
+        source heads = {(const char *)q, MIL_F32, a->head_dim};
+        f->kernels.pack_rows(heads, t->kv_head * f->group, f->group, a->head_dim, a->scale,
+                             w->q + position * f->group * f->acc_stride);
     }
     if (t->partial >= 0) {
         forward_split(f, t, t->first_split, w, &partials[t->partial]);
@@ -564,7 +674,7 @@ mil_cpu_attention_forward(mil_context *context, const mil_attention *arguments)
         .positions = positions,
         .rows = positions * group,
         .acc_stride = packed_stride(arguments->head_dim),
-        .product = pick_tile_product(),
+        .kernels = pick_kernels(),
     };
     mil_arena_mark mark = mil_arena_get_mark(context->scratch);
     mil_status status = run_forward(context, &f);
@@ -587,13 +697,13 @@ typedef struct backward_workspace {
     float *grad_q;        /* [POSITIONS, stride] */
     float *p, *ds;        /* [POSITIONS, packed_stride(BLOCK)] */
     float *k, *kt, *vt;   /* [BLOCK, stride], twice [head_dim, packed_stride(BLOCK)] */
-    float *grad_k, *grad_v; /* [BLOCK, stride] of one tile */
+    float *grad_kv;       /* [BLOCK, stride] of one tile, where head_dim is not whole strips */
 } backward_workspace;
 
 typedef struct backward_pass {
     const mil_attention_grad *a;
     int64_t group, stride; /* stride = packed_stride(head_dim) */
-    tile_product product;
+    tile_kernels kernels;
 } backward_pass;
 
 static mil_status
@@ -609,8 +719,7 @@ push_backward_workspace(mil_arena *arena, const backward_pass *b, backward_works
     MIL_TRY(MIL_PUSH(arena, BLOCK * b->stride, float, &w->k));
     MIL_TRY(MIL_PUSH(arena, head_dim * block_stride, float, &w->kt));
     MIL_TRY(MIL_PUSH(arena, head_dim * block_stride, float, &w->vt));
-    MIL_TRY(MIL_PUSH(arena, BLOCK * b->stride, float, &w->grad_k));
-    return MIL_PUSH(arena, BLOCK * b->stride, float, &w->grad_v);
+    return MIL_PUSH(arena, BLOCK * b->stride, float, &w->grad_kv);
 }
 
 static query_tile
@@ -634,11 +743,12 @@ load_queries(const backward_pass *b, const query_tile *t, backward_workspace *w)
     const mil_attention_grad *g = b->a;
     const mil_attention *a = &g->forward;
     int64_t column = t->head * a->head_dim;
-    const float *q = (const float *)a->q + t->first_row * a->q_stride + column;
+    source q = {(const char *)((const float *)a->q + column), MIL_F32, a->q_stride};
     const float *y = (const float *)a->y + t->first_row * a->y_stride + column;
     const float *grad_y = (const float *)g->grad_y + t->first_row * g->grad_y_stride + column;
-    pack_rows(t->positions, a->head_dim, q, a->q_stride, a->scale, w->q);
-    pack_rows(t->positions, a->head_dim, grad_y, g->grad_y_stride, 1.0f, w->grad_y);
+    source grad_rows = {(const char *)grad_y, MIL_F32, g->grad_y_stride};
+    b->kernels.pack_rows(q, t->first_row, t->positions, a->head_dim, a->scale, w->q);
+    b->kernels.pack_rows(grad_rows, 0, t->positions, a->head_dim, 1.0f, w->grad_y);
     for (int64_t row = 0; row < t->positions; row++) {
         float sum = 0;
         for (int64_t i = 0; i < a->head_dim; i++) {
@@ -657,17 +767,18 @@ get_block_range(const mil_attention *a, const query_tile *t, int64_t *first, int
     *last = (t->first_position + t->positions - 1) / BLOCK + 1;
 }
 
-/* scores -> P, dP -> dS, for one row of BLOCK keys. */
+/* scores -> P, dP -> dS, for one row of BLOCK keys of which first .. last are seen. */
 MIL_VECTORISE static void
-backward_softmax(float *p, float *ds, int64_t first, int64_t last, float log_sum_exp, float D)
+backward_softmax(float *p, float *ds, int first, int last, float log_sum_exp, float D)
 {
 #pragma omp simd
-    for (int64_t j = 0; j < BLOCK; j++) {
+    for (int j = 0; j < BLOCK; j++) {
         float probability = mil_expf(p[j] - log_sum_exp);
-        bool seen = j >= first && j < last;
-        p[j] = seen ? probability : 0.0f;
-        ds[j] = seen ? probability * (ds[j] - D) : 0.0f;
+        p[j] = probability;
+        ds[j] = probability * (ds[j] - D);
     }
+    fill_unseen(p, first, last, 0);
+    fill_unseen(ds, first, last, 0);
 }
 
 MIL_VECTORISE static void
@@ -681,6 +792,21 @@ add_rows(int64_t count, int64_t width, const float *from, int64_t from_stride, f
     }
 }
 
+/* to [keys, head_dim] += p^T x, with p [positions, BLOCK] and x [positions, head_dim] packed. */
+static void
+add_product(const backward_pass *b, int64_t keys, int64_t positions, const float *p, const float *x, float *to,
+            float *buffer)
+{
+    int64_t head_dim = b->a->forward.head_dim, to_stride = b->a->grad_kv_stride;
+    if (head_dim % STRIP == 0) {
+        b->kernels.product(keys, head_dim, positions, p, 1, packed_stride(BLOCK), x, b->stride, to, to_stride, true);
+        return;
+    }
+    b->kernels.product(keys, b->stride - STRIP, positions, p, 1, packed_stride(BLOCK), x, b->stride, buffer, b->stride,
+                       false);
+    add_rows(keys, head_dim, buffer, b->stride, to, to_stride);
+}
+
 /* One tile of queries against one block of keys; adds to w->grad_q where want_q, to grad_k and grad_v where want_kv. */
 static void
 backward_unit(const backward_pass *b, const query_tile *t, int64_t block, bool want_q, bool want_kv,
@@ -692,35 +818,33 @@ backward_unit(const backward_pass *b, const query_tile *t, int64_t block, bool w
     int64_t begin = a->rows.offsets[t->sequence], keys = a->rows.offsets[t->sequence + 1] - begin - first;
     keys = keys < BLOCK ? keys : BLOCK;
     int64_t kv_head = t->head / b->group, columns = round_up(keys, STRIP);
-    const float *k = (const float *)a->k + (begin + first) * a->kv_stride + kv_head * a->head_dim;
-    const float *v = (const float *)a->v + (begin + first) * a->kv_stride + kv_head * a->head_dim;
+    source k = get_source(a, t->sequence, kv_head, false), v = get_source(a, t->sequence, kv_head, true);
 
     /* 1  P and dS. */
-    pack_transposed(keys, a->head_dim, k, a->kv_stride, w->kt);
-    pack_transposed(keys, a->head_dim, v, a->kv_stride, w->vt);
-    b->product(t->positions, columns, a->head_dim, w->q, stride, 1, w->kt, block_stride, w->p, block_stride, false);
-    b->product(t->positions, columns, a->head_dim, w->grad_y, stride, 1, w->vt, block_stride, w->ds, block_stride,
+    b->kernels.pack_transposed(k, first, keys, a->head_dim, w->kt);
+    b->kernels.pack_transposed(v, first, keys, a->head_dim, w->vt);
+    b->kernels.product(t->positions, columns, a->head_dim, w->q, stride, 1, w->kt, block_stride, w->p, block_stride, false);
+    b->kernels.product(t->positions, columns, a->head_dim, w->grad_y, stride, 1, w->vt, block_stride, w->ds, block_stride,
                false);
     for (int64_t row = 0; row < t->positions; row++) {
         int64_t position = t->first_position + row;
         float log_sum_exp = a->log_sum_exp[(t->first_row + row) * a->heads + t->head];
         backward_softmax(w->p + row * block_stride, w->ds + row * block_stride,
-                         first_key(a->window, position) - first, position + 1 - first, log_sum_exp, w->D[row]);
+                         place_in_block(first_key(a->window, position), first), place_in_block(position + 1, first),
+                         log_sum_exp, w->D[row]);
     }
 
     /* 2  grad_q += dS K, with `scale` left to the end. */
     if (want_q) {
-        pack_rows(keys, a->head_dim, k, a->kv_stride, 1.0f, w->k);
-        b->product(t->positions, width, keys, w->ds, block_stride, 1, w->k, stride, w->grad_q, stride, true);
+        b->kernels.pack_rows(k, first, keys, a->head_dim, 1.0f, w->k);
+        b->kernels.product(t->positions, width, keys, w->ds, block_stride, 1, w->k, stride, w->grad_q, stride, true);
     }
 
     /* 3  grad_k += dS^T q, grad_v += P^T grad_y. */
     if (want_kv) {
         int64_t offset = (begin + first) * g->grad_kv_stride + kv_head * a->head_dim;
-        b->product(keys, width, t->positions, w->ds, 1, block_stride, w->q, stride, w->grad_k, stride, false);
-        b->product(keys, width, t->positions, w->p, 1, block_stride, w->grad_y, stride, w->grad_v, stride, false);
-        add_rows(keys, a->head_dim, w->grad_k, stride, (float *)g->grad_k + offset, g->grad_kv_stride);
-        add_rows(keys, a->head_dim, w->grad_v, stride, (float *)g->grad_v + offset, g->grad_kv_stride);
+        add_product(b, keys, t->positions, w->ds, w->q, (float *)g->grad_k + offset, w->grad_kv);
+        add_product(b, keys, t->positions, w->p, w->grad_y, (float *)g->grad_v + offset, w->grad_kv);
     }
 }
 
@@ -884,7 +1008,7 @@ mil_cpu_attention_backward(mil_context *context, const mil_attention_grad *argum
         .a = arguments,
         .group = a->heads / a->kv_heads,
         .stride = packed_stride(a->head_dim),
-        .product = pick_tile_product(),
+        .kernels = pick_kernels(),
     };
     mil_arena_mark mark = mil_arena_get_mark(context->scratch);
     mil_status status = run_backward(context, &b);
