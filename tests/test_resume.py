@@ -1,0 +1,210 @@
+"""A run that was killed, interrupted or cut off by a full disk goes on to the same bits.
+
+The undisturbed run is made in this process; the disturbed ones in processes of their own, killed with
+SIGKILL at random moments (so also while a checkpoint is written) and started again with resume=True.
+"""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_models import write_llama
+
+import mambainllama as mil
+from mambainllama.checkpointing import TEMPORARY, latest_checkpoint
+
+STEPS = 16
+SETTINGS = {"max_steps": STEPS, "batch_size": 4, "sequence_length": 16, "learning_rate": 3e-3, "save_every": 2,
+            "eval_every": 5, "log_every": 3, "gradient_accumulation": 2, "align_fraction": 0.2, "ce_weight": 0.1}  # fmt: skip
+
+RUN = """
+import json, sys, time
+sys.path.insert(0, {root!r})
+import numpy as np
+import mambainllama as mil
+from mambainllama import training
+
+teacher = mil.load({teacher!r}, dtype={dtype!r})
+tokens = np.random.default_rng(1).integers(0, 264, (40, 16))
+student = mil.convert(teacher, attention_layers=[1], calibration=tokens)
+settings = json.loads({settings!r})
+pause = settings.pop("pause", 0)
+if pause:
+    step = training.Loop.step
+    training.Loop.step = lambda self, *a: (time.sleep(pause), step(self, *a))
+print("ready", flush=True)
+mil.distill(student, teacher, tokens, mil.DistillConfig(**settings), {folder!r}, resume=True, validation=tokens[:4])
+print("done", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory):
+    return write_llama(tmp_path_factory.mktemp("teacher") / "llama", scale=2.0)
+
+
+def start(teacher_folder, folder, dtype="auto", prepare=None, **changes):
+    code = RUN.format(
+        root=str(Path(mil.__file__).parents[1]),
+        teacher=str(teacher_folder),
+        dtype=dtype,
+        settings=json.dumps({**SETTINGS, **changes}),
+        folder=str(folder),
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=prepare
+    )  # fmt: skip
+
+
+def finish(process, limit=120):
+    out, error = process.communicate(timeout=limit)
+    return process.returncode, out, error
+
+
+def outcome(folder):
+    """Final weights and the metrics that do not tell the time."""
+    weights = {name: array.copy() for name, array in mil.load(folder / "model").parameters().items()}
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        for name in ("seconds", "tokens_per_second", "peak_memory_bytes"):
+            row.pop(name, None)
+    return weights, rows
+
+
+def assert_same(a, b):
+    assert a[1] == b[1]
+    for name, array in a[0].items():
+        assert np.array_equal(array, b[0][name]), name
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def undisturbed(request, teacher_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    status, _, error = finish(start(teacher_folder, folder, request.param))
+    assert status == 0, error
+    return request.param, outcome(folder)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(undisturbed, teacher_folder, tmp_path):
+    dtype, wanted = undisturbed
+    chance = random.Random(7)
+    kills = 0
+    for _ in range(40):
+        process = start(teacher_folder, tmp_path / "run", dtype, pause=0.02)
+        process.stdout.readline()
+        if kills < 3:
+            time.sleep(chance.uniform(0.05, 0.4))
+            kills += process.poll() is None
+            process.kill()
+            finish(process)
+            continue
+        status, out, error = finish(process)
+        assert status == 0 and "done" in out, error
+        break
+    assert kills == 3
+    assert_same(outcome(tmp_path / "run"), wanted)
+    assert not list((tmp_path / "run" / "checkpoints").glob(f"{TEMPORARY}*"))
+
+
+def test_interrupt_saves_and_says_so(undisturbed, teacher_folder, tmp_path):
+    dtype, wanted = undisturbed
+    process = start(teacher_folder, tmp_path / "run", dtype, pause=0.05, save_every=None)
+    process.stdout.readline()
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or "kl" not in (tmp_path / "run" / "metrics.jsonl").read_text():
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    status, _, error = finish(process)
+    assert status != 0 and "interrupted after step" in error and "resume=True" in error
+    step = int(latest_checkpoint(tmp_path / "run" / "checkpoints").name.removeprefix("step-"))
+    assert 0 < step < STEPS
+    status, _, error = finish(start(teacher_folder, tmp_path / "run", dtype, save_every=None))
+    assert status == 0, error
+    assert_same(outcome(tmp_path / "run"), wanted)
+
+
+def test_full_disk_keeps_the_last_good_checkpoint(undisturbed, teacher_folder, tmp_path):
+    """A limit on file sizes stands for the full disk: writing a larger file fails half-way."""
+    dtype, wanted = undisturbed
+    half = tmp_path / "run"
+    process = start(teacher_folder, half, dtype, pause=0.05)
+    process.stdout.readline()
+    while latest_checkpoint(half / "checkpoints") is None:
+        time.sleep(0.02)
+    process.kill()
+    finish(process)
+    good = latest_checkpoint(half / "checkpoints")
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+
+    status, _, error = finish(start(teacher_folder, half, dtype, prepare=limit))
+    assert status != 0
+    last = error.strip().splitlines()[-1]
+    assert "checkpoint not written" in last and str(good) in last
+    assert latest_checkpoint(half / "checkpoints") == good
+    assert not list((half / "checkpoints").glob(f"{TEMPORARY}*"))
+    status, _, error = finish(start(teacher_folder, half, dtype))
+    assert status == 0, error
+    assert_same(outcome(half), wanted)
+
+
+def small_run(teacher_folder, folder, *, tokens=None, resume=False, seed=0, **changes):
+    teacher = mil.load(teacher_folder)
+    if tokens is None:
+        tokens = np.random.default_rng(1).integers(0, 264, (40, 16))
+    student = mil.convert(teacher, attention_layers=[1], calibration=tokens, seed=seed)
+    settings = mil.DistillConfig(**{**SETTINGS, "max_steps": 4, **changes})
+    return mil.distill(student, teacher, tokens, settings, folder, resume=resume)
+
+
+def test_finished_runs_and_free_settings(teacher_folder, tmp_path):
+    first = small_run(teacher_folder, tmp_path)
+    again = small_run(teacher_folder, tmp_path, resume=True, log_every=1, keep_last=None)
+    assert again == first
+    assert small_run(teacher_folder, tmp_path / "new", resume=True).final["step"] == 4
+
+
+def test_other_settings_or_data_are_refused(teacher_folder, tmp_path):
+    small_run(teacher_folder, tmp_path)
+    with pytest.raises(mil.StateError, match=r"learning_rate was 0\.003, is 0\.001 now"):
+        small_run(teacher_folder, tmp_path, resume=True, learning_rate=1e-3)
+    with pytest.raises(mil.StateError, match="steps in all was 4, is 8 now"):
+        small_run(teacher_folder, tmp_path, resume=True, max_steps=8)
+    with pytest.raises(mil.StateError, match="data was"):
+        small_run(teacher_folder, tmp_path, resume=True, tokens=np.zeros((40, 16), int))
+
+
+def test_damaged_checkpoints_are_told(teacher_folder, tmp_path):
+    small_run(teacher_folder, tmp_path)
+    checkpoint = latest_checkpoint(tmp_path / "checkpoints")
+    path = checkpoint / "trainer.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(mil.FormatError, match="trainer.safetensors") as caught:
+        small_run(teacher_folder, tmp_path, resume=True)
+    assert "\n" not in str(caught.value)
+    path.write_bytes(content)
+    (checkpoint / "trainer.json").write_text("{")
+    with pytest.raises(mil.FormatError, match="damaged checkpoint"):
+        small_run(teacher_folder, tmp_path, resume=True)
+
+
+def test_output_that_cannot_be_written(teacher_folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(mil.FileError, match="file"):
+        small_run(teacher_folder, tmp_path / "file")
+    if os.geteuid() != 0:
+        closed = tmp_path / "closed"
+        closed.mkdir(mode=0o500)
+        with pytest.raises(mil.FileError, match="Permission denied"):
+            small_run(teacher_folder, closed / "run")
