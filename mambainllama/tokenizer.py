@@ -1,7 +1,9 @@
 """Text to tokens and back, with what a checkpoint's files say about special tokens and chats.
 
-The `tokenizers` library does the work from tokenizer.json; the settings around it come from
-tokenizer_config.json, special_tokens_map.json and the chat template (see chat.py).
+The `tokenizers` library does the work from tokenizer.json, which also decides whether a text gets a
+start token (`add_bos_token` in tokenizer_config.json is for tokenizers without such a file, as in
+transformers). The names of the special tokens come from tokenizer_config.json and
+special_tokens_map.json, the chat template from chat.py.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
-from tokenizers import processors
 
 from .chat import ChatTemplate, find_template
 from .checkpoint import read_json
@@ -44,8 +45,6 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         special_tokens: Mapping[str, str] | None = None,
         chat_template: ChatTemplate | None = None,
-        add_bos_token: bool | None = None,
-        add_eos_token: bool | None = None,
     ):
         self.backend = backend
         names = dict(special_tokens or {})
@@ -58,9 +57,9 @@ class Tokenizer:
         missing = [name for name in names.values() if backend.token_to_id(name) is None]
         if missing:
             backend.add_special_tokens(missing)
-        if add_bos_token is not None or add_eos_token:
-            bos = self._adds_bos() if add_bos_token is None else add_bos_token
-            self._set_template(bos, bool(add_eos_token))
+        added = backend.get_added_tokens_decoder()
+        self._special_ids = {token_id for token_id, token in added.items() if token.special}
+        self._special_ids |= {self.backend.token_to_id(name) for name in names.values()}
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Tokenizer:
@@ -76,7 +75,7 @@ class Tokenizer:
         folder = Path(folder)
         path = folder / "tokenizer.json"
         if not path.exists():
-            mend = "; only tokenizer.model is there: convert it with transformers' AutoTokenizer.save_pretrained"
+            mend = "; convert tokenizer.model with transformers' AutoTokenizer.save_pretrained"
             raise NotFoundError(
                 f"{path}: no such file{mend if (folder / 'tokenizer.model').exists() else ''}"
             )
@@ -87,30 +86,7 @@ class Tokenizer:
         config = _read_optional(folder / "tokenizer_config.json")
         special = _special_tokens(_read_optional(folder / "special_tokens_map.json"))
         special.update(_special_tokens(config))
-        flags = {}
-        for key in ("add_bos_token", "add_eos_token"):
-            if isinstance(config.get(key), bool):
-                flags[key] = config[key]
-        return cls(backend, special, find_template(folder, config), **flags)
-
-    def _adds_bos(self) -> bool:
-        return self.backend.encode("a").ids[:1] == [self.bos_token_id]
-
-    def _set_template(self, bos: bool, eos: bool) -> None:
-        """Makes `encode` add exactly these special tokens."""
-        start, end = self.bos_token if bos else None, self.eos_token if eos else None
-        single = " ".join(
-            [*([f"{start}:0"] if start else []), "$A:0", *([f"{end}:0"] if end else [])]
-        )
-        special = [(token, self.backend.token_to_id(token)) for token in (start, end) if token]
-        byte_level = self.backend.post_processor
-        template = processors.TemplateProcessing(
-            single=single, pair=f"{single} $B:1", special_tokens=special
-        )
-        keep = isinstance(byte_level, processors.ByteLevel)
-        self.backend.post_processor = (
-            processors.Sequence([byte_level, template]) if keep else template
-        )
+        return cls(backend, special, find_template(folder, config))
 
     # ---- ids of special tokens
 
@@ -131,7 +107,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that the tokenizer knows, added ones included; the model's vocabulary may be larger."""
+        """Tokens that it knows, added ones included; the model's vocabulary may be larger."""
         return self.backend.get_vocab_size()
 
     def token_to_id(self, token: str) -> int | None:
@@ -145,7 +121,7 @@ class Tokenizer:
     # ---- text and tokens
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; `add_special_tokens` adds the start token where the model wants one."""
+        """Token ids; `add_special_tokens` adds the start token where the model wants one."""
         if not isinstance(text, str):
             raise ArgumentError(f"encode: text must be a str, got {type(text).__name__}")
         return self.backend.encode(_valid_text(text), add_special_tokens=add_special_tokens).ids
@@ -168,7 +144,11 @@ class Tokenizer:
             raise ArgumentError(f"decode: token ids must not be negative, got {min(ids)}")
         if ids and max(ids) > 0xFFFFFFFF:
             raise ArgumentError(f"decode: token id {max(ids)} is too large")
-        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        if (
+            skip_special_tokens
+        ):  # the library itself overlooks those that are matched as normalised text
+            ids = [token for token in ids if token not in self._special_ids]
+        return self.backend.decode(ids, skip_special_tokens=False)
 
     def stream(self, skip_special_tokens: bool = True) -> TextStream:
         """A decoder that takes tokens one by one and gives text as soon as it is certain."""
@@ -207,7 +187,8 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise ArgumentError(
-                "this tokenizer has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); "
+                "this tokenizer has no chat template (chat_template.jinja, or chat_template in "
+                "tokenizer_config.json); "
                 "pass plain text, or set tokenizer.chat_template = ChatTemplate(...)"
             )
         special = {
