@@ -38,14 +38,16 @@ def calibration_rows(model, calibration) -> tuple[np.ndarray, np.ndarray]:
         calibration = [calibration]
     if not hasattr(calibration, "__len__") or len(calibration) == 0:
         raise ArgumentError(
-            f"calibration: expected tokens (n, length) or a list of texts, got {shorten(calibration)}"
+            "calibration: expected tokens (n, length) or a list of texts, got "
+            f"{shorten(calibration)}"
         )
     if isinstance(calibration, np.ndarray):
         rows = calibration[None] if calibration.ndim == 1 else calibration
     elif all(isinstance(text, str) for text in calibration):
         if model.tokenizer is None:
             raise ArgumentError(
-                "calibration: texts need the model's tokenizer, and it has none; give tokens, or set model.tokenizer"
+                "calibration: texts need the model's tokenizer, and it has none; give tokens, or "
+                "set model.tokenizer"
             )
         rows = model.tokenizer.encode_batch(list(calibration))
     else:
@@ -62,7 +64,8 @@ def calibration_rows(model, calibration) -> tuple[np.ndarray, np.ndarray]:
         raise ArgumentError("calibration: there is no token in it")
     if tokens.max() >= model.config.vocab_size:
         raise ArgumentError(
-            f"calibration: token {tokens.max()} is not in the vocabulary of {model.config.vocab_size}"
+            f"calibration: token {tokens.max()} is not in the vocabulary of "
+            f"{model.config.vocab_size}"
         )
     return tokens, offsets
 
@@ -70,7 +73,7 @@ def calibration_rows(model, calibration) -> tuple[np.ndarray, np.ndarray]:
 def constant_directions(
     core: _core.Model, layers: Sequence[int], tokens: np.ndarray, offsets: np.ndarray
 ) -> dict[int, np.ndarray]:
-    """For each of the layers, the float64 direction w [hidden] on which its normed inputs are near 1."""
+    """For each layer the float64 direction w [hidden] on which its normed inputs are near 1."""
     hidden = core.config["hidden"]
     at_once = max(1, _SUMS_BYTES // (hidden * hidden * 8))
     directions = {}

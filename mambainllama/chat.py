@@ -43,12 +43,13 @@ class ChatTemplate:
         self.where = where
 
     def source(self, name: str | None = None, tools: bool = False) -> str:
-        """The text of a template; with tools, the one named "tool_use" is preferred (as in transformers)."""
+        """The text of a template; with tools, "tool_use" is preferred (as in transformers)."""
         if name is None:
             name = "tool_use" if tools and "tool_use" in self.templates else "default"
         if name not in self.templates:
             raise ArgumentError(
-                f"{self.where}: no template {shorten(name)}; there are: {', '.join(self.templates) or 'none'}"
+                f"{self.where}: no template {shorten(name)}; there are: "
+                f"{', '.join(self.templates) or 'none'}"
             )
         return self.templates[name]
 
@@ -105,7 +106,8 @@ def find_template(folder: str | os.PathLike, tokenizer_config: Mapping) -> ChatT
                 isinstance(entry.get(key), str) for key in ("name", "template")
             ):
                 raise FormatError(
-                    f"{where}: chat_template: expected objects of name and template, got {shorten(entry)}"
+                    f"{where}: chat_template: expected objects of name and template, got "
+                    f"{shorten(entry)}"
                 )
             found[entry["name"]] = entry["template"]
     elif value is not None:

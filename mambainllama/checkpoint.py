@@ -77,7 +77,7 @@ COMPANION_FILES = (
 
 
 def _no_duplicates(pairs):
-    """A dict of the pairs of one JSON object; a repeated key is an error, not the last one's win."""
+    """A dict of the pairs of one JSON object; a repeated key is an error."""
     result = dict(pairs)
     if len(result) != len(pairs):
         seen = set()
@@ -89,7 +89,7 @@ def _no_duplicates(pairs):
 
 
 def parse_json(data: bytes, where: str) -> dict:
-    """The JSON object in `data`. Any other content is one FormatError, however deep or large it is."""
+    """The JSON object in `data`; any other content, however deep or large, is a FormatError."""
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
@@ -103,7 +103,7 @@ def parse_json(data: bytes, where: str) -> dict:
 
 
 def read_json(path: str | os.PathLike) -> dict:
-    """The JSON object of a file; NotFoundError, FileError or FormatError tells what is wrong with it."""
+    """The JSON object of a file, or a NotFoundError, FileError or FormatError."""
     path = Path(path)
     try:
         with open(path, "rb") as file:
@@ -199,7 +199,8 @@ def read_header(path: str | os.PathLike) -> dict[str, StoredTensor]:
         )
     if length > min(size - 8, _MAX_HEADER):
         raise FormatError(
-            f"{path}: the header claims {length} bytes, but the file has {size} (and {_MAX_HEADER} are allowed); "
+            f"{path}: the header claims {length} bytes, but the file has {size} (and {_MAX_HEADER} "
+            "are allowed); "
             "it is cut off or not a safetensors file: download it again"
         )
     if not header.startswith(b"{"):
@@ -225,7 +226,8 @@ def read_header(path: str | os.PathLike) -> dict[str, StoredTensor]:
                 else "leaves a hole before it"
             )
             raise FormatError(
-                f"{path}: tensor {shorten(tensor.name)} {kind}: expected its data at byte {position - start}, "
+                f"{path}: tensor {shorten(tensor.name)} {kind}: expected its data at byte "
+                f"{position - start}, "
                 f"got {tensor.begin - start}"
             )
         position = tensor.end
@@ -282,7 +284,8 @@ class Checkpoint:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise FormatError(
-                f"{index}: expected a weight_map object of tensor names to files, got {shorten(weight_map)}"
+                f"{index}: expected a weight_map object of tensor names to files, got "
+                f"{shorten(weight_map)}"
             )
         for name, shard in weight_map.items():
             # A shard is a plain name in this folder: an index cannot make us open anything else.
@@ -294,7 +297,8 @@ class Checkpoint:
                 or "\0" in shard
             ):
                 raise FormatError(
-                    f"{index}: tensor {shorten(name)}: expected the name of a file in this folder, got {shorten(shard)}"
+                    f"{index}: tensor {shorten(name)}: expected the name of a file in this folder, "
+                    f"got {shorten(shard)}"
                 )
         tensors: dict[str, StoredTensor] = {}
         for shard in sorted(set(weight_map.values())):
@@ -306,13 +310,15 @@ class Checkpoint:
             for name, tensor in read_header(path).items():
                 if name in tensors:
                     raise FormatError(
-                        f"{path}: tensor {shorten(name)} is also in {tensors[name].file.name}; expected it once"
+                        f"{path}: tensor {shorten(name)} is also in {tensors[name].file.name}; "
+                        "expected it once"
                     )
                 tensors[name] = tensor
         for name, shard in weight_map.items():
             if name not in tensors or tensors[name].file.name != shard:
                 raise FormatError(
-                    f"{index}: tensor {shorten(name)} is not in {shorten(shard)}; index and shards do not belong together"
+                    f"{index}: tensor {shorten(name)} is not in {shorten(shard)}; index and shards "
+                    "do not belong together"
                 )
         return tensors
 
@@ -325,7 +331,8 @@ class Checkpoint:
         tensor = self.tensors[name]
         if tensor.dtype not in _WEIGHT_DTYPES:
             raise FormatError(
-                f"{tensor.file}: tensor {shorten(name)}: expected dtype F32, BF16 or F16, got {tensor.dtype} "
+                f"{tensor.file}: tensor {shorten(name)}: expected dtype F32, BF16 or F16, got "
+                f"{tensor.dtype} "
                 "(quantised and integer weights are not read; use the unquantised checkpoint)"
             )
         dtype = _WEIGHT_DTYPES[tensor.dtype]
@@ -398,7 +405,7 @@ def write_safetensors(
 
 
 def _split_shards(tensors: Mapping[str, tuple[np.ndarray, str]], limit: int) -> list[dict]:
-    """Consecutive tensors in files of at most `limit` bytes (a larger tensor has a file of its own)."""
+    """Consecutive tensors in files of at most `limit` bytes (larger tensors stand alone)."""
     shards, size = [{}], 0
     for name, (array, dtype) in tensors.items():
         if shards[-1] and size + array.nbytes > limit:
@@ -418,7 +425,7 @@ def _write_json(path: Path, value: Mapping) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes renames in `folder` last; not every file system can, and then there is nothing to do."""
+    """Makes renames in `folder` last, on file systems that can."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

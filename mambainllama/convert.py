@@ -119,7 +119,8 @@ def convert(
         )
     if init == "auto" and calibration is None:
         warnings.warn(
-            "convert: without calibration the mixers start as published; calibration=tokens (or texts) gives "
+            "convert: without calibration the mixers start as published; calibration=tokens (or "
+            "texts) gives "
             'a start that is far closer to the model (init="paper" silences this)',
             stacklevel=2,
         )
@@ -159,7 +160,8 @@ def attention_choice(chosen: Sequence[int] | str | float, layers: Sequence[Mappi
         if chosen not in _SHARES:
             words = ", ".join(['"none"', *(f'"{word}"' for word in _SHARES)])
             raise ArgumentError(
-                f"convert: attention_layers {shorten(chosen)} is not known; use layer numbers or {words}"
+                f"convert: attention_layers {shorten(chosen)} is not known; use layer numbers or "
+                f"{words}"
             )
         return list(range(_SHARES[chosen] - 1, count, _SHARES[chosen]))
     if isinstance(chosen, (float, Fraction)):
@@ -182,7 +184,8 @@ def attention_choice(chosen: Sequence[int] | str | float, layers: Sequence[Mappi
             or not 0 <= number < count
         ):
             raise ArgumentError(
-                f"convert: attention_layers: {shorten(number)} is not a layer; this model has 0 to {count - 1}"
+                f"convert: attention_layers: {shorten(number)} is not a layer; this model has 0 to "
+                f"{count - 1}"
             )
     if len(set(numbers)) != len(numbers):
         raise ArgumentError(f"convert: attention_layers {shorten(numbers)} names a layer twice")
@@ -197,19 +200,22 @@ def _check_convertible(model: Model, mixer: str, kept: Sequence[int]) -> None:
             raise ArgumentError(f"convert: {model!r} has no attention layers left to replace")
         if model.config.mixer != mixer:
             raise ArgumentError(
-                f"convert: the model has {model.config.mixer} mixers already; mixer must be the same"
+                f"convert: the model has {model.config.mixer} mixers already; mixer must be the "
+                "same"
             )
         made = [i for i in kept if layers[i]["mixer"] != "attention"]
         if made:
             raise ArgumentError(
-                f"convert: layer {made[0]} is a mixer already and cannot stay attention; attention layers "
+                f"convert: layer {made[0]} is a mixer already and cannot stay attention; attention "
+                "layers "
                 f"are {list(model.config.attention_layers)}"
             )
     attention = layers[model.config.attention_layers[0]]
     narrow = attention["kv_heads"] * attention["head_dim"]
     if mixer == "mamba1" and narrow % 16:
         raise UnsupportedError(
-            f"convert: mamba1 needs kv_heads * head_dim to be a multiple of 16, got {attention['kv_heads']} * "
+            "convert: mamba1 needs kv_heads * head_dim to be a multiple of 16, got "
+            f"{attention['kv_heads']} * "
             f'{attention["head_dim"]}; use mixer="mamba2"'
         )
 
@@ -332,7 +338,7 @@ class Start:
         }
 
     def _convolution(self, new, channels: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """A depthwise convolution's taps [channels, 1, width] and bias; the last tap is the current token's."""
+        """Taps [channels, 1, width] and bias; the last tap is the current token's."""
         weight = new.uniform("conv1d.weight", (channels, 1, width), width**-0.5)
         bias = new.uniform("conv1d.bias", (channels,), width**-0.5)
         if self.calibrated:
@@ -342,7 +348,7 @@ class Start:
         return weight, bias
 
     def _gate(self, new, inner: int, hidden: int, direction) -> np.ndarray:
-        """Rows of z. Calibrated: z is near 2 on real inputs, where silu is near 1.76 and sure of its sign."""
+        """Rows of z. Calibrated: near 2 on real inputs, where silu is 1.76 and sure of its sign."""
         weight = new.linear("z", inner, hidden)
         return weight if direction is None else 0.1 * weight + 2 * direction.astype(np.float32)
 
@@ -382,7 +388,7 @@ class _Streams:
         return (self.stream(name).random(shape, np.float32) * 2 - 1) * np.float32(bound)
 
     def linear(self, name: str, rows: int, columns: int) -> np.ndarray:
-        """A fresh linear layer's weight: Kaiming-uniform with a = sqrt(5), so bound 1 / sqrt(columns)."""
+        """A fresh linear layer: Kaiming-uniform with a = sqrt(5), so bound 1 / sqrt(columns)."""
         return self.uniform(name, (rows, columns), columns**-0.5)
 
     def steps(self, name: str, count: int) -> np.ndarray:

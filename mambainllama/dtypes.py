@@ -56,7 +56,7 @@ def to_float32(array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def from_float32(array: np.ndarray, dtype: str) -> np.ndarray:
-    """A new array of `dtype` (uint16 for bfloat16) with the rounded values; float32 stays itself."""
+    """A new array of `dtype` (uint16 for bfloat16), rounded; float32 stays itself."""
     if dtype == "float32":
         return array
     out = np.empty(array.shape, STORAGE[dtype])

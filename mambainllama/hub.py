@@ -1,4 +1,4 @@
-"""From the name of a model to a folder on this machine: a path, or a repository of the Hugging Face Hub."""
+"""From the name of a model to a folder here: a path, or a repository of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -69,14 +69,18 @@ def _download(repository: str, revision: str | None) -> Path:
             )
         )
     except errors.GatedRepoError:
-        reason = "its owner must grant you access; accept the terms on its page, then run `hf auth login` or set HF_TOKEN"
+        reason = (
+            "its owner must grant you access; accept the terms on its page, "
+            "then run `hf auth login` or set HF_TOKEN"
+        )
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         what = "revision" if isinstance(error, errors.RevisionNotFoundError) else "repository"
         raise NotFoundError(
-            f"{repository}: no such folder here, and no such {what} on the Hub (or it is private); check the spelling"
+            f"{repository}: no such folder here, and no such {what} on the Hub (or it is private); "
+            "check the spelling"
         ) from None
     except errors.LocalEntryNotFoundError:
-        reason = "it is not in the cache, and the Hub cannot be reached; check the network or HF_HUB_OFFLINE"
+        reason = "it is not in the cache and the Hub cannot be reached; check the network"
     except Exception as error:  # requests, httpx, OSError: many kinds, one meaning
         reason = shorten(f"{type(error).__name__}: {error}", 200)
     raise FileError(

@@ -39,13 +39,13 @@ class ModelConfig:
     mixer: str | None
     """"mamba1" or "mamba2"; None where every layer is attention."""
     heads: int
-    """Attention heads (of a Mamba-2 model without attention: its heads; of such a Mamba-1 model: 0)."""
+    """Attention heads; in a model without attention those of Mamba-2, or 0."""
     kv_heads: int
     head_dim: int
     intermediate_size: int
     """Width of the MLP, 0 where there is none."""
     max_position_embeddings: int | None
-    """The length that it was trained for; longer inputs are allowed, and the model's quality is its own matter."""
+    """The length that it was trained for; longer inputs are allowed."""
     tied: bool
     """Whether the output product uses the embedding."""
     dtype: str
@@ -147,7 +147,7 @@ class Model:
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """The checkpoint's tokenizer, read when it is first asked for; None where it has none. Can be set."""
+        """The checkpoint's tokenizer, read when first asked for; None without one. Can be set."""
         if not self._tokenizer_sought:
             self._tokenizer_sought = True
             if self._folder is not None and (self._folder / "tokenizer.json").exists():
@@ -166,7 +166,7 @@ class Model:
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
-        """Tokens that end a text: of generation_config.json, else of config.json, else the tokenizer's eos."""
+        """Tokens that end a text: of generation_config.json, config.json, or the tokenizer."""
         for value in (self.generation_config.get("eos_token_id"), self._raw.get("eos_token_id")):
             ids = value if isinstance(value, list) else [value]
             ids = [
@@ -226,7 +226,7 @@ class Model:
         return out
 
     def state(self, capacity: int = 0) -> _core.State:
-        """An empty state for one sequence, with room for `capacity` tokens in its caches (they grow by themselves)."""
+        """An empty state for one sequence, with room for `capacity` tokens (it grows by itself)."""
         return self.core.state(capacity)
 
     # ---- saving
@@ -256,7 +256,7 @@ class Model:
         return write_folder(folder, tensors, config, self._mamba_config, self.companions())
 
     def companions(self) -> dict[str, bytes]:
-        """The files that are saved beside the weights: tokenizer, chat template, generation settings."""
+        """Files saved beside the weights: tokenizer, chat template, generation settings."""
         if self._companions is None:
             self._companions = read_companions(self._folder) if self._folder else {}
         return dict(self._companions)
@@ -321,7 +321,8 @@ def pack(input_ids, lengths=None) -> tuple[np.ndarray, np.ndarray, int]:
         if all(row.ndim == 1 for row in rows) and (lengths is None or len(set(given)) > 1):
             if lengths is not None:
                 raise ShapeError(
-                    "input_ids: rows of different lengths need no lengths; pad them or leave lengths out"
+                    "input_ids: rows of different lengths need no lengths; pad them or leave "
+                    "lengths out"
                 )
             tokens = np.concatenate(
                 [np.asarray(row, np.int64) if row.size == 0 else row for row in rows] or [[]]
