@@ -41,7 +41,7 @@ class Conversation:
         tokenizer = getattr(model, "tokenizer", None)
         if tokenizer is None or tokenizer.chat_template is None:
             raise ArgumentError(
-                "chat: this model has no chat template; use `mambainllama generate` for plain continuation"
+                "this model has no chat template; use `mambainllama generate` for plain continuation"
             )
         self.model, self.tokenizer, self.options = model, tokenizer, options
         self.system = system
