@@ -6,8 +6,8 @@ inputs have a mean: the direction w with w.u closest to 1 on all of them,
 
     w = argmin E[(w.u - 1)^2] + 1e-3 |w|^2 = (E[u u^T] + 1e-3 I)^-1 E[u],
 
-found from the teacher's activations, makes z = 2 w.u near 2 (method: docs; measured in the
-project's notes). The sums are float64: on wide models E[u u^T] is close to singular.
+found from the teacher's activations, makes z = 2 w.u near 2. The sums are float64: on wide models
+E[u u^T] is close to singular.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from .errors import ArgumentError, shorten
 
 __all__ = ["calibration_rows", "constant_directions"]
 
-_MAX_TOKENS = 131_072
 _BATCH_TOKENS = 2048
 _SUMS_BYTES = 1 << 30  # of E[u u^T] held at once; more layers take more passes
 _RIDGE = 1e-3
@@ -30,35 +29,19 @@ _RIDGE = 1e-3
 def calibration_rows(model, calibration) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and offsets, packed, of what the user gave: tokens (n, length), token lists or texts.
 
-    More than 131,072 tokens are cut to rows spread evenly over what was given.
+    E[u u^T] is known well from a few tokens for each of its rows, so at most 16,384 tokens, or four
+    times the model's width, are taken: rows spread evenly over what was given.
     """
     from .model import pack
 
-    if isinstance(calibration, str):
-        calibration = [calibration]
-    if not hasattr(calibration, "__len__") or len(calibration) == 0:
-        raise ArgumentError(
-            "calibration: expected tokens (n, length) or a list of texts, got "
-            f"{shorten(calibration)}"
-        )
-    if isinstance(calibration, np.ndarray):
-        rows = calibration[None] if calibration.ndim == 1 else calibration
-    elif all(isinstance(text, str) for text in calibration):
-        if model.tokenizer is None:
-            raise ArgumentError(
-                "calibration: texts need the model's tokenizer, and it has none; give tokens, or "
-                "set model.tokenizer"
-            )
-        rows = model.tokenizer.encode_batch(list(calibration))
-    else:
-        rows = [calibration] if isinstance(calibration[0], (int, np.integer)) else calibration
+    rows = _rows(model, calibration)
+    limit = max(16_384, 4 * model.config.hidden_size)
     average = max(1, sum(map(len, rows)) // len(rows))
-    wanted = max(1, _MAX_TOKENS // average)
-    if len(rows) > wanted:
-        chosen = np.linspace(0, len(rows) - 1, wanted).astype(int)
-        rows = rows[chosen] if isinstance(rows, np.ndarray) else [rows[i] for i in chosen]
+    if len(rows) > limit // average:
+        chosen = np.linspace(0, len(rows) - 1, max(1, limit // average)).astype(int)
+        rows = [rows[i] for i in chosen]
     tokens, offsets, _ = pack(rows)
-    tokens = tokens[:_MAX_TOKENS]
+    tokens = tokens[:limit]
     offsets = np.unique(np.minimum(offsets, tokens.size))  # without empty rows
     if tokens.size == 0:
         raise ArgumentError("calibration: there is no token in it")
@@ -68,6 +51,32 @@ def calibration_rows(model, calibration) -> tuple[np.ndarray, np.ndarray]:
             f"{model.config.vocab_size}"
         )
     return tokens, offsets
+
+
+def _rows(model, calibration) -> Sequence:
+    """The rows of tokens in any of the forms that are allowed."""
+    if isinstance(calibration, str):
+        calibration = [calibration]
+    elif isinstance(calibration, np.ndarray) and calibration.ndim == 1:
+        calibration = calibration[None]
+    good = isinstance(calibration, (np.ndarray, Sequence)) and getattr(calibration, "ndim", 1) > 0
+    if not good or len(calibration) == 0:
+        got = shorten(calibration)
+        raise ArgumentError(
+            f"calibration: expected tokens (n, length) or a list of texts, got {got}"
+        )
+    if isinstance(calibration[0], str):
+        if model.tokenizer is None:
+            raise ArgumentError(
+                "calibration: texts need the model's tokenizer, and it has none; give tokens, or "
+                "set model.tokenizer"
+            )
+        return model.tokenizer.encode_batch(calibration)
+    if isinstance(calibration[0], (int, np.integer)):
+        return [calibration]
+    if not all(hasattr(row, "__len__") for row in calibration):
+        raise ArgumentError("calibration: expected every row to be a list of tokens")
+    return calibration
 
 
 def constant_directions(

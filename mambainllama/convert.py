@@ -75,8 +75,8 @@ def convert(
         "paper", "calibrated", or "auto": calibrated where `calibration` is given.
     calibration
         What the model is to be run on for the calibrated start: tokens (n, length), a list of token
-        lists, or a list of texts. Some ten thousand tokens of the text that it will be distilled on
-        are plenty; more than 131,072 are not read.
+        lists, or a list of texts; best of the kind that it will be distilled on. At most 16,384
+        tokens (or four times the model's width) are used.
     seed
         Of the new parameters.
 
@@ -117,6 +117,9 @@ def convert(
         raise ArgumentError(
             'convert: init="calibrated" needs calibration=tokens (n, length) or a list of texts'
         )
+    old = model.core.config
+    kept = attention_choice(attention_layers, old["layers"])
+    _check_convertible(model, mixer, kept)
     if init == "auto" and calibration is None:
         warnings.warn(
             "convert: without calibration the mixers start as published; calibration=tokens (or "
@@ -124,9 +127,6 @@ def convert(
             'a start that is far closer to the model (init="paper" silences this)',
             stacklevel=2,
         )
-    old = model.core.config
-    kept = attention_choice(attention_layers, old["layers"])
-    _check_convertible(model, mixer, kept)
     replaced = [
         i
         for i in range(len(old["layers"]))

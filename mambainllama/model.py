@@ -316,7 +316,7 @@ def pack(input_ids, lengths=None) -> tuple[np.ndarray, np.ndarray, int]:
     if ragged and all(
         isinstance(row, (Sequence, np.ndarray)) and not isinstance(row, str) for row in input_ids
     ):
-        rows = [np.asarray(row) for row in input_ids]
+        rows = [_array(row) for row in input_ids]
         given = [row.size for row in rows]
         if all(row.ndim == 1 for row in rows) and (lengths is None or len(set(given)) > 1):
             if lengths is not None:
@@ -332,7 +332,7 @@ def pack(input_ids, lengths=None) -> tuple[np.ndarray, np.ndarray, int]:
                 np.concatenate([[0], np.cumsum(given)]).astype(np.int64),
                 max(given, default=0),
             )
-    ids = np.asarray(input_ids)
+    ids = _array(input_ids)
     if ids.ndim != 2:
         raise ShapeError(
             f"input_ids: expected (batch, length), got shape {ids.shape}; one sequence is [tokens]"
@@ -340,7 +340,7 @@ def pack(input_ids, lengths=None) -> tuple[np.ndarray, np.ndarray, int]:
     batch, length = ids.shape
     if lengths is None:
         return _integers(ids.reshape(-1)), np.arange(batch + 1, dtype=np.int64) * length, length
-    counts = np.asarray(lengths)
+    counts = _array(lengths, "lengths")
     if counts.shape != (batch,) or not np.issubdtype(counts.dtype, np.integer):
         raise ShapeError(
             f"lengths: expected {batch} integers, one for each row, got {shorten(lengths)}"
@@ -351,6 +351,13 @@ def pack(input_ids, lengths=None) -> tuple[np.ndarray, np.ndarray, int]:
         )
     tokens = ids[np.arange(length) < counts[:, None]]
     return _integers(tokens), np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), length
+
+
+def _array(value, name: str = "input_ids") -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError, OverflowError):
+        raise ShapeError(f"{name}: expected a rectangle of integers, got {shorten(value)}") from None
 
 
 def _integers(tokens: np.ndarray) -> np.ndarray:
