@@ -104,7 +104,11 @@ class Score:
     @property
     def perplexity(self) -> float:
         """exp of minus the mean; NaN for texts of one token."""
-        return math.exp(-self.total / (len(self.token_ids) - 1)) if len(self.token_ids) > 1 else math.nan
+        return (
+            math.exp(-self.total / (len(self.token_ids) - 1))
+            if len(self.token_ids) > 1
+            else math.nan
+        )
 
 
 def generate(
@@ -226,7 +230,11 @@ def generate(
     ]
     draft_core = check_draft(model, draft)
     watch = bool(endings.strings or on_text or on_tokens)
-    writers = [Writer(model, ids, endings.strings, skip_special_tokens) for ids in tokens] if watch else []
+    writers = (
+        [Writer(model, ids, endings.strings, skip_special_tokens) for ids in tokens]
+        if watch
+        else []
+    )
     results: list[Any] = [None] * count
     with progress_bar(progress, count) as bar:
 
@@ -291,7 +299,9 @@ def core_of(model: Any) -> _core.Model:
     """The C core of a model, which may be given itself."""
     core = getattr(model, "core", model)
     if not isinstance(core, _core.Model):
-        raise ArgumentError(f"generate: model must come from mil.load or mil.convert, not {shorten(model)}")
+        raise ArgumentError(
+            f"generate: model must come from mil.load or mil.convert, not {shorten(model)}"
+        )
     return core
 
 
@@ -324,7 +334,9 @@ def read_prompts(model: Any, prompts: Any, open_answer: bool = True) -> list[np.
 def read_prompt(model: Any, prompt: Any, index: int, vocab: int, open_answer: bool) -> np.ndarray:
     if isinstance(prompt, Mapping):
         prompt = [prompt]
-    is_chat = isinstance(prompt, (list, tuple)) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+    is_chat = (
+        isinstance(prompt, (list, tuple)) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+    )
     if isinstance(prompt, str) or is_chat:
         tokenizer = tokenizer_of(model)
         if tokenizer is None:
@@ -519,7 +531,9 @@ class Writer:
         return piece
 
 
-def listener(writers: list[Writer], on_text: Any, on_tokens: Any) -> Callable[[int, list[int]], int | None]:
+def listener(
+    writers: list[Writer], on_text: Any, on_tokens: Any
+) -> Callable[[int, list[int]], int | None]:
     """The core's callback: None goes on, n >= 0 ends after n of the tokens, -1 cancels."""
 
     def hear(index: int, tokens: list[int]) -> int | None:
@@ -534,7 +548,9 @@ def listener(writers: list[Writer], on_text: Any, on_tokens: Any) -> Callable[[i
     return hear
 
 
-def decode(model: Any, prompt: np.ndarray, result: dict[str, Any], skip_special_tokens: bool) -> str:
+def decode(
+    model: Any, prompt: np.ndarray, result: dict[str, Any], skip_special_tokens: bool
+) -> str:
     """The new tokens' text, as the continuation of the prompt."""
     tokenizer = tokenizer_of(model)
     if tokenizer is None:

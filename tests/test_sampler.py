@@ -70,7 +70,9 @@ def test_filters_match_transformers(change, rng):
     history = rng.integers(0, vocab, 50)
     ids, scores = torch.tensor(history)[None], torch.tensor(logits)[None]
     if "repetition_penalty" in options:
-        scores = processors.RepetitionPenaltyLogitsProcessor(options["repetition_penalty"])(ids, scores)
+        scores = processors.RepetitionPenaltyLogitsProcessor(options["repetition_penalty"])(
+            ids, scores
+        )
     scores = processors.TemperatureLogitsWarper(options["temperature"])(ids, scores)
     if "top_k" in options:
         scores = processors.TopKLogitsWarper(options["top_k"])(ids, scores)
@@ -97,7 +99,9 @@ def test_extremes():
     for temperature in (1e-45, 1e-38, 1.0, 1e38):
         got = probabilities(np.array([low, top, 0, 1], np.float32), {"temperature": temperature})
         assert np.isfinite(got).all() and got.argmax() == 1
-    got = probabilities(np.array([1, -1, 2], np.float32), {**BASE, "repetition_penalty": 1e-38}, [0, 1, 2])
+    got = probabilities(
+        np.array([1, -1, 2], np.float32), {**BASE, "repetition_penalty": 1e-38}, [0, 1, 2]
+    )
     assert np.isfinite(got).all()
     logits = np.linspace(-5, 5, 3000, dtype=np.float32)
     for order in (1, -1):  # sorted input, the bad case of a careless selection
@@ -137,11 +141,19 @@ def test_error_messages(name, value):
 )  # fmt: skip
 def test_any_filter_leaves_a_distribution(vocab, seed, temperature, top_k, top_p, min_p):
     logits = np.random.default_rng(seed).standard_normal(vocab).astype(np.float32).round(1)
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+    options = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "seed": seed,
+    }
     token, weights, total = _core.sample(logits, options, position=seed % 1000)
     assert weights[token] > 0 and weights[np.argmax(logits)] == 1 and total >= 1
     kept = logits[weights > 0]
-    assert kept.min() >= np.sort(logits)[-kept.size]  # no kept token is less likely than a dropped one
+    assert (
+        kept.min() >= np.sort(logits)[-kept.size]
+    )  # no kept token is less likely than a dropped one
 
 
 # ---- random numbers --------------------------------------------------------------------------------------
@@ -151,7 +163,12 @@ def test_philox_vectors():
     """Salmon et al. 2011, Random123's kat_vectors for philox4x32-10."""
     ones = 0xFFFFFFFF
     assert _core.philox((0, 0, 0, 0), (0, 0)) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
-    assert _core.philox((ones,) * 4, (ones,) * 2) == (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
+    assert _core.philox((ones,) * 4, (ones,) * 2) == (
+        0x408F276D,
+        0x41C83B0E,
+        0xA20BC7C6,
+        0x6D5451FD,
+    )
     assert _core.philox((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0)) == (
         0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1,
     )  # fmt: skip
@@ -165,7 +182,11 @@ def test_uniform_numbers():
     counts, _ = np.histogram(values, 50, (0, 1))
     assert chi_square_p(counts, np.full(50, values.size / 50)) > 1e-3
     flat = values.reshape(120, 300)  # neighbouring positions, streams and seeds are unrelated
-    for a, b in [(flat[:, :-1], flat[:, 1:]), (values[:, 0], values[:, 1]), (values[:-1], values[1:])]:
+    for a, b in [
+        (flat[:, :-1], flat[:, 1:]),
+        (values[:, 0], values[:, 1]),
+        (values[:-1], values[1:]),
+    ]:
         assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 4 / np.sqrt(a.size)
     assert np.unique(values).size == values.size
 

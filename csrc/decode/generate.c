@@ -31,6 +31,11 @@ mil_engine_init(mil_engine *engine, const mil_engine_options *options)
         return mil_fail(MIL_ERR_VALUE,
                         "generate: a draft model must be given exactly where drafts come from one");
     }
+    if (o->draft != NULL && o->draft->ops != o->model->ops) {
+        return mil_fail(MIL_ERR_DEVICE,
+                        "generate: the draft is on %s, the model on %s; load both on one device",
+                        o->draft->ops->name, o->model->ops->name);
+    }
     engine->running = mil_alloc((size_t)o->max_batch, sizeof *engine->running);
     if (engine->running == NULL) {
         return mil_fail(MIL_ERR_MEMORY, "generate: out of memory for a batch of %lld",
@@ -203,25 +208,16 @@ mil_pack_run(mil_engine *engine, mil_context *context, const mil_model *model)
     MIL_TRY(room((void **)&pack->logits, &pack->logit_capacity, pack->logit_count * model->config.vocab,
                  sizeof *pack->logits));
     lay_out_rows(pack);
-    mil_arena_mark mark = mil_arena_get_mark(context->scratch);
-    int32_t *tokens;
-    MIL_TRY(MIL_PUSH(context->scratch, pack->rows, int32_t, &tokens));
-    mil_status status =
-        context->ops->copy(context, tokens, pack->tokens, (size_t)pack->rows * sizeof *tokens);
-    if (status == MIL_OK) {
-        status = mil_model_forward(context, model,
-                                   &(mil_forward){
-                                       .tokens = tokens,
-                                       .sequences = pack->count,
-                                       .offsets = pack->offsets,
-                                       .states = pack->states,
-                                       .logit_rows = pack->logit_rows,
-                                       .logit_count = pack->logit_count,
-                                       .logits = pack->logit_count > 0 ? pack->logits : NULL,
-                                   });
-    }
-    mil_arena_rewind(context->scratch, mark);
-    return status;
+    mil_forward forward = {
+        .tokens = pack->tokens,
+        .sequences = pack->count,
+        .offsets = pack->offsets,
+        .states = pack->states,
+        .logit_rows = pack->logit_rows,
+        .logit_count = pack->logit_count,
+        .logits = pack->logit_count > 0 ? pack->logits : NULL,
+    };
+    return mil_model_forward(context, model, &forward);
 }
 
 mil_status

@@ -432,16 +432,17 @@ run(generate_call *call)
         }
         mil_context context;
         mil_status status;
-        Py_BEGIN_ALLOW_THREADS status = core_context_acquire(call->core, &mil_cpu_ops, &context);
-        if (status == MIL_OK) {
-            double last_heard = omp_get_wtime();
-            do {
-                status = mil_engine_round(&call->engine, &context);
-            } while (status == MIL_OK && !is_news(call, last_heard));
-            core_context_release(call->core, &context);
-        }
-        Py_END_ALLOW_THREADS if (status != MIL_OK)
-        {
+        Py_BEGIN_ALLOW_THREADS
+            status = core_context_acquire(call->core, call->engine.options.model->ops, &context);
+            if (status == MIL_OK) {
+                double last_heard = omp_get_wtime();
+                do {
+                    status = mil_engine_round(&call->engine, &context);
+                } while (status == MIL_OK && !is_news(call, last_heard));
+                core_context_release(call->core, &context);
+            }
+        Py_END_ALLOW_THREADS
+        if (status != MIL_OK) {
             core_raise(call->core, status);
             return -1;
         }

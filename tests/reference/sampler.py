@@ -1,4 +1,4 @@
-"""Slow, obvious sampling filters in float64, and a chi-square test (there is no SciPy among the dependencies)."""
+"""Slow, obvious sampling filters in float64, and a chi-square test (SciPy is not among the dependencies)."""
 
 import math
 
@@ -12,7 +12,9 @@ def distribution(
     scores = np.array(logits, np.float64)
     for token in set(int(token) for token in history):
         scores[token] = (
-            scores[token] * repetition_penalty if scores[token] < 0 else scores[token] / repetition_penalty
+            scores[token] * repetition_penalty
+            if scores[token] < 0
+            else scores[token] / repetition_penalty
         )
     if temperature == 0:
         return np.eye(scores.size)[int(np.argmax(scores))]
@@ -41,7 +43,10 @@ def chi_square_p(observed, expected):
 
     Cells that expect fewer than 5 are merged into one, as the approximation wants; a count where
     nothing is expected makes the probability 0."""
-    observed, expected = np.asarray(observed, np.float64).ravel(), np.asarray(expected, np.float64).ravel()
+    observed, expected = (
+        np.asarray(observed, np.float64).ravel(),
+        np.asarray(expected, np.float64).ravel(),
+    )
     if (observed[expected == 0] > 0).any():
         return 0.0
     rare = expected < 5
