@@ -346,14 +346,23 @@ class Checkpoint:
     def _map(self, path: Path) -> np.ndarray:
         if path not in self._maps:
             try:
-                self._maps[path] = np.memmap(path, np.uint8, mode="c").view(np.ndarray)
-            except (OSError, ValueError) as error:
-                raise FileError(f"{path}: cannot be mapped into memory ({error})") from None
+                data = np.memmap(path, np.uint8, mode="c")
+            except OSError:
+                # Systems may refuse a writeable mapping larger than memory; reading needs none.
+                data = _map_read_only(path)
+            self._maps[path] = data.view(np.ndarray)
         if self._maps[path].size < max(
             tensor.end for tensor in self.tensors.values() if tensor.file == path
         ):
             raise FileError(f"{path}: became shorter while it was being read; load it again")
         return self._maps[path]
+
+
+def _map_read_only(path: Path) -> np.ndarray:
+    try:
+        return np.memmap(path, np.uint8, mode="r")
+    except (OSError, ValueError) as error:
+        raise FileError(f"{path}: cannot be mapped into memory ({error})") from None
 
 
 # ---- safetensors: writing

@@ -101,6 +101,36 @@ def convert(
     twice; without any, A_log runs from -4 to 0 over the channel groups, dt_proj.bias is -0.5 and
     dt_proj.weight small. For Mamba-2, A_log runs from -4 to 0 over the heads and dt_bias is -1.
     """
+    _check_arguments(model, mixer, init, calibration, seed)
+    old = model.core.config
+    kept = attention_choice(attention_layers, old["layers"])
+    _check_convertible(model, mixer, kept)
+    replaced = [
+        i
+        for i in range(len(old["layers"]))
+        if i not in kept and old["layers"][i]["mixer"] == "attention"
+    ]
+    layers = [
+        mamba_layer(mixer, layer, old["hidden"]) if i in replaced else dict(layer)
+        for i, layer in enumerate(old["layers"])
+    ]
+    calibrated = init != "paper" and calibration is not None
+    if replaced and init == "auto" and not calibrated:
+        warnings.warn(
+            "convert: without calibration the mixers start as published; calibration=tokens (or "
+            'texts) starts far closer to the model (init="paper" silences this)',
+            stacklevel=2,
+        )
+    directions = {}
+    if calibrated and replaced:
+        tokens, offsets = calibration_rows(model, calibration)
+        directions = constant_directions(model.core, replaced, tokens, offsets)
+    start = Start(mixer, int(seed), calibrated, any_attention=bool(kept))
+    return _build(model, {**old, "layers": layers}, replaced, mixer, start, directions)
+
+
+def _check_arguments(model, mixer, init, calibration, seed) -> None:
+    """Everything about the arguments that needs no look into the model."""
     if not isinstance(model, Model):
         raise ArgumentError(f"convert: expected a model from mil.load, got {type(model).__name__}")
     if mixer not in ("mamba1", "mamba2"):
@@ -117,32 +147,6 @@ def convert(
         raise ArgumentError(
             'convert: init="calibrated" needs calibration=tokens (n, length) or a list of texts'
         )
-    old = model.core.config
-    kept = attention_choice(attention_layers, old["layers"])
-    _check_convertible(model, mixer, kept)
-    if init == "auto" and calibration is None:
-        warnings.warn(
-            "convert: without calibration the mixers start as published; calibration=tokens (or "
-            "texts) gives "
-            'a start that is far closer to the model (init="paper" silences this)',
-            stacklevel=2,
-        )
-    replaced = [
-        i
-        for i in range(len(old["layers"]))
-        if i not in kept and old["layers"][i]["mixer"] == "attention"
-    ]
-    layers = [
-        mamba_layer(mixer, layer, old["hidden"]) if i in replaced else dict(layer)
-        for i, layer in enumerate(old["layers"])
-    ]
-    calibrated = init != "paper" and calibration is not None
-    directions = {}
-    if calibrated and replaced:
-        tokens, offsets = calibration_rows(model, calibration)
-        directions = constant_directions(model.core, replaced, tokens, offsets)
-    start = Start(mixer, int(seed), calibrated, any_attention=bool(kept))
-    return _build(model, {**old, "layers": layers}, replaced, mixer, start, directions)
 
 
 def attention_choice(chosen: Sequence[int] | str | float, layers: Sequence[Mapping]) -> list[int]:

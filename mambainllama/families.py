@@ -17,8 +17,8 @@ A hybrid is a Transformer's config.json plus mamba_config.json, which says which
 attention and how large the mixers are; whether they are Mamba-1 or Mamba-2 is read from the
 tensors.
 
-To add a family: a row here, and a row in tests/tiny_checkpoints.py that makes a tiny random checkpoint
-of it, which test_parity.py then holds against transformers.
+To add a family: a row here, and a row in tests/tiny_checkpoints.py that makes a tiny random
+checkpoint of it, which test_parity.py then holds against transformers.
 """
 
 from __future__ import annotations
@@ -172,7 +172,8 @@ class Dense:
     def describe(self, config: Keys, model_type: str) -> Description:
         hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
         head_dim = config.size("head_dim", self.head_dim or max(1, hidden // heads))
-        kv_heads = config.size("num_key_value_heads", self.kv_heads or heads)
+        absent = "num_key_value_heads" not in config.values  # null means one for each head
+        kv_heads = config.size("num_key_value_heads", (absent and self.kv_heads) or heads)
         if heads % kv_heads:
             raise FormatError(
                 f"{config.where}: num_attention_heads = {heads} is not a multiple of "

@@ -357,7 +357,9 @@ def _array(value, name: str = "input_ids") -> np.ndarray:
     try:
         return np.asarray(value)
     except (ValueError, TypeError, OverflowError):
-        raise ShapeError(f"{name}: expected a rectangle of integers, got {shorten(value)}") from None
+        raise ShapeError(
+            f"{name}: expected a rectangle of integers, got {shorten(value)}"
+        ) from None
 
 
 def _integers(tokens: np.ndarray) -> np.ndarray:
