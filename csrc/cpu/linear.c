@@ -615,38 +615,3 @@ mil_cpu_linear_backward(mil_context *context, const mil_linear_grad *arguments)
     mil_arena_rewind(context->scratch, mark);
     return status;
 }
-
-/* ---- the machine's limit ----------------------------------------------------------------------------- */
-
-mil_status
-mil_cpu_read_bandwidth(mil_context *context, const void *buffer, size_t bytes, int64_t repeats,
-                       double *bytes_per_second)
-{
-    const int64_t words = (int64_t)(bytes / 64 * 8);
-    const int threads = context->threads;
-    uint64_t *totals;
-    *bytes_per_second = 0;
-    mil_arena_mark mark = mil_arena_get_mark(context->scratch);
-    MIL_TRY(MIL_PUSH(context->scratch, threads * 8, uint64_t, &totals));
-    for (int64_t pass = 0; pass < repeats; pass++) {
-        double start = omp_get_wtime();
-#pragma omp parallel for schedule(static) num_threads(threads)
-        for (int t = 0; t < threads; t++) {
-            /* Eight sums, so that additions keep up; stored, so that they are not left out. */
-            uint64_t sums[8] = {0};
-            const uint64_t *from = buffer;
-            for (int64_t i = words / 8 * t / threads; i < words / 8 * (t + 1) / threads; i++) {
-                for (int lane = 0; lane < 8; lane++) {
-                    sums[lane] += from[8 * i + lane];
-                }
-            }
-            memcpy(totals + 8 * t, sums, sizeof sums);
-        }
-        double speed = (double)words * 8.0 / (omp_get_wtime() - start);
-        if (speed > *bytes_per_second) {
-            *bytes_per_second = speed;
-        }
-    }
-    mil_arena_rewind(context->scratch, mark);
-    return MIL_OK;
-}
