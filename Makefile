@@ -8,7 +8,7 @@
 #   DEBUG    1: build with assertions                 (0)
 #   JOBS     compilers at once                        (all usable cores)
 #   TESTS    what `make test` runs                    (tests)
-#   BENCH    which benchmark `make bench` runs        (see benchmarks/)
+#   BENCH    which benchmark `make bench` runs        (all of benchmarks/README.md)
 #   SHARED   folder of the shared test data           (../shared where it is there)
 
 MAKEFLAGS += --no-builtin-rules --warn-undefined-variables
@@ -155,13 +155,15 @@ demo: $(STAMPS)/demo ## convert, distil and generate with a tiny model, offline 
 	@$(MAKE) --no-print-directory build PYTHON=$(DEMO_VENV)/bin/python
 	$(DEMO_VENV)/bin/python -m mambainllama demo $(ARGS)
 
+BENCHES := decode rows training
+
 .PHONY: bench
-bench: $(STAMPS)/venv ## run one benchmark: make bench BENCH=name
-	@test -n "$(BENCH)" || { echo "make bench: say which one, BENCH=<name>:"; \
-	    ls benchmarks/*.py | xargs -n1 basename | sed 's/\.py$$//; s/^/    /'; exit 1; }
-	@test -f benchmarks/$(BENCH).py || { echo "make bench: there is no benchmarks/$(BENCH).py"; exit 1; }
+bench: $(STAMPS)/venv ## time this project and its peers; make bench BENCH=decode runs one
 	@$(MAKE) --no-print-directory build PYTHON=$(PY)
-	$(PY) benchmarks/$(BENCH).py $(ARGS)
+	@for name in $(or $(BENCH),$(BENCHES)); do \
+	    test -f benchmarks/$$name.py || { echo "make bench: there is no $$name; known are $(BENCHES)"; exit 1; }; \
+	    $(PY) benchmarks/$$name.py $(ARGS); \
+	done
 
 .PHONY: clean
 clean: ## remove what was built, environments included
