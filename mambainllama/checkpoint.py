@@ -346,7 +346,7 @@ class Checkpoint:
     def _map(self, path: Path) -> np.ndarray:
         if path not in self._maps:
             try:
-                data = np.memmap(path, np.uint8, mode="c")
+                data: np.ndarray = np.memmap(path, np.uint8, mode="c")
             except OSError:
                 # Systems may refuse a writeable mapping larger than memory; reading needs none.
                 data = _map_read_only(path)
@@ -415,7 +415,8 @@ def write_safetensors(
 
 def _split_shards(tensors: Mapping[str, tuple[np.ndarray, str]], limit: int) -> list[dict]:
     """Consecutive tensors in files of at most `limit` bytes (larger tensors stand alone)."""
-    shards, size = [{}], 0
+    shards: list[dict] = [{}]
+    size = 0
     for name, (array, dtype) in tensors.items():
         if shards[-1] and size + array.nbytes > limit:
             shards.append({})

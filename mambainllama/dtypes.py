@@ -15,7 +15,7 @@ from .errors import DtypeError, shorten
 __all__ = ["STORAGE", "check_dtype", "convert", "from_float32", "to_float32"]
 
 #: How an array of each dtype lies in memory.
-STORAGE = {
+STORAGE: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(np.uint16),
     "float16": np.dtype(np.float16),

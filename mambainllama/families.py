@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from .errors import FormatError, UnsupportedError, listing, shorten
@@ -471,7 +471,7 @@ def _check_divides(where: str, mixer: str, narrow: int, state_dim: int) -> None:
         )
 
 
-def hybrid_config(canonical: dict, config: dict, mixer: str) -> dict:
+def hybrid_config(canonical: dict, config: Mapping, mixer: str) -> dict:
     """mamba_config.json of a hybrid with this canonical configuration, in the published layout."""
     layers = canonical["layers"]
     ssm_cfg: dict[str, object] = {"expand": 1}

@@ -213,7 +213,7 @@ class Model:
         tokens, offsets, length = pack(input_ids, lengths)
         counts = np.diff(offsets)
         filled = counts > 0  # the core's sequences have tokens
-        packed = np.concatenate([[0], np.cumsum(counts[filled])]).astype(np.int64)
+        packed = _offsets(counts[filled])
         vocab = self.config.vocab_size
         if tokens.size == 0:
             return np.zeros((counts.size, length, vocab), np.float32)
@@ -312,26 +312,15 @@ def pack(input_ids, lengths=None) -> tuple[np.ndarray, np.ndarray, int]:
     length : int
         Of the longest row, padding included.
     """
-    ragged = not isinstance(input_ids, np.ndarray) and isinstance(input_ids, Sequence)
-    if ragged and all(
-        isinstance(row, (Sequence, np.ndarray)) and not isinstance(row, str) for row in input_ids
-    ):
-        rows = [_array(row) for row in input_ids]
+    rows = _ragged(input_ids)
+    if rows is not None:
+        if lengths is not None:
+            raise ShapeError(
+                "input_ids: rows of different lengths need no lengths: leave lengths out"
+            )
         given = [row.size for row in rows]
-        if all(row.ndim == 1 for row in rows) and (lengths is None or len(set(given)) > 1):
-            if lengths is not None:
-                raise ShapeError(
-                    "input_ids: rows of different lengths need no lengths; pad them or leave "
-                    "lengths out"
-                )
-            tokens = np.concatenate(
-                [np.asarray(row, np.int64) if row.size == 0 else row for row in rows] or [[]]
-            )
-            return (
-                _integers(tokens),
-                np.concatenate([[0], np.cumsum(given)]).astype(np.int64),
-                max(given, default=0),
-            )
+        tokens = np.concatenate([row for row in rows if row.size])
+        return _integers(tokens), _offsets(given), max(given)
     ids = _array(input_ids)
     if ids.ndim != 2:
         raise ShapeError(
@@ -350,7 +339,22 @@ def pack(input_ids, lengths=None) -> tuple[np.ndarray, np.ndarray, int]:
             f"lengths: expected values from 0 to {length}, got {shorten(counts.tolist())}"
         )
     tokens = ids[np.arange(length) < counts[:, None]]
-    return _integers(tokens), np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), length
+    return _integers(tokens), _offsets(counts), length
+
+
+def _ragged(input_ids) -> list[np.ndarray] | None:
+    """The rows of a list of token lists whose lengths differ; None for everything else."""
+    if isinstance(input_ids, (np.ndarray, str)) or not isinstance(input_ids, Sequence):
+        return None
+    if not all(isinstance(row, (Sequence, np.ndarray)) for row in input_ids):
+        return None
+    rows = [_array(row) for row in input_ids]
+    different = len({row.size for row in rows}) > 1
+    return rows if different and all(row.ndim == 1 for row in rows) else None
+
+
+def _offsets(counts) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
 def _array(value, name: str = "input_ids") -> np.ndarray:
