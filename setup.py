@@ -1,17 +1,19 @@
 """Builds the extension module mambainllama._core from every C file under csrc.
 
-Everything that can be declared lives in pyproject.toml; this file holds what setuptools cannot declare:
-the list of sources, the probe for OpenMP, and a build step that compiles on all cores and only
-what changed (each object keeps the compiler's list of the headers that it read).
+Everything that can be declared lives in pyproject.toml; this file holds what setuptools cannot
+declare: the list of sources, the probe for OpenMP, and a build step that compiles on all cores and
+only what changed (each object keeps the compiler's list of the headers that it read).
 
 Environment: CC and CFLAGS as usual; MIL_DEBUG=1 builds with assertions and without optimisation;
 MIL_BUILD_JOBS limits the number of compilers that run at once.
 """
 
+import hashlib
 import os
 import shlex
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,8 +23,8 @@ from setuptools.command.build_ext import build_ext
 DEBUG = os.environ.get("MIL_DEBUG", "") not in ("", "0")
 SOURCES = sorted(path.as_posix() for path in Path("csrc").rglob("*.c"))
 
-# No -ffast-math and no -march=native: masks use infinities, results must repeat, and kernels for newer
-# processors are picked at run time (csrc/cpu).
+# No -ffast-math and no -march=native: masks use infinities, results must repeat, and kernels for
+# newer processors are picked at run time (csrc/cpu).
 COMPILE_ARGS = [
     "-std=c11",
     *(["-O1", "-g", "-DMIL_DEBUG"] if DEBUG else ["-O3", "-g0"]),
@@ -47,36 +49,34 @@ class BuildCore(build_ext):
 
         includes = ["csrc", numpy.get_include(), *ext.include_dirs]
         self.check_openmp()
-        temp = Path(self.build_temp)
-        for source in ext.sources:
-            (temp / source).parent.mkdir(parents=True, exist_ok=True)
-
-        # A change of compiler, flags, Python or NumPy makes every object stale.
+        # Objects of another compiler, flags, Python or NumPy live in a folder of their own.
         recipe = "\n".join(
             [shlex.join(self.compiler.compiler_so), *ext.extra_compile_args, *includes, sys.version]
         )
-        stamp = temp / "recipe.txt"
-        if not stamp.exists() or stamp.read_text() != recipe:
-            for old in temp.rglob("*.d"):
-                old.unlink()
+        temp = Path(self.build_temp) / hashlib.sha256(recipe.encode()).hexdigest()[:12]
+        for source in ext.sources:
+            (temp / source).parent.mkdir(parents=True, exist_ok=True)
 
         def compile_one(source):
             target = temp / Path(source).with_suffix(".o")
             depfile = target.with_suffix(".d")
             if is_stale(target, depfile):
                 depfile.unlink(missing_ok=True)
+                started = time.time()
                 self.compiler.compile(
                     [source],
-                    output_dir=self.build_temp,
+                    output_dir=str(temp),
                     include_dirs=[*includes, *self.compiler.include_dirs],
                     extra_postargs=[*ext.extra_compile_args, "-MMD", "-MF", str(depfile)],
                 )
+                os.utime(target, (started, started))  # a source saved meanwhile is newer
             return str(target)
 
         jobs = int(os.environ.get("MIL_BUILD_JOBS", 0)) or usable_cores()
         with ThreadPoolExecutor(jobs) as pool:
-            objects = list(pool.map(compile_one, ext.sources))
-        stamp.write_text(recipe)
+            # The largest first, so that no long one is left to the end; linked in order of names.
+            largest_first = sorted(ext.sources, key=os.path.getsize, reverse=True)
+            objects = sorted(pool.map(compile_one, largest_first))
 
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
@@ -86,16 +86,19 @@ class BuildCore(build_ext):
         os.replace(fresh, library)
 
     def check_openmp(self):
-        """Stop with one plain line where the compiler has no OpenMP, instead of a page of errors."""
+        """Stop with one plain line where the compiler has no OpenMP."""
         with tempfile.TemporaryDirectory() as folder:
             probe = Path(folder) / "probe.c"
-            probe.write_text("#include <omp.h>\nint probe(void) { return omp_get_max_threads(); }\n")
+            probe.write_text(
+                "#include <omp.h>\nint probe(void) { return omp_get_max_threads(); }\n"
+            )
             try:
                 self.compiler.compile([str(probe)], output_dir=folder, extra_postargs=["-fopenmp"])
             except Exception as error:
                 raise SystemExit(
-                    f"setup.py: the C compiler ({self.compiler.compiler_so[0]}) does not run or cannot "
-                    f"compile OpenMP; install gcc, or clang with libomp, and set CC to it. It said: {error}"
+                    f"setup.py: the C compiler ({self.compiler.compiler_so[0]}) does not run or "
+                    "cannot compile OpenMP; install gcc, or clang with libomp, and set CC to it. "
+                    f"It said: {error}"
                 ) from None
 
 

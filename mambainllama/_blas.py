@@ -1,7 +1,8 @@
 """Finds the BLAS library for float32 products and hands it to the core.
 
-By default this is OpenBLAS from the scipy-openblas64 wheel.  MAMBAINLLAMA_BLAS names another shared library
-with a CBLAS interface, or is "none" for the core's own kernels, which serve wherever no library is found.
+By default this is OpenBLAS from the scipy-openblas64 wheel.  MAMBAINLLAMA_BLAS names another shared
+library with a CBLAS interface, or is "none" for the core's own kernels, which serve wherever no
+library is found.
 """
 
 import importlib.util
@@ -13,7 +14,7 @@ from . import _core
 
 
 def wheel_library():
-    """Path of the shared library in the scipy-openblas64 wheel, or None; does not import the wheel."""
+    """Path of the library in the scipy-openblas64 wheel, or None; does not import the wheel."""
     spec = importlib.util.find_spec("scipy_openblas64")
     for folder in (spec and spec.submodule_search_locations) or []:
         for path in sorted((Path(folder) / "lib").glob("libscipy_openblas64_*")):

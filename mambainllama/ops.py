@@ -1,29 +1,32 @@
 """Every kernel of the C core, on NumPy arrays and other CPU arrays, without copies.
 
 Arrays in
-    Float32 and C-contiguous unless told otherwise; activations may have rows that are farther apart than
-    they are wide, so a slice such as ``projection[:, 64:128]`` is read in place.  NumPy arrays, DLPack
-    tensors (torch, JAX, CuPy in host memory) and buffers are all taken as they are.  What would need a copy is refused
-    with the words that make one.  Integer arguments (tokens, offsets ...) may also be lists.
+    Float32 and C-contiguous unless told otherwise; activations may have rows that are farther apart
+    than they are wide, so a slice such as ``projection[:, 64:128]`` is read in place.  NumPy
+    arrays, DLPack tensors (torch, JAX, CuPy in host memory) and buffers are all taken as they are.
+    What would need a copy is refused with the words that make one.  Integer arguments (tokens,
+    offsets ...) may also be lists.
 bfloat16
-    Weights and caches may be float32, float16 or bfloat16.  NumPy has no bfloat16, so it comes as a DLPack
-    tensor, as an array of ``ml_dtypes.bfloat16``, or as a uint16 array beside ``dtype="bfloat16"``.
+    Weights and caches may be float32, float16 or bfloat16.  NumPy has no bfloat16, so it comes as a
+    DLPack tensor, as an array of ``ml_dtypes.bfloat16``, or as a uint16 array beside
+    ``dtype="bfloat16"``.
 Arrays out
-    New float32 arrays, or ``out``.  Backward functions return a dict with the gradients' names as keys; their ``out`` is a
-    dict, too: an array under a key is used (gradients of parameters are ADDED to it, new ones start at
-    zero; gradients of activations overwrite it), and None under a key leaves that gradient out where it is
-    documented as optional.
+    New float32 arrays, or ``out``.  Backward functions return a dict with the gradients' names as
+    keys; their ``out`` is a dict, too: an array under a key is used (gradients of parameters are
+    ADDED to it, new ones start at zero; gradients of activations overwrite it), and None under a
+    key leaves that gradient out where it is documented as optional.
 Rows
     Tokens of several sequences are packed one after another along the first axis, without padding.
-    ``offsets`` [sequences + 1] tells where each starts, by default one sequence; ``past`` [sequences] is the number of
-    tokens before these rows; ``boundary`` [sequences] the number of tokens folded into the states (see
-    `boundary_after`).
+    ``offsets`` [sequences + 1] tells where each starts, by default one sequence; ``past``
+    [sequences] is the number of tokens before these rows; ``boundary`` [sequences] the number of
+    tokens folded into the states (see `boundary_after`).
 Numbers
-    Sums are at least float32.  The result of a row does not depend on its neighbours, on the number of rows or on
-    threads, bit for bit; products with ``fast=True`` and gradients of products repeat for the same shapes.
+    Sums are at least float32.  The result of a row does not depend on its neighbours, on the number
+    of rows or on threads, bit for bit; products with ``fast=True`` and gradients of products repeat
+    for the same shapes.
 
-Every function raises `mambainllama.ShapeError` (a ValueError), `DtypeError` (a TypeError) or `ArgumentError` (a
-ValueError) with a line that names the argument, what was expected and what came.
+Every function raises `mambainllama.ShapeError` (a ValueError), `DtypeError` (a TypeError) or
+`ArgumentError` (a ValueError) with a line that names the argument, what was expected and what came.
 
 Examples
 --------
@@ -44,7 +47,6 @@ __all__ = [
     "TAIL",
     "WINDOW",
     "adamw",
-    "muon",
     "add",
     "attention_backward",
     "attention_forward",
@@ -62,6 +64,7 @@ __all__ = [
     "linear_forward",
     "linear_group",
     "linear_loss",
+    "muon",
     "norm_backward",
     "norm_forward",
     "relative_mse",
@@ -85,7 +88,8 @@ TAIL = _core.TAIL
 def set_threads(threads):
     """Set the size of the thread team of every later call; None restores the default.
 
-    The default is OMP_NUM_THREADS, else the cores that this process may use (affinity and container quota).
+    The default is OMP_NUM_THREADS, else the cores that this process may use (affinity and container
+    quota).
     """
     _core.set_threads(threads)
 
@@ -96,7 +100,7 @@ def get_threads():
 
 
 def _integers(name, value, dtype):
-    """`value` as a contiguous integer array; metadata is small, so converting it is worth a copy."""
+    """`value` as a contiguous integer array; it is small, so converting is worth a copy."""
     if value is None:
         return None
     array = np.asarray(value)
@@ -116,7 +120,7 @@ def _rows(offsets, past=None, boundary=None):
     }
 
 
-# ---- products -----------------------------------------------------------------------------------------
+# ---- products -----------------------------------------------------------------------------------
 
 
 def linear_forward(x, weight, bias=None, *, dtype=None, accumulate=False, fast=False, out=None):
@@ -147,7 +151,8 @@ def linear_forward(x, weight, bias=None, *, dtype=None, accumulate=False, fast=F
 def linear_group(x, weights, *, dtype=None, fast=False):
     """Compute several products of one x in one pass over it: ``[x @ w.T for w in weights]``.
 
-    Parameters are those of `linear_forward`; at most 16 weights. Each result has the same bits as alone.
+    Parameters are those of `linear_forward`; at most 16 weights. Each result has the same bits as
+    alone.
     """
     group = _core.linear_group(x=x, weights=tuple(weights), dtype=dtype, fast=fast)
     return list(group.values())
@@ -176,7 +181,7 @@ def linear_backward(x, weight, grad_y, *, bias=False, dtype=None, accumulate=Fal
     )
 
 
-# ---- norms --------------------------------------------------------------------------------------------
+# ---- norms --------------------------------------------------------------------------------------
 
 
 def norm_forward(
@@ -192,8 +197,8 @@ def norm_forward(
 ):
     """RMS norm over each group of columns, with an optional gate.
 
-    ``y = u / sqrt(mean(u**2) + eps) * weight`` with ``u = x * silu(z)`` where z is given (Mamba-2), or
-    ``u = x`` and ``y *= silu(z)`` afterwards where ``norm_before_gate``.
+    ``y = u / sqrt(mean(u**2) + eps) * weight`` with ``u = x * silu(z)`` where z is given (Mamba-2),
+    or ``u = x`` and ``y *= silu(z)`` afterwards where ``norm_before_gate``.
 
     Parameters
     ----------
@@ -210,7 +215,8 @@ def norm_forward(
 
     References
     ----------
-    Zhang & Sennrich 2019, "Root mean square layer normalization"; Dao & Gu 2024, section 7.1 (gate).
+    Zhang & Sennrich 2019, "Root mean square layer normalization"; Dao & Gu 2024, section 7.1
+    (gate).
     """
     return _core.norm_forward(
         x=x,
@@ -242,8 +248,8 @@ def norm_backward(
     Returns
     -------
     dict
-        grad_x [rows, width] (added to ``out["grad_x"]`` where ``accumulate``); grad_z [rows, width] where z is
-        given; grad_weight, shaped as weight, where weight is given (optional).
+        grad_x [rows, width] (added to ``out["grad_x"]`` where ``accumulate``); grad_z [rows, width]
+        where z is given; grad_weight, shaped as weight, where weight is given (optional).
     """
     return _core.norm_backward(
         x=x,
@@ -259,7 +265,7 @@ def norm_backward(
     )
 
 
-# ---- attention ----------------------------------------------------------------------------------------
+# ---- attention ----------------------------------------------------------------------------------
 
 
 def rope_table(inv_freq, rows=None, *, offsets=None, past=None, scale=1.0):
@@ -332,7 +338,8 @@ def attention_forward(
     k, v : float32 [rows, kv_heads, head_dim]
         Query head i reads key head ``i * kv_heads // heads``.
     caches : list of (k, v), one a sequence, instead of k and v
-        Each [capacity, kv_heads, head_dim]; these rows' own keys were appended before (`kv_append`).
+        Each [capacity, kv_heads, head_dim]; these rows' own keys were appended before
+        (`kv_append`).
     cache_dtype : "bfloat16" or "float16", optional
         What uint16 caches hold.
     scale : float
@@ -348,7 +355,8 @@ def attention_forward(
 
     References
     ----------
-    Vaswani et al. 2017; Ainslie et al. 2023 (grouped queries); Milakov & Gimelshein 2018 (online softmax).
+    Vaswani et al. 2017; Ainslie et al. 2023 (grouped queries); Milakov & Gimelshein 2018 (online
+    softmax).
     """
     result = _core.attention_forward(
         q=q,
@@ -411,32 +419,32 @@ def kv_append(k, v, caches, *, cache_dtype=None, offsets=None, past=None):
     ----------
     k, v : float32 [rows, kv_heads, head_dim]
     caches : list of (k, v), one a sequence
-        Each [capacity, kv_heads, head_dim] of float32, bfloat16 or float16; changed in place, rounding to nearest even.
+        Each [capacity, kv_heads, head_dim] of float32, bfloat16 or float16; changed in place,
+        rounding to nearest even.
     """
     _core.kv_append(k=k, v=v, caches=caches, cache_dtype=cache_dtype, **_rows(offsets, past))
 
 
-# ---- mixers -------------------------------------------------------------------------------------------
+# ---- mixers -------------------------------------------------------------------------------------
 
 
 def boundary_after(past, count):
     """Tokens folded into the states after a call of ``count`` rows with ``past`` tokens before.
 
-    A call of more than `WINDOW` rows folds its own whole windows, too; a shorter one leaves all its rows in the tail,
-    so that they can be taken back (csrc/device.h).
+    A call of more than `WINDOW` rows folds its own whole windows, too; a shorter one leaves all its
+    rows in the tail, so that they can be taken back (csrc/device.h).
     """
     folded = past + count if count > WINDOW else past
     return folded - folded % WINDOW
 
 
-def scan_state(
-    inner, state_dim, conv_width, conv_inputs, *, B_groups, x_repeat=1, current=False
-):
-    """Return the empty state of one sequence in one Mamba-1 layer, a dict of float32 arrays at zero.
+def scan_state(inner, state_dim, conv_width, conv_inputs, *, B_groups, x_repeat=1, current=False):
+    """Return the empty state of one sequence in one Mamba-1 layer, a dict of float32 arrays at
+    zero.
 
-    Keys: state [state_dim, inner], conv [conv_width - 1 + TAIL, conv_inputs], x [TAIL, inner / x_repeat],
-    B [TAIL, B_groups, state_dim], dt [TAIL, inner] and, with ``current``, current [state_dim, inner] with
-    current_tokens, int64 [1].
+    Keys: state [state_dim, inner], conv [conv_width - 1 + TAIL, conv_inputs], x [TAIL, inner /
+    x_repeat], B [TAIL, B_groups, state_dim], dt [TAIL, inner] and, with ``current``, current
+    [state_dim, inner] with current_tokens, int64 [1].
     """
     state = {
         "state": np.zeros((state_dim, inner), np.float32),
@@ -452,7 +460,8 @@ def scan_state(
 
 
 def ssd_state(heads, head_dim, state_dim, conv_width, conv_inputs, *, x_heads, B_groups):
-    """Return the empty state of one sequence in one Mamba-2 layer, a dict of float32 arrays at zero.
+    """Return the empty state of one sequence in one Mamba-2 layer, a dict of float32 arrays at
+    zero.
 
     Keys: state [heads, state_dim, head_dim], conv [conv_width - 1 + TAIL, conv_inputs],
     x [TAIL, x_heads, head_dim], B [TAIL, B_groups, state_dim], dt [TAIL, heads].
@@ -482,8 +491,8 @@ def conv1d_forward(
 ):
     """Depthwise causal convolution of each sequence, with SiLU.
 
-    ``y[t, c] = silu(bias[c] + sum_j weight[c, j] * x[t - width + 1 + j, source(c)])``; rows before the first are zero,
-    or come from ``states``.
+    ``y[t, c] = silu(bias[c] + sum_j weight[c, j] * x[t - width + 1 + j, source(c)])``; rows before
+    the first are zero, or come from ``states``.
 
     Parameters
     ----------
@@ -577,7 +586,8 @@ def scan_forward(
     D, dt_bias : float32 [inner]
     z : float32 [rows, inner], optional
     x_repeat, x_repeat_group : int
-        Grouped heads: each run of ``x_repeat_group`` channels of x is read ``x_repeat`` times in a row.
+        Grouped heads: each run of ``x_repeat_group`` channels of x is read ``x_repeat`` times in a
+        row.
     states : list of dict, one a sequence, optional
         As `scan_state` makes them; changed in place.
 
@@ -633,8 +643,8 @@ def scan_backward(
     Returns
     -------
     dict
-        grad_x, grad_dt, grad_B, grad_C and, where z is given, grad_z, shaped as the inputs; grad_dt_bias [inner],
-        grad_A_log [inner, state_dim] and grad_D [inner] (optional).
+        grad_x, grad_dt, grad_B, grad_C and, where z is given, grad_z, shaped as the inputs;
+        grad_dt_bias [inner], grad_A_log [inner, state_dim] and grad_D [inner] (optional).
     """
     return _core.scan_backward(
         x=x,
@@ -733,12 +743,14 @@ def ssd_backward(
     offsets=None,
     out=None,
 ):
-    """Gradients of `ssd_forward` without states, besides its parameters grad_y [rows, heads, head_dim].
+    """Gradients of `ssd_forward` without states, besides its parameters grad_y [rows, heads,
+    head_dim].
 
     Returns
     -------
     dict
-        grad_x, grad_dt, grad_B, grad_C, shaped as the inputs; grad_dt_bias, grad_A_log, grad_D [heads] (optional).
+        grad_x, grad_dt, grad_B, grad_C, shaped as the inputs; grad_dt_bias, grad_A_log, grad_D
+        [heads] (optional).
     """
     return _core.ssd_backward(
         x=x,
@@ -756,7 +768,7 @@ def ssd_backward(
     )
 
 
-# ---- MLP, embedding, elementwise ----------------------------------------------------------------------
+# ---- MLP, embedding, elementwise ----------------------------------------------------------------
 
 
 def glu_forward(gate, up=None, *, activation="silu", out=None):
@@ -780,7 +792,7 @@ def glu_forward(gate, up=None, *, activation="silu", out=None):
 
 
 def glu_backward(gate, up, grad_y, *, activation="silu", out=None):
-    """Gradients of `glu_forward`: a dict of grad_gate and, where up is given, grad_up, all [rows, width]."""
+    """Gradients of `glu_forward`: a dict of grad_gate and, with up, grad_up, all [rows, width]."""
     return _core.glu_backward(gate=gate, up=up, grad_y=grad_y, activation=activation, out=out)
 
 
@@ -810,9 +822,7 @@ def embedding_backward(tokens, grad_y, vocab, *, scale=1.0, out=None):
     vocab : int
     """
     tokens = _integers("embedding_backward: tokens", tokens, np.int32)
-    return _core.embedding_backward(
-        tokens=tokens, grad_y=grad_y, vocab=vocab, scale=scale, out=out
-    )
+    return _core.embedding_backward(tokens=tokens, grad_y=grad_y, vocab=vocab, scale=scale, out=out)
 
 
 def add(x, y, *, out=None):
@@ -821,12 +831,12 @@ def add(x, y, *, out=None):
 
 
 def gather_rows(x, index, *, out=None):
-    """Compute ``x[index]``: rows of float32 [rows, width] by integers [count] in ``0 .. rows - 1``."""
+    """Compute ``x[index]``: rows of float32 [rows, width] by integers [count] below rows."""
     index = _integers("gather_rows: index", index, np.int64)
     return _core.gather_rows(x=x, index=index, out=out)
 
 
-# ---- losses and optimizer -----------------------------------------------------------------------------
+# ---- losses and optimizer -----------------------------------------------------------------------
 
 
 def linear_loss(
@@ -878,9 +888,10 @@ def linear_loss(
     Returns
     -------
     dict
-        kl, ce, teacher_ce (sums of ``row_weight * value``, unscaled), kl_rows, ce_rows (sums of row_weight over the rows
-        that counted), agree, correct (the same over rows whose argmax is the teacher's, the label); and the
-        gradients of ``loss``: grad_x [rows, hidden], grad_weight as weight (both optional).
+        kl, ce, teacher_ce (sums of ``row_weight * value``, unscaled), kl_rows, ce_rows (sums of
+        row_weight over the rows that counted), agree, correct (the same over rows whose argmax is
+        the teacher's, the label); and the gradients of ``loss``: grad_x [rows, hidden], grad_weight
+        as weight (both optional).
 
     References
     ----------
@@ -911,8 +922,8 @@ def linear_loss(
 def relative_mse(x, target, *, weight=1.0, out=None):
     """Mean squared error relative to the target's mean square, with its gradient.
 
-    Returns a dict: value = ``sum |x - target|^2 / sum |target|^2``, and grad_x [rows, width], to which
-    ``weight * d value / d x`` is ADDED (optional).
+    Returns a dict: value = ``sum |x - target|^2 / sum |target|^2``, and grad_x [rows, width], to
+    which ``weight * d value / d x`` is ADDED (optional).
     """
     return _core.relative_mse(x=x, target=target, weight=weight, out=out)
 
@@ -939,8 +950,8 @@ def adamw(
 
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g**2
-        master -= learning_rate * (m / (1 - beta1**t) / (sqrt(v / (1 - beta2**t)) + eps) + weight_decay * master)
-        weight = round(master)
+        master -= learning_rate * (m / (1 - beta1**t) / (sqrt(v / (1 - beta2**t)) + eps) +
+        weight_decay * master) weight = round(master)
 
     Parameters
     ----------
@@ -986,9 +997,9 @@ def muon(
     weight_decay=0.0,
     grad_scale=1.0,
 ):
-    """One step of Muon on a matrix, in place: the Nesterov momentum made orthogonal by five Newton-Schulz steps.
+    """One step of Muon on a matrix, in place: its Nesterov momentum made orthogonal.
 
-    With ``g = grad * grad_scale``::
+    With five Newton-Schulz steps for ``orthogonal`` and ``g = grad * grad_scale``::
 
         m = momentum * m + g
         X = orthogonal(g + momentum * m)
@@ -1006,8 +1017,9 @@ def muon(
 
     References
     ----------
-    Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; the update's scale is
-    from Liu et al. 2025, "Muon is scalable for LLM training" (arXiv 2502.16982), section 2.2.
+    Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; the update's
+    scale is from Liu et al. 2025, "Muon is scalable for LLM training" (arXiv 2502.16982),
+    section 2.2.
     """
     _core.muon(
         master=master,

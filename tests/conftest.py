@@ -1,4 +1,4 @@
-"""What every test shares: the shared test data, fixed random numbers, bfloat16, and thread counts."""
+"""What every test shares: test data, fixed random numbers, bfloat16, and thread counts."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session")
 def shared():
-    """Folder of the shared checkpoints and data; the test is skipped, saying so, where it is absent."""
+    """Folder of the shared checkpoints and data; without it the test is skipped, saying so."""
     folder = Path(os.environ.get("MAMBAINLLAMA_SHARED") or ROOT.parent / "shared")
     if not (folder / "models" / "story-llama").is_dir():
         pytest.skip(f"no shared data at {folder} (set MAMBAINLLAMA_SHARED)")
@@ -25,20 +25,24 @@ def rng():
 
 
 class Bfloat16:
-    """bfloat16 as bit patterns in uint16 arrays, rounded to nearest even as csrc/base/dtype.h does."""
+    """bfloat16 as bit patterns in uint16 arrays, rounded as csrc/base/dtype.h does."""
 
     @staticmethod
     def bits(values):
         """Bit patterns of the nearest bfloat16 numbers."""
         words = np.ascontiguousarray(values, np.float32).view(np.uint32)
-        rounded = (words + np.uint32(0x7FFF) + ((words >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        rounded = (
+            words + np.uint32(0x7FFF) + ((words >> np.uint32(16)) & np.uint32(1))
+        ) >> np.uint32(16)
         quiet = (words >> np.uint32(16)) | np.uint32(0x40)
         return np.where(np.isnan(values), quiet, rounded).astype(np.uint16)
 
     @staticmethod
     def values(bits):
         """The float32 numbers that the patterns stand for."""
-        return (np.ascontiguousarray(bits, np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return (np.ascontiguousarray(bits, np.uint16).astype(np.uint32) << np.uint32(16)).view(
+            np.float32
+        )
 
     @classmethod
     def round(cls, values):

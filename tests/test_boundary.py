@@ -1,7 +1,8 @@
-"""The Python boundary: what comes in is checked, what is refused says why, nothing leaks, threads may overlap.
+"""The Python boundary: what comes in is checked, what is refused says why, nothing leaks, threads
+may overlap.
 
-Values are judged in the operators' own tests; here a call either works or raises one of our errors with a line
-that names operator and argument.
+Values are judged in the operators' own tests; here a call either works or raises one of our errors
+with a line that names operator and argument.
 """
 
 import array
@@ -12,9 +13,10 @@ import sys
 import threading
 import weakref
 
-import mambainllama as mil
 import numpy as np
 import pytest
+
+import mambainllama as mil
 from mambainllama import _core, ops
 
 
@@ -28,30 +30,70 @@ def weight(rng):
     return rng.standard_normal((3, 8), dtype=np.float32)
 
 
-# ---- what is refused, and in which words ---------------------------------------------------------------
+# ---- what is refused, and in which words --------------------------------------------------------
 
 REFUSED = {
-    "float64": (lambda x, w: (x.astype("f8"), w), mil.errors.DtypeError, "x has dtype float64; expected float32"),
+    "float64": (
+        lambda x, w: (x.astype("f8"), w),
+        mil.errors.DtypeError,
+        "x has dtype float64; expected float32",
+    ),
     "integers": (lambda x, w: (x.astype("i4"), w), mil.errors.DtypeError, "x has dtype int32"),
-    "byte-swapped": (lambda x, w: (x.astype(">f4"), w), mil.errors.DtypeError, "x has dtype byte-swapped float32"),
-    "list": (lambda x, w: (x.tolist(), w), mil.errors.DtypeError, "x is a list; expected a NumPy array"),
+    "byte-swapped": (
+        lambda x, w: (x.astype(">f4"), w),
+        mil.errors.DtypeError,
+        "x has dtype byte-swapped float32",
+    ),
+    "list": (
+        lambda x, w: (x.tolist(), w),
+        mil.errors.DtypeError,
+        "x is a list; expected a NumPy array",
+    ),
     "bytes": (lambda x, w: (x.tobytes(), w), mil.errors.DtypeError, "x is a bytes"),
     "None": (lambda x, w: (None, w), mil.errors.ArgumentError, "argument x is missing"),
-    "one axis": (lambda x, w: (x[0], w), mil.errors.ShapeError, r"x has shape \(8,\); expected \(rows, in\)"),
-    "five axes": (lambda x, w: (x.reshape(1, 1, 1, 5, 8), w), mil.errors.ShapeError, "x has 5 dimensions"),
+    "one axis": (
+        lambda x, w: (x[0], w),
+        mil.errors.ShapeError,
+        r"x has shape \(8,\); expected \(rows, in\)",
+    ),
+    "five axes": (
+        lambda x, w: (x.reshape(1, 1, 1, 5, 8), w),
+        mil.errors.ShapeError,
+        "x has 5 dimensions",
+    ),
     "no rows": (lambda x, w: (x[:0], w), mil.errors.ShapeError, r"x has shape \(0, 8\)"),
     "other width": (lambda x, w: (x[:, :7], w), mil.errors.ShapeError, r"expected \(out, in = 7\)"),
-    "transposed": (lambda x, w: (np.asfortranarray(x), w), mil.errors.ArgumentError, "numpy.ascontiguousarray"),
-    "reversed": (lambda x, w: (x[::-1], w), mil.errors.ArgumentError, "steps by -8 elements along axis 0"),
+    "transposed": (
+        lambda x, w: (np.asfortranarray(x), w),
+        mil.errors.ArgumentError,
+        "numpy.ascontiguousarray",
+    ),
+    "reversed": (
+        lambda x, w: (x[::-1], w),
+        mil.errors.ArgumentError,
+        "steps by -8 elements along axis 0",
+    ),
     "broadcast": (
         lambda x, w: (np.broadcast_to(x[0], (5, 8)), w),
         mil.errors.ArgumentError,
         "steps by 0 elements along axis 0",
     ),
-    "strided weight": (lambda x, w: (x, np.repeat(w, 2, 0)[::2]), mil.errors.ArgumentError, "weight steps by 16"),
-    "bare uint16": (lambda x, w: (x, w.astype("u2")), mil.errors.DtypeError, 'weight has dtype uint16.*dtype="bfloat16"'),
+    "strided weight": (
+        lambda x, w: (x, np.repeat(w, 2, 0)[::2]),
+        mil.errors.ArgumentError,
+        "weight steps by 16",
+    ),
+    "bare uint16": (
+        lambda x, w: (x, w.astype("u2")),
+        mil.errors.DtypeError,
+        'weight has dtype uint16.*dtype="bfloat16"',
+    ),
     "misaligned": (lambda x, w: (misaligned(x), w), mil.errors.ArgumentError, "x is not aligned"),
-    "odd strides": (lambda x, w: (odd_strides(x), w), mil.errors.ArgumentError, "no whole number of elements"),
+    "odd strides": (
+        lambda x, w: (odd_strides(x), w),
+        mil.errors.ArgumentError,
+        "no whole number of elements",
+    ),
 }
 
 
@@ -79,9 +121,13 @@ def test_refused(case, x, weight):
 def test_refused_outputs(x, weight):
     frozen = np.zeros((5, 3), np.float32)
     frozen.flags.writeable = False
-    with pytest.raises(mil.errors.ArgumentError, match=r"y is read-only and would be written: pass y.copy\(\)"):
+    with pytest.raises(
+        mil.errors.ArgumentError, match=r"y is read-only and would be written: pass y.copy\(\)"
+    ):
         ops.linear_forward(x, weight, out=frozen)
-    with pytest.raises(mil.errors.ShapeError, match=r"y has shape \(5, 4\); expected \(rows = 5, out = 3\)"):
+    with pytest.raises(
+        mil.errors.ShapeError, match=r"y has shape \(5, 4\); expected \(rows = 5, out = 3\)"
+    ):
         ops.linear_forward(x, weight, out=np.zeros((5, 4), np.float32))
     with pytest.raises(mil.errors.DtypeError, match="y has dtype float64"):
         ops.linear_forward(x, weight, out=np.zeros((5, 3)))
@@ -92,7 +138,10 @@ def test_refused_outputs(x, weight):
 
 
 def test_refused_values(x, weight):
-    with pytest.raises(mil.errors.ArgumentError, match=r"tokens\[1\] = 3; expected at least 0 and less than vocab = 3"):
+    with pytest.raises(
+        mil.errors.ArgumentError,
+        match=r"tokens\[1\] = 3; expected at least 0 and less than vocab = 3",
+    ):
         ops.embedding_forward([0, 3], weight)
     with pytest.raises(mil.errors.ArgumentError, match="outside int32"):
         ops.embedding_forward([0, 2**40], weight)
@@ -100,7 +149,9 @@ def test_refused_values(x, weight):
         ops.embedding_forward([0.5], weight)
     with pytest.raises(mil.errors.ArgumentError, match=r"index\[0\] = -1; x has 5 rows"):
         ops.gather_rows(x, [-1])
-    with pytest.raises(mil.errors.ArgumentError, match='activation is \'tanh\'; expected one of "silu", "gelu"'):
+    with pytest.raises(
+        mil.errors.ArgumentError, match='activation is \'tanh\'; expected one of "silu", "gelu"'
+    ):
         ops.glu_forward(x, activation="tanh")
     with pytest.raises(mil.errors.ArgumentError, match="eps is 'much'; expected a number"):
         ops.norm_forward(x, eps="much")
@@ -153,7 +204,11 @@ def test_refused_states(x, rng):
         (3, {}, "states is a int; expected a list"),
         ([None], {}, r"states\[0\] is a NoneType; expected a dict"),
         ([{}], {}, r'states\[0\] has no entry "conv"'),
-        ([{"conv": np.zeros((3, 8), "f4")}], {}, r'states\[0\]\["conv"\] has shape \(3, 8\); expected 280 elements'),
+        (
+            [{"conv": np.zeros((3, 8), "f4")}],
+            {},
+            r'states\[0\]\["conv"\] has shape \(3, 8\); expected 280 elements',
+        ),
         ([state], {"past": [-1]}, r"past\[0\] = -1"),
         ([state], {"past": [40], "boundary": [0]}, "a multiple of 16 at most 31 below past = 40"),
         ([state], {"past": [40], "boundary": [33]}, "a multiple of 16"),
@@ -180,7 +235,7 @@ def test_refused_caches(rng):
             ops.attention_forward(q, caches=caches, **options)
 
 
-# ---- what is taken --------------------------------------------------------------------------------------
+# ---- what is taken ------------------------------------------------------------------------------
 
 
 def test_rows_farther_apart_than_wide(x, weight):
@@ -211,7 +266,9 @@ def test_one_way_for_bfloat16(x, weight, bf16):
     expected = ops.linear_forward(x, bits, dtype="bfloat16")
     rounded = bf16.round(x) @ bf16.round(weight).T
     np.testing.assert_allclose(expected, rounded, atol=1e-5)
-    with pytest.raises(mil.errors.DtypeError, match="weight has dtype float32, but dtype says bfloat16"):
+    with pytest.raises(
+        mil.errors.DtypeError, match="weight has dtype float32, but dtype says bfloat16"
+    ):
         ops.linear_forward(x, weight, dtype="bfloat16")
     with pytest.raises(mil.errors.ArgumentError, match="dtype is 'int8'"):
         ops.linear_forward(x, bits, dtype="int8")
@@ -230,7 +287,8 @@ def test_torch_tensors(x, weight, bf16):
     assert np.array_equal(ops.linear_forward(torch.tensor(x), torch.tensor(weight)), expected)
     half = torch.tensor(weight).bfloat16()
     assert np.array_equal(
-        ops.linear_forward(torch.tensor(x), half), ops.linear_forward(x, bf16.bits(weight), dtype="bfloat16")
+        ops.linear_forward(torch.tensor(x), half),
+        ops.linear_forward(x, bf16.bits(weight), dtype="bfloat16"),
     )
     wide = torch.zeros(5, 20)
     wide[:, 6:14] = torch.tensor(x)
@@ -240,7 +298,9 @@ def test_torch_tensors(x, weight, bf16):
     assert ops.linear_forward(x, weight, out=out) is out  # written in place
     assert np.array_equal(out.numpy(), expected)
 
-    with pytest.raises(mil.errors.ArgumentError, match="weight cannot be read through DLPack.*detach"):
+    with pytest.raises(
+        mil.errors.ArgumentError, match="weight cannot be read through DLPack.*detach"
+    ):
         ops.linear_forward(x, torch.nn.Parameter(torch.tensor(weight)))
     with pytest.raises(mil.Error, match="x"):
         ops.linear_forward(torch.tensor(x).to("meta"), weight)
@@ -282,7 +342,9 @@ def test_broken_producers(x, weight):
         ops.linear_forward(OnDevice(), weight)
     with pytest.raises(mil.errors.ArgumentError, match="unknown version"):
         ops.linear_forward(Broken("no capsule"), weight)
-    with pytest.raises(mil.errors.ArgumentError, match="x cannot be read through DLPack: no memory"):
+    with pytest.raises(
+        mil.errors.ArgumentError, match="x cannot be read through DLPack: no memory"
+    ):
         ops.linear_forward(Broken(MemoryError("no memory")), weight)
     with pytest.raises(KeyboardInterrupt):
         ops.linear_forward(Broken(KeyboardInterrupt()), weight)
@@ -307,7 +369,7 @@ def test_dlpack_tensor_is_handed_back(weight):
     assert gone() is None
 
 
-# ---- errors ------------------------------------------------------------------------------------------------
+# ---- errors -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -333,7 +395,7 @@ def test_errors_are_ours_and_builtin(name, builtin):
     assert mil.Error is _core.Error
 
 
-# ---- memory ------------------------------------------------------------------------------------------------
+# ---- memory -------------------------------------------------------------------------------------
 
 
 def blocks():
@@ -382,7 +444,7 @@ def test_out_of_memory_is_an_error(x, weight):
     assert blocks() == before
 
 
-# ---- threads -----------------------------------------------------------------------------------------------
+# ---- threads ------------------------------------------------------------------------------------
 
 
 def test_thread_count(with_threads):
@@ -440,7 +502,9 @@ def test_settings_from_the_environment():
     def run(**settings):
         environment = {**os.environ, **settings}
         script = "import mambainllama as m; print(m._core.cpu_info())"
-        return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+        )
 
     assert "'level': 'portable'" in run(MAMBAINLLAMA_CPU="portable").stdout
     assert "'blas_loaded': False" in run(MAMBAINLLAMA_BLAS="none").stdout

@@ -1,4 +1,4 @@
-"""The built package: what it exports, what it imports, and that an sdist becomes a wheel that installs."""
+"""The built package: its exports and imports, and the way through sdist and wheel."""
 
 import importlib.metadata
 import os
@@ -9,8 +9,9 @@ import sys
 import venv
 from pathlib import Path
 
-import mambainllama
 import pytest
+
+import mambainllama
 from mambainllama import _core
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +39,7 @@ def test_exports_only_the_init_function():
 
 
 def test_links_no_foreign_library():
-    """OpenBLAS is found at run time, CUDA is another module: only the C library and OpenMP are linked."""
+    """OpenBLAS is found at run time, CUDA is a module of its own."""
     if shutil.which("readelf") is None:
         pytest.skip("readelf (binutils) is not installed")
     needed = re.findall(r"NEEDED.*\[(.+?)\]", run("readelf", "-d", _core.__file__))
@@ -66,7 +67,8 @@ def test_ships_types():
     missing = [
         name
         for name in dir(_core)
-        if not name.startswith("_") and not re.search(rf"\b(def|class) {name}\b|^{name}:", stub, re.M)
+        if not name.startswith("_")
+        and not re.search(rf"\b(def|class) {name}\b|^{name}:", stub, re.M)
     ]
     assert missing == []
 
@@ -75,7 +77,11 @@ def test_unknown_make_option_stops():
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     done = subprocess.run(
-        ["make", "help", "THREADS=4"], cwd=ROOT, text=True, capture_output=True, env=clean_environment()
+        ["make", "help", "THREADS=4"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env=clean_environment(),
     )
     assert done.returncode != 0
     assert "unknown option THREADS" in done.stderr
@@ -83,12 +89,14 @@ def test_unknown_make_option_stops():
 
 def clean_environment():
     """The environment without what an outer make hands to inner ones."""
-    return {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
+    return {
+        key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))
+    }
 
 
 @pytest.mark.slow
 def test_sdist_becomes_wheel_becomes_install(tmp_path):
-    """From the sources through sdist and wheel into an empty environment, used from another folder."""
+    """From sources through sdist and wheel into an empty environment, used elsewhere."""
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     source = tmp_path / "source"

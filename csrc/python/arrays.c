@@ -105,26 +105,26 @@ dlpack_element(const dl_tensor *tensor, char *name, size_t size)
         return CORE_OTHER;
     }
     switch (code << 8 | bits) {
-    case DL_FLOAT << 8 | 32:
-        return CORE_F32;
-    case DL_FLOAT << 8 | 16:
-        return CORE_F16;
-    case DL_BFLOAT << 8 | 16:
-        return CORE_BF16;
-    case DL_UINT << 8 | 16:
-        return CORE_U16;
-    case DL_INT << 8 | 32:
-        return CORE_I32;
-    case DL_INT << 8 | 64:
-        return CORE_I64;
-    default:
-        return CORE_OTHER;
+        case DL_FLOAT << 8 | 32:
+            return CORE_F32;
+        case DL_FLOAT << 8 | 16:
+            return CORE_F16;
+        case DL_BFLOAT << 8 | 16:
+            return CORE_BF16;
+        case DL_UINT << 8 | 16:
+            return CORE_U16;
+        case DL_INT << 8 | 32:
+            return CORE_I32;
+        case DL_INT << 8 | 64:
+            return CORE_I64;
+        default:
+            return CORE_OTHER;
     }
 }
 
 /* Replaces a producer's exception by ours that names the argument and keeps the producer's words. */
 static int
-raise_from_producer(core_state *state, const char *operator, const char *argument)
+raise_from_producer(core_state *state, const char *operator, const char * argument)
 {
     PyObject *type, *value, *traceback;
     PyErr_Fetch(&type, &value, &traceback);
@@ -142,7 +142,8 @@ raise_from_producer(core_state *state, const char *operator, const char *argumen
 }
 
 static int
-borrow_dlpack(core_state *state, PyObject *object, const char *operator, const char *argument, core_array *out)
+borrow_dlpack(core_state *state, PyObject *object, const char *operator, const char * argument,
+              core_array *out)
 {
     long device = dlpack_device(object);
     if (device == -1 && PyErr_Occurred()) {
@@ -181,8 +182,8 @@ borrow_dlpack(core_state *state, PyObject *object, const char *operator, const c
     Py_DECREF(capsule);
     if (tensor == NULL) {
         PyErr_Clear();
-        core_raise_format(state, MIL_ERR_VALUE, "%s: %s gave a DLPack capsule of an unknown version", operator,
-                          argument);
+        core_raise_format(state, MIL_ERR_VALUE,
+                          "%s: %s gave a DLPack capsule of an unknown version", operator, argument);
         return -1;
     }
     if (tensor->ndim < 0 || tensor->ndim > CORE_MAX_DIMS) {
@@ -215,17 +216,19 @@ numpy_element(PyArray_Descr *descr, char *name, size_t size)
         return CORE_OTHER;
     }
     switch (descr->type_num) {
-    case NPY_FLOAT:
-        return CORE_F32;
-    case NPY_HALF:
-        return CORE_F16;
-    case NPY_USHORT:
-        return CORE_U16;
-    default:
-        break;
+        case NPY_FLOAT:
+            return CORE_F32;
+        case NPY_HALF:
+            return CORE_F16;
+        case NPY_USHORT:
+            return CORE_U16;
+        default:
+            break;
     }
     if (PyTypeNum_ISSIGNED(descr->type_num)) { /* int, long and long long differ between platforms */
-        return PyDataType_ELSIZE(descr) == 8 ? CORE_I64 : PyDataType_ELSIZE(descr) == 4 ? CORE_I32 : CORE_OTHER;
+        return PyDataType_ELSIZE(descr) == 8   ? CORE_I64
+               : PyDataType_ELSIZE(descr) == 4 ? CORE_I32
+                                               : CORE_OTHER;
     }
     if (PyDataType_ELSIZE(descr) == 2 && strcmp(type_name, "bfloat16") == 0) {
         return CORE_BF16; /* ml_dtypes */
@@ -235,7 +238,7 @@ numpy_element(PyArray_Descr *descr, char *name, size_t size)
 
 /* Takes over the reference to `array`. */
 static int
-borrow_numpy(core_state *state, PyArrayObject *array, const char *operator, const char *argument,
+borrow_numpy(core_state *state, PyArrayObject *array, const char *operator, const char * argument,
              core_array *out)
 {
     out->owner = (PyObject *)array;
@@ -271,11 +274,14 @@ borrow_numpy(core_state *state, PyArrayObject *array, const char *operator, cons
 static int64_t
 element_size(core_element element)
 {
-    return element == CORE_I64 ? 8 : element == CORE_F32 || element == CORE_I32 ? 4 : element == CORE_OTHER ? 1 : 2;
+    return element == CORE_I64                          ? 8
+           : element == CORE_F32 || element == CORE_I32 ? 4
+           : element == CORE_OTHER                      ? 1
+                                                        : 2;
 }
 
 static int
-borrow_any(core_state *state, PyObject *object, const char *operator, const char *argument, core_array *out)
+borrow_any(core_state *state, PyObject *object, const char *operator, const char * argument, core_array *out)
 {
     if (PyArray_Check(object)) {
         return borrow_numpy(state, (PyArrayObject *)Py_NewRef(object), operator, argument, out);
@@ -296,7 +302,7 @@ borrow_any(core_state *state, PyObject *object, const char *operator, const char
 }
 
 int
-core_array_borrow(core_state *state, PyObject *object, const char *operator, const char *argument,
+core_array_borrow(core_state *state, PyObject *object, const char *operator, const char * argument,
                   core_array *out)
 {
     *out = (core_array){0};
@@ -307,8 +313,9 @@ core_array_borrow(core_state *state, PyObject *object, const char *operator, con
         return -1;
     }
     if ((uintptr_t)out->data % (uintptr_t)element_size(out->element) != 0) {
-        core_raise_format(state, MIL_ERR_VALUE, "%s: %s is not aligned to its elements: pass %s.copy()", operator,
-                          argument, argument);
+        core_raise_format(state, MIL_ERR_VALUE,
+                          "%s: %s is not aligned to its elements: pass %s.copy()", operator, argument,
+                          argument);
         core_array_release(out);
         return -1;
     }
@@ -354,20 +361,20 @@ const char *
 core_element_name(core_element element)
 {
     switch (element) {
-    case CORE_F32:
-        return "float32";
-    case CORE_BF16:
-        return "bfloat16";
-    case CORE_F16:
-        return "float16";
-    case CORE_U16:
-        return "uint16";
-    case CORE_I32:
-        return "int32";
-    case CORE_I64:
-        return "int64";
-    case CORE_OTHER:
-        break;
+        case CORE_F32:
+            return "float32";
+        case CORE_BF16:
+            return "bfloat16";
+        case CORE_F16:
+            return "float16";
+        case CORE_U16:
+            return "uint16";
+        case CORE_I32:
+            return "int32";
+        case CORE_I64:
+            return "int64";
+        case CORE_OTHER:
+            break;
     }
     return "another dtype";
 }

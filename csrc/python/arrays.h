@@ -20,9 +20,9 @@ typedef enum core_element {
 /* One borrowed array. Holds a strong reference (or a DLPack tensor) until released, so `data` stays valid
  * while the GIL is released, whatever other threads do with their names for it. */
 typedef struct core_array {
-    PyObject *owner;   /* NumPy array, or NULL */
-    void *dlpack;      /* tensor to hand back to its producer, or NULL */
-    bool versioned;    /* which of DLPack's two structs that is */
+    PyObject *owner; /* NumPy array, or NULL */
+    void *dlpack;    /* tensor to hand back to its producer, or NULL */
+    bool versioned;  /* which of DLPack's two structs that is */
     void *data;
     core_element element;
     int ndim;
@@ -35,7 +35,7 @@ typedef struct core_array {
 /* Borrows `object`. Names `operator` and `argument` in what it raises. 0, or -1 with an exception set and
  * nothing held. Copies nothing; checks that elements are aligned and strides are whole elements. */
 int
-core_array_borrow(core_state *state, PyObject *object, const char *operator, const char *argument,
+core_array_borrow(core_state *state, PyObject *object, const char *operator, const char * argument,
                   core_array *out);
 
 /* Gives the array back. Needs the GIL; twice is safe. */

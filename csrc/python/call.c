@@ -13,17 +13,18 @@
 /* ---- begin, fail, end ---------------------------------------------------------------------------------- */
 
 void
-call_begin(core_call *call, PyObject *module, const char *operator, PyObject *const *args, Py_ssize_t count,
+call_begin(core_call *call, PyObject *module, const char *operator, PyObject * const * args, Py_ssize_t count,
            PyObject *names)
 {
     *call = (core_call){
         .core = core_get_state(module),
-        .operator = operator,
+        .operator= operator,
         .values = args + count,
         .names = names,
     };
     if (count != 0) {
-        call_fail(call, MIL_ERR_VALUE, "%s: takes keyword arguments only; got %zd positional", operator, count);
+        call_fail(call, MIL_ERR_VALUE, "%s: takes keyword arguments only; got %zd positional", operator,
+                  count);
     }
     if (names != NULL && PyTuple_GET_SIZE(names) > CALL_MAX_KEYWORDS) {
         call_fail(call, MIL_ERR_VALUE, "%s: too many keyword arguments", operator);
@@ -311,7 +312,8 @@ new_array(core_call *call)
 
 /* Shape and layout of one array against the sizes; unknown sizes are taken from it. */
 static void
-check_layout(core_call *call, const core_array *array, const char *name, int64_t *stride, const size_list *list)
+check_layout(core_call *call, const core_array *array, const char *name, int64_t *stride,
+             const size_list *list)
 {
     bool fits = array->ndim == list->count;
     for (int i = 0; i < list->count && fits; i++) {
@@ -321,7 +323,8 @@ check_layout(core_call *call, const core_array *array, const char *name, int64_t
         char got[128], expected[256];
         format_shape(array, got, sizeof got);
         format_sizes(list, expected, sizeof expected);
-        call_fail(call, MIL_ERR_SHAPE, "%s: %s has shape %s; expected %s", call->operator, name, got, expected);
+        call_fail(call, MIL_ERR_SHAPE, "%s: %s has shape %s; expected %s", call->operator, name, got,
+                  expected);
         return;
     }
     int64_t width = 1;
@@ -365,13 +368,13 @@ bind_object(core_call *call, PyObject *object, const char *name, core_element el
     }
     call->array_count++;
     if (array->element != element) {
-        call_fail(call, MIL_ERR_DTYPE, "%s: %s has dtype %s; expected %s", call->operator, name, array->dtype_name,
-                  core_element_name(element));
+        call_fail(call, MIL_ERR_DTYPE, "%s: %s has dtype %s; expected %s", call->operator, name,
+                  array->dtype_name, core_element_name(element));
         return NULL;
     }
     if (write && !array->writeable) {
-        call_fail(call, MIL_ERR_VALUE, "%s: %s is read-only and would be written: pass %s.copy()", call->operator,
-                  name, name);
+        call_fail(call, MIL_ERR_VALUE, "%s: %s is read-only and would be written: pass %s.copy()",
+                  call->operator, name, name);
         return NULL;
     }
     check_layout(call, array, name, stride, list);
@@ -390,16 +393,16 @@ require(core_call *call, const char *name)
 }
 
 /* The variadic functions below differ in three switches only. */
-#define BIND(object, element, write)                                                \
-    do {                                                                            \
-        PyObject *bind_object_ = (object);                                          \
-        if (bind_object_ == NULL || call->failed) {                                 \
-            return NULL;                                                            \
-        }                                                                           \
-        va_list arguments;                                                          \
-        va_start(arguments, sizes);                                                 \
-        size_list list = read_sizes(sizes, arguments);                              \
-        va_end(arguments);                                                          \
+#define BIND(object, element, write)                                                 \
+    do {                                                                             \
+        PyObject *bind_object_ = (object);                                           \
+        if (bind_object_ == NULL || call->failed) {                                  \
+            return NULL;                                                             \
+        }                                                                            \
+        va_list arguments;                                                           \
+        va_start(arguments, sizes);                                                  \
+        size_list list = read_sizes(sizes, arguments);                               \
+        va_end(arguments);                                                           \
         return bind_object(call, bind_object_, name, element, write, stride, &list); \
     } while (0)
 
@@ -441,27 +444,28 @@ weight_dtype(core_call *call, const core_array *array, const char *name, const c
         return false;
     }
     switch (array->element) {
-    case CORE_F32:
-        *dtype = MIL_F32;
-        break;
-    case CORE_BF16:
-        *dtype = MIL_BF16;
-        break;
-    case CORE_F16:
-        *dtype = MIL_F16;
-        break;
-    case CORE_U16:
-        if (said && word != MIL_F32) {
-            *dtype = word;
-            return true;
-        }
-        call_fail(call, MIL_ERR_DTYPE, "%s: %s has dtype uint16: say what its bits are with %s=\"bfloat16\"",
-                  call->operator, name, dtype_name);
-        return false;
-    default:
-        call_fail(call, MIL_ERR_DTYPE, "%s: %s has dtype %s; expected float32, bfloat16 or float16", call->operator,
-                  name, array->dtype_name);
-        return false;
+        case CORE_F32:
+            *dtype = MIL_F32;
+            break;
+        case CORE_BF16:
+            *dtype = MIL_BF16;
+            break;
+        case CORE_F16:
+            *dtype = MIL_F16;
+            break;
+        case CORE_U16:
+            if (said && word != MIL_F32) {
+                *dtype = word;
+                return true;
+            }
+            call_fail(call, MIL_ERR_DTYPE,
+                      "%s: %s has dtype uint16: say what its bits are with %s=\"bfloat16\"", call->operator,
+                      name, dtype_name);
+            return false;
+        default:
+            call_fail(call, MIL_ERR_DTYPE, "%s: %s has dtype %s; expected float32, bfloat16 or float16",
+                      call->operator, name, array->dtype_name);
+            return false;
     }
     if (said && word != *dtype) {
         call_fail(call, MIL_ERR_DTYPE, "%s: %s has dtype %s, but %s says %s", call->operator, name,
@@ -488,8 +492,8 @@ bind_weight(core_call *call, PyObject *object, const char *name, const char *dty
         return NULL;
     }
     if (write && !array->writeable) {
-        call_fail(call, MIL_ERR_VALUE, "%s: %s is read-only and would be written: pass %s.copy()", call->operator,
-                  name, name);
+        call_fail(call, MIL_ERR_VALUE, "%s: %s is read-only and would be written: pass %s.copy()",
+                  call->operator, name, name);
         return NULL;
     }
     check_layout(call, array, name, NULL, list);
@@ -497,7 +501,8 @@ bind_weight(core_call *call, PyObject *object, const char *name, const char *dty
 }
 
 const void *
-call_weight(core_call *call, const char *name, const char *dtype_name, mil_dtype *dtype, const char *sizes, ...)
+call_weight(core_call *call, const char *name, const char *dtype_name, mil_dtype *dtype, const char *sizes,
+            ...)
 {
     va_list arguments;
     va_start(arguments, sizes);
@@ -537,7 +542,8 @@ call_list_weight(core_call *call, const char *name, int64_t index, const char *d
     va_end(arguments);
     char entry[48];
     snprintf(entry, sizeof entry, "%s[%lld]", name, (long long)index);
-    return bind_weight(call, PyTuple_GET_ITEM(call_object(call, name), index), entry, dtype_name, dtype, false, &list);
+    return bind_weight(call, PyTuple_GET_ITEM(call_object(call, name), index), entry, dtype_name, dtype,
+                       false, &list);
 }
 
 /* A C-contiguous array of *count elements (0: any number, then told) in any shape.  Float32, or with
@@ -578,8 +584,8 @@ bind_flat(core_call *call, PyObject *object, const char *name, const char *dtype
         if (*count > 0) {
             snprintf(expected, sizeof expected, "%lld elements", (long long)*count);
         }
-        call_fail(call, fits ? MIL_ERR_VALUE : MIL_ERR_SHAPE, "%s: %s has shape %s%s; expected %s, C-contiguous%s",
-                  call->operator, name, shape,
+        call_fail(call, fits ? MIL_ERR_VALUE : MIL_ERR_SHAPE,
+                  "%s: %s has shape %s%s; expected %s, C-contiguous%s", call->operator, name, shape,
                   !fits    ? ""
                   : !dense ? ", not contiguous"
                            : ", read-only",
@@ -612,7 +618,8 @@ call_flat_weight(core_call *call, const char *name, const char *dtype_name, mil_
 
 /* The array to write `key` into: given, or new. */
 static float *
-bind_result(core_call *call, PyObject *given, const char *key, bool zero, int64_t *stride, const size_list *list)
+bind_result(core_call *call, PyObject *given, const char *key, bool zero, int64_t *stride,
+            const size_list *list)
 {
     if (call->failed) {
         return NULL;
@@ -653,7 +660,8 @@ call_output(core_call *call, const char *key, int64_t *stride, const char *sizes
 }
 
 float *
-call_gradient(core_call *call, const char *key, bool optional, bool zero, int64_t *stride, const char *sizes, ...)
+call_gradient(core_call *call, const char *key, bool optional, bool zero, int64_t *stride, const char *sizes,
+              ...)
 {
     va_list arguments;
     va_start(arguments, sizes);
@@ -696,13 +704,13 @@ check_offsets(core_call *call, const mil_rows *rows)
     for (int64_t i = 0; i < rows->sequences && !call->failed; i++) {
         if (rows->offsets[i] > rows->offsets[i + 1]) {
             call_fail(call, MIL_ERR_VALUE, "%s: offsets[%lld] = %lld is more than offsets[%lld] = %lld",
-                      call->operator, (long long)i, (long long)rows->offsets[i], (long long)i + 1,
+                      call->operator,(long long) i, (long long)rows->offsets[i], (long long)i + 1,
                       (long long)rows->offsets[i + 1]);
         }
     }
     if (!call->failed && (rows->offsets[0] != 0 || rows->offsets[rows->sequences] != rows->rows)) {
         call_fail(call, MIL_ERR_VALUE, "%s: offsets run from %lld to %lld; expected 0 to rows = %lld",
-                  call->operator, (long long)rows->offsets[0], (long long)rows->offsets[rows->sequences],
+                  call->operator,(long long) rows->offsets[0], (long long)rows->offsets[rows->sequences],
                   (long long)rows->rows);
     }
 }
@@ -715,13 +723,14 @@ check_past(core_call *call, const mil_rows *rows)
         int64_t past = rows->past != NULL ? rows->past[i] : 0;
         int64_t boundary = rows->boundary != NULL ? rows->boundary[i] : past - past % MIL_WINDOW;
         if (past < 0 || past > INT64_MAX / 4) {
-            call_fail(call, MIL_ERR_VALUE, "%s: past[%lld] = %lld is no number of tokens", call->operator,
-                      (long long)i, (long long)past);
+            call_fail(call, MIL_ERR_VALUE, "%s: past[%lld] = %lld is no number of tokens",
+                      call->operator,(long long) i, (long long)past);
         }
-        else if (boundary < 0 || boundary > past || past - boundary >= MIL_TAIL || boundary % MIL_WINDOW != 0) {
+        else if (boundary < 0 || boundary > past || past - boundary >= MIL_TAIL ||
+                 boundary % MIL_WINDOW != 0) {
             call_fail(call, MIL_ERR_VALUE,
                       "%s: boundary[%lld] = %lld; expected a multiple of %d at most %d below past = %lld",
-                      call->operator, (long long)i, (long long)boundary, MIL_WINDOW, MIL_TAIL - 1,
+                      call->operator,(long long) i, (long long)boundary, MIL_WINDOW, MIL_TAIL - 1,
                       (long long)past);
         }
     }
@@ -769,8 +778,8 @@ state_entry(core_call *call, PyObject *dict, int64_t sequence, const char *key, 
     PyObject *object = PyDict_GetItemString(dict, key);
     if (object == NULL || object == Py_None) {
         if (!optional) {
-            call_fail(call, MIL_ERR_VALUE, "%s: states[%lld] has no entry \"%s\"", call->operator,
-                      (long long)sequence, key);
+            call_fail(call, MIL_ERR_VALUE, "%s: states[%lld] has no entry \"%s\"",
+                      call->operator,(long long) sequence, key);
         }
         return NULL;
     }
@@ -784,8 +793,8 @@ bind_state(core_call *call, PyObject *dict, int64_t sequence, const call_state_s
            mil_mixer_state *state)
 {
     if (!PyDict_Check(dict)) {
-        call_fail(call, MIL_ERR_DTYPE, "%s: states[%lld] is a %.80s; expected a dict", call->operator,
-                  (long long)sequence, Py_TYPE(dict)->tp_name);
+        call_fail(call, MIL_ERR_DTYPE, "%s: states[%lld] is a %.80s; expected a dict",
+                  call->operator,(long long) sequence, Py_TYPE(dict)->tp_name);
         return;
     }
     *state = (mil_mixer_state){
@@ -802,12 +811,13 @@ bind_state(core_call *call, PyObject *dict, int64_t sequence, const call_state_s
     PyObject *tokens = PyDict_GetItemString(dict, "current_tokens");
     if (tokens == NULL) {
         call_fail(call, MIL_ERR_VALUE, "%s: states[%lld] has \"current\" but no \"current_tokens\"",
-                  call->operator, (long long)sequence);
+                  call->operator,(long long) sequence);
         return;
     }
     int64_t one = 1;
     size_list list = {.count = 1, .names = {"one"}, .values = {&one}};
-    state->current_tokens = bind_object(call, tokens, "states[...][\"current_tokens\"]", CORE_I64, true, NULL, &list);
+    state->current_tokens =
+        bind_object(call, tokens, "states[...][\"current_tokens\"]", CORE_I64, true, NULL, &list);
 }
 
 /* A tuple with one entry a sequence, so that nothing can change its length; a new reference. */
@@ -821,8 +831,8 @@ tuple_of_sequences(core_call *call, const char *name, int64_t sequences)
     PyObject *list = PySequence_Tuple(object);
     if (list == NULL) {
         PyErr_Clear();
-        call_fail(call, MIL_ERR_DTYPE, "%s: %s is a %.80s; expected a list, one entry a sequence", call->operator,
-                  name, Py_TYPE(object)->tp_name);
+        call_fail(call, MIL_ERR_DTYPE, "%s: %s is a %.80s; expected a list, one entry a sequence",
+                  call->operator, name, Py_TYPE(object)->tp_name);
         return NULL;
     }
     if (PyTuple_GET_SIZE(list) != sequences) {
@@ -870,7 +880,8 @@ bind_cache(core_call *call, PyObject *pair, int64_t sequence, int64_t *kv_heads,
         .names = {"capacity", "kv_heads", "head_dim"},
         .values = {&cache->capacity, kv_heads, head_dim},
     };
-    cache->k = bind_weight(call, PyTuple_GET_ITEM(pair, 0), name, "cache_dtype", &cache->dtype, writeable, &list);
+    cache->k =
+        bind_weight(call, PyTuple_GET_ITEM(pair, 0), name, "cache_dtype", &cache->dtype, writeable, &list);
     cache->v = bind_weight(call, PyTuple_GET_ITEM(pair, 1), name, "cache_dtype", &v_dtype, writeable, &list);
     if (!call->failed && v_dtype != cache->dtype) {
         call_fail(call, MIL_ERR_DTYPE, "%s: %s: k is %s and v is %s", call->operator, name,
@@ -900,8 +911,8 @@ call_caches(core_call *call, const mil_rows *rows, int64_t *kv_heads, int64_t *h
         int64_t past = rows->past != NULL ? rows->past[i] : 0;
         int64_t end = past + rows->offsets[i + 1] - rows->offsets[i];
         if (!call->failed && end > caches[i].capacity) {
-            call_fail(call, MIL_ERR_VALUE, "%s: caches[%lld] holds %lld tokens; past + rows = %lld", call->operator,
-                      (long long)i, (long long)caches[i].capacity, (long long)end);
+            call_fail(call, MIL_ERR_VALUE, "%s: caches[%lld] holds %lld tokens; past + rows = %lld",
+                      call->operator,(long long) i, (long long)caches[i].capacity, (long long)end);
         }
     }
     Py_DECREF(list);

@@ -49,7 +49,7 @@ typedef struct core_call {
 } core_call;
 
 void
-call_begin(core_call *call, PyObject *module, const char *operator, PyObject *const *args, Py_ssize_t count,
+call_begin(core_call *call, PyObject *module, const char *operator, PyObject * const * args, Py_ssize_t count,
            PyObject *names);
 
 /* Raises unless a keyword is unknown or something failed before; then takes a context. */
@@ -57,10 +57,11 @@ bool
 call_ready(core_call *call);
 
 /* Runs one expression of type mil_status without the GIL. */
-#define CALL_RUN(call, expression)                                                                           \
-    do {                                                                                                     \
-        Py_BEGIN_ALLOW_THREADS(call)->status = (expression);                                                 \
-        Py_END_ALLOW_THREADS                                                                                 \
+#define CALL_RUN(call, expression)                            \
+    do {                                                      \
+        PyThreadState *call_run_thread = PyEval_SaveThread(); \
+        (call)->status = (expression);                        \
+        PyEval_RestoreThread(call_run_thread);                \
     } while (0)
 
 /* Gives everything back; returns the only result, or a dict of several, or None, or NULL with an exception. */
@@ -96,7 +97,8 @@ const float *
 call_optional(core_call *call, const char *name, int64_t *stride, const char *sizes, ...);
 /* Of float32, bfloat16 or float16, C-contiguous; `dtype_name` is the keyword that says what uint16 means. */
 const void *
-call_weight(core_call *call, const char *name, const char *dtype_name, mil_dtype *dtype, const char *sizes, ...);
+call_weight(core_call *call, const char *name, const char *dtype_name, mil_dtype *dtype, const char *sizes,
+            ...);
 const int32_t *
 call_int32(core_call *call, const char *name, bool required, const char *sizes, ...);
 const int64_t *
@@ -126,7 +128,8 @@ call_flat_weight(core_call *call, const char *name, const char *dtype_name, mil_
 float *
 call_output(core_call *call, const char *key, int64_t *stride, const char *sizes, ...);
 float *
-call_gradient(core_call *call, const char *key, bool optional, bool zero, int64_t *stride, const char *sizes, ...);
+call_gradient(core_call *call, const char *key, bool optional, bool zero, int64_t *stride, const char *sizes,
+              ...);
 /* A result that is always a new array. */
 float *
 call_fresh(core_call *call, const char *key, const char *sizes, ...);

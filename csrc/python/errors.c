@@ -52,10 +52,10 @@ core_add_errors(PyObject *module, core_state *state)
     if (state->error == NULL || PyModule_AddObjectRef(module, "Error", state->error) < 0) {
         return -1;
     }
-#define ADD_ERROR(code, words, base)                                               \
-    _Static_assert((code) < CORE_STATUS_COUNT, "core_state.errors is too small");  \
-    if (add_error(module, state, (code), words, PyExc_##base) < 0) {               \
-        return -1;                                                                 \
+#define ADD_ERROR(code, words, base)                                              \
+    _Static_assert((code) < CORE_STATUS_COUNT, "core_state.errors is too small"); \
+    if (add_error(module, state, (code), words, PyExc_##base) < 0) {              \
+        return -1;                                                                \
     }
     MIL_STATUS_LIST(ADD_ERROR)
 #undef ADD_ERROR

@@ -142,8 +142,9 @@ set_threads(PyObject *module, PyObject *argument)
     long threads = PyLong_Check(argument) ? PyLong_AsLong(argument) : 0;
     if (threads < 1 || threads > MOST_THREADS) {
         PyErr_Clear();
-        return core_raise_format(state, MIL_ERR_VALUE, "set_threads: threads = %R; expected an integer from 1 to %d",
-                                 argument, MOST_THREADS);
+        return core_raise_format(state, MIL_ERR_VALUE,
+                                 "set_threads: threads = %R; expected an integer from 1 to %d", argument,
+                                 MOST_THREADS);
     }
     state->threads = (int)threads;
     Py_RETURN_NONE;
@@ -199,8 +200,8 @@ static PyObject *
 cpu_info(PyObject *module, PyObject *Py_UNUSED(ignored))
 {
     return Py_BuildValue("{s:s,s:s,s:O,s:i}", "level", mil_cpu_level_name(mil_cpu_get_level()), "blas",
-                         mil_blas_description(), "blas_loaded", mil_blas_loaded() ? Py_True : Py_False, "threads",
-                         core_get_state(module)->threads);
+                         mil_blas_description(), "blas_loaded", mil_blas_loaded() ? Py_True : Py_False,
+                         "threads", core_get_state(module)->threads);
 }
 
 static PyMethodDef methods[] = {
@@ -210,7 +211,8 @@ static PyMethodDef methods[] = {
     {"load_blas", load_blas, METH_O, "load_blas(path): float32 products of this CBLAS library from now on."},
     {"memory", memory, METH_NOARGS, "memory() -> {'bytes', 'blocks'}: what the C core holds now."},
     {"trim_memory", trim_memory, METH_NOARGS, "trim_memory(): free the scratch memory that no call uses."},
-    {"fail_after", fail_after, METH_O, "fail_after(n): the n-th allocation from now fails; -1 = never. For tests."},
+    {"fail_after", fail_after, METH_O,
+     "fail_after(n): the n-th allocation from now fails; -1 = never. For tests."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -29,10 +29,10 @@ typedef struct core_scratch {
 } core_scratch;
 
 typedef struct core_state {
-    PyObject *error;                       /* mambainllama.Error */
-    PyObject *errors[CORE_STATUS_COUNT];   /* by mil_status; [MIL_OK] is NULL */
-    PyTypeObject *types[16];               /* heap types of other files, by core_type */
-    PyThread_type_lock lock;               /* guards idle */
+    PyObject *error;                     /* mambainllama.Error */
+    PyObject *errors[CORE_STATUS_COUNT]; /* by mil_status; [MIL_OK] is NULL */
+    PyTypeObject *types[16];             /* heap types of other files, by core_type */
+    PyThread_type_lock lock;             /* guards idle */
     core_scratch *idle;
     int threads; /* the team of a call that does not say; set under the GIL */
 } core_state;

@@ -4,11 +4,9 @@
 
 #include "python/call.h"
 
-#define CORE_OPERATOR(name)                                                                        \
-    {                                                                                              \
-        #name, (PyCFunction)(void (*)(void))name, METH_FASTCALL | METH_KEYWORDS,                   \
-            "See mambainllama.ops." #name "."                                                      \
-    }
+#define CORE_OPERATOR(name)                                                   \
+    {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL | METH_KEYWORDS, \
+     "See mambainllama.ops." #name "."}
 
 extern PyMethodDef core_dense_methods[];
 extern PyMethodDef core_attention_methods[];

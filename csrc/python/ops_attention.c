@@ -14,7 +14,8 @@ rope_table(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject *
     }
     call_rows(&call, &a.rows, rows);
     if (call_has(&call, "inv_freq") && call_array_dims(&call, "inv_freq") == 2) {
-        a.inv_freq = call_input(&call, "inv_freq", &a.inv_freq_stride, "sequences rotary/2", &a.rows.sequences, &half);
+        a.inv_freq =
+            call_input(&call, "inv_freq", &a.inv_freq_stride, "sequences rotary/2", &a.rows.sequences, &half);
     }
     else {
         a.inv_freq = call_input(&call, "inv_freq", NULL, "rotary/2", &half);
@@ -41,8 +42,8 @@ rope(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject *names)
     a.rotary = 2 * half;
     a.inverse = call_bool(&call, "inverse", false);
     if (!call.failed && a.rotary > a.head_dim) {
-        call_fail(&call, MIL_ERR_SHAPE, "rope: table rotates %lld entries; head_dim = %lld", (long long)a.rotary,
-                  (long long)a.head_dim);
+        call_fail(&call, MIL_ERR_SHAPE, "rope: table rotates %lld entries; head_dim = %lld",
+                  (long long)a.rotary, (long long)a.head_dim);
     }
     float *y = call_output(&call, "y", &a.x_stride, "rows heads head_dim", &a.rows, &a.heads, &a.head_dim);
     a.x = y;
@@ -67,16 +68,19 @@ bind_attention(core_call *call, mil_attention *a, bool caches_allowed)
         a->caches = call_caches(call, &a->rows, &a->kv_heads, &a->head_dim, false, false);
     }
     if (a->caches == NULL) {
-        a->k = call_input(call, "k", &a->kv_stride, "rows kv_heads head_dim", &rows, &a->kv_heads, &a->head_dim);
+        a->k =
+            call_input(call, "k", &a->kv_stride, "rows kv_heads head_dim", &rows, &a->kv_heads, &a->head_dim);
         a->v = call_input(call, "v", &v_stride, "rows kv_heads head_dim", &rows, &a->kv_heads, &a->head_dim);
         if (!call->failed && v_stride != a->kv_stride) {
-            call_fail(call, MIL_ERR_VALUE, "%s: rows of k are %lld elements apart and rows of v %lld; they must agree",
-                      call->operator, (long long)a->kv_stride, (long long)v_stride);
+            call_fail(call, MIL_ERR_VALUE,
+                      "%s: rows of k are %lld elements apart and rows of v %lld; they must agree",
+                      call->operator,(long long) a->kv_stride, (long long)v_stride);
         }
         for (int64_t i = 0; i < a->rows.sequences && a->rows.past != NULL && !call->failed; i++) {
             if (a->rows.past[i] != 0) {
-                call_fail(call, MIL_ERR_VALUE, "%s: past[%lld] = %lld, but without caches there are no earlier keys",
-                          call->operator, (long long)i, (long long)a->rows.past[i]);
+                call_fail(call, MIL_ERR_VALUE,
+                          "%s: past[%lld] = %lld, but without caches there are no earlier keys",
+                          call->operator,(long long) i, (long long)a->rows.past[i]);
             }
         }
         a->rows.past = NULL;
@@ -91,7 +95,7 @@ bind_attention(core_call *call, mil_attention *a, bool caches_allowed)
         call_fail(call, a->window < 0 ? MIL_ERR_VALUE : MIL_ERR_SHAPE,
                   a->window < 0 ? "%s: window is negative; 0 means none (heads = %lld, kv_heads = %lld)"
                                 : "%s: heads = %lld is not a multiple of kv_heads = %lld",
-                  call->operator, (long long)a->heads, (long long)a->kv_heads);
+                  call->operator,(long long) a->heads, (long long)a->kv_heads);
     }
 }
 
@@ -121,16 +125,17 @@ attention_backward(PyObject *module, PyObject *const *args, Py_ssize_t count, Py
     int64_t v_stride = 0;
     call_begin(&call, module, "attention_backward", args, count, names);
     bind_attention(&call, f, false);
-    f->y = (void *)call_input(&call, "y", &f->y_stride, "rows heads head_dim", &f->rows.rows, &f->heads, &f->head_dim);
+    f->y = (void *)call_input(&call, "y", &f->y_stride, "rows heads head_dim", &f->rows.rows, &f->heads,
+                              &f->head_dim);
     f->log_sum_exp = (float *)call_input(&call, "log_sum_exp", NULL, "rows heads", &f->rows.rows, &f->heads);
     a.grad_y = call_input(&call, "grad_y", &a.grad_y_stride, "rows heads head_dim", &f->rows.rows, &f->heads,
                           &f->head_dim);
-    a.grad_q = call_gradient(&call, "grad_q", false, false, &a.grad_q_stride, "rows heads head_dim", &f->rows.rows,
-                             &f->heads, &f->head_dim);
+    a.grad_q = call_gradient(&call, "grad_q", false, false, &a.grad_q_stride, "rows heads head_dim",
+                             &f->rows.rows, &f->heads, &f->head_dim);
     a.grad_k = call_gradient(&call, "grad_k", false, false, &a.grad_kv_stride, "rows kv_heads head_dim",
                              &f->rows.rows, &f->kv_heads, &f->head_dim);
-    a.grad_v = call_gradient(&call, "grad_v", false, false, &v_stride, "rows kv_heads head_dim", &f->rows.rows,
-                             &f->kv_heads, &f->head_dim);
+    a.grad_v = call_gradient(&call, "grad_v", false, false, &v_stride, "rows kv_heads head_dim",
+                             &f->rows.rows, &f->kv_heads, &f->head_dim);
     if (!call.failed && v_stride != a.grad_kv_stride) {
         call_fail(&call, MIL_ERR_VALUE, "attention_backward: grad_k and grad_v have different row strides");
     }
@@ -162,10 +167,6 @@ kv_append(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject *n
 }
 
 PyMethodDef core_attention_methods[] = {
-    CORE_OPERATOR(rope_table),
-    CORE_OPERATOR(rope),
-    CORE_OPERATOR(attention_forward),
-    CORE_OPERATOR(attention_backward),
-    CORE_OPERATOR(kv_append),
-    {NULL, NULL, 0, NULL},
+    CORE_OPERATOR(rope_table),         CORE_OPERATOR(rope),      CORE_OPERATOR(attention_forward),
+    CORE_OPERATOR(attention_backward), CORE_OPERATOR(kv_append), {NULL, NULL, 0, NULL},
 };

@@ -48,7 +48,10 @@ linear_group(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject
     }
     for (int64_t i = 0; i < weights && !call.failed; i++) {
         mil_linear *a = &products[i];
-        *a = (mil_linear){.rows = first->rows, .in = first->in, .x = first->x, .x_stride = first->x_stride,
+        *a = (mil_linear){.rows = first->rows,
+                          .in = first->in,
+                          .x = first->x,
+                          .x_stride = first->x_stride,
                           .fast = first->fast};
         a->weight = call_list_weight(&call, "weights", i, "dtype", &a->dtype, "out in", &a->out, &a->in);
         a->y = call_output(&call, keys[i], &a->y_stride, "rows out", &a->rows, &a->out);
@@ -93,8 +96,8 @@ bind_norm(core_call *call, mil_norm *a)
     a->weight_per_group = call_bool(call, "weight_per_group", false);
     a->eps = (float)call_float(call, "eps", 1e-5);
     if (!call->failed && (a->group < 1 || a->width % a->group != 0)) {
-        call_fail(call, MIL_ERR_SHAPE, "%s: group = %lld does not divide width = %lld", call->operator,
-                  (long long)a->group, (long long)a->width);
+        call_fail(call, MIL_ERR_SHAPE, "%s: group = %lld does not divide width = %lld",
+                  call->operator,(long long) a->group, (long long)a->width);
     }
     a->weight = a->weight_per_group ? call_optional(call, "weight", NULL, "group", &a->group)
                                     : call_optional(call, "weight", NULL, "width", &a->width);
@@ -124,11 +127,11 @@ norm_backward(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObjec
     bind_norm(&call, forward);
     a.grad_y = call_input(&call, "grad_y", &a.grad_y_stride, "rows width", &forward->rows, &forward->width);
     a.accumulate = call_bool(&call, "accumulate", false);
-    a.grad_x =
-        call_gradient(&call, "grad_x", false, true, &a.grad_x_stride, "rows width", &forward->rows, &forward->width);
+    a.grad_x = call_gradient(&call, "grad_x", false, true, &a.grad_x_stride, "rows width", &forward->rows,
+                             &forward->width);
     if (forward->z != NULL) {
-        a.grad_z = call_gradient(&call, "grad_z", false, false, &a.grad_z_stride, "rows width", &forward->rows,
-                                 &forward->width);
+        a.grad_z = call_gradient(&call, "grad_z", false, false, &a.grad_z_stride, "rows width",
+                                 &forward->rows, &forward->width);
     }
     if (forward->weight != NULL) {
         int64_t *size = forward->weight_per_group ? &forward->group : &forward->width;
@@ -143,8 +146,8 @@ norm_backward(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObjec
 /* ---- MLP and embedding --------------------------------------------------------------------------------- */
 
 static const char *const activations[] = {
-    [MIL_SILU] = "silu", [MIL_GELU] = "gelu", [MIL_GELU_TANH] = "gelu_tanh", [MIL_RELU] = "relu",
-    [MIL_RELU2] = "relu2", [MIL_RELU2 + 1] = NULL,
+    [MIL_SILU] = "silu", [MIL_GELU] = "gelu",   [MIL_GELU_TANH] = "gelu_tanh",
+    [MIL_RELU] = "relu", [MIL_RELU2] = "relu2", [MIL_RELU2 + 1] = NULL,
 };
 
 static void
@@ -178,11 +181,11 @@ glu_backward(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject
     call_begin(&call, module, "glu_backward", args, count, names);
     bind_glu(&call, forward);
     a.grad_y = call_input(&call, "grad_y", &a.grad_y_stride, "rows width", &forward->rows, &forward->width);
-    a.grad_gate = call_gradient(&call, "grad_gate", false, false, &a.grad_gate_stride, "rows width", &forward->rows,
-                                &forward->width);
+    a.grad_gate = call_gradient(&call, "grad_gate", false, false, &a.grad_gate_stride, "rows width",
+                                &forward->rows, &forward->width);
     if (forward->up != NULL) {
-        a.grad_up = call_gradient(&call, "grad_up", false, false, &a.grad_up_stride, "rows width", &forward->rows,
-                                  &forward->width);
+        a.grad_up = call_gradient(&call, "grad_up", false, false, &a.grad_up_stride, "rows width",
+                                  &forward->rows, &forward->width);
     }
     if (call_ready(&call)) {
         CALL_RUN(&call, mil_cpu_ops.glu_backward(&call.context, &a));
@@ -197,9 +200,9 @@ check_tokens(core_call *call, const char *name, const int32_t *tokens, int64_t r
 {
     for (int64_t i = 0; i < rows && tokens != NULL && !call->failed; i++) {
         if (tokens[i] >= vocab || (tokens[i] < 0 && !negative_allowed)) {
-            call_fail(call, MIL_ERR_VALUE, "%s: %s[%lld] = %d; expected %sless than vocab = %lld", call->operator,
-                      name, (long long)i, (int)tokens[i], negative_allowed ? "" : "at least 0 and ",
-                      (long long)vocab);
+            call_fail(call, MIL_ERR_VALUE, "%s: %s[%lld] = %d; expected %sless than vocab = %lld",
+                      call->operator, name, (long long)i, (int)tokens[i],
+                      negative_allowed ? "" : "at least 0 and ", (long long)vocab);
         }
     }
 }
@@ -232,7 +235,8 @@ embedding_backward(PyObject *module, PyObject *const *args, Py_ssize_t count, Py
     a.vocab = call_int(&call, "vocab", 0);
     a.scale = (float)call_float(&call, "scale", 1.0);
     if (!call.failed && a.vocab < 1) {
-        call_fail(&call, MIL_ERR_VALUE, "embedding_backward: vocab = %lld; expected at least 1", (long long)a.vocab);
+        call_fail(&call, MIL_ERR_VALUE, "embedding_backward: vocab = %lld; expected at least 1",
+                  (long long)a.vocab);
     }
     check_tokens(&call, "tokens", a.tokens, a.rows, a.vocab, false);
     a.grad_table = call_gradient(&call, "grad_table", false, true, NULL, "vocab hidden", &a.vocab, &a.hidden);
@@ -280,7 +284,8 @@ bind_loss(core_call *call, mil_linear_loss *a)
     a->scale = (float)call_float(call, "scale", 1.0);
     a->direction = (mil_kl_direction)call_choice(call, "direction", MIL_KL_FORWARD, directions);
     if (!call->failed && !(a->temperature > 0.0f)) {
-        call_fail(call, MIL_ERR_VALUE, "linear_loss: temperature = %d; expected more than 0", (int)a->temperature);
+        call_fail(call, MIL_ERR_VALUE, "linear_loss: temperature = %d; expected more than 0",
+                  (int)a->temperature);
     }
     if (!call->failed && a->kl_weight != 0.0f && a->teacher_x == NULL) {
         call_fail(call, MIL_ERR_VALUE, "linear_loss: kl_weight is not 0, but teacher_x is missing");
@@ -296,8 +301,10 @@ linear_loss(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject 
     call_begin(&call, module, "linear_loss", args, count, names);
     int64_t stored = bind_loss(&call, &a);
     if (call_bool(&call, "gradients", true)) {
-        a.grad_x = call_gradient(&call, "grad_x", true, false, &a.grad_x_stride, "rows hidden", &a.rows, &a.hidden);
-        a.grad_weight = call_gradient(&call, "grad_weight", true, true, NULL, "vocab hidden", &stored, &a.hidden);
+        a.grad_x =
+            call_gradient(&call, "grad_x", true, false, &a.grad_x_stride, "rows hidden", &a.rows, &a.hidden);
+        a.grad_weight =
+            call_gradient(&call, "grad_weight", true, true, NULL, "vocab hidden", &stored, &a.hidden);
     }
     else {
         call_object(&call, "out");
@@ -349,7 +356,8 @@ adamw(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject *names
     if (call_has(&call, "weight")) {
         a.weight = call_flat_weight(&call, "weight", "dtype", &a.dtype, &a.count);
         if (!call.failed && a.dtype == MIL_F32 && a.weight != (void *)a.master) {
-            call_fail(&call, MIL_ERR_VALUE, "adamw: a float32 weight is its own master: pass the same array twice");
+            call_fail(&call, MIL_ERR_VALUE,
+                      "adamw: a float32 weight is its own master: pass the same array twice");
         }
     }
     call_object(&call, "dtype");
@@ -455,16 +463,28 @@ gather_rows(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject 
     }
     float *y = call_output(&call, "y", &y_stride, "count width", &picked, &width);
     if (call_ready(&call)) {
-        CALL_RUN(&call, mil_cpu_ops.gather_rows(&call.context, picked, width, index, x, x_stride, y, y_stride));
+        CALL_RUN(&call,
+                 mil_cpu_ops.gather_rows(&call.context, picked, width, index, x, x_stride, y, y_stride));
     }
     return call_end(&call);
 }
 
 PyMethodDef core_dense_methods[] = {
-    CORE_OPERATOR(linear_forward),    CORE_OPERATOR(linear_group),       CORE_OPERATOR(linear_backward),
-    CORE_OPERATOR(norm_forward),      CORE_OPERATOR(norm_backward),      CORE_OPERATOR(glu_forward),
-    CORE_OPERATOR(glu_backward),      CORE_OPERATOR(embedding_forward),  CORE_OPERATOR(embedding_backward),
-    CORE_OPERATOR(linear_loss),       CORE_OPERATOR(relative_mse),       CORE_OPERATOR(adamw),
-    CORE_OPERATOR(muon),              CORE_OPERATOR(sum_squares),       CORE_OPERATOR(add),                CORE_OPERATOR(gather_rows),
+    CORE_OPERATOR(linear_forward),
+    CORE_OPERATOR(linear_group),
+    CORE_OPERATOR(linear_backward),
+    CORE_OPERATOR(norm_forward),
+    CORE_OPERATOR(norm_backward),
+    CORE_OPERATOR(glu_forward),
+    CORE_OPERATOR(glu_backward),
+    CORE_OPERATOR(embedding_forward),
+    CORE_OPERATOR(embedding_backward),
+    CORE_OPERATOR(linear_loss),
+    CORE_OPERATOR(relative_mse),
+    CORE_OPERATOR(adamw),
+    CORE_OPERATOR(muon),
+    CORE_OPERATOR(sum_squares),
+    CORE_OPERATOR(add),
+    CORE_OPERATOR(gather_rows),
     {NULL, NULL, 0, NULL},
 };

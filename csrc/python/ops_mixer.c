@@ -8,8 +8,8 @@ static void
 check_groups(core_call *call, const char *name, int64_t groups, const char *of, int64_t total)
 {
     if (!call->failed && total % groups != 0) {
-        call_fail(call, MIL_ERR_SHAPE, "%s: %s has %lld groups; %s = %lld is not a multiple of %lld", call->operator,
-                  name, (long long)groups, of, (long long)total, (long long)groups);
+        call_fail(call, MIL_ERR_SHAPE, "%s: %s has %lld groups; %s = %lld is not a multiple of %lld",
+                  call->operator, name, (long long)groups, of, (long long)total, (long long)groups);
     }
 }
 
@@ -21,7 +21,8 @@ repeated_channels(core_call *call, const char *prefix, int64_t channels, int64_t
                           channels % repeat != 0 || channels / repeat % repeat_group != 0)) {
         call_fail(call, MIL_ERR_SHAPE,
                   "%s: %srepeat = %lld of runs of %srepeat_group = %lld does not divide %lld channels",
-                  call->operator, prefix, (long long)repeat, prefix, (long long)repeat_group, (long long)channels);
+                  call->operator, prefix, (long long)repeat, prefix, (long long)repeat_group,
+                  (long long)channels);
     }
     return call->failed ? 0 : channels / repeat;
 }
@@ -48,8 +49,8 @@ bind_conv1d(core_call *call, mil_conv1d *a)
     a->repeat_group = call_int(call, "repeat_group", 1);
     a->silu = call_bool(call, "silu", true);
     if (!call->failed && (a->width < 2 || a->width > 8)) {
-        call_fail(call, MIL_ERR_SHAPE, "%s: weight has %lld taps; expected 2 to 8", call->operator,
-                  (long long)a->width);
+        call_fail(call, MIL_ERR_SHAPE, "%s: weight has %lld taps; expected 2 to 8",
+                  call->operator,(long long) a->width);
     }
     int64_t inputs = repeated_channels(call, "", a->channels, a->repeat, a->repeat_group);
     a->x = call_input(call, "x", &a->x_stride, "rows channels/repeat", &rows, &inputs);
@@ -82,9 +83,10 @@ conv1d_backward(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObj
     call_begin(&call, module, "conv1d_backward", args, count, names);
     int64_t inputs = bind_conv1d(&call, f);
     a.grad_y = call_input(&call, "grad_y", &a.grad_y_stride, "rows channels", &f->rows.rows, &f->channels);
-    a.grad_x = call_gradient(&call, "grad_x", false, false, &a.grad_x_stride, "rows channels/repeat", &f->rows.rows,
-                             &inputs);
-    a.grad_weight = call_gradient(&call, "grad_weight", true, true, NULL, "channels width", &f->channels, &f->width);
+    a.grad_x = call_gradient(&call, "grad_x", false, false, &a.grad_x_stride, "rows channels/repeat",
+                             &f->rows.rows, &inputs);
+    a.grad_weight =
+        call_gradient(&call, "grad_weight", true, true, NULL, "channels width", &f->channels, &f->width);
     if (f->bias != NULL) {
         a.grad_bias = call_gradient(&call, "grad_bias", true, true, NULL, "channels", &f->channels);
     }
@@ -149,17 +151,21 @@ scan_backward(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObjec
     call_begin(&call, module, "scan_backward", args, count, names);
     int64_t inputs = bind_scan(&call, f);
     a.grad_y = call_input(&call, "grad_y", &a.grad_y_stride, "rows inner", rows, &f->inner);
-    a.grad_x = call_gradient(&call, "grad_x", false, false, &a.grad_x_stride, "rows inner/x_repeat", rows, &inputs);
-    a.grad_dt = call_gradient(&call, "grad_dt", false, false, &a.grad_dt_stride, "rows inner", rows, &f->inner);
+    a.grad_x =
+        call_gradient(&call, "grad_x", false, false, &a.grad_x_stride, "rows inner/x_repeat", rows, &inputs);
+    a.grad_dt =
+        call_gradient(&call, "grad_dt", false, false, &a.grad_dt_stride, "rows inner", rows, &f->inner);
     a.grad_B = call_gradient(&call, "grad_B", false, false, &a.grad_B_stride, "rows B_groups state_dim", rows,
                              &f->B_groups, &f->state_dim);
     a.grad_C = call_gradient(&call, "grad_C", false, false, &a.grad_C_stride, "rows C_groups state_dim", rows,
                              &f->C_groups, &f->state_dim);
     if (f->z != NULL) {
-        a.grad_z = call_gradient(&call, "grad_z", false, false, &a.grad_z_stride, "rows inner", rows, &f->inner);
+        a.grad_z =
+            call_gradient(&call, "grad_z", false, false, &a.grad_z_stride, "rows inner", rows, &f->inner);
     }
     a.grad_dt_bias = call_gradient(&call, "grad_dt_bias", true, true, NULL, "inner", &f->inner);
-    a.grad_A_log = call_gradient(&call, "grad_A_log", true, true, NULL, "inner state_dim", &f->inner, &f->state_dim);
+    a.grad_A_log =
+        call_gradient(&call, "grad_A_log", true, true, NULL, "inner state_dim", &f->inner, &f->state_dim);
     a.grad_D = call_gradient(&call, "grad_D", true, true, NULL, "inner", &f->inner);
     if (call_ready(&call)) {
         CALL_RUN(&call, mil_cpu_ops.scan_backward(&call.context, &a));
@@ -182,8 +188,8 @@ bind_ssd(core_call *call, mil_ssd *a)
     a->D = call_input(call, "D", NULL, "heads", &a->heads);
     bind_dt_limits(call, &a->dt_min, &a->dt_max);
     if (!call->failed && a->heads % a->x_heads != 0) {
-        call_fail(call, MIL_ERR_SHAPE, "%s: x has %lld heads; heads = %lld is not a multiple of %lld", call->operator,
-                  (long long)a->x_heads, (long long)a->heads, (long long)a->x_heads);
+        call_fail(call, MIL_ERR_SHAPE, "%s: x has %lld heads; heads = %lld is not a multiple of %lld",
+                  call->operator,(long long) a->x_heads, (long long)a->heads, (long long)a->x_heads);
     }
     check_groups(call, "B", a->B_groups, "heads", a->heads);
     check_groups(call, "C", a->C_groups, "heads", a->heads);
@@ -218,14 +224,16 @@ ssd_backward(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject
     int64_t *rows = &f->rows.rows;
     call_begin(&call, module, "ssd_backward", args, count, names);
     bind_ssd(&call, f);
-    a.grad_y = call_input(&call, "grad_y", &a.grad_y_stride, "rows heads head_dim", rows, &f->heads, &f->head_dim);
+    a.grad_y =
+        call_input(&call, "grad_y", &a.grad_y_stride, "rows heads head_dim", rows, &f->heads, &f->head_dim);
     a.grad_x = call_gradient(&call, "grad_x", false, false, &a.grad_x_stride, "rows x_heads head_dim", rows,
                              &f->x_heads, &f->head_dim);
     a.grad_B = call_gradient(&call, "grad_B", false, false, &a.grad_B_stride, "rows B_groups state_dim", rows,
                              &f->B_groups, &f->state_dim);
     a.grad_C = call_gradient(&call, "grad_C", false, false, &a.grad_C_stride, "rows C_groups state_dim", rows,
                              &f->C_groups, &f->state_dim);
-    a.grad_dt = call_gradient(&call, "grad_dt", false, false, &a.grad_dt_stride, "rows heads", rows, &f->heads);
+    a.grad_dt =
+        call_gradient(&call, "grad_dt", false, false, &a.grad_dt_stride, "rows heads", rows, &f->heads);
     a.grad_dt_bias = call_gradient(&call, "grad_dt_bias", true, true, NULL, "heads", &f->heads);
     a.grad_A_log = call_gradient(&call, "grad_A_log", true, true, NULL, "heads", &f->heads);
     a.grad_D = call_gradient(&call, "grad_D", true, true, NULL, "heads", &f->heads);

@@ -17,14 +17,16 @@ check(bool passed, const char *what, const char *file, int line);
 
 #define CHECK(condition) check((condition), #condition, __FILE__, __LINE__)
 #define CHECK_OK(expression) check_status((expression), MIL_OK, #expression, __FILE__, __LINE__)
-#define CHECK_STATUS(expression, expected) check_status((expression), (expected), #expression, __FILE__, __LINE__)
+#define CHECK_STATUS(expression, expected) \
+    check_status((expression), (expected), #expression, __FILE__, __LINE__)
 
 /* Also prints the message of an unexpected failure. */
 void
 check_status(mil_status got, mil_status expected, const char *what, const char *file, int line);
 
 /* The message of the last failure holds `part`. */
-#define CHECK_MESSAGE(part) check(strstr(mil_message(), (part)) != NULL, "message holds " part, __FILE__, __LINE__)
+#define CHECK_MESSAGE(part) \
+    check(strstr(mil_message(), (part)) != NULL, "message holds " part, __FILE__, __LINE__)
 
 /* `count` floats between -1 and 1 that repeat for the same seed; free with mil_free. */
 float *

@@ -5,18 +5,18 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define TESTS(X)                                                                                    \
-    X(test_status_messages)                                                                         \
-    X(test_status_threads)                                                                          \
-    X(test_memory_allocator)                                                                        \
-    X(test_memory_arena)                                                                            \
-    X(test_memory_arena_failures)                                                                   \
-    X(test_memory_threads)                                                                          \
-    X(test_dtype_bfloat16)                                                                          \
-    X(test_dtype_float16)                                                                           \
-    X(test_operators_repeat)                                                                        \
-    X(test_operators_threads)                                                                       \
-    X(test_operators_without_memory)                                                                \
+#define TESTS(X)                     \
+    X(test_status_messages)          \
+    X(test_status_threads)           \
+    X(test_memory_allocator)         \
+    X(test_memory_arena)             \
+    X(test_memory_arena_failures)    \
+    X(test_memory_threads)           \
+    X(test_dtype_bfloat16)           \
+    X(test_dtype_float16)            \
+    X(test_operators_repeat)         \
+    X(test_operators_threads)        \
+    X(test_operators_without_memory) \
     X(test_operators_concurrently)
 
 #define DECLARE(name) void name(void);

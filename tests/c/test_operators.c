@@ -85,11 +85,17 @@ data_release(data *d)
 static mil_status
 linear_f32(mil_context *context, data *d)
 {
-    return mil_cpu_ops.linear_forward(
-        context,
-        &(mil_linear){.rows = ROWS, .in = WIDTH, .out = OUT, .x = d->x, .x_stride = WIDTH, .weight = d->w,
-                      .bias = d->p, .y = d->out, .y_stride = OUT},
-        1);
+    return mil_cpu_ops.linear_forward(context,
+                                      &(mil_linear){.rows = ROWS,
+                                                    .in = WIDTH,
+                                                    .out = OUT,
+                                                    .x = d->x,
+                                                    .x_stride = WIDTH,
+                                                    .weight = d->w,
+                                                    .bias = d->p,
+                                                    .y = d->out,
+                                                    .y_stride = OUT},
+                                      1);
 }
 
 static mil_status
@@ -97,9 +103,15 @@ linear_bf16(mil_context *context, data *d)
 {
     mil_linear products[2];
     for (int i = 0; i < 2; i++) {
-        products[i] = (mil_linear){
-            .rows = ROWS, .in = WIDTH, .out = OUT, .x = d->x, .x_stride = WIDTH, .weight = d->half + i * OUT * WIDTH,
-            .dtype = MIL_BF16, .y = d->out + i * OUT, .y_stride = 2 * OUT};
+        products[i] = (mil_linear){.rows = ROWS,
+                                   .in = WIDTH,
+                                   .out = OUT,
+                                   .x = d->x,
+                                   .x_stride = WIDTH,
+                                   .weight = d->half + i * OUT * WIDTH,
+                                   .dtype = MIL_BF16,
+                                   .y = d->out + i * OUT,
+                                   .y_stride = 2 * OUT};
     }
     return mil_cpu_ops.linear_forward(context, products, 2);
 }
@@ -107,18 +119,35 @@ linear_bf16(mil_context *context, data *d)
 static mil_status
 linear_back(mil_context *context, data *d)
 {
-    return mil_cpu_ops.linear_backward(
-        context, &(mil_linear_grad){.rows = ROWS, .in = WIDTH, .out = OUT, .x = d->x, .x_stride = WIDTH,
-                                    .weight = d->half, .dtype = MIL_BF16, .grad_y = d->y, .grad_y_stride = OUT,
-                                    .grad_x = d->out, .grad_x_stride = WIDTH, .grad_weight = d->grad,
-                                    .grad_bias = d->grad + RESULT});
+    return mil_cpu_ops.linear_backward(context, &(mil_linear_grad){.rows = ROWS,
+                                                                   .in = WIDTH,
+                                                                   .out = OUT,
+                                                                   .x = d->x,
+                                                                   .x_stride = WIDTH,
+                                                                   .weight = d->half,
+                                                                   .dtype = MIL_BF16,
+                                                                   .grad_y = d->y,
+                                                                   .grad_y_stride = OUT,
+                                                                   .grad_x = d->out,
+                                                                   .grad_x_stride = WIDTH,
+                                                                   .grad_weight = d->grad,
+                                                                   .grad_bias = d->grad + RESULT});
 }
 
 static mil_norm
 norm_arguments(data *d)
 {
-    return (mil_norm){.rows = ROWS, .width = WIDTH, .group = WIDTH / 2, .x = d->x, .x_stride = WIDTH, .z = d->v,
-                      .z_stride = WIDTH, .weight = d->p, .eps = 1e-5f, .y = d->out, .y_stride = WIDTH};
+    return (mil_norm){.rows = ROWS,
+                      .width = WIDTH,
+                      .group = WIDTH / 2,
+                      .x = d->x,
+                      .x_stride = WIDTH,
+                      .z = d->v,
+                      .z_stride = WIDTH,
+                      .weight = d->p,
+                      .eps = 1e-5f,
+                      .y = d->out,
+                      .y_stride = WIDTH};
 }
 
 static mil_status
@@ -131,18 +160,32 @@ norm(mil_context *context, data *d)
 static mil_status
 norm_back(mil_context *context, data *d)
 {
-    return mil_cpu_ops.norm_backward(
-        context, &(mil_norm_grad){.forward = norm_arguments(d), .grad_y = d->y, .grad_y_stride = WIDTH,
-                                  .grad_x = d->out, .grad_x_stride = WIDTH, .grad_z = d->out + RESULT / 2,
-                                  .grad_z_stride = WIDTH, .grad_weight = d->grad});
+    return mil_cpu_ops.norm_backward(context, &(mil_norm_grad){.forward = norm_arguments(d),
+                                                               .grad_y = d->y,
+                                                               .grad_y_stride = WIDTH,
+                                                               .grad_x = d->out,
+                                                               .grad_x_stride = WIDTH,
+                                                               .grad_z = d->out + RESULT / 2,
+                                                               .grad_z_stride = WIDTH,
+                                                               .grad_weight = d->grad});
 }
 
 static mil_attention
 attention_arguments(data *d)
 {
-    return (mil_attention){.rows = rows, .heads = HEADS, .kv_heads = GROUPS, .head_dim = DIM, .scale = 0.4f,
-                           .q = d->x, .q_stride = HEADS * DIM, .k = d->y, .v = d->v, .kv_stride = GROUPS * DIM,
-                           .y = d->out, .y_stride = HEADS * DIM, .log_sum_exp = d->grad};
+    return (mil_attention){.rows = rows,
+                           .heads = HEADS,
+                           .kv_heads = GROUPS,
+                           .head_dim = DIM,
+                           .scale = 0.4f,
+                           .q = d->x,
+                           .q_stride = HEADS * DIM,
+                           .k = d->y,
+                           .v = d->v,
+                           .kv_stride = GROUPS * DIM,
+                           .y = d->out,
+                           .y_stride = HEADS * DIM,
+                           .log_sum_exp = d->grad};
 }
 
 static mil_status
@@ -155,9 +198,13 @@ attention(mil_context *context, data *d)
 static mil_status
 attention_back(mil_context *context, data *d)
 {
-    mil_attention_grad a = {.forward = attention_arguments(d), .grad_y = d->w, .grad_y_stride = HEADS * DIM,
-                            .grad_q = d->grad + RESULT, .grad_k = d->grad + 2 * RESULT,
-                            .grad_v = d->grad + 3 * RESULT, .grad_q_stride = HEADS * DIM,
+    mil_attention_grad a = {.forward = attention_arguments(d),
+                            .grad_y = d->w,
+                            .grad_y_stride = HEADS * DIM,
+                            .grad_q = d->grad + RESULT,
+                            .grad_k = d->grad + 2 * RESULT,
+                            .grad_v = d->grad + 3 * RESULT,
+                            .grad_q_stride = HEADS * DIM,
                             .grad_kv_stride = GROUPS * DIM};
     MIL_TRY(mil_cpu_ops.attention_forward(context, &a.forward));
     return mil_cpu_ops.attention_backward(context, &a);
@@ -166,8 +213,17 @@ attention_back(mil_context *context, data *d)
 static mil_conv1d
 conv1d_arguments(data *d)
 {
-    return (mil_conv1d){.rows = rows, .channels = WIDTH, .width = TAPS, .repeat = 1, .repeat_group = 1, .x = d->x,
-                        .x_stride = WIDTH, .weight = d->p, .bias = d->q, .silu = true, .y = d->out,
+    return (mil_conv1d){.rows = rows,
+                        .channels = WIDTH,
+                        .width = TAPS,
+                        .repeat = 1,
+                        .repeat_group = 1,
+                        .x = d->x,
+                        .x_stride = WIDTH,
+                        .weight = d->p,
+                        .bias = d->q,
+                        .silu = true,
+                        .y = d->out,
                         .y_stride = WIDTH};
 }
 
@@ -181,20 +237,41 @@ conv1d(mil_context *context, data *d)
 static mil_status
 conv1d_back(mil_context *context, data *d)
 {
-    return mil_cpu_ops.conv1d_backward(
-        context, &(mil_conv1d_grad){.forward = conv1d_arguments(d), .grad_y = d->y, .grad_y_stride = WIDTH,
-                                    .grad_x = d->out, .grad_x_stride = WIDTH, .grad_weight = d->grad,
-                                    .grad_bias = d->grad + RESULT});
+    return mil_cpu_ops.conv1d_backward(context, &(mil_conv1d_grad){.forward = conv1d_arguments(d),
+                                                                   .grad_y = d->y,
+                                                                   .grad_y_stride = WIDTH,
+                                                                   .grad_x = d->out,
+                                                                   .grad_x_stride = WIDTH,
+                                                                   .grad_weight = d->grad,
+                                                                   .grad_bias = d->grad + RESULT});
 }
 
 static mil_scan
 scan_arguments(data *d)
 {
-    return (mil_scan){.rows = rows, .inner = WIDTH, .state_dim = STATE, .B_groups = GROUPS, .C_groups = GROUPS,
-                      .x_repeat = 1, .x_repeat_group = 1, .x = d->x, .x_stride = WIDTH, .dt = d->y,
-                      .dt_stride = WIDTH, .B = d->v, .B_stride = GROUPS * STATE, .C = d->w,
-                      .C_stride = GROUPS * STATE, .z = d->v, .z_stride = WIDTH, .dt_bias = d->q, .A_log = d->p,
-                      .D = d->q + WIDTH, .dt_bias_scale = 1.0f, .dt_max = INFINITY, .y = d->out,
+    return (mil_scan){.rows = rows,
+                      .inner = WIDTH,
+                      .state_dim = STATE,
+                      .B_groups = GROUPS,
+                      .C_groups = GROUPS,
+                      .x_repeat = 1,
+                      .x_repeat_group = 1,
+                      .x = d->x,
+                      .x_stride = WIDTH,
+                      .dt = d->y,
+                      .dt_stride = WIDTH,
+                      .B = d->v,
+                      .B_stride = GROUPS * STATE,
+                      .C = d->w,
+                      .C_stride = GROUPS * STATE,
+                      .z = d->v,
+                      .z_stride = WIDTH,
+                      .dt_bias = d->q,
+                      .A_log = d->p,
+                      .D = d->q + WIDTH,
+                      .dt_bias_scale = 1.0f,
+                      .dt_max = INFINITY,
+                      .y = d->out,
                       .y_stride = WIDTH};
 }
 
@@ -208,23 +285,47 @@ scan(mil_context *context, data *d)
 static mil_status
 scan_back(mil_context *context, data *d)
 {
-    return mil_cpu_ops.scan_backward(
-        context, &(mil_scan_grad){.forward = scan_arguments(d), .grad_y = d->y, .grad_y_stride = WIDTH,
-                                  .grad_x = d->out, .grad_x_stride = WIDTH, .grad_dt = d->out + RESULT / 2,
-                                  .grad_dt_stride = WIDTH, .grad_B = d->grad, .grad_B_stride = GROUPS * STATE,
-                                  .grad_C = d->grad + RESULT / 2, .grad_C_stride = GROUPS * STATE,
-                                  .grad_z = d->grad + RESULT, .grad_z_stride = WIDTH,
-                                  .grad_dt_bias = d->grad + 2 * RESULT, .grad_A_log = d->grad + 3 * RESULT,
-                                  .grad_D = d->grad + 3 * RESULT + RESULT / 2});
+    return mil_cpu_ops.scan_backward(context, &(mil_scan_grad){.forward = scan_arguments(d),
+                                                               .grad_y = d->y,
+                                                               .grad_y_stride = WIDTH,
+                                                               .grad_x = d->out,
+                                                               .grad_x_stride = WIDTH,
+                                                               .grad_dt = d->out + RESULT / 2,
+                                                               .grad_dt_stride = WIDTH,
+                                                               .grad_B = d->grad,
+                                                               .grad_B_stride = GROUPS * STATE,
+                                                               .grad_C = d->grad + RESULT / 2,
+                                                               .grad_C_stride = GROUPS * STATE,
+                                                               .grad_z = d->grad + RESULT,
+                                                               .grad_z_stride = WIDTH,
+                                                               .grad_dt_bias = d->grad + 2 * RESULT,
+                                                               .grad_A_log = d->grad + 3 * RESULT,
+                                                               .grad_D = d->grad + 3 * RESULT + RESULT / 2});
 }
 
 static mil_ssd
 ssd_arguments(data *d)
 {
-    return (mil_ssd){.rows = rows, .heads = HEADS, .head_dim = DIM, .state_dim = STATE, .x_heads = GROUPS,
-                     .B_groups = GROUPS, .C_groups = 1, .x = d->x, .x_stride = GROUPS * DIM, .B = d->v,
-                     .B_stride = GROUPS * STATE, .C = d->w, .C_stride = STATE, .dt = d->y, .dt_stride = HEADS,
-                     .dt_bias = d->q, .A_log = d->p, .D = d->q + HEADS, .dt_max = INFINITY, .y = d->out,
+    return (mil_ssd){.rows = rows,
+                     .heads = HEADS,
+                     .head_dim = DIM,
+                     .state_dim = STATE,
+                     .x_heads = GROUPS,
+                     .B_groups = GROUPS,
+                     .C_groups = 1,
+                     .x = d->x,
+                     .x_stride = GROUPS * DIM,
+                     .B = d->v,
+                     .B_stride = GROUPS * STATE,
+                     .C = d->w,
+                     .C_stride = STATE,
+                     .dt = d->y,
+                     .dt_stride = HEADS,
+                     .dt_bias = d->q,
+                     .A_log = d->p,
+                     .D = d->q + HEADS,
+                     .dt_max = INFINITY,
+                     .y = d->out,
                      .y_stride = HEADS * DIM};
 }
 
@@ -238,23 +339,45 @@ ssd(mil_context *context, data *d)
 static mil_status
 ssd_back(mil_context *context, data *d)
 {
-    return mil_cpu_ops.ssd_backward(
-        context, &(mil_ssd_grad){.forward = ssd_arguments(d), .grad_y = d->y, .grad_y_stride = HEADS * DIM,
-                                 .grad_x = d->out, .grad_x_stride = GROUPS * DIM, .grad_B = d->grad,
-                                 .grad_B_stride = GROUPS * STATE, .grad_C = d->grad + RESULT,
-                                 .grad_C_stride = STATE, .grad_dt = d->grad + 2 * RESULT,
-                                 .grad_dt_stride = HEADS, .grad_dt_bias = d->grad + 3 * RESULT,
-                                 .grad_A_log = d->grad + 3 * RESULT + 64, .grad_D = d->grad + 3 * RESULT + 128});
+    return mil_cpu_ops.ssd_backward(context, &(mil_ssd_grad){.forward = ssd_arguments(d),
+                                                             .grad_y = d->y,
+                                                             .grad_y_stride = HEADS * DIM,
+                                                             .grad_x = d->out,
+                                                             .grad_x_stride = GROUPS * DIM,
+                                                             .grad_B = d->grad,
+                                                             .grad_B_stride = GROUPS * STATE,
+                                                             .grad_C = d->grad + RESULT,
+                                                             .grad_C_stride = STATE,
+                                                             .grad_dt = d->grad + 2 * RESULT,
+                                                             .grad_dt_stride = HEADS,
+                                                             .grad_dt_bias = d->grad + 3 * RESULT,
+                                                             .grad_A_log = d->grad + 3 * RESULT + 64,
+                                                             .grad_D = d->grad + 3 * RESULT + 128});
 }
 
 static mil_status
 loss(mil_context *context, data *d)
 {
-    mil_linear_loss a = {.rows = ROWS, .vocab = VOCAB, .hidden = WIDTH, .x = d->x, .x_stride = WIDTH,
-                         .weight = d->half, .dtype = MIL_BF16, .logit_scale = 1.0f, .teacher_hidden = WIDTH,
-                         .teacher_x = d->y, .teacher_x_stride = WIDTH, .teacher_weight = d->w,
-                         .teacher_logit_scale = 1.0f, .labels = d->labels, .kl_weight = 1.0f, .ce_weight = 0.5f,
-                         .temperature = 2.0f, .scale = 0.1f, .grad_x = d->out, .grad_x_stride = WIDTH,
+    mil_linear_loss a = {.rows = ROWS,
+                         .vocab = VOCAB,
+                         .hidden = WIDTH,
+                         .x = d->x,
+                         .x_stride = WIDTH,
+                         .weight = d->half,
+                         .dtype = MIL_BF16,
+                         .logit_scale = 1.0f,
+                         .teacher_hidden = WIDTH,
+                         .teacher_x = d->y,
+                         .teacher_x_stride = WIDTH,
+                         .teacher_weight = d->w,
+                         .teacher_logit_scale = 1.0f,
+                         .labels = d->labels,
+                         .kl_weight = 1.0f,
+                         .ce_weight = 0.5f,
+                         .temperature = 2.0f,
+                         .scale = 0.1f,
+                         .grad_x = d->out,
+                         .grad_x_stride = WIDTH,
                          .grad_weight = d->grad};
     return mil_cpu_ops.linear_loss(context, &a);
 }
@@ -265,13 +388,20 @@ static const struct {
     mil_status (*run)(mil_context *context, data *d);
     bool any_threads;
 } cases[] = {
-    {"linear_f32", linear_f32, true}, {"linear_bf16", linear_bf16, true},
-    {"linear_back", linear_back, false}, {"norm", norm, true},
-    {"norm_back", norm_back, true}, {"attention", attention, true},
-    {"attention_back", attention_back, true}, {"conv1d", conv1d, true},
-    {"conv1d_back", conv1d_back, true}, {"scan", scan, true},
-    {"scan_back", scan_back, true}, {"ssd", ssd, true},
-    {"ssd_back", ssd_back, true}, {"loss", loss, false},
+    {"linear_f32", linear_f32, true},
+    {"linear_bf16", linear_bf16, true},
+    {"linear_back", linear_back, false},
+    {"norm", norm, true},
+    {"norm_back", norm_back, true},
+    {"attention", attention, true},
+    {"attention_back", attention_back, true},
+    {"conv1d", conv1d, true},
+    {"conv1d_back", conv1d_back, true},
+    {"scan", scan, true},
+    {"scan_back", scan_back, true},
+    {"ssd", ssd, true},
+    {"ssd_back", ssd_back, true},
+    {"loss", loss, false},
 };
 enum { CASES = sizeof cases / sizeof cases[0] };
 
