@@ -8,32 +8,34 @@
  * Tokens are cut into windows of MIL_WINDOW at multiples of MIL_WINDOW.  With H the state before a window,
  * W[i, s] = decay_{s+1} .. decay_i and h_i = decay_0 .. decay_i (products within the window):
  *
- *   y_i = D x_i + sum_{s <= i} W[i, s] dt_s (C_i . B_s) x_s + sum_n h_i C_i[n] H[n]                 (rows)
- *   H'  = h_last H + sum_s B_s (outer) W[last, s] dt_s x_s                                          (fold)
+ *   y_i = h_i H^T C_i + sum_{s <= i} W[i, s] dt_s (C_i . B_s) x_s + D x_i          (mix)
+ *   H'  = h_last H + sum_s W[last, s] dt_s B_s (outer) x_s                         (fold)
  *
  * Why windows: one token costs one reading of H, and writes nothing; H is read and written once a window
- * instead of once a token, and what happens inside a window is matrix products with about state_dim + MIL_WINDOW
- * multiplications an output.  Longer windows need more for the scores and make a step read a longer tail.
- * Why W is multiplied up, not exp of a difference of sums: a large dt makes the sum large and the
- * difference lose its digits; products of numbers in [0, 1] keep theirs and cannot overflow.
+ * instead of once a token, and what happens inside a window is matrix products with about state_dim +
+ * MIL_WINDOW multiplications an output.  Longer windows need more for the scores and make a step read a
+ * longer tail.  Why W is multiplied up, not exp of a difference of sums: a large dt makes the sum large
+ * and the difference lose its digits; products of numbers in [0, 1] keep theirs and cannot overflow.
  *
- * Bits: a row is computed from its window's first state and the window's tokens up to itself, by one function,
- * in the order written above.  So it is the same whether it comes alone, in a window, in prefill or in a batch, and
- * after any rollback.  States and tails: device.h.  All sums run over rows of vectors along head_dim (or state_dim
- * in backward), one lane an output; only scores are sums across lanes, always eight.
+ * Bits: an output element is one chain of fused multiply-adds in the order written above (state_dim, then
+ * s = 0 .. i, then D), in its own vector lane, whatever tile it is computed in.  It depends on the state
+ * at its window's start and on the window's tokens up to itself.  So it is the same alone, in a verify
+ * window, in prefill or in a batch, and after any rollback.  States and tails: device.h.
  *
- * Backward keeps nothing from forward: it recomputes the state before each window (a window's inputs are an order smaller
- * than the states) and goes through the windows from the last to the first, G being the gradient of the state after
- * the window, P[i, s] = grad_y_i . x_s dt_s and S[i, s] = C_i . B_s:
+ * Backward keeps nothing from forward: it recomputes the state before each window and goes through the
+ * windows from the last to the first, G being the gradient of the state after the window,
+ * P[i, s] = dt_s grad_y_i . x_s and S[i, s] = C_i . B_s:
  *
- *   grad_C_i = sum_{s <= i} W[i, s] P[i, s] B_s + h_i t_i,                t_i = H grad_y_i
- *   grad_B_s = sum_{i >= s} W[i, s] P[i, s] C_i + W[last, s] dt_s g_s,    g_s = G x_s
- *   grad_u_s = sum_{i >= s} W[i, s] S[i, s] grad_y_i + W[last, s] G^T B_s,  u_s = dt_s x_s
+ *   grad_C_i = h_i t_i + sum_{s <= i} W[i, s] P[i, s] B_s,                  t_i = H grad_y_i
+ *   grad_B_s = W[last, s] dt_s g_s + sum_{i >= s} W[i, s] P[i, s] C_i,      g_s = G x_s
+ *   grad_u_s = W[last, s] G^T B_s + sum_{i >= s} W[i, s] S[i, s] grad_y_i,  u_s = dt_s x_s
  *   G'       = h_last G + sum_i h_i C_i (outer) grad_y_i
- *   grad of log decay_k = sum of all terms above that contain decay_k:
- *              sum_{s < k <= i} W S P[i, s] + sum_{i >= k} h_i C_i . t_i + sum_{s < k} W[last, s] dt_s B_s . g_s + h_last <H, G>
+ *   grad of log decay_k = sum of all terms above that contain decay_k: sum_{s < k <= i} W S P[i, s]
+ *       + sum_{i >= k} h_i C_i . t_i + sum_{s < k} W[last, s] dt_s B_s . g_s + h_last <H, G>
  *
- * x, B and C may be shared by several heads: their gradients are then written a head and added up in the order of heads.
+ * Each of the first three is a product with a matrix, a scale a row, and a triangle: the same `mix` as
+ * forward.  H and G are kept in both orientations, so that every product runs along rows.  x, B and C may
+ * be shared by several heads: their gradients are written a head and added up in the order of heads.
  *
  * Source: Dao & Gu 2024 (arXiv 2405.21060), section 6; the tail is the project's own (docs).
  */
@@ -43,86 +45,240 @@
 
 #include <omp.h>
 
-enum { WINDOW = MIL_WINDOW, GRAIN = 1 << 16, HEADS_A_TASK = 8 };
+enum {
+    WINDOW = MIL_WINDOW,
+    LANES = 16,       /* outputs side by side: two vectors of AVX2, one of AVX-512 */
+    TILE = 4,         /* rows of LANES outputs in registers at a time */
+    HEADS_A_TASK = 8, /* so that their states stay in the second-level cache */
+    GRAIN = 1 << 16,
+};
 
 static const float log2_e = 1.442695041f;
 
-/* ---- small products, in fixed order ------------------------------------------------------------------ */
+/* ---- tiles of outputs -------------------------------------------------------------------------------- */
 
-/* out = scale * in + sum_k c[k] v[k], k = 0 .. 7 in order, over rows of `width`; out may be in. */
+/* acc[r][j] += sum_k c[k][r] v[k][j] for k = 0 .. count - 1 in order, where c[k][r] = c[r * c_row + k * c_step] and
+ * v[k] begins at v + k * v_step.  With `rows` 4 and `width` LANES known, the compiler keeps acc in registers: six
+ * loads for eight multiplications of vectors.  `wide` is for a single row of 4 * LANES outputs: then acc[r] is its
+ * r-th part. */
 MIL_INLINE void
-combine(int64_t width, float *out, float scale, const float *in, const float *c, const float *const *v)
+accumulate(int rows, bool wide, int64_t width, float (*acc)[LANES], int64_t count, const float *c,
+           int64_t c_row, int64_t c_step, const float *v, int64_t v_step)
 {
-    const float *v0 = v[0], *v1 = v[1], *v2 = v[2], *v3 = v[3], *v4 = v[4], *v5 = v[5], *v6 = v[6], *v7 = v[7];
-    float c0 = c[0], c1 = c[1], c2 = c[2], c3 = c[3], c4 = c[4], c5 = c[5], c6 = c[6], c7 = c[7];
+    for (int64_t k = 0; k < count; k++) {
+        const float *row = v + k * v_step, *coefficients = c + k * c_step;
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) {
+            float coefficient = coefficients[wide ? 0 : r * c_row];
+            const float *part = row + (wide ? r * LANES : 0);
+#pragma omp simd
+            for (int64_t j = 0; j < width; j++) {
+                acc[r][j] = mil_fma(coefficient, part[j], acc[r][j]);
+            }
+        }
+    }
+}
+
+MIL_INLINE void
+clear(int rows, float (*acc)[LANES])
+{
+    for (int r = 0; r < rows; r++) {
+#pragma omp simd
+        for (int j = 0; j < LANES; j++) {
+            acc[r][j] = 0.0f;
+        }
+    }
+}
+
+/* Rows first .. length - 1 of an output that mixes a matrix and a triangle of weights:
+ *
+ *   m_i   = sum_k a_i[k] matrix[k]
+ *   u_i   = scale[i] m_i + sum_k weights[i][k] b_k, k <= i;  with `upper` weights[k][i] and k >= i, k < length
+ *   out_i = u_i, then factor[i] u_i where `factor` is given, then + D extra_i where `extra` is given
+ *   matrix_dots[i] += m_i . matrix_dot_i,  dots[i] += u_i . dot_i, where these are given
+ *
+ * Arrays have no gaps between rows; only the output may. */
+typedef struct mix {
+    int64_t width, first, length;
+    int64_t depth;
+    const float *a;                 /* [length, depth] */
+    const float *matrix;            /* [depth, width]; NULL: zeros */
+    const float *scale;             /* [WINDOW] */
+    const float (*weights)[WINDOW]; /* [WINDOW, WINDOW] */
+    bool upper;
+    const float *b;      /* [length, width] */
+    const float *factor; /* [WINDOW] */
+    float D;
+    const float *extra;            /* [length, width] */
+    const float *matrix_dot, *dot; /* [length, width] */
+    float *matrix_dots, *dots;     /* [WINDOW] */
+    float *out;                    /* [length - first, width] */
+    int64_t out_stride;
+} mix;
+
+/* Lanes are added by halves. */
+MIL_INLINE float
+add_lanes(const float *lanes)
+{
+    float half[LANES / 2];
+#pragma omp simd
+    for (int j = 0; j < LANES / 2; j++) {
+        half[j] = lanes[j] + lanes[j + LANES / 2];
+    }
+    return ((half[0] + half[4]) + (half[2] + half[6])) + ((half[1] + half[5]) + (half[3] + half[7]));
+}
+
+/* The dot product of `width` columns, added to *sum. */
+MIL_INLINE void
+add_dot(int64_t width, const float *a, const float *b, float *sum)
+{
+    float lanes[LANES] = {0};
 #pragma omp simd
     for (int64_t j = 0; j < width; j++) {
-        float sum = mil_fma(c0, v0[j], scale * in[j]);
-        sum = mil_fma(c1, v1[j], sum);
-        sum = mil_fma(c2, v2[j], sum);
-        sum = mil_fma(c3, v3[j], sum);
-        sum = mil_fma(c4, v4[j], sum);
-        sum = mil_fma(c5, v5[j], sum);
-        sum = mil_fma(c6, v6[j], sum);
-        out[j] = mil_fma(c7, v7[j], sum);
+        lanes[j] = a[j] * b[j];
+    }
+    *sum += add_lanes(lanes);
+}
+
+/* The triangle: what all rows of the tile share, and the tile's own corner. */
+MIL_INLINE void
+add_triangle(const mix *m, int rows, bool wide, int64_t width, int64_t i, int64_t column, float (*acc)[LANES])
+{
+    const float *b = m->b + column, *weights = &m->weights[0][0];
+    const int tall = wide ? 1 : rows;
+    if (!m->upper) {
+        accumulate(rows, wide, width, acc, i, weights + i * WINDOW, WINDOW, 1, b, m->width);
+    }
+    for (int r = 0; r < tall; r++) {
+        int64_t first = m->upper ? i + r : i, count = m->upper ? tall - r : r + 1;
+        const float *c = m->upper ? weights + first * WINDOW + i + r : weights + (i + r) * WINDOW + first;
+        accumulate(wide ? rows : 1, wide, width, acc + r, count, c, 0, m->upper ? WINDOW : 1,
+                   b + first * m->width, m->width);
+    }
+    if (m->upper) {
+        int64_t first = i + tall;
+        accumulate(rows, wide, width, acc, m->length - first, weights + first * WINDOW + i, 1, WINDOW,
+                   b + first * m->width, m->width);
     }
 }
 
-/* out = scale * in + sum_k c[k] v[k], k < count in order.  Places up to the next multiple of 8 get
- * coefficient 0 and the row `in`: whatever v holds beyond `count` must not be touched, it may not be finite. */
+/* Outputs of one tile: `rows` rows from i on and `width` columns from `column` on, or rows * LANES columns of row i. */
 MIL_INLINE void
-combine_rows(int64_t width, float *out, float scale, const float *in, int64_t count, const float *c,
-             const float *const *v)
+mix_tile(const mix *m, int rows, bool wide, int64_t width, int64_t i, int64_t column)
 {
-    for (int64_t k = 0; k < count; k += 8) {
-        float some[8];
-        const float *rows[8];
-        for (int64_t i = 0; i < 8; i++) {
-            bool there = k + i < count;
-            some[i] = there ? c[k + i] : 0.0f;
-            rows[i] = there ? v[k + i] : v[count - 1];
+    float acc[TILE][LANES];
+    clear(rows, acc);
+    if (m->matrix != NULL) {
+        accumulate(rows, wide, width, acc, m->depth, m->a + i * m->depth, m->depth, 1, m->matrix + column,
+                   m->width);
+        for (int r = 0; r < rows; r++) {
+            int64_t row = wide ? i : i + r, at = column + (wide ? r * LANES : 0);
+            float scale = m->scale[row];
+            if (m->matrix_dot != NULL) {
+                add_dot(width, acc[r], m->matrix_dot + row * m->width + at, &m->matrix_dots[row]);
+            }
+#pragma omp simd
+            for (int64_t j = 0; j < width; j++) {
+                acc[r][j] *= scale;
+            }
         }
-        combine(width, out, k == 0 ? scale : 1.0f, k == 0 ? in : out, some, rows);
+    }
+    add_triangle(m, rows, wide, width, i, column, acc);
+    for (int r = 0; r < rows; r++) {
+        int64_t row = wide ? i : i + r, at = column + (wide ? r * LANES : 0);
+        float *out = m->out + (row - m->first) * m->out_stride + at;
+        if (m->dot != NULL) {
+            add_dot(width, acc[r], m->dot + row * m->width + at, &m->dots[row]);
+        }
+        float factor = m->factor != NULL ? m->factor[row] : 1.0f, D = m->D;
+        if (m->extra != NULL) {
+            const float *extra = m->extra + row * m->width + at;
+#pragma omp simd
+            for (int64_t j = 0; j < width; j++) {
+                out[j] = mil_fma(D, extra[j], factor * acc[r][j]);
+            }
+        }
+        else {
+#pragma omp simd
+            for (int64_t j = 0; j < width; j++) {
+                out[j] = factor * acc[r][j];
+            }
+        }
     }
 }
 
-/* out += sum_k c[k] matrix[k], matrix [count, width] without gaps. */
 MIL_INLINE void
-add_matrix_rows(int64_t width, float *out, int64_t count, const float *c, const float *matrix)
+mix_rows(const mix *m)
 {
-    int64_t k = 0;
-    for (; k + 8 <= count; k += 8) {
-        const float *rows[8];
-        for (int64_t i = 0; i < 8; i++) {
-            rows[i] = matrix + (k + i) * width;
+    int64_t i = m->first;
+    for (; i + TILE <= m->length; i += TILE) {
+        int64_t column = 0;
+        for (; column + LANES <= m->width; column += LANES) {
+            mix_tile(m, TILE, false, LANES, i, column);
         }
-        combine(width, out, 1.0f, out, c + k, rows);
+        if (column < m->width) {
+            mix_tile(m, TILE, false, m->width - column, i, column);
+        }
     }
-    for (; k < count; k++) {
-        const float *row = matrix + k * width;
-        float scale = c[k];
+    for (; i < m->length; i++) {
+        int64_t column = 0;
+        for (; column + TILE * LANES <= m->width; column += TILE * LANES) {
+            mix_tile(m, TILE, true, LANES, i, column);
+        }
+        for (; column < m->width; column += LANES) {
+            mix_tile(m, 1, false, m->width - column < LANES ? m->width - column : LANES, i, column);
+        }
+    }
+}
+
+/* to = last * from + sum_s a_s (outer) b_s over [rows, width]; no gaps between rows. */
+typedef struct fold {
+    int64_t rows, width, length;
+    float last;
+    const float *a, *b; /* [length, rows], [length, width] */
+    const float *from;  /* NULL: zeros */
+    float *to;          /* may be from */
+} fold;
+
+MIL_INLINE void
+fold_tile(const fold *f, int rows, int64_t width, int64_t u, int64_t column)
+{
+    float acc[TILE][LANES];
+    for (int r = 0; r < rows; r++) {
+        if (f->from == NULL) {
+            clear(1, acc + r);
+            continue;
+        }
+        const float *from = f->from + (u + r) * f->width + column;
 #pragma omp simd
         for (int64_t j = 0; j < width; j++) {
-            out[j] = mil_fma(scale, row[j], out[j]);
+            acc[r][j] = f->last * from[j];
         }
+    }
+    accumulate(rows, false, width, acc, f->length, f->a + u, 1, f->rows, f->b + column, f->width);
+    for (int r = 0; r < rows; r++) {
+        memcpy(f->to + (u + r) * f->width + column, acc[r], (size_t)width * sizeof(float));
     }
 }
 
-/* a . b: lane l takes elements l, l + 8, ..; then halves are added. */
-MIL_INLINE float
-dot(int64_t width, const float *a, const float *b)
+MIL_INLINE void
+fold_rows(const fold *f)
 {
-    float lanes[8] = {0};
-    int64_t j = 0;
-    for (; j + 8 <= width; j += 8) {
-        for (int l = 0; l < 8; l++) {
-            lanes[l] += a[j + l] * b[j + l];
+    int64_t u = 0;
+    for (; u + TILE <= f->rows; u += TILE) {
+        int64_t column = 0;
+        for (; column + LANES <= f->width; column += LANES) {
+            fold_tile(f, TILE, LANES, u, column);
+        }
+        if (column < f->width) {
+            fold_tile(f, TILE, f->width - column, u, column);
         }
     }
-    for (int l = 0; j + l < width; l++) {
-        lanes[l] += a[j + l] * b[j + l];
+    for (; u < f->rows; u++) {
+        for (int64_t column = 0; column < f->width; column += LANES) {
+            fold_tile(f, 1, f->width - column < LANES ? f->width - column : LANES, u, column);
+        }
     }
-    return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
 }
 
 /* ---- one window of one head -------------------------------------------------------------------------- */
@@ -130,17 +286,17 @@ dot(int64_t width, const float *a, const float *b)
 /* The tokens of a window as one head sees them. */
 typedef struct window {
     int64_t head_dim, state_dim;
-    int64_t length;         /* tokens, at most WINDOW */
-    float A, D;             /* A < 0 */
-    float dt[WINDOW];       /* after bias, softplus and clamp; 0 beyond length */
-    const float *x[WINDOW]; /* [head_dim] each */
-    const float *B[WINDOW]; /* [state_dim] each */
-    const float *C[WINDOW]; /* [state_dim] each; set from the first row to be computed */
+    int64_t length;     /* tokens, at most WINDOW */
+    float A, D;         /* A < 0 */
+    float dt[WINDOW];   /* after bias, softplus and clamp; 0 beyond length */
+    const float *x;     /* [length, head_dim] */
+    const float *B, *C; /* [length, state_dim]; C from the first row to be computed on */
 } window;
 
-/* W and h of the file's head. W is 0 above the diagonal; tokens beyond the window's length have dt = 0, decay 1. */
+/* W and h of the file's head. W is 0 above the diagonal; tokens beyond the window's length have decay 1. */
 typedef struct decays {
     float within[WINDOW][WINDOW], from_start[WINDOW];
+    float to_end[WINDOW]; /* W[last, s] dt_s */
 } decays;
 
 MIL_INLINE void
@@ -155,86 +311,108 @@ fill_decays(const window *w, decays *d)
         float factor = decay[i];
 #pragma omp simd
         for (int s = 0; s < WINDOW; s++) {
-            running[s] *= factor;
+            running[s] = s == i ? 1.0f : running[s] * factor;
+            d->within[i][s] = running[s];
         }
-        running[i] = 1.0f;
         from_start *= factor;
-        memcpy(d->within[i], running, sizeof running);
         d->from_start[i] = from_start;
     }
+#pragma omp simd
+    for (int s = 0; s < WINDOW; s++) {
+        d->to_end[s] = running[s] * w->dt[s];
+    }
 }
 
-/* S[i, s] = C_i . B_s for s <= i, first <= i < length; zeros above the diagonal. */
+/* to[k][s] = rows[s][k], zeros for s >= length: [width, WINDOW]. */
 MIL_VECTORISE static void
-fill_scores(const window *w, int64_t first, float (*scores)[WINDOW])
+transpose(int64_t length, int64_t width, const float *rows, float *to)
 {
-    for (int64_t i = first; i < w->length; i++) {
-        for (int64_t s = 0; s <= i; s++) {
-            scores[i][s] = dot(w->state_dim, w->C[i], w->B[s]);
-        }
-        for (int64_t s = i + 1; s < WINDOW; s++) {
-            scores[i][s] = 0.0f;
+    memset(to, 0, (size_t)(width * WINDOW) * sizeof(float));
+    for (int64_t s = 0; s < length; s++) {
+        for (int64_t k = 0; k < width; k++) {
+            to[k * WINDOW + s] = rows[s * width + k];
         }
     }
 }
 
-/* to[u] = last * from[u] + sum_s weight[s] a_s[u] b_s, over u < rows: the outer products of a whole window.
- * `scaled` is workspace [WINDOW, width]; to may be from. */
+/* products[i][s] = a_i . b_s for first <= i < length and all s, from b transposed; a chain in each lane. */
 MIL_INLINE void
-fold(int64_t rows, int64_t width, int64_t length, float last, const float *weight, const float *const *a,
-     const float *const *b, float *scaled, const float *from, float *to)
+multiply_transposed(int64_t first, int64_t length, int64_t depth, const float *a, const float *b_transposed,
+                    float (*products)[WINDOW])
 {
-    const float *v[WINDOW];
+    int64_t i = first;
+    for (; i + TILE <= length; i += TILE) {
+        clear(TILE, products + i);
+        accumulate(TILE, false, WINDOW, products + i, depth, a + i * depth, depth, 1, b_transposed, WINDOW);
+    }
+    for (; i < length; i++) {
+        clear(1, products + i);
+        accumulate(1, false, WINDOW, products + i, depth, a + i * depth, 0, 1, b_transposed, WINDOW);
+    }
+}
+
+MIL_VECTORISE static void
+fill_scores(const window *w, int64_t first, const float *B_transposed, float (*scores)[WINDOW])
+{
+    multiply_transposed(first, w->length, w->state_dim, w->C, B_transposed, scores);
+}
+
+/* scaled[s] = weight[s] rows[s], [length, width] without gaps. */
+MIL_INLINE void
+scale_rows(int64_t length, int64_t width, const float *weight, const float *rows, float *scaled)
+{
     for (int64_t s = 0; s < length; s++) {
-        float *row = scaled + s * width;
-        const float *source = b[s];
-        float scale = weight[s];
+        const float *from = rows + s * width;
+        float *to = scaled + s * width, factor = weight[s];
 #pragma omp simd
         for (int64_t j = 0; j < width; j++) {
-            row[j] = scale * source[j];
+            to[j] = factor * from[j];
         }
-        v[s] = row;
-    }
-    for (int64_t u = 0; u < rows; u++) {
-        float c[WINDOW];
-        for (int64_t s = 0; s < length; s++) {
-            c[s] = a[s][u];
-        }
-        combine_rows(width, to + u * width, last, from + u * width, length, c, v);
     }
 }
 
-/* Rows first .. length - 1 of the window into y[i], and where `to` is given the state after the window. */
+/* Rows first .. length - 1 of the window into y, and where `to` is given the state after the window.
+ * `scaled` is workspace [WINDOW, state_dim]. */
 MIL_VECTORISE static void
-run_window(const window *w, int64_t first, const float (*scores)[WINDOW], const float *state, float *const *y,
-           float *scaled, float *to)
+run_window(const window *w, int64_t first, const float (*scores)[WINDOW], const float *state, float *y,
+           int64_t y_stride, float *scaled, float *to)
 {
     decays d;
+    float weights[WINDOW][WINDOW];
     fill_decays(w, &d);
     for (int64_t i = first; i < w->length; i++) {
-        float c[WINDOW];
+#pragma omp simd
         for (int s = 0; s < WINDOW; s++) {
-            c[s] = d.within[i][s] * w->dt[s] * scores[i][s];
-        }
-        combine_rows(w->head_dim, y[i], w->D, w->x[i], i + 1, c, w->x);
-    }
-    /* A piece of the state serves all rows while it is in the first-level cache. */
-    for (int64_t n = 0; n < w->state_dim; n += 8) {
-        int64_t count = w->state_dim - n < 8 ? w->state_dim - n : 8;
-        for (int64_t i = first; i < w->length; i++) {
-            float c[8];
-            for (int64_t k = 0; k < count; k++) {
-                c[k] = d.from_start[i] * w->C[i][n + k];
-            }
-            add_matrix_rows(w->head_dim, y[i], count, c, state + n * w->head_dim);
+            weights[i][s] = d.within[i][s] * w->dt[s] * scores[i][s];
         }
     }
+    mix_rows(&(mix){
+        .width = w->head_dim,
+        .first = first,
+        .length = w->length,
+        .depth = w->state_dim,
+        .a = w->C,
+        .matrix = state,
+        .scale = d.from_start,
+        .weights = (const float (*)[WINDOW])weights,
+        .b = w->x,
+        .D = w->D,
+        .extra = w->x,
+        .out = y,
+        .out_stride = y_stride,
+    });
     if (to != NULL) {
-        float weight[WINDOW];
-        for (int s = 0; s < WINDOW; s++) {
-            weight[s] = d.within[w->length - 1][s] * w->dt[s];
-        }
-        fold(w->state_dim, w->head_dim, w->length, d.from_start[w->length - 1], weight, w->B, w->x, scaled, state, to);
+        scale_rows(w->length, w->state_dim, d.to_end, w->B, scaled);
+        fold_rows(&(fold){
+            .rows = w->state_dim,
+            .width = w->head_dim,
+            .length = w->length,
+            .last = d.from_start[WINDOW - 1],
+            .a = scaled,
+            .b = w->x,
+            .from = state,
+            .to = to,
+        });
     }
 }
 
@@ -248,26 +426,21 @@ check_args(const char *name, const mil_ssd *a)
         int64_t count;
     } shared[] = {{"x_heads", a->x_heads}, {"B_groups", a->B_groups}, {"C_groups", a->C_groups}};
     if (a->heads < 1 || a->head_dim < 1 || a->state_dim < 1) {
-        return mil_fail(MIL_ERR_SHAPE, "%s: heads = %lld, head_dim = %lld, state_dim = %lld; expected at least 1", name,
+        return mil_fail(MIL_ERR_SHAPE,
+                        "%s: heads = %lld, head_dim = %lld, state_dim = %lld; expected at least 1", name,
                         (long long)a->heads, (long long)a->head_dim, (long long)a->state_dim);
     }
     for (int i = 0; i < 3; i++) {
         if (shared[i].count < 1 || a->heads % shared[i].count != 0) {
-            return mil_fail(MIL_ERR_SHAPE, "%s: heads = %lld is not a multiple of %s = %lld", name, (long long)a->heads,
-                            shared[i].name, (long long)shared[i].count);
+            return mil_fail(MIL_ERR_SHAPE, "%s: heads = %lld is not a multiple of %s = %lld", name,
+                            (long long)a->heads, shared[i].name, (long long)shared[i].count);
         }
     }
     if (!(a->dt_min <= a->dt_max) || !(a->dt_min >= 0)) {
-        return mil_fail(MIL_ERR_VALUE, "%s: dt_min = %g, dt_max = %g; expected 0 <= dt_min <= dt_max", name, a->dt_min,
-                        a->dt_max);
+        return mil_fail(MIL_ERR_VALUE, "%s: dt_min = %g, dt_max = %g; expected 0 <= dt_min <= dt_max", name,
+                        a->dt_min, a->dt_max);
     }
     return mil_check_rows(name, &a->rows, a->states != NULL);
-}
-
-static int64_t
-greatest_common_divisor(int64_t a, int64_t b)
-{
-    return b == 0 ? a : greatest_common_divisor(b, a % b);
 }
 
 /* -exp(A_log), kept finite so that 0 * A is 0. */
@@ -297,89 +470,167 @@ fill_dt(const mil_ssd *a, const float *raw, float *dt, float *slope)
     }
 }
 
-/* Fills all of a window but C for one head: `length` tokens from `start` on; dt is [rows, heads] of this call. */
+/* copy[s] = `width` floats at `column` of token start + s, from the tail or this call's rows, for first <= s < length.
+ * Rows of a projection often lie a power of two apart, where sixteen of them push each other out of the
+ * first-level cache; copies without gaps do not. */
 static void
-get_window(const mil_ssd *a, const mil_span *span, const mil_mixer_state *state, const float *dt, int64_t head,
-           int64_t start, int64_t length, window *w)
+copy_rows(const mil_span *span, const float *tail, int64_t tail_stride, const void *rows, int64_t row_stride,
+          int64_t column, int64_t width, int64_t start, int64_t first, int64_t length, float *copy)
 {
-    int64_t x_at = head * a->x_heads / a->heads * a->head_dim, B_at = head * a->B_groups / a->heads * a->state_dim;
-    *w = (window){.head_dim = a->head_dim, .state_dim = a->state_dim, .length = length};
-    w->A = get_A(a, head);
-    w->D = a->D[head];
-    for (int64_t s = 0; s < length; s++) {
-        int64_t token = start + s, row = span->row + token - span->past, tail = token - span->boundary;
-        if (token < span->past) {
-            w->x[s] = state->x + tail * a->x_heads * a->head_dim + x_at;
-            w->B[s] = state->B + tail * a->B_groups * a->state_dim + B_at;
-            w->dt[s] = state->dt[tail * a->heads + head];
-        }
-        else {
-            w->x[s] = (const float *)a->x + row * a->x_stride + x_at;
-            w->B[s] = (const float *)a->B + row * a->B_stride + B_at;
-            w->C[s] = (const float *)a->C + row * a->C_stride + head * a->C_groups / a->heads * a->state_dim;
-            w->dt[s] = dt[row * a->heads + head];
-        }
+    for (int64_t s = first; s < length; s++) {
+        int64_t token = start + s;
+        const float *from = token < span->past
+                                ? tail + (token - span->boundary) * tail_stride
+                                : (const float *)rows + (span->row + token - span->past) * row_stride;
+        memcpy(copy + s * width, from + column, (size_t)width * sizeof(float));
+    }
+}
+
+/* Memory of one forward task. */
+typedef struct forward_memory {
+    float *states;       /* [heads of a task, state_dim, head_dim] */
+    float *x, *B, *C;    /* [WINDOW, head_dim], [WINDOW, state_dim] */
+    float *scaled;       /* [WINDOW, state_dim] */
+    float *B_transposed; /* [state_dim, WINDOW] */
+} forward_memory;
+
+static int64_t
+forward_workspace(const mil_ssd *a, int64_t heads)
+{
+    return heads * a->state_dim * a->head_dim + WINDOW * (a->head_dim + 4 * a->state_dim);
+}
+
+static forward_memory
+cut_forward_memory(const mil_ssd *a, int64_t heads, float *memory)
+{
+    forward_memory m = {.states = memory, .x = memory + heads * a->state_dim * a->head_dim};
+    m.B = m.x + WINDOW * a->head_dim;
+    m.C = m.B + WINDOW * a->state_dim;
+    m.scaled = m.C + WINDOW * a->state_dim;
+    m.B_transposed = m.scaled + WINDOW * a->state_dim;
+    return m;
+}
+
+static int64_t
+x_column(const mil_ssd *a, int64_t head)
+{
+    return head * a->x_heads / a->heads * a->head_dim;
+}
+
+static int64_t
+B_column(const mil_ssd *a, int64_t head)
+{
+    return head * a->B_groups / a->heads * a->state_dim;
+}
+
+static int64_t
+C_column(const mil_ssd *a, int64_t head)
+{
+    return head * a->C_groups / a->heads * a->state_dim;
+}
+
+/* dt of a window for one head, zeros beyond its length; dt is [rows, heads] of this call. */
+static void
+get_dt(const mil_ssd *a, const mil_span *span, const mil_mixer_state *state, const float *dt, int64_t head,
+       int64_t start, int64_t length, float *out)
+{
+    for (int64_t s = 0; s < WINDOW; s++) {
+        int64_t token = start + s;
+        out[s] = s >= length          ? 0.0f
+                 : token < span->past ? state->dt[(token - span->boundary) * a->heads + head]
+                                      : dt[(span->row + token - span->past) * a->heads + head];
     }
 }
 
 /* ---- forward ----------------------------------------------------------------------------------------- */
 
-/* How (sequence, head) pairs are cut into tasks: up to `size` heads that share B and C, so also the scores. */
+/* How (sequence, head) pairs are cut into tasks: up to `size` heads that share B. */
 typedef struct head_tasks {
     int64_t run, size, per_run, per_sequence;
 } head_tasks;
 
+static int64_t
+smaller(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+static int64_t
+larger(int64_t a, int64_t b)
+{
+    return a > b ? a : b;
+}
+
 static head_tasks
 cut_heads(const mil_ssd *a, int threads)
 {
-    head_tasks t = {.run = greatest_common_divisor(a->heads / a->B_groups, a->heads / a->C_groups)};
+    head_tasks t = {.run = a->heads / a->B_groups};
     int64_t fair = a->heads * a->rows.sequences / (2 * threads);
-    t.size = t.run < HEADS_A_TASK ? t.run : HEADS_A_TASK;
-    t.size = t.size < fair ? t.size : fair;
-    t.size = t.size > 1 ? t.size : 1;
+    t.size = larger(1, smaller(smaller(t.run, HEADS_A_TASK), fair));
     t.per_run = (t.run + t.size - 1) / t.size;
-    t.per_sequence = a->heads / t.run * t.per_run;
+    t.per_sequence = a->B_groups * t.per_run;
     return t;
 }
 
-/* Bytes are floats: states beyond the boundary (or all of them, without `states`), then `scaled`. */
-static int64_t
-forward_workspace(const mil_ssd *a, const head_tasks *t)
+/* Brings what head `head` + h reads of the window at `start` into m, leaving what the head before it has brought. */
+static void
+load_window(const mil_ssd *a, const mil_span *span, const mil_mixer_state *state, int64_t head, int64_t h,
+            int64_t start, int64_t first, int64_t length, const forward_memory *m)
 {
-    return t->size * a->state_dim * a->head_dim + WINDOW * a->head_dim;
+    const float *tail_x = state != NULL ? state->x : NULL, *tail_B = state != NULL ? state->B : NULL;
+    const int64_t previous = head + h - 1, N = a->state_dim, P = a->head_dim;
+    if (h == 0) { /* all heads of a task share B */
+        copy_rows(span, tail_B, a->B_groups * N, a->B, a->B_stride, B_column(a, head), N, start, 0, length,
+                  m->B);
+    }
+    if (h == 0 || x_column(a, head + h) != x_column(a, previous)) {
+        copy_rows(span, tail_x, a->x_heads * P, a->x, a->x_stride, x_column(a, head + h), P, start, 0, length,
+                  m->x);
+    }
+    if (h == 0 || C_column(a, head + h) != C_column(a, previous)) {
+        copy_rows(span, NULL, 0, a->C, a->C_stride, C_column(a, head + h), N, start, first, length, m->C);
+    }
 }
 
 /* One task: heads `head` .. `head + heads` of one sequence, all its windows. */
 static void
-forward_heads(const mil_ssd *a, const float *dt, int64_t sequence, int64_t head, int64_t heads, float *workspace)
+forward_heads(const mil_ssd *a, const float *dt, int64_t sequence, int64_t head, int64_t heads,
+              float *workspace)
 {
     const mil_span span = mil_get_span(&a->rows, sequence);
     const mil_mixer_state *state = a->states != NULL ? &a->states[sequence] : NULL;
+    const forward_memory m = cut_forward_memory(a, heads, workspace);
     const int64_t size = a->state_dim * a->head_dim, end = span.past + span.count;
-    float *own = workspace, *scaled = workspace + heads * size, scores[WINDOW][WINDOW];
-    const float *current = state != NULL ? state->state + head * size : own;
-    if (state == NULL) {
-        memset(own, 0, (size_t)(heads * size) * sizeof(float));
-    }
+    const float *current = state != NULL ? state->state + head * size : NULL; /* NULL: zeros */
     for (int64_t start = span.boundary; start < end; start += WINDOW) {
-        int64_t length = end - start < WINDOW ? end - start : WINDOW;
-        int64_t first = span.past > start ? span.past - start : 0;
-        first = first < length ? first : length;
+        int64_t length = smaller(WINDOW, end - start), first = smaller(length, larger(0, span.past - start));
+        float *y = (float *)a->y + (span.row + start + first - span.past) * a->y_stride + head * a->head_dim;
+        float scores[WINDOW][WINDOW];
         /* The state after the window: kept, needed by later rows, or not wanted. */
         bool kept = state != NULL && start + WINDOW <= span.after;
-        float *to = kept ? state->state + head * size : start + WINDOW < end ? own : NULL;
+        float *to = kept ? state->state + head * size : start + WINDOW < end ? m.states : NULL;
         for (int64_t h = 0; h < heads; h++) {
-            window w;
-            float *y[WINDOW];
-            get_window(a, &span, state, dt, head + h, start, length, &w);
-            if (h == 0) {
-                fill_scores(&w, first, scores);
+            window w = {
+                .head_dim = a->head_dim,
+                .state_dim = a->state_dim,
+                .length = length,
+                .A = get_A(a, head + h),
+                .D = a->D[head + h],
+                .x = m.x,
+                .B = m.B,
+                .C = m.C,
+            };
+            load_window(a, &span, state, head, h, start, first, length, &m);
+            get_dt(a, &span, state, dt, head + h, start, length, w.dt);
+            if (h == 0 && first < length) {
+                transpose(length, a->state_dim, w.B, m.B_transposed);
             }
-            for (int64_t i = first; i < length; i++) {
-                y[i] = (float *)a->y + (span.row + start + i - span.past) * a->y_stride + (head + h) * a->head_dim;
+            if (h == 0 || C_column(a, head + h) != C_column(a, head + h - 1)) {
+                fill_scores(&w, first, m.B_transposed, scores);
             }
-            run_window(&w, first, (const float(*)[WINDOW])scores, current + h * size, y, scaled,
-                       to == NULL ? NULL : to + h * size);
+            run_window(&w, first, (const float (*)[WINDOW])scores,
+                       current == NULL ? NULL : current + h * size, y + h * a->head_dim, a->y_stride,
+                       m.scaled, to == NULL ? NULL : to + h * size);
         }
         current = to;
     }
@@ -391,10 +642,10 @@ move_tails(const mil_ssd *a, const float *dt, int64_t sequence)
     const mil_span span = mil_get_span(&a->rows, sequence);
     const mil_mixer_state *state = &a->states[sequence];
     int64_t x_width = a->x_heads * a->head_dim, B_width = a->B_groups * a->state_dim;
-    mil_tail_move(state->x, x_width, 0, 0, x_width, &span, (const float *)a->x + span.row * a->x_stride, a->x_stride,
-                  span.past);
-    mil_tail_move(state->B, B_width, 0, 0, B_width, &span, (const float *)a->B + span.row * a->B_stride, a->B_stride,
-                  span.past);
+    mil_tail_move(state->x, x_width, 0, 0, x_width, &span, (const float *)a->x + span.row * a->x_stride,
+                  a->x_stride, span.past);
+    mil_tail_move(state->B, B_width, 0, 0, B_width, &span, (const float *)a->B + span.row * a->B_stride,
+                  a->B_stride, span.past);
     mil_tail_move(state->dt, a->heads, 0, 0, a->heads, &span, dt + span.row * a->heads, a->heads, span.past);
 }
 
@@ -404,7 +655,7 @@ mil_cpu_ssd_forward(mil_context *context, const mil_ssd *arguments)
     const mil_ssd *a = arguments;
     MIL_TRY(check_args("ssd_forward", a));
     const head_tasks t = cut_heads(a, context->threads);
-    const int64_t tasks = t.per_sequence * a->rows.sequences, workspace = forward_workspace(a, &t);
+    const int64_t tasks = t.per_sequence * a->rows.sequences, workspace = forward_workspace(a, t.size);
     const bool parallel = a->rows.rows * a->heads * a->head_dim * a->state_dim >= GRAIN;
     mil_arena_mark mark = mil_arena_get_mark(context->scratch);
     float *dt, *memory;
@@ -440,73 +691,115 @@ mil_cpu_ssd_forward(mil_context *context, const mil_ssd *arguments)
 
 /* ---- backward ---------------------------------------------------------------------------------------- */
 
-/* Where the gradients of one window of one head go; rows are the window's tokens. */
-typedef struct window_grad {
-    const float *y[WINDOW];                      /* [head_dim]: gradient of the output, read */
-    float *x[WINDOW];                            /* [head_dim] */
-    float *B[WINDOW], *C[WINDOW];                /* [state_dim] */
-    float dt[WINDOW];                            /* of dt after softplus and clamp */
-    double A, D;                                 /* added to */
-} window_grad;
-
-/* One thread's memory. Transposed copies let every product run along rows. */
+/* One thread's memory. Both orientations of states and gradients let every product run along rows. */
 typedef struct backward_memory {
-    float *before;  /* [windows, head_dim, state_dim]: H^T before each window */
+    float *before;  /* [windows, head_dim, state_dim]: H^T before each window; the first is zero and unused */
     float *G, *G_T; /* [state_dim, head_dim], [head_dim, state_dim]: gradient of the state after the window */
-    float *scaled;  /* [WINDOW, max(head_dim, state_dim)] */
-    float *row;     /* [max(head_dim, state_dim)] */
+    float *x, *grad_y; /* [WINDOW, head_dim] */
+    float *B, *C;      /* [WINDOW, state_dim] */
+    float *scaled;     /* [WINDOW, max(head_dim, state_dim)] */
+    float *transposed; /* [max(head_dim, state_dim), WINDOW] */
 } backward_memory;
-
-static int64_t
-larger(int64_t a, int64_t b)
-{
-    return a > b ? a : b;
-}
 
 static int64_t
 backward_workspace(const mil_ssd *a, int64_t windows)
 {
-    return (windows + 2) * a->state_dim * a->head_dim + (WINDOW + 1) * larger(a->state_dim, a->head_dim);
+    int64_t wider = larger(a->state_dim, a->head_dim);
+    return (windows + 2) * a->state_dim * a->head_dim + 2 * WINDOW * (a->state_dim + a->head_dim + wider);
 }
 
 static backward_memory
-cut_memory(const mil_ssd *a, int64_t windows, float *memory)
+cut_backward_memory(const mil_ssd *a, int64_t windows, float *memory)
 {
     int64_t size = a->state_dim * a->head_dim;
     backward_memory m = {.before = memory, .G = memory + windows * size};
     m.G_T = m.G + size;
-    m.scaled = m.G_T + size;
-    m.row = m.scaled + WINDOW * larger(a->state_dim, a->head_dim);
+    m.x = m.G_T + size;
+    m.grad_y = m.x + WINDOW * a->head_dim;
+    m.B = m.grad_y + WINDOW * a->head_dim;
+    m.C = m.B + WINDOW * a->state_dim;
+    m.scaled = m.C + WINDOW * a->state_dim;
+    m.transposed = m.scaled + WINDOW * larger(a->state_dim, a->head_dim);
     return m;
 }
 
-/* The state before the next window, transposed. */
+/* Where the gradients of one window of one head go. */
+typedef struct window_grad {
+    const float *y;   /* [length, head_dim] without gaps: gradient of the output, read */
+    float *x, *B, *C; /* [length, head_dim], [length, state_dim] */
+    int64_t x_stride, B_stride, C_stride;
+    float dt[WINDOW]; /* of dt after softplus and clamp */
+    double A, D;      /* added to */
+} window_grad;
+
+/* H^T before the next window; from = NULL: zeros. */
 MIL_VECTORISE static void
 advance_transposed(const window *w, float *scaled, const float *from, float *to)
 {
     decays d;
-    float weight[WINDOW];
     fill_decays(w, &d);
-    for (int s = 0; s < WINDOW; s++) {
-        weight[s] = d.within[w->length - 1][s] * w->dt[s];
-    }
-    fold(w->head_dim, w->state_dim, w->length, d.from_start[w->length - 1], weight, w->x, w->B, scaled, from, to);
+    scale_rows(w->length, w->head_dim, d.to_end, w->x, scaled);
+    fold_rows(&(fold){
+        .rows = w->head_dim,
+        .width = w->state_dim,
+        .length = w->length,
+        .last = d.from_start[WINDOW - 1],
+        .a = scaled,
+        .b = w->B,
+        .from = from,
+        .to = to,
+    });
 }
 
-/* sum_k c[k] matrix[k] from nothing; zeros where there is no matrix. */
-MIL_INLINE void
-multiply_matrix(int64_t width, float *out, int64_t count, const float *c, const float *matrix)
+/* G' of the file's head in both orientations; final: there is no G yet. */
+MIL_VECTORISE static void
+step_back(const window *w, const window_grad *g, bool final, const backward_memory *m)
 {
-    memset(out, 0, (size_t)width * sizeof(float));
-    if (matrix != NULL) {
-        add_matrix_rows(width, out, count, c, matrix);
+    decays d;
+    fill_decays(w, &d);
+    fold f = {
+        .rows = w->state_dim,
+        .width = w->head_dim,
+        .length = w->length,
+        .last = d.from_start[WINDOW - 1],
+        .a = m->scaled,
+        .b = g->y,
+        .from = final ? NULL : m->G,
+        .to = m->G,
+    };
+    scale_rows(w->length, w->state_dim, d.from_start, w->C, m->scaled);
+    fold_rows(&f);
+    f.rows = w->head_dim;
+    f.width = w->state_dim;
+    f.b = w->C;
+    f.from = final ? NULL : m->G_T;
+    f.to = m->G_T;
+    scale_rows(w->length, w->head_dim, d.from_start, g->y, m->scaled);
+    fold_rows(&f);
+}
+
+/* <a, b> of [rows, width] without gaps. */
+MIL_INLINE float
+inner_product(int64_t count, const float *a, const float *b)
+{
+    float lanes[LANES] = {0}, rest = 0.0f;
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+#pragma omp simd
+        for (int j = 0; j < LANES; j++) {
+            lanes[j] = mil_fma(a[i + j], b[i + j], lanes[j]);
+        }
     }
+    for (; i < count; i++) {
+        rest = mil_fma(a[i], b[i], rest);
+    }
+    return add_lanes(lanes) + rest;
 }
 
 /* Gradients of the logs of decays from the terms that contain them; see the file's head. */
 MIL_INLINE void
-add_decay_gradients(const window *w, float (*terms)[WINDOW], const float *start_terms, const float *end_terms,
-                    float through, window_grad *g)
+add_decay_gradients(const window *w, const float (*terms)[WINDOW], const float *start_terms,
+                    const float *end_terms, float through, window_grad *g)
 {
     float from_rows[WINDOW] = {0}; /* [k]: sum over i >= k, s < k of terms[i][s] */
     for (int64_t i = 0; i < w->length; i++) {
@@ -516,82 +809,105 @@ add_decay_gradients(const window *w, float (*terms)[WINDOW], const float *start_
             from_rows[k] += before;
         }
     }
-    float after = 0.0f, ends[WINDOW + 1] = {0};
-    for (int64_t s = 0; s < w->length; s++) {
-        ends[s + 1] = ends[s] + end_terms[s];
+    float ends[WINDOW] = {0}; /* [k]: sum over s < k */
+    for (int64_t k = 1; k < w->length; k++) {
+        ends[k] = ends[k - 1] + end_terms[k - 1];
     }
+    float starts = 0.0f;
     for (int64_t k = w->length - 1; k >= 0; k--) {
-        after += start_terms[k];
-        float sum = from_rows[k] + after + ends[k] + through;
+        starts += start_terms[k];
+        float sum = from_rows[k] + starts + ends[k] + through;
         g->dt[k] += w->A * sum;
         g->A += (double)(w->dt[k] * sum);
     }
 }
 
-/* All gradients of a window. `before` is H^T, NULL for zeros; G and G_T are NULL after the last window. */
+/* All gradients of a window. `before` is H^T, NULL for zeros; G and G_T are NULL after the last window. `transposed` is
+ * workspace. */
 MIL_VECTORISE static void
-window_backward(const window *w, const float *before, const float *G, const float *G_T, float *row, window_grad *g)
+window_backward(const window *w, const float *before, const float *G, const float *G_T, float *transposed,
+                window_grad *g)
 {
-    const int64_t length = w->length, last = length - 1;
+    const int64_t length = w->length;
     decays d;
-    float scores[WINDOW][WINDOW], terms[WINDOW][WINDOW], start_terms[WINDOW], end_terms[WINDOW];
-    float by_row[WINDOW][WINDOW];                             /* [i][s] W P */
-    float B_weights[WINDOW][WINDOW], x_weights[WINDOW][WINDOW]; /* [s][i] W P and W S */
+    float scores[WINDOW][WINDOW], products[WINDOW][WINDOW]; /* C_i . B_s, and grad_y_i . x_s, later W P */
+    float start_dots[WINDOW] = {0}, end_dots[WINDOW] = {0};
     fill_decays(w, &d);
 
-    /* 1  scores and their gradients. */
+    /* 1  The window's scores and their gradients; scores become W S, products W P. */
+    transpose(length, w->state_dim, w->B, transposed);
+    multiply_transposed(0, length, w->state_dim, w->C, transposed, scores);
+    transpose(length, w->head_dim, w->x, transposed);
+    multiply_transposed(0, length, w->head_dim, g->y, transposed, products);
+    float terms[WINDOW][WINDOW];
     for (int64_t i = 0; i < length; i++) {
-        for (int64_t s = 0; s <= i; s++) {
-            float within = d.within[i][s], P = w->dt[s] * dot(w->head_dim, g->y[i], w->x[s]);
-            scores[i][s] = dot(w->state_dim, w->C[i], w->B[s]);
-            by_row[i][s] = B_weights[s][i] = within * P;
-            x_weights[s][i] = within * scores[i][s];
-            terms[i][s] = x_weights[s][i] * P;
+        g->D += (double)products[i][i];
+        g->dt[i] = 0.0f;
+#pragma omp simd
+        for (int s = 0; s < WINDOW; s++) {
+            float P = products[i][s] * w->dt[s], kept = d.within[i][s] * scores[i][s];
+            terms[i][s] = kept * P;
+            scores[i][s] = kept;
+            products[i][s] = d.within[i][s] * P;
         }
     }
     /* 2  C: through the scores, and through the state before the window. */
-    for (int64_t i = 0; i < length; i++) {
-        multiply_matrix(w->state_dim, row, w->head_dim, g->y[i], before);
-        start_terms[i] = d.from_start[i] * dot(w->state_dim, w->C[i], row);
-        combine_rows(w->state_dim, g->C[i], d.from_start[i], row, i + 1, by_row[i], w->B);
-    }
+    mix m = {
+        .width = w->state_dim,
+        .length = length,
+        .depth = w->head_dim,
+        .a = g->y,
+        .matrix = before,
+        .scale = d.from_start,
+        .weights = (const float (*)[WINDOW])products,
+        .b = w->B,
+        .out = g->C,
+        .out_stride = g->C_stride,
+        .matrix_dot = w->C,
+        .matrix_dots = start_dots,
+    };
+    mix_rows(&m);
     /* 3  B: through the scores, and through the state after the window. */
+    m.a = w->x;
+    m.matrix = G_T;
+    m.scale = d.to_end;
+    m.upper = true;
+    m.b = w->C;
+    m.out = g->B;
+    m.out_stride = g->B_stride;
+    m.matrix_dot = w->B;
+    m.matrix_dots = end_dots;
+    mix_rows(&m);
+    /* 4  x and dt through u = dt x, and x through D x. */
+    m = (mix){
+        .width = w->head_dim,
+        .length = length,
+        .depth = w->state_dim,
+        .a = w->B,
+        .matrix = G,
+        .scale = d.within[WINDOW - 1],
+        .weights = (const float (*)[WINDOW])scores,
+        .upper = true,
+        .b = g->y,
+        .factor = w->dt,
+        .D = w->D,
+        .extra = g->y,
+        .out = g->x,
+        .out_stride = g->x_stride,
+        .dot = w->x,
+        .dots = g->dt,
+    };
+    mix_rows(&m);
+    /* 5  Decays. */
     for (int64_t s = 0; s < length; s++) {
-        float weight = d.within[last][s] * w->dt[s];
-        multiply_matrix(w->state_dim, row, w->head_dim, w->x[s], G_T);
-        end_terms[s] = weight * dot(w->state_dim, w->B[s], row);
-        combine_rows(w->state_dim, g->B[s], weight, row, length - s, B_weights[s] + s, w->C + s);
+        start_dots[s] *= d.from_start[s];
+        end_dots[s] *= d.to_end[s];
     }
-    /* 4  x and dt through u = dt x; D. */
-    for (int64_t s = 0; s < length; s++) {
-        multiply_matrix(w->head_dim, row, w->state_dim, w->B[s], G);
-        combine_rows(w->head_dim, row, d.within[last][s], row, length - s, x_weights[s] + s, g->y + s);
-        g->dt[s] = dot(w->head_dim, row, w->x[s]);
-        g->D += (double)dot(w->head_dim, g->y[s], w->x[s]);
-        const float *grad_y = g->y[s];
-        float *grad_x = g->x[s], dt = w->dt[s], D = w->D;
-#pragma omp simd
-        for (int64_t j = 0; j < w->head_dim; j++) {
-            grad_x[j] = mil_fma(dt, row[j], D * grad_y[j]);
-        }
-    }
-    /* 5  decays. */
     float through = 0.0f;
     if (before != NULL && G_T != NULL) {
-        through = d.from_start[last] * dot(w->head_dim * w->state_dim, before, G_T);
+        through = d.from_start[WINDOW - 1] * inner_product(w->head_dim * w->state_dim, before, G_T);
     }
-    add_decay_gradients(w, terms, start_terms, end_terms, through, g);
-}
-
-/* 6  G of the window before this one, both ways round. */
-MIL_VECTORISE static void
-step_back(const window *w, const window_grad *g, float *scaled, float *G, float *G_T)
-{
-    decays d;
-    fill_decays(w, &d);
-    float last = d.from_start[w->length - 1];
-    fold(w->state_dim, w->head_dim, w->length, last, d.from_start, w->C, g->y, scaled, G, G);
-    fold(w->head_dim, w->state_dim, w->length, last, d.from_start, g->y, w->C, scaled, G_T, G_T);
+    add_decay_gradients(w, (const float (*)[WINDOW])terms, start_dots, end_dots, through, g);
 }
 
 /* Where a head's gradient of a tensor goes: the result itself, or where heads share it, a row of its own to be summed. */
@@ -614,17 +930,27 @@ typedef struct backward_call {
     parameter_sums *sums; /* [sequences, heads] */
 } backward_call;
 
-static void
-get_window_grad(const backward_call *call, int64_t head, int64_t row, int64_t length, window_grad *g)
+/* The window at `start` for one head, its rows copied to m. */
+static window
+load_for_backward(const backward_call *call, const mil_span *span, int64_t head, int64_t start,
+                  const backward_memory *m)
 {
-    const mil_ssd_grad *a = call->arguments;
-    const head_rows *x = &call->x, *B = &call->B, *C = &call->C;
-    for (int64_t s = 0; s < length; s++) {
-        g->y[s] = (const float *)a->grad_y + (row + s) * a->grad_y_stride + head * a->forward.head_dim;
-        g->x[s] = x->rows + (row + s) * x->stride + head * x->width;
-        g->B[s] = B->rows + (row + s) * B->stride + head * B->width;
-        g->C[s] = C->rows + (row + s) * C->stride + head * C->width;
-    }
+    const mil_ssd *f = &call->arguments->forward;
+    const int64_t length = smaller(WINDOW, span->count - start), N = f->state_dim, P = f->head_dim;
+    window w = {
+        .head_dim = P,
+        .state_dim = N,
+        .length = length,
+        .A = get_A(f, head),
+        .D = f->D[head],
+        .x = m->x,
+        .B = m->B,
+        .C = m->C,
+    };
+    get_dt(f, span, NULL, call->dt, head, start, length, w.dt);
+    copy_rows(span, NULL, 0, f->x, f->x_stride, x_column(f, head), P, start, 0, length, m->x);
+    copy_rows(span, NULL, 0, f->B, f->B_stride, B_column(f, head), N, start, 0, length, m->B);
+    return w;
 }
 
 static void
@@ -634,30 +960,36 @@ backward_head(const backward_call *call, int64_t sequence, int64_t head, float *
     const mil_ssd *f = &a->forward;
     const mil_span span = mil_get_span(&f->rows, sequence);
     const int64_t size = f->state_dim * f->head_dim, windows = (span.count + WINDOW - 1) / WINDOW;
-    const backward_memory m = cut_memory(f, call->windows, workspace);
-    window w;
-    window_grad g = {.A = 0.0, .D = 0.0};
+    const backward_memory m = cut_backward_memory(f, call->windows, workspace);
+    window_grad g = {.y = m.grad_y};
     double dt_bias = 0.0;
-    memset(m.before, 0, (size_t)size * sizeof(float));
+    g.x_stride = call->x.stride;
+    g.B_stride = call->B.stride;
+    g.C_stride = call->C.stride;
     for (int64_t i = 0; i + 1 < windows; i++) {
-        get_window(f, &span, NULL, call->dt, head, i * WINDOW, WINDOW, &w);
-        advance_transposed(&w, m.scaled, m.before + i * size, m.before + (i + 1) * size);
+        window w = load_for_backward(call, &span, head, i * WINDOW, &m);
+        advance_transposed(&w, m.scaled, i > 0 ? m.before + i * size : NULL, m.before + (i + 1) * size);
     }
-    memset(m.G, 0, (size_t)(2 * size) * sizeof(float));
     for (int64_t i = windows - 1; i >= 0; i--) {
-        bool final = i == windows - 1;
-        int64_t start = i * WINDOW, length = final ? span.count - start : WINDOW;
-        get_window(f, &span, NULL, call->dt, head, start, length, &w);
-        get_window_grad(call, head, span.row + start, length, &g);
-        window_backward(&w, i > 0 ? m.before + i * size : NULL, final ? NULL : m.G, final ? NULL : m.G_T, m.row, &g);
-        for (int64_t s = 0; s < length; s++) {
-            int64_t row = span.row + start + s;
-            float grad = g.dt[s] * call->slope[row * f->heads + head];
-            ((float *)a->grad_dt)[row * a->grad_dt_stride + head] = grad;
+        const bool final = i == windows - 1;
+        const int64_t start = i * WINDOW, row = span.row + start;
+        const window w = load_for_backward(call, &span, head, start, &m);
+        copy_rows(&span, NULL, 0, f->C, f->C_stride, C_column(f, head), f->state_dim, start, 0, w.length,
+                  m.C);
+        copy_rows(&span, NULL, 0, a->grad_y, a->grad_y_stride, head * f->head_dim, f->head_dim, start, 0,
+                  w.length, m.grad_y);
+        g.x = call->x.rows + row * call->x.stride + head * f->head_dim;
+        g.B = call->B.rows + row * call->B.stride + head * f->state_dim;
+        g.C = call->C.rows + row * call->C.stride + head * f->state_dim;
+        window_backward(&w, i > 0 ? m.before + i * size : NULL, final ? NULL : m.G, final ? NULL : m.G_T,
+                        m.transposed, &g);
+        for (int64_t s = 0; s < w.length; s++) {
+            float grad = g.dt[s] * call->slope[(row + s) * f->heads + head];
+            ((float *)a->grad_dt)[(row + s) * a->grad_dt_stride + head] = grad;
             dt_bias += (double)grad;
         }
         if (i > 0) {
-            step_back(&w, &g, m.scaled, m.G, m.G_T);
+            step_back(&w, &g, final, &m);
         }
     }
     call->sums[sequence * f->heads + head] =
@@ -683,8 +1015,8 @@ sum_heads(const head_rows *from, int64_t heads, int64_t groups, const float *par
 }
 
 static mil_status
-get_head_rows(mil_context *context, const mil_ssd *a, int64_t groups, int64_t width, void *result, int64_t stride,
-              head_rows *out)
+get_head_rows(mil_context *context, const mil_ssd *a, int64_t groups, int64_t width, void *result,
+              int64_t stride, head_rows *out)
 {
     *out = (head_rows){.rows = result, .stride = stride, .width = width, .shared = groups != a->heads};
     if (out->shared) {
@@ -701,13 +1033,16 @@ sum_shared(const backward_call *call, int64_t row)
     const mil_ssd *f = &a->forward;
     const head_rows *x = &call->x, *B = &call->B, *C = &call->C;
     if (x->shared) {
-        sum_heads(x, f->heads, f->x_heads, x->rows + row * x->stride, (float *)a->grad_x + row * a->grad_x_stride);
+        sum_heads(x, f->heads, f->x_heads, x->rows + row * x->stride,
+                  (float *)a->grad_x + row * a->grad_x_stride);
     }
     if (B->shared) {
-        sum_heads(B, f->heads, f->B_groups, B->rows + row * B->stride, (float *)a->grad_B + row * a->grad_B_stride);
+        sum_heads(B, f->heads, f->B_groups, B->rows + row * B->stride,
+                  (float *)a->grad_B + row * a->grad_B_stride);
     }
     if (C->shared) {
-        sum_heads(C, f->heads, f->C_groups, C->rows + row * C->stride, (float *)a->grad_C + row * a->grad_C_stride);
+        sum_heads(C, f->heads, f->C_groups, C->rows + row * C->stride,
+                  (float *)a->grad_C + row * a->grad_C_stride);
     }
 }
 
@@ -781,7 +1116,8 @@ mil_cpu_ssd_backward(mil_context *context, const mil_ssd_grad *arguments)
         float *own = memory + omp_get_thread_num() * workspace;
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < f->rows.rows; row++) {
-            fill_dt(f, (const float *)f->dt + row * f->dt_stride, dt + row * f->heads, slope + row * f->heads);
+            fill_dt(f, (const float *)f->dt + row * f->dt_stride, dt + row * f->heads,
+                    slope + row * f->heads);
         }
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++) {
