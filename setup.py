@@ -50,10 +50,10 @@ class BuildCore(build_ext):
         includes = ["csrc", numpy.get_include(), *ext.include_dirs]
         self.check_openmp()
         # Objects of another compiler, flags, Python or NumPy live in a folder of their own.
-        recipe = "\n".join(
-            [shlex.join(self.compiler.compiler_so), *ext.extra_compile_args, *includes, sys.version]
-        )
-        temp = Path(self.build_temp) / hashlib.sha256(recipe.encode()).hexdigest()[:12]
+        compiler = shlex.join(self.compiler.compiler_so)
+        recipe = [compiler, *ext.extra_compile_args, sys.version, numpy.__version__]
+        key = hashlib.sha256("\n".join(recipe).encode()).hexdigest()[:12]
+        temp = Path(self.build_temp) / key
         for source in ext.sources:
             (temp / source).parent.mkdir(parents=True, exist_ok=True)
 
