@@ -21,7 +21,7 @@ STORAGE: dict[str, np.dtype] = {
     "float16": np.dtype(np.float16),
 }
 
-_BLOCK = 1 << 22  # elements converted at a time
+_BLOCK = 1 << 15  # elements converted at a time: they and their temporaries stay in cache
 
 
 def check_dtype(dtype: object, *, auto: bool = True) -> str:

@@ -259,7 +259,10 @@ class Model:
         """Files saved beside the weights: tokenizer, chat template, generation settings."""
         if self._companions is None:
             self._companions = read_companions(self._folder) if self._folder else {}
-        return dict(self._companions)
+        files = dict(self._companions)
+        if "tokenizer.json" not in files and self._tokenizer is not None:
+            files.update(self._tokenizer.files())
+        return files
 
     # ---- showing
 

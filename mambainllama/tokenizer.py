@@ -8,6 +8,7 @@ special_tokens_map.json, the chat template from chat.py.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -87,6 +88,17 @@ class Tokenizer:
         special = _special_tokens(_read_optional(folder / "special_tokens_map.json"))
         special.update(_special_tokens(config))
         return cls(backend, special, find_template(folder, config))
+
+    def files(self) -> dict[str, bytes]:
+        """The files that `load` reads, by name: for a model whose checkpoint came without them."""
+        config = {name: getattr(self, name) for name in _SPECIAL_NAMES if getattr(self, name)}
+        files = {
+            "tokenizer.json": self.backend.to_str(pretty=True).encode(),
+            "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False).encode(),
+        }
+        if self.chat_template is not None and "default" in self.chat_template.templates:
+            files["chat_template.jinja"] = self.chat_template.templates["default"].encode()
+        return files
 
     # ---- ids of special tokens
 

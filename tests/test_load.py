@@ -155,6 +155,14 @@ def test_save_keeps_the_other_files(shared, tmp_path):
     assert mil.load(saved).tokenizer.encode("Once") == model.tokenizer.encode("Once")
 
 
+def test_save_writes_a_tokenizer_that_was_set(llama, shared, tmp_path):
+    model = mil.load(llama)
+    model.tokenizer = mil.load(shared / "models" / "story-llama").tokenizer
+    again = mil.load(model.save(tmp_path / "saved")).tokenizer
+    assert again.encode("Once upon a time") == model.tokenizer.encode("Once upon a time")
+    assert (again.bos_token_id, again.eos_token_id) == (1, 2)
+
+
 def test_save_over_an_older_model(tmp_path, rng):
     """Into a folder that exists: the new model is whole, the old one's rest is gone, strangers stay."""
     target = tiny_hybrid(tmp_path / "target", "mamba2", shards=3)
