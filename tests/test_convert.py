@@ -1,7 +1,9 @@
-"""Conversion: what is copied is exact, what is new has its published distribution, layouts open elsewhere.
+"""Conversion: what is copied is exact, what is new has its published distribution, layouts open
+elsewhere.
 
-Random starts are checked by their statistics with bounds of five standard deviations; the calibrated start by
-what it is for: a KL to the teacher below that of the published one (shared story model).
+Random starts are checked by their statistics with bounds of five standard deviations; the
+calibrated start by what it is for: a KL to the teacher below that of the published one (shared
+story model).
 """
 
 import json
@@ -49,7 +51,8 @@ def logits_kl(student, teacher, tokens):
     return (np.exp(t) * (t - s)).sum(-1).mean()
 
 
-# ---- layouts -----------------------------------------------------------------------------------------
+# ---- layouts
+# -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mixer", ["mamba1", "mamba2"])
@@ -94,7 +97,8 @@ def test_the_original_is_untouched(teacher):
     assert teacher.config.mixer is None
 
 
-# ---- what is transferred ---------------------------------------------------------------------------------
+# ---- what is transferred
+# ---------------------------------------------------------------------------------
 
 
 def test_transfer_to_mamba2(teacher):
@@ -137,7 +141,7 @@ def test_16_bit_models_stay_16_bit(dtype, tmp_path):
 
 
 def test_biases_move_into_the_convolution(tmp_path):
-    """Past the first tokens, conv(x + b) = conv(x) + sum of taps * b: a model whose inputs carry the biases."""
+    """Past the first tokens, conv(x + b) = conv(x) + (sum of taps) * b."""
     teacher = mil.load(tiny(tmp_path / "t", "qwen2"))
     student = mil.convert(teacher, "mamba2", [1], init="paper")
     plain = mil.load(tiny(tmp_path / "u", "qwen2"))
@@ -182,7 +186,8 @@ def test_mamba1_groups_meet_their_keys(tmp_path):
     assert len(seen) == 12
 
 
-# ---- the published start -----------------------------------------------------------------------------------
+# ---- the published start
+# -----------------------------------------------------------------------------------
 
 
 def softplus(x):
@@ -257,7 +262,8 @@ def test_streams_do_not_depend_on_other_layers(teacher):
     assert not np.array_equal(mixer_of(all_, 0)["dt_bias"], mixer_of(all_, 1)["dt_bias"])
 
 
-# ---- the calibrated start ------------------------------------------------------------------------------------
+# ---- the calibrated start
+# ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mixer", ["mamba1", "mamba2"])
@@ -329,7 +335,8 @@ def test_calibration_forms(teacher, shared):
             mil.convert(teacher, calibration=bad)
 
 
-# ---- choices and errors ---------------------------------------------------------------------------------------
+# ---- choices and errors
+# ---------------------------------------------------------------------------------------
 
 
 def test_attention_choice():

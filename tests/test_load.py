@@ -1,4 +1,4 @@
-"""Loading and saving: same bits back, arrays not shared with files, errors in one line with the mend."""
+"""Loading and saving: the same bits back, files left alone, errors in one line with the mend."""
 
 import json
 import os
@@ -23,7 +23,8 @@ def one_line(error):
     return text
 
 
-# ---- what a model tells -----------------------------------------------------------------------------
+# ---- what a model tells
+# -----------------------------------------------------------------------------
 
 
 def test_facts(llama):
@@ -57,7 +58,8 @@ def test_parameters_are_views_and_files_stay(llama):
     assert np.array_equal(mil.load(llama)(tokens), old)
 
 
-# ---- inputs ------------------------------------------------------------------------------------------
+# ---- inputs
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -119,7 +121,8 @@ def test_bad_inputs(model, input_ids, lengths, words):
     assert words in one_line(error)
 
 
-# ---- saving ------------------------------------------------------------------------------------------
+# ---- saving
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -130,7 +133,7 @@ def test_save_and_load_give_the_same_bits(case, dtype, tmp_path, rng):
     else:
         folder = tiny(tmp_path / "a", case, dtype=dtype)
     model = mil.load(folder)
-    for name, array in model.parameters().items():
+    for array in model.parameters().values():
         if array.dtype == np.float32:  # as after training: vectors hold more than 16 bits
             array += rng.normal(0, 1e-3, array.shape).astype(np.float32)
     saved = model.save(tmp_path / "b")
@@ -164,7 +167,7 @@ def test_save_writes_a_tokenizer_that_was_set(llama, shared, tmp_path):
 
 
 def test_save_over_an_older_model(tmp_path, rng):
-    """Into a folder that exists: the new model is whole, the old one's rest is gone, strangers stay."""
+    """The new model is whole, the rest of the old one is gone, other files stay."""
     target = tiny_hybrid(tmp_path / "target", "mamba2", shards=3)
     (target / "notes.txt").write_text("mine")
     model = mil.load(tiny(tmp_path / "llama", "llama"))
@@ -177,7 +180,7 @@ def test_save_over_an_older_model(tmp_path, rng):
 
 
 def test_save_where_it_was_loaded_from(llama):
-    """The mapped file is replaced, not written to: the arrays that are its views stay what they are."""
+    """The mapped file is replaced, not written to: arrays that are its views stay as they are."""
     model = mil.load(llama)
     model.parameters()["model.norm.weight"][:] = 3
     tokens = np.arange(8)[None]
@@ -218,7 +221,8 @@ def test_large_models_are_sharded(tmp_path, rng):
         assert np.array_equal(checkpoint.read(name)[0], array)
 
 
-# ---- dtypes, devices, names ---------------------------------------------------------------------------
+# ---- dtypes, devices, names
+# ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])

@@ -1,9 +1,10 @@
 """Loaded models against transformers: the same logits from the same files.
 
-Every family and every rope type, on random checkpoints of tests/tiny_checkpoints.py, in float32. The bound,
-2e-5 of the largest logit, is about a hundred float32 roundings: transformers' own CPU and GPU results differ by as
-much. Lengths pass max_position_embeddings, so that dynamic and longrope change over. transformers reads
-the folder itself and must find every tensor and no other, so names are proven too.
+Every family and every rope type, on random checkpoints of tests/tiny_checkpoints.py, in float32.
+The bound, 2e-5 of the largest logit, is about a hundred float32 roundings: transformers' own CPU
+and GPU results differ by as much. Lengths pass max_position_embeddings, so that dynamic and
+longrope change over. transformers reads the folder itself and must find every tensor and no other,
+so names are proven too.
 """
 
 import numpy as np
@@ -127,8 +128,20 @@ def test_golden_hybrids(shared, name):
         logits = model.core.forward(np.array([token], np.int32), states=[state], rows="last")
 
 
-ALL_KINDS = ["llama", "rope-dynamic-old", "rope-longrope-old", "mistral-window", "qwen3", "smollm3",
-             "mamba", "falcon_mamba", "mamba2", "mamba2-groups", "hybrid-mamba1", "hybrid-mamba2"]  # fmt: skip
+ALL_KINDS = [
+    "llama",
+    "rope-dynamic-old",
+    "rope-longrope-old",
+    "mistral-window",
+    "qwen3",
+    "smollm3",
+    "mamba",
+    "falcon_mamba",
+    "mamba2",
+    "mamba2-groups",
+    "hybrid-mamba1",
+    "hybrid-mamba2",
+]
 
 
 @pytest.mark.parametrize("case", ALL_KINDS)
@@ -136,9 +149,9 @@ ALL_KINDS = ["llama", "rope-dynamic-old", "rope-longrope-old", "mistral-window",
 def test_one_token_at_a_time_gives_the_same_bits(case, dtype, tmp_path, rng):
     """Decoding, windows of a few tokens, and the full pass reduce in one order: not a bit differs.
 
-    All of them keep states: a 16-bit model's attention caches are 16-bit, and a pass without any has none.
-    Dynamic and longrope choose their frequencies by the length so far, so there the bits agree up to the
-    length at which they change.
+    All of them keep states: a 16-bit model's attention caches are 16-bit, and a pass without any
+    has none. Dynamic and longrope choose their frequencies by the length so far, so there the bits
+    agree up to the length at which they change.
     """
     if case.startswith("hybrid"):
         folder = tiny_hybrid(tmp_path / "model", case.removeprefix("hybrid-"))
@@ -159,7 +172,7 @@ def test_one_token_at_a_time_gives_the_same_bits(case, dtype, tmp_path, rng):
 
 
 def test_hybrid_with_repeat_after_the_convolution(tmp_path, rng):
-    """`repeat_kv_before_conv: false` is the same model where the repeated channels' taps are equal."""
+    """`repeat_kv_before_conv: false` is the same model where repeated channels share their taps."""
     after = tiny_hybrid(tmp_path / "after", "mamba1", ssm_cfg={"repeat_kv_before_conv": False})
     tensors = {}
     for name, array in load_file(after / "model.safetensors").items():

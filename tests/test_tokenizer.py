@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates: the same tokens and the same text as transformers, and streams that lose nothing."""
+"""Tokenizers and chat templates: tokens and text as in transformers; streams that lose nothing."""
 
 import json
 
@@ -24,7 +24,7 @@ TEXTS = [
 
 
 def byte_level(folder):
-    """A small byte-level BPE like Llama 3's or Qwen's: merges, special tokens, no start token by itself."""
+    """A small byte-level BPE like Llama 3's or Qwen's."""
     from tokenizers.trainers import BpeTrainer
 
     backend = Backend(models.BPE())
@@ -41,7 +41,7 @@ def byte_level(folder):
 
 
 def byte_fallback(folder):
-    """A small sentencepiece-like BPE like Llama 2's: a leading space, unknown characters as bytes."""
+    """A small BPE like Llama 2's: a leading space, unknown characters as bytes."""
     words = ["<unk>", "<s>", "</s>", *[f"<0x{i:02X}>" for i in range(256)]]
     letters = sorted(set("▁abcdefghijklmnopqrstuvwxyzOT.,"))
     vocab = {token: i for i, token in enumerate([*words, *letters, "▁a", "▁t", "he", "▁the"])}
@@ -98,7 +98,7 @@ def test_same_tokens_and_text_as_transformers(folder):
 
 
 def test_streams_give_the_decoded_whole(folder):
-    """Piece by piece, with characters of several tokens, and long enough that the stream forgets."""
+    """With characters of several tokens, and long enough that the stream forgets."""
     tokenizer = Tokenizer.load(folder)
     long = " ".join(TEXTS * 4) + "👩‍👩‍👧‍👦🎉日本語" * 30
     for text in [*TEXTS, long]:
@@ -142,7 +142,8 @@ def test_start_and_end_tokens(flags, tmp_path):
     assert Tokenizer.load(folder).encode("a girl") == theirs.encode("a girl")
 
 
-# ---- chat templates ------------------------------------------------------------------------------------------
+# ---- chat templates
+# ------------------------------------------------------------------------------------------
 
 # Written for these tests in the shape of what models ship.
 LLAMA3 = (
@@ -157,14 +158,16 @@ LLAMA3 = (
 ZEPHYR = (
     "{% for message in messages %}\n{% if message['role'] == 'user' %}\n"
     "{{ '<|user|>\\n' + message['content'] + eos_token }}\n"
-    "{% elif message['role'] == 'system' %}\n{{ '<|system|>\\n' + message['content'] + eos_token }}\n"
+    "{% elif message['role'] == 'system' %}\n"
+    "{{ '<|system|>\\n' + message['content'] + eos_token }}\n"
     "{% elif message['role'] == 'assistant' %}\n"
     "{{ '<|assistant|>\\n'  + message['content'] + eos_token }}\n{% endif %}\n"
     "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
 )
 CHATML = (
     "{% set ns = namespace(count=0) %}{% for message in messages %}"
-    "{% if loop.index0 == 0 and message.role != 'system' %}<|im_start|>system\nHelp.<|im_end|>\n{% endif %}"
+    "{% if loop.index0 == 0 and message.role != 'system' %}"
+    "<|im_start|>system\nHelp.<|im_end|>\n{% endif %}"
     "{% set ns.count = ns.count + 1 %}"
     "<|im_start|>{{ message.role }}\n"
     "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{% endgeneration %}"

@@ -1,8 +1,8 @@
 """Tiny random checkpoints of every family, as files that others wrote them would be.
 
-Nothing of the package is used: names and shapes are spelled out here a second time, so that a mistake
-in families.py cannot hide. Weights are drawn so that every part matters: norms away from 1, biases
-away from 0, decays and steps over their whole range.
+Nothing of the package is used: names and shapes are spelled out here a second time, so that a
+mistake in families.py cannot hide. Weights are drawn so that every part matters: norms away from 1,
+biases away from 0, decays and steps over their whole range.
 """
 
 import json
@@ -132,7 +132,8 @@ CONFIGS = {
 }
 
 
-# ---- names and shapes -----------------------------------------------------------------------------
+# ---- names and shapes
+# -----------------------------------------------------------------------------
 
 
 def shapes_of(config, mixers=None):
@@ -276,7 +277,8 @@ def mamba_config(config, mixer, attention_layers, ssm_cfg=None):
     }
 
 
-# ---- values and files -------------------------------------------------------------------------------
+# ---- values and files
+# -------------------------------------------------------------------------------
 
 
 def random_tensor(rng, name, shape):
