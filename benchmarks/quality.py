@@ -2,14 +2,14 @@
 
     python benchmarks/quality.py --attention half --tokens 4.2M --json row.json
 
-Teacher: models/story-llama of the shared data.  Data: data/stories/train.npz, 16,384 rows of 256 tokens
-sampled from that teacher; the first 15,360 train, the last 1,024 are held out.  The published recipe (its
-own start, batch 32, learning rate 3e-3, 50 warm-up steps, cosine to a tenth, clip 1) reached, on these
-tokens, the figures in PUBLISHED below; ours prints its row beside them.
+Teacher: models/story-llama of the shared data.  Data: data/stories/train.npz, 16,384 rows of 256
+tokens sampled from that teacher; the first 15,360 train, the last 1,024 are held out.  The
+published recipe (its own start, batch 32, learning rate 3e-3, 50 warm-up steps, cosine to a tenth,
+clip 1) reached, on these tokens, the figures in PUBLISHED below; ours prints its row beside them.
 
 Defaults are our best settings for one epoch: calibrated start, an eighth of the steps on layerwise
-alignment, hidden states matched at 0.3, batch 8, learning rate 4e-3.  --published runs their recipe with our
-code, which should land on their figures.
+alignment, hidden states matched at 0.3, batch 8, learning rate 4e-3.  --published runs their recipe
+with our code, which should land on their figures.
 """
 
 import argparse
@@ -27,7 +27,8 @@ from mambainllama import _core
 
 TRAIN_ROWS, HELD_ROWS, LENGTH = 15_360, 1_024, 256
 
-# (attention, million tokens) -> KL, perplexity, top-1 agreement (per cent) of the published code, Mamba-2.
+# (attention, million tokens) -> KL, perplexity, top-1 agreement (per cent) of the published code,
+# Mamba-2.
 PUBLISHED = {
     ("half", 0.5): (1.065, 46.0, 40.0),
     ("half", 1.0): (0.392, 23.5, 61.9),
@@ -50,12 +51,29 @@ def token_count(text):
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--shared", type=Path, default=None, help="folder of the shared data (default: MAMBAINLLAMA_SHARED, ../shared)")
+    add(
+        "--shared",
+        type=Path,
+        default=None,
+        help="folder of the shared data (default: MAMBAINLLAMA_SHARED, ../shared)",
+    )
     add("--mixer", choices=("mamba1", "mamba2"), default="mamba2")
-    add("--attention", choices=("half", "none"), default="half", help="half keeps the second of the two layers")
-    add("--tokens", type=token_count, default=15_360 * 256, help="training tokens, e.g. 4.2M (one epoch: 3.93M)")
+    add(
+        "--attention",
+        choices=("half", "none"),
+        default="half",
+        help="half keeps the second of the two layers",
+    )
+    add(
+        "--tokens",
+        type=token_count,
+        default=15_360 * 256,
+        help="training tokens, e.g. 4.2M (one epoch: 3.93M)",
+    )
     add("--init", choices=("calibrated", "paper"), default="calibrated")
     add("--calibration-rows", type=int, default=512)
     add("--batch", type=int, default=8)
@@ -70,12 +88,23 @@ def parse():
     add("--published", action="store_true", help="the published recipe instead of ours")
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=None)
-    add("--output", type=Path, default=None, help="folder for checkpoints and metrics; needed for --resume")
+    add(
+        "--output",
+        type=Path,
+        default=None,
+        help="folder for checkpoints and metrics; needed for --resume",
+    )
     add("--resume", action="store_true")
     add("--json", type=Path, default=None, help="file to write the row to")
     options = parser.parse_args()
     if options.published:
-        options.init, options.batch, options.learning_rate, options.align, options.hidden = "paper", 32, 3e-3, 0.0, 0.0
+        options.init, options.batch, options.learning_rate, options.align, options.hidden = (
+            "paper",
+            32,
+            3e-3,
+            0.0,
+            0.0,
+        )
     return options
 
 
@@ -83,7 +112,9 @@ def shared_folder(given):
     root = Path(__file__).resolve().parents[1]
     folder = given or Path(os.environ.get("MAMBAINLLAMA_SHARED") or root.parent / "shared")
     if not (folder / "data" / "stories" / "train.npz").exists():
-        sys.exit(f"quality.py: no shared data at {folder}: give --shared, or set MAMBAINLLAMA_SHARED")
+        sys.exit(
+            f"quality.py: no shared data at {folder}: give --shared, or set MAMBAINLLAMA_SHARED"
+        )
     return folder
 
 
@@ -122,9 +153,14 @@ def main():
     )
     begin = time.perf_counter()
     history = mil.distill(
-        student, teacher, train, config, options.output, options.resume,
+        student,
+        teacher,
+        train,
+        config,
+        options.output,
+        options.resume,
         validation=held[:64] if options.eval_every else None,
-    )  # fmt: skip
+    )
     seconds = time.perf_counter() - begin
     after = mil.evaluate.compare(student, teacher, held, batch_size=16)
     row = {
@@ -139,7 +175,11 @@ def main():
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
         "threads": _core.get_threads(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {_core.cpu_info()['level']}",
-        "versions": {"mambainllama": mil.__version__, "numpy": np.__version__, "python": platform.python_version()},
+        "versions": {
+            "mambainllama": mil.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
     }
     if options.json:
         options.json.write_text(json.dumps(row, indent=2) + "\n")
@@ -148,11 +188,18 @@ def main():
 
 def print_row(row, before, after):
     millions = row["tokens"] / 1e6
-    print(f"{row['mixer']}, attention {row['attention']}, {millions:.2f} M tokens, {row['seconds']:.0f} s")
+    print(
+        f"{row['mixer']}, attention {row['attention']}, {millions:.2f} M tokens, "
+        f"{row['seconds']:.0f} s"
+    )
     print(f"{'':24}{'KL':>9}{'perplexity':>12}{'top-1':>9}")
-    print(f"{'before training':24}{before.kl:9.3f}{before.perplexity:12.1f}{100 * before.agreement:8.1f}%")
-    print(f"{'after':24}{after.kl:9.3f}{after.perplexity:12.2f}{100 * after.agreement:8.1f}%")
-    near = [key for key in PUBLISHED if key[0] == row["attention"] and abs(key[1] - millions) < 0.1 * key[1]]
+    for name, found in (("before training", before), ("after", after)):
+        print(f"{name:24}{found.kl:9.3f}{found.perplexity:12.2f}{100 * found.agreement:8.1f}%")
+    near = [
+        key
+        for key in PUBLISHED
+        if key[0] == row["attention"] and abs(key[1] - millions) < 0.1 * key[1]
+    ]
     if near and row["mixer"] == "mamba2":
         kl, perplexity, top = PUBLISHED[near[0]]
         print(f"{f'published code, {near[0][1]} M':24}{kl:9.3f}{perplexity:12.1f}{top:8.1f}%")

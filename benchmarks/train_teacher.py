@@ -2,12 +2,14 @@
 
     python benchmarks/train_teacher.py --output mambainllama/packaged/teacher
 
-Everything is made here: a byte-level BPE tokenizer and a Llama (4 layers, width 128, 4 heads on 2 key-value
-heads, 1.05 M parameters) trained by our own trainer on the corpus of mambainllama/corpus.py, without a
-teacher of its own. Same Python, same machine and same thread count: same bits.  Interrupted, it goes on from
-its last checkpoint when it is started again with --resume.
+Everything is made here: a byte-level BPE tokenizer and a Llama (4 layers, width 128, 4 heads on 2
+key-value heads, 1.05 M parameters) trained by our own trainer on the corpus of
+mambainllama/corpus.py, without a teacher of its own. Same Python, same machine and same thread
+count: same bits.  Interrupted, it goes on from its last checkpoint when it is started again with
+--resume.
 
-The folder records what it was made with (training.json): versions, corpus, steps, held-out perplexity.
+The folder records what it was made with (training.json): versions, corpus, steps, held-out
+perplexity.
 """
 
 import argparse
@@ -54,7 +56,7 @@ def train_tokenizer(texts, folder):
 
 
 def write_start(folder, seed):
-    """Random weights: normal with deviation 1/sqrt(width), those that write to the residual stream smaller."""
+    """Random weights: normal, deviation 1/sqrt(width), smaller where they write to the residual."""
     random = np.random.default_rng(seed)
     narrow = HIDDEN * KV_HEADS // HEADS
     quiet = (2 * LAYERS) ** -0.5

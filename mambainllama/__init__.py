@@ -19,6 +19,7 @@ from .errors import (
     StoppedError,
     UnsupportedError,
 )
+from .generate import Generation, GenerationStats, Score, generate, score
 from .history import History
 from .model import Model, load
 from .tokenizer import Tokenizer
@@ -34,11 +35,14 @@ __all__ = [
     "Error",
     "FileError",
     "FormatError",
+    "Generation",
+    "GenerationStats",
     "History",
     "Model",
     "NonFiniteError",
     "NotFoundError",
     "OutOfMemoryError",
+    "Score",
     "SftConfig",
     "ShapeError",
     "StateError",
@@ -51,7 +55,9 @@ __all__ = [
     "distill",
     "errors",
     "evaluate",
+    "generate",
     "load",
     "ops",
+    "score",
     "sft",
 ]

@@ -1,7 +1,8 @@
 """Speed of a model at several lengths of context: reading a prompt, and writing token by token.
 
-Each length is measured from a state of its own.  A figure is the median of several short runs, so that one
-hiccup of the machine does not show; figures of one call compare, those of different machines do not.
+Each length is measured from a state of its own.  A figure is the median of several short runs, so
+that one hiccup of the machine does not show; figures of one call compare, those of different
+machines do not.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def speed(
     Returns
     -------
     list of dict
-        length, prefill_tokens_per_second, decode_tokens_per_second, decode_spread (half the distance of the
-        fastest and the slowest repeat, relative to the median), state_bytes.
+        length, prefill_tokens_per_second, decode_tokens_per_second, decode_spread (half the
+        distance of the fastest and the slowest repeat, relative to the median), state_bytes.
     """
     core = core_of(model)
     lengths = sorted(set(lengths))

@@ -1,16 +1,17 @@
 """Training checkpoints: complete or absent, never half there.
 
-    run/checkpoints/step-00000400/model/               the model, a Hugging Face folder for mil.load
-    run/checkpoints/step-00000400/trainer.safetensors  trained weights as they lie in memory, AdamW moments, masters
-    run/checkpoints/step-00000400/trainer.json         step, data position, running sums, what the run was started with
+    run/checkpoints/step-00000400/model/               the model, a folder for mil.load
+    run/checkpoints/step-00000400/trainer.safetensors  weights bit for bit, moments, masters
+    run/checkpoints/step-00000400/trainer.json         step, data position, running sums, settings
     run/checkpoints/latest                             the newest folder's name
 
-A checkpoint is written to a folder of another name, every file and the folder are flushed to the disk, and
-only then is it renamed.  Whoever is killed before the rename leaves the last checkpoint untouched and a
-folder that the next start sweeps away; a full disk ends the same way, with one line that says so.
+A checkpoint is written to a folder of another name, every file and the folder are flushed to the
+disk, and only then is it renamed.  Whoever is killed before the rename leaves the last checkpoint
+untouched and a folder that the next start sweeps away; a full disk ends the same way, with one line
+that says so.
 
-The weights stand twice in it: in model/ to be used, and in trainer.safetensors bit for bit, whatever the
-published layout makes of them.
+The weights stand twice in it: in model/ to be used, and in trainer.safetensors bit for bit,
+whatever the published layout makes of them.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ __all__ = ["latest_checkpoint", "restore", "write_checkpoint", "write_text", "wr
 NAME = re.compile(r"step-(\d{8,})")
 TEMPORARY = ".writing-"
 
-# ---- files that last -------------------------------------------------------------------------------------
+# ---- files that last ---------------------------------------------------------------------------
 
 
 def sync(path: Path) -> None:
@@ -75,11 +76,13 @@ def read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
             mapped = np.memmap(path, np.uint8, mode="r")
         dtype = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(tensor.dtype)
         if dtype is None:
-            raise FormatError(f"{path}: {name} is {tensor.dtype}: not a file of this library's trainer")
+            raise FormatError(
+                f"{path}: {name} is {tensor.dtype}: not a file of this library's trainer"
+            )
         yield name, mapped[tensor.begin : tensor.end].view(STORAGE[dtype]).reshape(tensor.shape)
 
 
-# ---- checkpoints -----------------------------------------------------------------------------------------
+# ---- checkpoints -------------------------------------------------------------------------------
 
 
 def write_checkpoint(
@@ -131,7 +134,9 @@ def complete_checkpoints(root: Path) -> list[Path]:
     """All checkpoints under `root`, oldest first."""
     if not root.is_dir():
         return []
-    found = [(int(match[1]), path) for path in root.iterdir() if (match := NAME.fullmatch(path.name))]
+    found = [
+        (int(match[1]), path) for path in root.iterdir() if (match := NAME.fullmatch(path.name))
+    ]
     return [path for _, path in sorted(found)]
 
 
@@ -144,7 +149,9 @@ def sweep(root: Path) -> None:
     """Removes what a killed run was writing."""
     if root.is_dir():
         for path in root.glob(f"{TEMPORARY}*"):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(
+                missing_ok=True
+            )
 
 
 def read_record(checkpoint: Path) -> dict[str, Any]:
@@ -163,7 +170,9 @@ def restore(checkpoint: Path, tensors: Mapping[str, np.ndarray]) -> None:
         target = tensors.get(name)
         if target is None or target.shape != array.shape or target.dtype != array.dtype:
             have = "nothing" if target is None else f"{target.dtype} {target.shape}"
-            raise StateError(f"{path}: {name} is {array.dtype} {array.shape}, this run has {have} there")
+            raise StateError(
+                f"{path}: {name} is {array.dtype} {array.shape}, this run has {have} there"
+            )
         np.copyto(target, array)
         missing.discard(name)
     if missing:

@@ -1,8 +1,8 @@
 """The command line: ``mambainllama COMMAND``, the same words as the library's functions.
 
-Every command prints what a reader wants, or with ``--json`` one JSON value on standard output and nothing
-else there.  A mistake of the user's is one line on standard error and exit status 2; ``--debug`` shows
-where it came from.  Ctrl-C ends a command with status 130.
+Every command prints what a reader wants, or with ``--json`` one JSON value on standard output and
+nothing else there.  A mistake of the user's is one line on standard error and exit status 2;
+``--debug`` shows where it came from.  Ctrl-C ends a command with status 130.
 """
 
 from __future__ import annotations
@@ -40,10 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug:
             raise
         # A training run says what it saved.
-        print(f"\nmambainllama {options.command}: {one_line(stop) or 'interrupted'}", file=sys.stderr)
+        print(
+            f"\nmambainllama {options.command}: {one_line(stop) or 'interrupted'}", file=sys.stderr
+        )
         return 130
     except BrokenPipeError:
-        # Whoever read our output (head, less) has gone: not an error. Python must not flush into the pipe again.
+        # Whoever read our output (head, less) has gone: not an error. Python must not flush into
+        # the pipe again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except MemoryError:
@@ -57,7 +60,7 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-# ---- options ---------------------------------------------------------------------------------------------
+# ---- options -----------------------------------------------------------------------------------
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -71,13 +74,23 @@ class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsH
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mambainllama",
-        description="Turn Llama-family Transformers into hybrid Mamba models, distil them, and run them fast.",
+        description="Turn Llama-family Transformers into hybrid Mamba models, distil them, "
+        "and run them fast.",
         formatter_class=Formatter,
     )
     parser.add_argument("--version", action="version", version=f"mambainllama {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     common = common_options()
-    for add in (add_info, add_convert, add_distill, add_generate, add_chat, add_eval, add_bench, add_demo):
+    for add in (
+        add_info,
+        add_convert,
+        add_distill,
+        add_generate,
+        add_chat,
+        add_eval,
+        add_bench,
+        add_demo,
+    ):
         add(commands, common)
     return parser
 
@@ -87,10 +100,14 @@ def common_options() -> argparse.ArgumentParser:
     group = common.add_argument_group("common options")
     group.add_argument("--device", default="auto", help="where to compute: auto or cpu")
     group.add_argument(
-        "--dtype", default="auto", help="of the matrices: auto (as stored), float32, bfloat16, float16"
+        "--dtype",
+        default="auto",
+        help="of the matrices: auto (as stored), float32, bfloat16, float16",
     )
     group.add_argument("--seed", type=int, default=0, help="of everything random")
-    group.add_argument("--threads", type=int, help="threads to compute with (default: all usable cores)")
+    group.add_argument(
+        "--threads", type=int, help="threads to compute with (default: all usable cores)"
+    )
     group.add_argument("--json", action="store_true", help="print one JSON value instead of text")
     group.add_argument("--debug", action="store_true", help="show a traceback when something fails")
     return common
@@ -132,7 +149,8 @@ def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = [
         "  ".join(
-            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            c.ljust(w) if i == 0 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
         )
         for row in cells
     ]
@@ -152,7 +170,9 @@ def comma_list(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 128,512,2048") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of numbers such as 128,512,2048"
+        ) from None
 
 
 def layer_choice(text: str) -> Any:
@@ -165,14 +185,18 @@ def layer_choice(text: str) -> Any:
     return comma_list(text) if text.replace(",", "").isdigit() else text
 
 
-# ---- info ------------------------------------------------------------------------------------------------
+# ---- info --------------------------------------------------------------------------------------
 
 
 def add_info(commands: Any, common: Any) -> None:
     parser = add_command(
-        commands, common, "info", run_info, "say what a model is and what memory a sequence needs",
+        commands,
+        common,
+        "info",
+        run_info,
+        "say what a model is and what memory a sequence needs",
         "mambainllama info my-model --json",
-    )  # fmt: skip
+    )
     parser.add_argument("model", help="folder or Hub id")
 
 
@@ -201,7 +225,11 @@ def run_info(options: argparse.Namespace) -> None:
     rows = [(name, fact_words(value)) for name, value in facts.items() if name != "state_bytes"]
     rows += [(f"state at {length} tokens", size(n)) for length, n in facts["state_bytes"].items()]
     width = max(len(name) for name, _ in rows)
-    show(options, facts, "\n".join(f"{name.replace('_', ' '):<{width}}  {value}" for name, value in rows))
+    show(
+        options,
+        facts,
+        "\n".join(f"{name.replace('_', ' '):<{width}}  {value}" for name, value in rows),
+    )
 
 
 def fact_words(value: Any) -> str:
@@ -212,25 +240,33 @@ def fact_words(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value or "none")
 
 
-# ---- convert ---------------------------------------------------------------------------------------------
+# ---- convert -----------------------------------------------------------------------------------
 
 
 def add_convert(commands: Any, common: Any) -> None:
     parser = add_command(
-        commands, common, "convert", run_convert, "replace attention layers by Mamba mixers",
+        commands,
+        common,
+        "convert",
+        run_convert,
+        "replace attention layers by Mamba mixers",
         "mambainllama convert my-llama my-hybrid --attention-layers half --calibration texts.jsonl",
-    )  # fmt: skip
+    )
     parser.add_argument("model", help="folder or Hub id of a Transformer")
     parser.add_argument("output", help="folder to write the student to")
     parser.add_argument("--mixer", choices=("mamba1", "mamba2"), default="mamba2")
     parser.add_argument(
-        "--attention-layers", type=layer_choice, default="half",
-        help="layers that stay attention: 1,3, a share such as 0.25, or half, quarter, eighth, none",
-    )  # fmt: skip
+        "--attention-layers",
+        type=layer_choice,
+        default="half",
+        help="layers that stay attention: 1,3, a share such as 0.25, half, quarter, eighth, none",
+    )
     parser.add_argument(
-        "--init", choices=("auto", "paper", "calibrated"), default="auto",
+        "--init",
+        choices=("auto", "paper", "calibrated"),
+        default="auto",
         help="start of the new parameters; auto is calibrated where --calibration is given",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--calibration", nargs="+", metavar="FILE", help="text or token files that the model reads"
     )
@@ -244,13 +280,18 @@ def run_convert(options: argparse.Namespace) -> None:
     model = load_model(options, options.model)
     begin = time.perf_counter()
     calibration = calibration_tokens(
-        model, options.calibration, options.calibration_rows, options.calibration_length, options.seed
+        model,
+        options.calibration,
+        options.calibration_rows,
+        options.calibration_length,
+        options.seed,
     )
     student = convert(
         model,
         mixer=options.mixer,
         attention_layers=options.attention_layers,
-        # Asked for on a terminal without calibration, "auto" needs no warning: the start is printed.
+        # Asked for on a terminal without calibration, "auto" needs no warning: the start is
+        # printed.
         init="paper" if options.init == "auto" and calibration is None else options.init,
         calibration=calibration,
         seed=options.seed,
@@ -267,10 +308,12 @@ def run_convert(options: argparse.Namespace) -> None:
         "seconds": round(time.perf_counter() - begin, 2),
     }
     show(
-        options, facts,
-        f"{folder}: {student.config.num_layers - len(kept)} of {student.config.num_layers} layers are "
+        options,
+        facts,
+        f"{folder}: {student.config.num_layers - len(kept)} of {student.config.num_layers} layers "
+        "are "
         f"{options.mixer} now ({start} start), {student.num_parameters:,} parameters",
-    )  # fmt: skip
+    )
 
 
 def calibration_tokens(model: Any, files: Any, rows: int, length: int, seed: int) -> Any:
@@ -279,22 +322,32 @@ def calibration_tokens(model: Any, files: Any, rows: int, length: int, seed: int
 
     if not files:
         return None
-    documents = read_documents(list(files), model.tokenizer, vocab=model.config.vocab_size, skip_bad=True)
+    documents = read_documents(
+        list(files), model.tokenizer, vocab=model.config.vocab_size, skip_bad=True
+    )
     return sample_rows(documents, rows, length, seed)
 
 
-# ---- distill ---------------------------------------------------------------------------------------------
+# ---- distill -----------------------------------------------------------------------------------
 
 
 def add_distill(commands: Any, common: Any) -> None:
     parser = add_command(
-        commands, common, "distill", run_distill, "distil a student as a recipe says",
+        commands,
+        common,
+        "distill",
+        run_distill,
+        "distil a student as a recipe says",
         "mambainllama distill recipe.toml --set distill.epochs=2",
-    )  # fmt: skip
+    )
     parser.add_argument("recipe", help="TOML file; see recipes/ and mambainllama/recipe.py")
-    parser.add_argument("--output", metavar="FOLDER", help="instead of the recipe's [output] folder")
     parser.add_argument(
-        "--resume", action="store_true", help="go on from the newest checkpoint in the output folder"
+        "--output", metavar="FOLDER", help="instead of the recipe's [output] folder"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint in the output folder",
     )
     parser.add_argument(
         "--set",
@@ -303,7 +356,9 @@ def add_distill(commands: Any, common: Any) -> None:
         metavar="SECTION.KEY=VALUE",
         help="override one setting of the recipe",
     )
-    parser.add_argument("--check", action="store_true", help="check the recipe and its files, then stop")
+    parser.add_argument(
+        "--check", action="store_true", help="check the recipe and its files, then stop"
+    )
 
 
 def run_distill(options: argparse.Namespace) -> None:
@@ -317,7 +372,9 @@ def run_distill(options: argparse.Namespace) -> None:
     folder = options.output or recipe.output["folder"]
     teacher, student = models_of(options, recipe)
     if options.check:
-        show(options, {"recipe": options.recipe, "ok": True}, f"{options.recipe}: fine; {student!r}")
+        show(
+            options, {"recipe": options.recipe, "ok": True}, f"{options.recipe}: fine; {student!r}"
+        )
         return
     say(options, f"teacher {teacher!r}\nstudent {student!r}")
     history = distill(
@@ -331,7 +388,11 @@ def run_distill(options: argparse.Namespace) -> None:
         progress=False if options.json else None,
     )
     final = history.final
-    show(options, {"output": str(folder), **final}, f"{history!r}\ntrained model: {Path(folder) / 'model'}")
+    show(
+        options,
+        {"output": str(folder), **final},
+        f"{history!r}\ntrained model: {Path(folder) / 'model'}",
+    )
 
 
 def models_of(options: argparse.Namespace, recipe: Any) -> tuple[Any, Any]:
@@ -349,7 +410,9 @@ def models_of(options: argparse.Namespace, recipe: Any) -> tuple[Any, Any]:
     source = teacher
     if "model" in settings or "dtype" in settings:
         source = load(
-            settings.get("model", recipe.teacher["model"]), device=options.device, dtype=dtype(settings)
+            settings.get("model", recipe.teacher["model"]),
+            device=options.device,
+            dtype=dtype(settings),
         )
     words = {k: settings[k] for k in ("mixer", "attention_layers", "init", "seed") if k in settings}
     calibration = None
@@ -364,18 +427,27 @@ def models_of(options: argparse.Namespace, recipe: Any) -> tuple[Any, Any]:
     return teacher, convert(source, calibration=calibration, **words)
 
 
-# ---- generate and chat -----------------------------------------------------------------------------------
+# ---- generate and chat -------------------------------------------------------------------------
 
 
 def add_sampling(parser: Any, tokens: int) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=tokens)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
-    parser.add_argument("--top-k", type=int, default=0, help="sample among so many likeliest tokens; 0: all")
     parser.add_argument(
-        "--top-p", type=float, default=1.0, help="sample among the likeliest of this much probability"
+        "--temperature", type=float, default=0.0, help="0 takes the likeliest token"
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=0, help="sample among so many likeliest tokens; 0: all"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="sample among the likeliest of this much probability",
     )
     parser.add_argument("--draft", help='speculate with this model, or with "ngram"')
-    parser.add_argument("--draft-tokens", type=int, default=4, help="tokens drafted at a time, at most")
+    parser.add_argument(
+        "--draft-tokens", type=int, default=4, help="tokens drafted at a time, at most"
+    )
 
 
 def sampling(options: argparse.Namespace) -> dict[str, Any]:
@@ -395,21 +467,32 @@ def sampling(options: argparse.Namespace) -> dict[str, Any]:
 
 def add_generate(commands: Any, common: Any) -> None:
     parser = add_command(
-        commands, common, "generate", run_generate, "continue one or several prompts",
+        commands,
+        common,
+        "generate",
+        run_generate,
+        "continue one or several prompts",
         'mambainllama generate my-model "Once upon a time" --max-new-tokens 64',
-    )  # fmt: skip
+    )
     parser.add_argument("model", help="folder or Hub id")
     parser.add_argument(
-        "prompts", nargs="*", metavar="PROMPT", help="text; without any, standard input is one prompt"
+        "prompts",
+        nargs="*",
+        metavar="PROMPT",
+        help="text; without any, standard input is one prompt",
     )
-    parser.add_argument("--chat", action="store_true", help="each prompt is a user's message of a chat")
+    parser.add_argument(
+        "--chat", action="store_true", help="each prompt is a user's message of a chat"
+    )
     parser.add_argument(
         "--stop",
         action="append",
         metavar="TEXT",
         help="end where this text comes; may be given several times",
     )
-    parser.add_argument("--stats", action="store_true", help="print speed and acceptance on standard error")
+    parser.add_argument(
+        "--stats", action="store_true", help="print speed and acceptance on standard error"
+    )
     add_sampling(parser, 128)
 
 
@@ -426,10 +509,15 @@ def run_generate(options: argparse.Namespace) -> None:
     results = generate(model, prompts, stop=options.stop, on_text=printer, **settings)
     if options.json:
         rows = [
-            {"prompt": prompt, "text": r.text, "token_ids": list(map(int, r.token_ids)),
-             "finish_reason": r.finish_reason, "stats": stats_dict(r.stats)}
+            {
+                "prompt": prompt,
+                "text": r.text,
+                "token_ids": list(map(int, r.token_ids)),
+                "finish_reason": r.finish_reason,
+                "stats": stats_dict(r.stats),
+            }
             for prompt, r in zip(prompts, results, strict=True)
-        ]  # fmt: skip
+        ]
         show(options, rows, "")
     elif stream:
         print(flush=True)
@@ -466,9 +554,13 @@ def stats_line(stats: Any) -> str:
 
 def add_chat(commands: Any, common: Any) -> None:
     parser = add_command(
-        commands, common, "chat", run_chat, "talk with a model on the terminal",
+        commands,
+        common,
+        "chat",
+        run_chat,
+        "talk with a model on the terminal",
         "mambainllama chat my-model --temperature 0.7",
-    )  # fmt: skip
+    )
     parser.add_argument("model", help="folder or Hub id")
     parser.add_argument("--system", help="system message")
     add_sampling(parser, 512)
@@ -481,7 +573,10 @@ def run_chat(options: argparse.Namespace) -> None:
     conversation = Conversation(model, system=options.system, **sampling(options))
     terminal = sys.stdin.isatty()
     if terminal and not options.json:
-        say(options, "/reset starts over, /stats tells the last answer's speed, /exit or Ctrl-D leaves.")
+        say(
+            options,
+            "/reset starts over, /stats tells the last answer's speed, /exit or Ctrl-D leaves.",
+        )
     while True:
         try:
             line = input("> " if terminal and not options.json else "")
@@ -493,7 +588,10 @@ def run_chat(options: argparse.Namespace) -> None:
             conversation.reset()
             continue
         if line.strip() == "/stats":
-            say(options, stats_line(conversation.stats) if conversation.stats else "nothing was said yet")
+            say(
+                options,
+                stats_line(conversation.stats) if conversation.stats else "nothing was said yet",
+            )
             continue
         if not line.strip():
             continue
@@ -504,23 +602,31 @@ def run_chat(options: argparse.Namespace) -> None:
             print(flush=True)
             continue
         if options.json:
-            print(json.dumps({"role": "assistant", "content": text}, ensure_ascii=False), flush=True)
+            print(
+                json.dumps({"role": "assistant", "content": text}, ensure_ascii=False), flush=True
+            )
         else:
             print(flush=True)
     if terminal and not options.json:
         print()
 
 
-# ---- eval, bench, demo -----------------------------------------------------------------------------------
+# ---- eval, bench, demo -------------------------------------------------------------------------
 
 
 def add_eval(commands: Any, common: Any) -> None:
     parser = add_command(
-        commands, common, "eval", run_eval, "measure perplexity, and closeness to a teacher, on held-out data",
+        commands,
+        common,
+        "eval",
+        run_eval,
+        "measure perplexity and closeness to a teacher on held-out data",
         "mambainllama eval my-hybrid --teacher my-llama --data held-out.jsonl",
-    )  # fmt: skip
+    )
     parser.add_argument("model", help="folder or Hub id")
-    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="text or token files")
+    parser.add_argument(
+        "--data", nargs="+", required=True, metavar="FILE", help="text or token files"
+    )
     parser.add_argument("--teacher", help="compare with this model: KL and top-1 agreement")
     parser.add_argument("--sequence-length", type=int, default=2048)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -542,17 +648,23 @@ def run_eval(options: argparse.Namespace) -> None:
         return
     found = compare(model, load_model(options, options.teacher), options.data, **settings)
     show(
-        options, found.to_dict(),
+        options,
+        found.to_dict(),
         f"KL {found.kl:.4g} nats/token, perplexity {found.perplexity:.4g} (teacher "
-        f"{found.teacher_perplexity:.4g}), top-1 agreement {100 * found.agreement:.1f} %, {found.tokens:,} tokens",
-    )  # fmt: skip
+        f"{found.teacher_perplexity:.4g}), top-1 agreement {100 * found.agreement:.1f} %, "
+        f"{found.tokens:,} tokens",
+    )
 
 
 def add_bench(commands: Any, common: Any) -> None:
     parser = add_command(
-        commands, common, "bench", run_bench, "measure speed and memory at several lengths of context",
+        commands,
+        common,
+        "bench",
+        run_bench,
+        "measure speed and memory at several lengths of context",
         "mambainllama bench my-hybrid my-llama --lengths 512,4096 --plot speed.png",
-    )  # fmt: skip
+    )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folders or Hub ids")
     parser.add_argument(
         "--lengths", type=comma_list, default=[128, 512, 2048, 8192], help="tokens in the sequence"
@@ -568,14 +680,24 @@ def run_bench(options: argparse.Namespace) -> None:
     tables = {}
     for path in options.models:
         tables[path] = speed(
-            load_model(options, path), options.lengths, options.tokens, options.repeats, options.seed
+            load_model(options, path),
+            options.lengths,
+            options.tokens,
+            options.repeats,
+            options.seed,
         )
     rows = [
-        (path, f"{row['length']:,}", f"{row['prefill_tokens_per_second']:,.0f}",
-         f"{row['decode_tokens_per_second']:,.0f}", f"{100 * row['decode_spread']:.0f} %", size(row["state_bytes"]))
+        (
+            path,
+            f"{row['length']:,}",
+            f"{row['prefill_tokens_per_second']:,.0f}",
+            f"{row['decode_tokens_per_second']:,.0f}",
+            f"{100 * row['decode_spread']:.0f} %",
+            size(row["state_bytes"]),
+        )
         for path, table_rows in tables.items()
         for row in table_rows
-    ]  # fmt: skip
+    ]
     header = ("model", "length", "prefill tokens/s", "decode tokens/s", "spread", "state")
     show(options, tables, table(rows, header))
     if options.plot:
@@ -587,12 +709,18 @@ def run_bench(options: argparse.Namespace) -> None:
 
 def add_demo(commands: Any, common: Any) -> None:
     parser = add_command(
-        commands, common, "demo", run_demo, "convert, distil, compare and generate with the packaged teacher, offline",
+        commands,
+        common,
+        "demo",
+        run_demo,
+        "convert, distil, compare and generate, offline",
         "mambainllama demo --output demo-output",
-    )  # fmt: skip
+    )
     parser.add_argument("--output", default="demo-output", help="folder for students and figures")
     parser.add_argument(
-        "--quick", action="store_true", help="a tenth of the training: shows that it works, not how well"
+        "--quick",
+        action="store_true",
+        help="a tenth of the training: shows that it works, not how well",
     )
 
 

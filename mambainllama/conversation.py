@@ -1,8 +1,8 @@
 """A chat that keeps its state: what was read and written before is never computed again.
 
-The state of a sequence (KV caches, SSM states) goes from turn to turn.  A turn adds only the tokens of the
-new message and of the template around it, so its cost does not grow with the talk, but for attention over
-the cache.
+The state of a sequence (KV caches, SSM states) goes from turn to turn.  A turn adds only the tokens
+of the new message and of the template around it, so its cost does not grow with the talk, but for
+attention over the cache.
 
 >>> talk = Conversation(model)                        # doctest: +SKIP
 >>> talk.ask("What is a state space model?")          # doctest: +SKIP
@@ -41,7 +41,8 @@ class Conversation:
         tokenizer = getattr(model, "tokenizer", None)
         if tokenizer is None or tokenizer.chat_template is None:
             raise ArgumentError(
-                "this model has no chat template; use `mambainllama generate` for plain continuation"
+                "this model has no chat template; use `mambainllama generate` for plain "
+                "continuation"
             )
         self.model, self.tokenizer, self.options = model, tokenizer, options
         self.system = system
@@ -70,7 +71,9 @@ class Conversation:
             return on_text(index, piece) if on_text else None
 
         try:
-            [answer] = generate(self.model, [prompt], states=[self.state], on_text=hear, **self.options)
+            [answer] = generate(
+                self.model, [prompt], states=[self.state], on_text=hear, **self.options
+            )
         except BaseException as error:
             self.forget()
             if isinstance(error, KeyboardInterrupt):
@@ -87,8 +90,8 @@ class Conversation:
     def next_prompt(self) -> list[int]:
         """All tokens up to the opening of the next answer; those already read stay as they are.
 
-        Only text after what was read is tokenised: tokenising the whole again could split an answer in
-        other places than the model did. A template that rewrites earlier turns starts afresh.
+        Only text after what was read is tokenised: tokenising the whole again could split an answer
+        in other places than the model did. A template that rewrites earlier turns starts afresh.
         """
         whole = self.tokenizer.apply_chat_template(self.messages, add_generation_prompt=True)
         if not self.text or not whole.startswith(self.text):

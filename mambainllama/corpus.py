@@ -1,11 +1,11 @@
 """English text that every CPython carries: its reference manual, docstrings and comments.
 
-The demo and the script that trains its teacher need text without a download.  `pydoc_data.topics` holds
-the parts of the reference manual that `help()` shows; the standard library's sources hold thousands of
-docstrings and block comments, which are read here as text: nothing is imported and nothing runs.
-Documents are cleaned (indentation, doctests, rulers), sorted and without duplicates: the same Python
-gives the same corpus.  Another version gives a slightly different one, which is why the packaged teacher
-records the version that it was trained with.
+The demo and the script that trains its teacher need text without a download.  `pydoc_data.topics`
+holds the parts of the reference manual that `help()` shows; the standard library's sources hold
+thousands of docstrings and block comments, which are read here as text: nothing is imported and
+nothing runs. Documents are cleaned (indentation, doctests, rulers), sorted and without duplicates:
+the same Python gives the same corpus.  Another version gives a slightly different one, which is why
+the packaged teacher records the version that it was trained with.
 
 A document is held out when a hash of its text says so: the same text is held out everywhere.
 """
@@ -41,7 +41,9 @@ HELD_OUT = 20  # one document of so many
 def documents() -> tuple[list[str], list[str]]:
     """(texts to train on, texts held out), each in the order of their text's hash."""
     found = {clean(text) for text in (*manual_topics(), *library_texts())}
-    texts = sorted((text for text in found if len(text) >= MIN_CHARACTERS and is_prose(text)), key=digest)
+    texts = sorted(
+        (text for text in found if len(text) >= MIN_CHARACTERS and is_prose(text)), key=digest
+    )
     return [t for t in texts if not is_held_out(t)], [t for t in texts if is_held_out(t)]
 
 

@@ -1,19 +1,21 @@
 """Training data: documents of tokens, and the batches that a training step takes from them.
 
-Whatever the data come from, they become one long array of tokens and the places where documents start
-(`Documents`); `Batches` cuts documents into pieces of at most `sequence_length` tokens, packs pieces into
-rows, and hands out the rows of any optimizer step by its number.  Three things follow from this form:
+Whatever the data come from, they become one long array of tokens and the places where documents
+start (`Documents`); `Batches` cuts documents into pieces of at most `sequence_length` tokens, packs
+pieces into rows, and hands out the rows of any optimizer step by its number.  Three things follow
+from this form:
 
-- Documents never mix.  A batch is a flat run of tokens with `offsets`; the C core treats every piece as a
-  sequence of its own (positions, convolutions and states start afresh), so packing costs no padding and
-  leaks nothing from one document into the next.
-- A run resumes at the exact example.  The order of rows is a function of (seed, epoch), and batch k of a
-  function of that order: nothing has to be replayed or remembered.
-- Memory stays bounded.  Text is tokenised once into an unnamed temporary file that is mapped, not read;
-  what stays in memory is 8 bytes a document and 16 bytes a piece.
+- Documents never mix.  A batch is a flat run of tokens with `offsets`; the C core treats every
+  piece as a sequence of its own (positions, convolutions and states start afresh), so packing costs
+  no padding and leaks nothing from one document into the next.
+- A run resumes at the exact example.  The order of rows is a function of (seed, epoch), and batch k
+  of a function of that order: nothing has to be replayed or remembered.
+- Memory stays bounded.  Text is tokenised once into an unnamed temporary file that is mapped, not
+  read; what stays in memory is 8 bytes a document and 16 bytes a piece.
 
-Token arrays are taken as they are, memory-mapped where they come from a .npy file.  Each of their rows is
-one row of a batch, not packed with others, so that `batch_size` counts what the user counts.
+Token arrays are taken as they are, memory-mapped where they come from a .npy file.  Each of their
+rows is one row of a batch, not packed with others, so that `batch_size` counts what the user
+counts.
 
 >>> import numpy as np
 >>> documents = read_documents(np.arange(12).reshape(3, 4), vocab=12)
@@ -58,7 +60,8 @@ SUFFIXES = (".npz", ".npy", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet", ".txt
 # Tokens checked, hashed or written at once: large enough to be fast, small beside a model.
 BLOCK = 1 << 22
 
-# Files above this many bytes of tokens are told apart by evenly spaced samples instead of every byte.
+# Files above this many bytes of tokens are told apart by evenly spaced samples instead of every
+# byte.
 FULL_HASH_BYTES = 1 << 28
 
 
@@ -66,7 +69,7 @@ class BadRecord(Exception):
     """One record cannot be used; the reader adds where it stands and decides whether to go on."""
 
 
-# ---- documents -------------------------------------------------------------------------------------------
+# ---- documents ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,8 @@ def read_documents(
         data = [data]
     if not isinstance(data, Sequence) or len(data) == 0:
         raise ArgumentError(
-            f"data is {describe(data)}: expected a token array (n, length), a path, a list of paths, or a list "
+            f"data is {describe(data)}: expected a token array (n, length), a path, a list of "
+            "paths, or a list "
             "of records such as {'text': ...} or {'messages': [...]}"
         )
     if all(isinstance(item, (str, os.PathLike)) for item in data):
@@ -195,7 +199,9 @@ def describe(value: Any) -> str:
 def integer_row(row: Any, where: str) -> np.ndarray:
     array = np.asarray(row)
     if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
-        raise ShapeError(f"{where}: expected a list of token ids, got {array.dtype} of shape {array.shape}")
+        raise ShapeError(
+            f"{where}: expected a list of token ids, got {array.dtype} of shape {array.shape}"
+        )
     return array.astype(np.int64)
 
 
@@ -222,12 +228,13 @@ def check_tokens(tokens: np.ndarray, starts: np.ndarray, vocab: int, where: str)
         at = begin + int(np.argmax((block < 0) | (block >= vocab)))
         row = int(np.searchsorted(starts, at, side="right")) - 1
         raise ArgumentError(
-            f"{where}: token {int(tokens[at])} at row {row}, column {at - int(starts[row])} is outside the "
+            f"{where}: token {int(tokens[at])} at row {row}, column {at - int(starts[row])} is "
+            "outside the "
             f"model's vocabulary [0, {vocab})"
         )
 
 
-# ---- files -----------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------
 
 
 def expand_paths(paths: Iterable[str | os.PathLike]) -> list[Path]:
@@ -242,7 +249,9 @@ def expand_paths(paths: Iterable[str | os.PathLike]) -> list[Path]:
         elif not path.exists():
             raise NotFoundError(f"{path}: no such data file")
         elif not path.name.endswith(SUFFIXES):
-            raise ArgumentError(f"{path}: unknown kind of data file; expected {', '.join(SUFFIXES)}")
+            raise ArgumentError(
+                f"{path}: unknown kind of data file; expected {', '.join(SUFFIXES)}"
+            )
         else:
             files.append(path)
     return files
@@ -262,13 +271,17 @@ def documents_of_files(
         return parts[0]
     lengths = np.concatenate([np.diff(part.starts) for part in parts])
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return Documents(np.concatenate([p.tokens for p in parts]), starts, packed=any(p.packed for p in parts))
+    return Documents(
+        np.concatenate([p.tokens for p in parts]), starts, packed=any(p.packed for p in parts)
+    )
 
 
 def read_array(path: Path, vocab: int) -> Documents:
-    """Tokens of one .npy (mapped) or .npz file (`tokens`, and `offsets` where documents differ in length)."""
+    """Tokens of a .npy (mapped) or .npz file (`tokens`; `offsets` where lengths differ)."""
     try:
-        content = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None, allow_pickle=False)
+        content = np.load(
+            path, mmap_mode="r" if path.suffix == ".npy" else None, allow_pickle=False
+        )
         if path.suffix == ".npy":
             return documents_of_array(content, vocab, str(path))
         with content:
@@ -286,8 +299,16 @@ def read_array(path: Path, vocab: int) -> Documents:
         if isinstance(error, (FormatError, ArgumentError, ShapeError)):
             raise
         raise FormatError(f"{path}: not a NumPy file of tokens ({error})") from None
-    if tokens.ndim != 1 or starts.ndim != 1 or len(starts) < 2 or starts[0] != 0 or starts[-1] != len(tokens):
-        raise FormatError(f"{path}: 'offsets' must rise from 0 to the number of tokens, {len(tokens)}")
+    if (
+        tokens.ndim != 1
+        or starts.ndim != 1
+        or len(starts) < 2
+        or starts[0] != 0
+        or starts[-1] != len(tokens)
+    ):
+        raise FormatError(
+            f"{path}: 'offsets' must rise from 0 to the number of tokens, {len(tokens)}"
+        )
     if np.any(np.diff(starts) < 0):
         raise FormatError(f"{path}: 'offsets' must not fall")
     check_tokens(tokens, starts, vocab, str(path))
@@ -295,7 +316,7 @@ def read_array(path: Path, vocab: int) -> Documents:
 
 
 def read_records(path: Path, skip_bad: bool) -> Iterator[tuple[str, Any]]:
-    """(place, record) of a text file, one at a time. A record that is a BadRecord could not be read."""
+    """(place, record) of a text file, one at a time; a BadRecord could not be read."""
     if path.suffix == ".parquet":
         yield from read_parquet(path)
         return
@@ -368,7 +389,7 @@ def read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
         raise FormatError(f"{path}: not a parquet file ({str(error).splitlines()[0]})") from None
 
 
-# ---- tokenising ------------------------------------------------------------------------------------------
+# ---- tokenising --------------------------------------------------------------------------------
 
 
 class TokenFile:
@@ -384,7 +405,8 @@ class TokenFile:
             self.file.write(np.asarray(values, self.dtype).tobytes())
         except OSError as error:
             raise FileError(
-                f"{tempfile.gettempdir()}: {error.strerror} while tokenising; set TMPDIR to a larger disk"
+                f"{tempfile.gettempdir()}: {error.strerror} while tokenising; set TMPDIR to a "
+                "larger disk"
             ) from None
         self.count += len(values)
 
@@ -394,7 +416,8 @@ class TokenFile:
             self.file.flush()
         except OSError as error:
             raise FileError(
-                f"{tempfile.gettempdir()}: {error.strerror} while tokenising; set TMPDIR to a larger disk"
+                f"{tempfile.gettempdir()}: {error.strerror} while tokenising; set TMPDIR to a "
+                "larger disk"
             ) from None
         return np.memmap(self.file, self.dtype, "r", shape=(self.count,))
 
@@ -404,7 +427,9 @@ def documents_of_records(
 ) -> Documents:
     """Tokenises records one by one into a mapped file."""
     if tokenizer is None:
-        raise ArgumentError("data is text, but the model has no tokenizer: give token arrays instead")
+        raise ArgumentError(
+            "data is text, but the model has no tokenizer: give token arrays instead"
+        )
     tokens = TokenFile(np.uint16 if vocab <= 1 << 16 else np.int32)
     targets = TokenFile(np.bool_) if loss_on == "answers" else None
     starts = [0]
@@ -417,11 +442,14 @@ def documents_of_records(
             worst = max(ids) if ids else 0
             if worst >= vocab:
                 raise BadRecord(
-                    f"the tokenizer gives token {worst}, outside the model's vocabulary [0, {vocab})"
+                    f"the tokenizer gives token {worst}, outside the model's vocabulary [0, "
+                    f"{vocab})"
                 )
         except BadRecord as error:
             if not skip_bad:
-                raise FormatError(f"{place}: {error}; mend it, or skip such records with skip_bad") from None
+                raise FormatError(
+                    f"{place}: {error}; mend it, or skip such records with skip_bad"
+                ) from None
             skipped += 1
             continue
         tokens.add(ids)
@@ -443,7 +471,9 @@ def encode_record(record: Any, tokenizer: Any, loss_on: str) -> tuple[list[int],
     if isinstance(record, BadRecord):
         raise record
     if not isinstance(record, Mapping):
-        raise BadRecord(f"expected an object with 'text' or 'messages', got {type(record).__name__}")
+        raise BadRecord(
+            f"expected an object with 'text' or 'messages', got {type(record).__name__}"
+        )
     if "messages" in record:
         segments = chat_segments(record["messages"], tokenizer)
     elif isinstance(record.get("text"), str):
@@ -454,7 +484,8 @@ def encode_record(record: Any, tokenizer: Any, loss_on: str) -> tuple[list[int],
         segments = [(ids, True)]
     else:
         raise BadRecord(
-            f"expected 'text' (a string) or 'messages' (a list), found {listing(record, 5) or 'nothing'}"
+            "expected 'text' (a string) or 'messages' (a list), found "
+            f"{listing(record, 5) or 'nothing'}"
         )
     ids = [token for segment, _ in segments for token in segment]
     if len(ids) < 2:
@@ -470,8 +501,8 @@ def encode_record(record: Any, tokenizer: Any, loss_on: str) -> tuple[list[int],
 def chat_segments(messages: Any, tokenizer: Any) -> list[tuple[list[int], bool]]:
     """Runs of tokens of a chat, told apart by whether the assistant said them.
 
-    Each answer is what the template adds after its generation prompt, and is tokenised on its own: just
-    so the model meets it when it generates.
+    Each answer is what the template adds after its generation prompt, and is tokenised on its own:
+    just so the model meets it when it generates.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise BadRecord("'messages' must be a list of {'role', 'content'}")
@@ -489,7 +520,11 @@ def chat_segments(messages: Any, tokenizer: Any) -> list[tuple[list[int], bool]]
             if message["role"] == "assistant":
                 prompt = tokenizer.apply_chat_template(messages[:index], add_generation_prompt=True)
                 answered = tokenizer.apply_chat_template(messages[: index + 1])
-                if whole.startswith(prompt) and whole.startswith(answered) and len(answered) > len(prompt):
+                if (
+                    whole.startswith(prompt)
+                    and whole.startswith(answered)
+                    and len(answered) > len(prompt)
+                ):
                     cuts.append((len(prompt), len(answered)))
     except ValueError as error:
         raise BadRecord(f"the chat template refused it ({error})") from None
@@ -499,10 +534,14 @@ def chat_segments(messages: Any, tokenizer: Any) -> list[tuple[list[int], bool]]
         segments.append((whole[begin:end], True))
         at = end
     segments.append((whole[at:], False))
-    return [(list(tokenizer.encode(text, add_special_tokens=False)), flag) for text, flag in segments if text]
+    return [
+        (list(tokenizer.encode(text, add_special_tokens=False)), flag)
+        for text, flag in segments
+        if text
+    ]
 
 
-# ---- batches ---------------------------------------------------------------------------------------------
+# ---- batches -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -540,8 +579,9 @@ class Batch:
 class Batches:
     """Rows of at most `sequence_length` tokens, and the batches that each optimizer step takes.
 
-    An optimizer step takes `batch_size * accumulation` rows in `accumulation` micro-batches. The last
-    step of an epoch takes what is left. Step numbers run on through epochs, each in an order of its own.
+    An optimizer step takes `batch_size * accumulation` rows in `accumulation` micro-batches. The
+    last step of an epoch takes what is left. Step numbers run on through epochs, each in an order
+    of its own.
     """
 
     def __init__(
@@ -569,12 +609,15 @@ class Batches:
     def _pack(self, sequence_length: int) -> None:
         """Fills rows with pieces in a shuffled order, each row until the next piece does not fit.
 
-        Nothing is gained by a cleverer fit: an unfilled row costs no padding, it is only shorter. The rows
-        are the same in every epoch; their order is not.
+        Nothing is gained by a cleverer fit: an unfilled row costs no padding, it is only shorter.
+        The rows are the same in every epoch; their order is not.
         """
         if self.shuffle:
             order = np.random.default_rng([self.seed, 0, 1]).permutation(len(self.piece_starts))
-            self.piece_starts, self.piece_lengths = self.piece_starts[order], self.piece_lengths[order]
+            self.piece_starts, self.piece_lengths = (
+                self.piece_starts[order],
+                self.piece_lengths[order],
+            )
         ends = np.cumsum(self.piece_lengths)
         bounds, used = [0], 0
         while bounds[-1] < len(ends):
@@ -611,11 +654,16 @@ class Batches:
         epoch, within = divmod(index, self.steps_per_epoch)
         window = self.batch_size * self.accumulation
         rows = self.order(epoch)[within * window : (within + 1) * window]
-        return [self.batch(rows[at : at + self.batch_size]) for at in range(0, len(rows), self.batch_size)]
+        return [
+            self.batch(rows[at : at + self.batch_size])
+            for at in range(0, len(rows), self.batch_size)
+        ]
 
     def batch(self, rows: np.ndarray) -> Batch:
         """The given rows as one flat batch."""
-        pieces = np.concatenate([np.arange(self.row_bounds[r], self.row_bounds[r + 1]) for r in rows])
+        pieces = np.concatenate(
+            [np.arange(self.row_bounds[r], self.row_bounds[r + 1]) for r in rows]
+        )
         starts, lengths = self.piece_starts[pieces], self.piece_lengths[pieces]
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         tokens = np.empty(offsets[-1], np.int32)
@@ -651,7 +699,7 @@ def cut_pieces(starts: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np
 
 
 def sample_rows(documents: Documents, rows: int, length: int, seed: int = 0) -> np.ndarray:
-    """An int32 array (at most `rows`, `length`) of tokens for calibration: whole windows, evenly drawn."""
+    """An int32 array (at most `rows`, `length`) for calibration: whole windows, evenly drawn."""
     starts, lengths = cut_pieces(documents.starts, length)
     full = starts[lengths == length]
     usable = len(documents.tokens) // length

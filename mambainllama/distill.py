@@ -5,16 +5,17 @@ The loss of an optimizer step is, with means over its counted tokens,
     kl_weight * T^2 * mean KL(teacher || student at temperature T) + ce_weight * mean CE(next token)
     + hidden_weight * mean over layers of |h_student - h_teacher|^2 / |h_teacher|^2
 
-Two choices of method.md's record are worth knowing before the first run:
+Two choices are worth knowing before the first run:
 
-- `align_fraction`: the first part of the steps trains each mixer alone to give what the attention that it
-  replaced gives on the teacher's own activations. All layers learn at once, none waits for the ones
-  below it to be right, and the KL that follows starts from a model that already works.
-- `reduction="reference"` repeats the published code, whose KL is divided by rows and not by tokens: at 2,048
-  tokens it weighs 2,048 times as much beside the CE as the number in its recipe says.
+- `align_fraction`: the first part of the steps trains each mixer alone to give what the attention
+  that it replaced gives on the teacher's own activations. All layers learn at once, none waits for
+  the ones below it to be right, and the KL that follows starts from a model that already works.
+- `reduction="reference"` repeats the published code, whose KL is divided by rows and not by tokens:
+  at 2,048 tokens it weighs 2,048 times as much beside the CE as the number in its recipe says.
 
->>> history = mil.distill(student, teacher, tokens, mil.DistillConfig(learning_rate=6e-3))  # doctest: +SKIP
->>> history.final["kl"]                                                                     # doctest: +SKIP
+>>> config = mil.DistillConfig(learning_rate=6e-3)                 # doctest: +SKIP
+>>> history = mil.distill(student, teacher, tokens, config)        # doctest: +SKIP
+>>> history.final["kl"]                                            # doctest: +SKIP
 0.148
 """
 
@@ -75,7 +76,9 @@ class DistillConfig(TrainingConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.kl_weight == 0 and self.ce_weight == 0 and self.align_fraction < 1:
-            raise ArgumentError("DistillConfig: kl_weight and ce_weight are both 0: nothing would be learnt")
+            raise ArgumentError(
+                "DistillConfig: kl_weight and ce_weight are both 0: nothing would be learnt"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,10 +124,11 @@ def distill(
     config : DistillConfig
     output_dir : folder for metrics.jsonl, checkpoints/ and the trained model/; None writes nothing
     resume : bool
-        Go on from the newest checkpoint in `output_dir`, to the same bits as without the interruption;
-        starts afresh where there is none.
+        Go on from the newest checkpoint in `output_dir`, to the same bits as without the
+        interruption; starts afresh where there is none.
     validation : data, or a share of `data` between 0 and 1 to hold back
-        Evaluated before, every `eval_every` steps, and after: eval_kl, eval_perplexity, eval_agreement.
+        Evaluated before, every `eval_every` steps, and after: eval_kl, eval_perplexity,
+        eval_agreement.
     progress : bool or None
         A progress bar; None: on a terminal.
 
@@ -162,8 +166,8 @@ def sft(
 ) -> History:
     """Trains `model` in place on the next tokens of `data`; arguments as for `mil.distill`.
 
-    With ``loss_on="answers"`` (the default) only the assistant's words of chats are learnt; with "all",
-    every token. Sequence-level distillation is this on answers that a teacher generated.
+    With ``loss_on="answers"`` (the default) only the assistant's words of chats are learnt; with
+    "all", every token. Sequence-level distillation is this on answers that a teacher generated.
     """
     config = SftConfig() if config is None else config
     if not isinstance(config, SftConfig):
@@ -172,7 +176,7 @@ def sft(
     return train(task, output_dir, resume=resume, progress=progress)
 
 
-# ---- the task --------------------------------------------------------------------------------------------
+# ---- the task ----------------------------------------------------------------------------------
 
 
 class DistillTask(Task):
@@ -213,7 +217,10 @@ class DistillTask(Task):
         self.held = None
         if held is not None:
             self.held = Batches(
-                held, batch_size=config.batch_size, sequence_length=config.sequence_length, shuffle=False
+                held,
+                batch_size=config.batch_size,
+                sequence_length=config.sequence_length,
+                shuffle=False,
             )
         self.trainer = _core.Trainer(
             student, teacher, trainable=self.names, checkpointing=config.checkpointing
@@ -231,8 +238,8 @@ class DistillTask(Task):
     # -- losses --
 
     def accumulate(self, step: int, total: int, batch: Batch, window: Window) -> dict[str, float]:
-        # The core scales every row alike. The CE counts fewer rows than the KL (a document's last token has no
-        # successor), so its weight makes up for that: each loss is a mean of its own.
+        # The core scales every row alike. The CE counts fewer rows than the KL (a document's last
+        # token has no successor), so its weight makes up for that: each loss is a mean of its own.
         share = len(batch.tokens) / window.tokens
         if step < round(self.align_fraction * total):
             sums = self.trainer.backward(batch.tokens, batch.offsets, align_weight=share)
@@ -255,7 +262,9 @@ class DistillTask(Task):
             scale=1.0 / rows,
             hidden_weight=self.hidden_weight * share,
         )
-        kept = {k: sums[k] for k in ("kl", "ce", "teacher_ce", "kl_rows", "ce_rows", "agree", "correct")}
+        kept = {
+            k: sums[k] for k in ("kl", "ce", "teacher_ce", "kl_rows", "ce_rows", "agree", "correct")
+        }
         return {**kept, "hidden": sums["hidden"] * share, "loss_steps": share, "rows": batch.rows}
 
     def report(self, sums: Mapping[str, float]) -> dict[str, float]:
@@ -283,8 +292,10 @@ class DistillTask(Task):
             return None
         sums = run_batches(self.student, self.teacher, self.held, self.config.eval_batches)
         if self.teacher is None:
-            return {"eval_ce": sums["ce"] / sums["ce_rows"],
-                    "eval_perplexity": perplexity_of(sums["ce"], sums["ce_rows"])}  # fmt: skip
+            return {
+                "eval_ce": sums["ce"] / sums["ce_rows"],
+                "eval_perplexity": perplexity_of(sums["ce"], sums["ce_rows"]),
+            }
         found = comparison(sums)
         return {
             "eval_kl": found.kl,
@@ -319,7 +330,9 @@ def trainable_names(student: _core.Model, which: str) -> list[str]:
         return names
     mixers = [name for name in names if ".mamba." in name]
     if not mixers:
-        raise ArgumentError('train="mixers": the model has no mixers; convert it first, or use train="all"')
+        raise ArgumentError(
+            'train="mixers": the model has no mixers; convert it first, or use train="all"'
+        )
     return mixers
 
 

@@ -75,7 +75,8 @@ def compare(
     ----------
     student, teacher : models with the same tokenizer
     data : as for `mil.distill`: token array (n, length), files, records
-    batch_size, sequence_length : rows of a batch, tokens of a row; they change memory and speed, not results,
+    batch_size, sequence_length : rows of a batch, tokens of a row; they change memory and speed,
+    not results,
         but for documents longer than `sequence_length`, which are cut
     max_batches : int or None
         Stop after so many.
@@ -87,7 +88,12 @@ def compare(
     """
     ours, theirs = shared_vocabulary(student, teacher)
     batches = evaluation_batches(
-        data, getattr(student, "tokenizer", None), ours.config["vocab"], batch_size, sequence_length, loss_on
+        data,
+        getattr(student, "tokenizer", None),
+        ours.config["vocab"],
+        batch_size,
+        sequence_length,
+        loss_on,
     )
     return comparison(run_batches(ours, theirs, batches, max_batches))
 
@@ -104,7 +110,12 @@ def perplexity(
     """exp of the mean negative log-likelihood of the next token; arguments as for `compare`."""
     core = core_of(model)
     batches = evaluation_batches(
-        data, getattr(model, "tokenizer", None), core.config["vocab"], batch_size, sequence_length, loss_on
+        data,
+        getattr(model, "tokenizer", None),
+        core.config["vocab"],
+        batch_size,
+        sequence_length,
+        loss_on,
     )
     sums = run_batches(core, None, batches, max_batches)
     return perplexity_of(sums["ce"], sums["ce_rows"])
@@ -113,7 +124,10 @@ def perplexity(
 def evaluation_batches(
     data: Any, tokenizer: Any, vocab: int, batch_size: int, sequence_length: int, loss_on: str
 ) -> Batches:
-    for name, value, least in (("batch_size", batch_size, 1), ("sequence_length", sequence_length, 2)):
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("sequence_length", sequence_length, 2),
+    ):
         if not isinstance(value, int) or value < least:
             raise ArgumentError(f"{name}={value!r}: expected a whole number of at least {least}")
     documents = read_documents(data, tokenizer, vocab=vocab, loss_on=loss_on)

@@ -20,8 +20,20 @@ from .errors import FormatError, NotFoundError
 __all__ = ["History"]
 
 # What a notebook's table shows, in this order, where the run has it.
-SHOWN = ("step", "tokens", "loss", "kl", "ce", "agreement", "eval_kl", "eval_perplexity", "eval_agreement",
-         "learning_rate", "grad_norm", "tokens_per_second")  # fmt: skip
+SHOWN = (
+    "step",
+    "tokens",
+    "loss",
+    "kl",
+    "ce",
+    "agreement",
+    "eval_kl",
+    "eval_perplexity",
+    "eval_agreement",
+    "learning_rate",
+    "grad_norm",
+    "tokens_per_second",
+)
 
 
 class History(list):
@@ -56,7 +68,7 @@ class History(list):
         return [row["step"] for row in rows], [row[name] for row in rows]
 
     def plot(self, path: str | os.PathLike | None = None):
-        """Draws the losses over tokens; to a PNG where `path` is given. Returns the matplotlib figure."""
+        """Draws losses over tokens, to a PNG where `path` is given; returns the figure."""
         from .plot import plot_history
 
         return plot_history(self, path)
@@ -65,7 +77,9 @@ class History(list):
         if not self:
             return "History(no steps)"
         final = self.final
-        shown = ", ".join(f"{name} {format_value(final[name])}" for name in SHOWN[1:] if name in final)
+        shown = ", ".join(
+            f"{name} {format_value(final[name])}" for name in SHOWN[1:] if name in final
+        )
         return f"History({final['step']} steps: {shown})"
 
     def _repr_html_(self) -> str:
@@ -82,7 +96,7 @@ class History(list):
 
 
 def format_value(value: Any) -> str:
-    """A number as a reader wants it: integers with separators, others to four places that matter."""
+    """A number as a reader wants it: integers with separators, others to four places."""
     if value is None:
         return ""
     if isinstance(value, int):

@@ -1,9 +1,9 @@
 """A student and its teacher: the vocabulary that they share.
 
-Checkpoints of one family often differ in rows of padding at the end of the vocabulary (32,000 against
-32,768, say).  Such a pair is compared on the rows that both have: the longer matrices are cut by taking views
-of their first rows, which costs nothing and keeps training in place.  Anything else that differs is refused:
-the same number would mean another word.
+Checkpoints of one family often differ in rows of padding at the end of the vocabulary (32,000
+against 32,768, say).  Such a pair is compared on the rows that both have: the longer matrices are
+cut by taking views of their first rows, which costs nothing and keeps training in place.  Anything
+else that differs is refused: the same number would mean another word.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ def core_of(model: Any) -> _core.Model:
     """The C core of a model, which may be given itself."""
     core = getattr(model, "core", model)
     if not isinstance(core, _core.Model):
-        raise ArgumentError(f"expected a model from mil.load or mil.convert, got {type(model).__name__}")
+        raise ArgumentError(
+            f"expected a model from mil.load or mil.convert, got {type(model).__name__}"
+        )
     return core
 
 
@@ -39,7 +41,8 @@ def shared_vocabulary(student: Any, teacher: Any) -> tuple[_core.Model, _core.Mo
     if words is not None and their_words is not None and words != their_words:
         differing = {word for word, _ in words.items() ^ their_words.items()}
         raise ArgumentError(
-            f"student and teacher have different tokenizers ({len(differing)} tokens differ, for example "
+            f"student and teacher have different tokenizers ({len(differing)} tokens differ, for "
+            "example "
             f"{min(differing)!r}); distillation needs a teacher with the student's tokenizer"
         )
     ours_size, theirs_size = ours.config["vocab"], theirs.config["vocab"]
@@ -48,7 +51,11 @@ def shared_vocabulary(student: Any, teacher: Any) -> tuple[_core.Model, _core.Mo
     known = words if words is not None else their_words
     size = min(ours_size, theirs_size)
     if known is None or max(known.values(), default=-1) >= size:
-        why = "no tokenizer tells whether the rest is padding" if known is None else "tokens lie beyond it"
+        why = (
+            "no tokenizer tells whether the rest is padding"
+            if known is None
+            else "tokens lie beyond it"
+        )
         raise ArgumentError(
             f"the student's vocabulary is {ours_size}, the teacher's {theirs_size}: {why}; "
             "distillation needs a teacher with the student's tokenizer"
@@ -67,6 +74,7 @@ def cut_vocabulary(core: _core.Model, size: int) -> _core.Model:
     if core.config["vocab"] == size:
         return core
     arrays = {
-        name: array[:size] if name in OF_VOCABULARY else array for name, array in core.parameters().items()
+        name: array[:size] if name in OF_VOCABULARY else array
+        for name, array in core.parameters().items()
     }
     return _core.Model({**core.config, "vocab": size}, arrays, core.dtypes())

@@ -18,7 +18,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def new_axes(columns: int):
-    """A figure with quiet axes; drawn without a display, and without touching the user's settings."""
+    """A figure with quiet axes, drawn without a display or the user's settings."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -77,12 +77,22 @@ def plot_history(histories: Any, path: str | os.PathLike | None = None) -> Any:
         values = [row[metric] for row in rows]
         name = f"{label}: " if label else ""
         ax.plot(tokens, values, color=colour, linewidth=0.5, alpha=0.3)
-        ax.plot(tokens, smooth(values, max(1, len(values) // 40)), color=colour, label=f"{name}training")
+        ax.plot(
+            tokens, smooth(values, max(1, len(values) // 40)), color=colour, label=f"{name}training"
+        )
         held = f"eval_{metric}" if metric == "kl" else "eval_ce"
         rows = [row for row in history if held in row]
         if rows:
             x, y = [row["tokens"] / 1e3 for row in rows], [row[held] for row in rows]
-            ax.plot(x, y, "o", color=colour, markersize=5, markerfacecolor="white", label=f"{name}held out")
+            ax.plot(
+                x,
+                y,
+                "o",
+                color=colour,
+                markersize=5,
+                markerfacecolor="white",
+                label=f"{name}held out",
+            )
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter("{x:g}")
@@ -113,13 +123,27 @@ def plot_speed(
     figure, (left, right) = new_axes(2)
     for colour, (label, rows) in zip(COLOURS * len(tables), tables.items(), strict=False):
         lengths = [row["length"] for row in rows]
-        left.plot(lengths, [row["decode_tokens_per_second"] for row in rows], "o-", color=colour, label=label,
-                  markersize=4)  # fmt: skip
-        right.plot(lengths, [row["state_bytes"] / 2**20 for row in rows], "o-", color=colour, label=label,
-                   markersize=4)  # fmt: skip
+        left.plot(
+            lengths,
+            [row["decode_tokens_per_second"] for row in rows],
+            "o-",
+            color=colour,
+            label=label,
+            markersize=4,
+        )
+        right.plot(
+            lengths,
+            [row["state_bytes"] / 2**20 for row in rows],
+            "o-",
+            color=colour,
+            label=label,
+            markersize=4,
+        )
     for ax in (left, right):
         ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}k" if value >= 1024 else f"{value:g}")
+        ax.xaxis.set_major_formatter(
+            lambda value, _: f"{value / 1024:g}k" if value >= 1024 else f"{value:g}"
+        )
         ax.set_xlabel("tokens in the sequence")
     left.set_ylim(bottom=0)
     left.set_ylabel("decoding speed (tokens/s, one sequence)")

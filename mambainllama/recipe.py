@@ -3,7 +3,7 @@
     [teacher]
     model = "../teacher"              # folder or Hub id
 
-    [student]                         # converted from `model` (the teacher unless named), with mil.convert's words
+    [student]                         # made from `model`, else the teacher, by mil.convert
     mixer = "mamba2"
     attention_layers = "half"         # or a list of layers, "quarter", "eighth", "none"
     # trained = "../student"          # or instead: a student that is already there
@@ -19,8 +19,8 @@
     [output]
     folder = "run"
 
-Paths are relative to the recipe.  Every key is checked: a misspelt one is refused with the name that it
-may have meant, because a setting that is silently ignored costs a run.
+Paths are relative to the recipe.  Every key is checked: a misspelt one is refused with the name
+that it may have meant, because a setting that is silently ignored costs a run.
 """
 
 from __future__ import annotations
@@ -40,13 +40,20 @@ __all__ = ["Recipe", "read_recipe"]
 KEYS = {
     "teacher": ("model", "dtype"),
     "student": (
-        "model", "trained", "dtype", "mixer", "attention_layers", "init", "seed", "calibration_rows",
+        "model",
+        "trained",
+        "dtype",
+        "mixer",
+        "attention_layers",
+        "init",
+        "seed",
+        "calibration_rows",
         "calibration_length",
     ),
     "data": ("files", "validation"),
     "distill": tuple(field.name for field in fields(DistillConfig)),
     "output": ("folder",),
-}  # fmt: skip
+}
 REQUIRED = {"teacher": ("model",), "data": ("files",)}
 
 
@@ -86,7 +93,9 @@ def read_recipe(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Recip
     sections = {name: dict(content.get(name, {})) for name in KEYS}
     for section, key in (("teacher", "model"), ("student", "model"), ("student", "trained")):
         if key in sections[section]:
-            sections[section][key] = beside(path, sections[section][key], f"{path}: [{section}] {key}")
+            sections[section][key] = beside(
+                path, sections[section][key], f"{path}: [{section}] {key}"
+            )
     data = sections["data"]
     data["files"] = file_list(path, data["files"], "files")
     if not isinstance(data.get("validation", 0.5), float):
@@ -107,7 +116,9 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
         try:
             import tomli as tomllib
         except ImportError:
-            raise ArgumentError(f"{where}: recipes need Python 3.11, or tomli: pip install tomli") from None
+            raise ArgumentError(
+                f"{where}: recipes need Python 3.11, or tomli: pip install tomli"
+            ) from None
     try:
         return tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
@@ -118,7 +129,9 @@ def parse_override(text: str) -> tuple[str, str, Any]:
     name, equals, value = text.partition("=")
     section, dot, key = name.strip().partition(".")
     if not equals or not dot or not key:
-        raise ArgumentError(f"--set {shorten(text)}: expected section.key=value, as in distill.epochs=2")
+        raise ArgumentError(
+            f"--set {shorten(text)}: expected section.key=value, as in distill.epochs=2"
+        )
     try:
         parsed = parse_toml(f"value = {value}", "--set")["value"]
     except FormatError:
@@ -135,7 +148,9 @@ def check_keys(content: Mapping[str, Any], where: str) -> None:
             raise ArgumentError(f"{where}: [{section}] must be a table of settings")
         for key in keys:
             if key not in KEYS[section]:
-                raise ArgumentError(f"{where}: unknown key {key!r} in [{section}]{closest(key, KEYS[section])}")
+                raise ArgumentError(
+                    f"{where}: unknown key {key!r} in [{section}]{closest(key, KEYS[section])}"
+                )
     for section, keys in REQUIRED.items():
         for key in keys:
             if key not in content.get(section, {}):
@@ -143,7 +158,10 @@ def check_keys(content: Mapping[str, Any], where: str) -> None:
     student = content.get("student", {})
     if "trained" in student and len(student) > 1 + ("dtype" in student):
         extra = next(key for key in student if key not in ("trained", "dtype"))
-        raise ArgumentError(f"{where}: [student] has both 'trained' and {extra!r}: a trained student is not converted")
+        raise ArgumentError(
+            f"{where}: [student] has both 'trained' and {extra!r}: a trained student is not "
+            "converted"
+        )
 
 
 def closest(word: str, words: Iterable[str]) -> str:
@@ -162,6 +180,12 @@ def beside(recipe: Path, value: Any, what: str) -> str:
 
 def file_list(recipe: Path, value: Any, key: str) -> list[str]:
     values = [value] if isinstance(value, str) else value
-    if not isinstance(values, list) or not values or not all(isinstance(v, str) and v for v in values):
-        raise ArgumentError(f"{recipe}: [data] {key}: expected a file or a list of files, got {shorten(value)}")
+    if (
+        not isinstance(values, list)
+        or not values
+        or not all(isinstance(v, str) and v for v in values)
+    ):
+        raise ArgumentError(
+            f"{recipe}: [data] {key}: expected a file or a list of files, got {shorten(value)}"
+        )
     return [str(recipe.parent / name) for name in values]

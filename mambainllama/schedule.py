@@ -1,13 +1,15 @@
 """Learning-rate schedules: a linear warm-up, then cosine, linear or constant.
 
-With w warm-up steps of n in all and a floor f (a fraction of the peak), step s, counted from 0, gets
+With w warm-up steps of n in all and a floor f (a fraction of the peak), step s, counted from 0,
+gets
 
     (s + 1) / w                                    while s < w
     f + (1 - f) * (1 + cos(pi * p)) / 2            cosine,   p = (s - w) / (n - w)
     f + (1 - f) * (1 - p)                          linear
     1                                              constant
 
-times the peak.  A schedule is a function of the step's number, so that a resumed run needs no state of it.
+times the peak.  A schedule is a function of the step's number, so that a resumed run needs no state
+of it.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The training loop that every stage shares: steps, metrics, evaluation, checkpoints, resuming.
 
-A stage (distillation, fine-tuning) is a `Task`: it says what one micro-batch adds to the gradients and which
-numbers to report.  The loop does the rest, and promises
+A stage (distillation, fine-tuning) is a `Task`: it says what one micro-batch adds to the gradients
+and which numbers to report.  The loop does the rest, and promises
 
-- the same bits after a resume as without the interruption: a step depends on its number, the weights, the
-  moments and the data, all of which a checkpoint holds exactly;
+- the same bits after a resume as without the interruption: a step depends on its number, the
+  weights, the moments and the data, all of which a checkpoint holds exactly;
 - a last good checkpoint whatever happens: SIGKILL, a full disk, a loss that is no longer finite;
 - that Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint.
 """
@@ -47,7 +47,7 @@ class TrainingInterrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM ended a run between two steps, after a checkpoint."""
 
 
-# ---- configuration ---------------------------------------------------------------------------------------
+# ---- configuration -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +78,15 @@ class TrainingConfig:
     max_grad_norm : float
         Gradients are scaled down to this Euclidean norm; 0 leaves them.
     vector_rate : float
-        Factor on the learning rate of everything that is not a matrix (norms, biases, A_log, D, convolutions).
+        Factor on the learning rate of everything that is not a matrix (norms, biases, A_log, D,
+        convolutions).
     loss_on : "all" or "answers"
         Which tokens of chats count.
     skip_bad : bool
         Leave out bad records instead of stopping at the first.
     checkpointing : bool
-        Keep only each layer's input and compute its inside again for the gradients: less memory, a third more time.
+        Keep only each layer's input and compute its inside again for the gradients: less memory, a
+        third more time.
     seed : int
         Order of the data.
     log_every, eval_every, save_every : int or None
@@ -142,12 +144,24 @@ class TrainingConfig:
             return words
 
     # Fields that change when a run saves, reports or how it computes, but not what it computes.
-    _FREE = ("log_every", "eval_every", "eval_batches", "save_every", "keep_last", "checkpointing",
-             "epochs", "max_steps")  # fmt: skip
+    _FREE = (
+        "log_every",
+        "eval_every",
+        "eval_batches",
+        "save_every",
+        "keep_last",
+        "checkpointing",
+        "epochs",
+        "max_steps",
+    )
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on."""
-        return {f.name: jsonable(getattr(self, f.name)) for f in fields(self) if f.name not in self._FREE}
+        return {
+            f.name: jsonable(getattr(self, f.name))
+            for f in fields(self)
+            if f.name not in self._FREE
+        }
 
 
 def whole(low: int):
@@ -161,7 +175,9 @@ def number(low: float, high: float = math.inf, *, open_low: bool = False):
     def check(value):
         if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
             return False
-        return math.isfinite(value) and (value > low if open_low else value >= low) and value <= high
+        return (
+            math.isfinite(value) and (value > low if open_low else value >= low) and value <= high
+        )
 
     return check
 
@@ -217,7 +233,7 @@ def jsonable(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-# ---- the task --------------------------------------------------------------------------------------------
+# ---- the task ----------------------------------------------------------------------------------
 
 
 class Task:
@@ -270,7 +286,7 @@ class Window:
         )
 
 
-# ---- the loop --------------------------------------------------------------------------------------------
+# ---- the loop ----------------------------------------------------------------------------------
 
 
 def train(
@@ -345,7 +361,7 @@ class Loop:
         return 0
 
     def set_aside(self) -> None:
-        """Moves an older run in the same folder to previous-N: nothing that took hours is overwritten."""
+        """Moves an older run in the folder to previous-N: nothing is overwritten."""
         old = [self.folder / name for name in ("checkpoints", "metrics.jsonl", "model", "run.json")]
         old = [path for path in old if path.exists()]
         if not any(path.name in ("checkpoints", "model") for path in old):
@@ -366,7 +382,8 @@ class Loop:
             if then.get(name) != now.get(name):
                 raise StateError(
                     f"{checkpoint}: cannot resume: {name} was {shorten(then.get(name))}, is "
-                    f"{shorten(now.get(name))} now; use what the run began with, or another output_dir"
+                    f"{shorten(now.get(name))} now; use what the run began with, or another "
+                    "output_dir"
                 )
         restore(checkpoint, self.task.tensors())
         self.task.trainer.step = step = record["step"]
@@ -377,7 +394,7 @@ class Loop:
         return step
 
     def trim_metrics(self, step: int) -> None:
-        """Drops lines that a killed run wrote after its checkpoint, and a last line that it cut off."""
+        """Drops what a killed run wrote after its checkpoint, and a line that it cut off."""
         path = self.folder / "metrics.jsonl"
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
@@ -408,7 +425,11 @@ class Loop:
                     if stopped:
                         saved = self.save(done)
                         raise TrainingInterrupted(self.farewell(done))
-                    if self.config.save_every and done % self.config.save_every == 0 and done < self.total:
+                    if (
+                        self.config.save_every
+                        and done % self.config.save_every == 0
+                        and done < self.total
+                    ):
                         saved = self.save(done)
             if saved != self.total:
                 self.save(self.total)
@@ -451,7 +472,9 @@ class Loop:
         if done % config.log_every == 0 or done == self.total:
             row = self.measured(rate, norm)
             self.sums = {}
-            bar.set_postfix_str(", ".join(f"{k} {format_value(row[k])}" for k in ("loss", "kl") if k in row))
+            bar.set_postfix_str(
+                ", ".join(f"{k} {format_value(row[k])}" for k in ("loss", "kl") if k in row)
+            )
         if done == self.total or (config.eval_every and done % config.eval_every == 0):
             row |= self.evaluation(done)
         self.log(done, row)
@@ -476,7 +499,9 @@ class Loop:
         # Time spent here is not training time.
         self.clock += time.perf_counter() - begin
         if found and self.progress is not False:
-            self.say(f"step {done}: " + ", ".join(f"{k[5:]} {format_value(v)}" for k, v in found.items()))
+            self.say(
+                f"step {done}: " + ", ".join(f"{k[5:]} {format_value(v)}" for k, v in found.items())
+            )
         return found or {}
 
     def log(self, done: int, row: Mapping[str, float]) -> None:
@@ -491,7 +516,8 @@ class Loop:
             self.metrics.flush()
         except OSError as error:
             raise FileError(
-                f"{self.folder / 'metrics.jsonl'}: {error.strerror}; last good checkpoint: {self.last_good}"
+                f"{self.folder / 'metrics.jsonl'}: {error.strerror}; last good checkpoint: "
+                f"{self.last_good}"
             ) from None
 
     # -- end --
@@ -507,11 +533,20 @@ class Loop:
             "tokens": self.tokens,
             "sums": self.sums,
             # The order of the data is a function of these three (data.Batches.order).
-            "position": {"seed": self.config.seed, "epoch": done // per_epoch, "step": done % per_epoch},
+            "position": {
+                "seed": self.config.seed,
+                "epoch": done // per_epoch,
+                "step": done % per_epoch,
+            },
             "identity": self.identity(),
         }
         self.last_good = write_checkpoint(
-            self.root, done, self.task.save_model, self.task.tensors(), record, self.config.keep_last
+            self.root,
+            done,
+            self.task.save_model,
+            self.task.tensors(),
+            record,
+            self.config.keep_last,
         )
         self.clock += time.perf_counter() - begin
         return done
@@ -534,13 +569,20 @@ class Loop:
             ) from None
 
     def complaint(self, done: int, what: str) -> str:
-        kept = f"last good checkpoint: {self.last_good}" if self.last_good else "no checkpoint was due yet"
+        kept = (
+            f"last good checkpoint: {self.last_good}"
+            if self.last_good
+            else "no checkpoint was due yet"
+        )
         return f"step {done}: {what}; try a lower learning_rate or longer warm-up; {kept}"
 
     def farewell(self, done: int) -> str:
         if self.folder is None:
             return f"interrupted after step {done} of {self.total}; no output_dir, nothing saved"
-        return f"interrupted after step {done} of {self.total}; resume from {self.last_good} with resume=True"
+        return (
+            f"interrupted after step {done} of {self.total}; "
+            f"resume from {self.last_good} with resume=True"
+        )
 
     # -- words --
 
@@ -550,7 +592,9 @@ class Loop:
         from tqdm.auto import tqdm
 
         show = self.progress if self.progress is not None else sys.stderr.isatty()
-        with tqdm(total=self.total, initial=first, disable=not show, unit="step", leave=True) as bar:
+        with tqdm(
+            total=self.total, initial=first, disable=not show, unit="step", leave=True
+        ) as bar:
             yield bar
 
     def say(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Data become batches: documents never mix, nothing is lost, order repeats, and bad input is told by its place."""
+"""Data become batches: nothing mixes or is lost, order repeats, bad input is told by its place."""
 
 import gzip
 import json
@@ -8,7 +8,14 @@ import pytest
 
 from mambainllama import data as mil_data
 from mambainllama.data import Batches, Documents, read_documents, sample_rows
-from mambainllama.errors import ArgumentError, DtypeError, Error, FormatError, NotFoundError, ShapeError
+from mambainllama.errors import (
+    ArgumentError,
+    DtypeError,
+    Error,
+    FormatError,
+    NotFoundError,
+    ShapeError,
+)
 
 
 class Bytes:
@@ -117,8 +124,13 @@ batches_length = 16
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_packing_keeps_documents_apart(texts, accumulation, shuffle):
     documents = read_documents([{"text": t} for t in texts], Bytes(), vocab=300)
-    batches = Batches(documents, batch_size=2, sequence_length=batches_length, accumulation=accumulation,
-                      shuffle=shuffle)  # fmt: skip
+    batches = Batches(
+        documents,
+        batch_size=2,
+        sequence_length=batches_length,
+        accumulation=accumulation,
+        shuffle=shuffle,
+    )
     check_batches(batches, documents)
     lengths = [
         sum(batches.piece_lengths[a:b])

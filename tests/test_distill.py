@@ -1,4 +1,4 @@
-"""Distillation learns, its settings mean what they say, and what cannot work is refused in one line."""
+"""Distillation learns, its settings mean what they say, and what cannot work is refused."""
 
 import json
 
@@ -29,7 +29,13 @@ def make_student(teacher, tokens, mixer="mamba2", layers="half"):
 
 
 def config(**changes):
-    base = {"batch_size": 8, "sequence_length": LENGTH, "learning_rate": 5e-3, "warmup_steps": 2, "save_every": None}
+    base = {
+        "batch_size": 8,
+        "sequence_length": LENGTH,
+        "learning_rate": 5e-3,
+        "warmup_steps": 2,
+        "save_every": None,
+    }
     return mil.DistillConfig(**{**base, **changes})
 
 
@@ -68,16 +74,21 @@ def test_same_seed_same_bits(teacher, tokens):
     assert not same(a, c)
 
 
-@pytest.mark.parametrize("loss", [{}, {"ce_weight": 1.0, "kl_weight": 0.1}, {"reduction": "reference"}])
+@pytest.mark.parametrize(
+    "loss", [{}, {"ce_weight": 1.0, "kl_weight": 0.1}, {"reduction": "reference"}]
+)
 def test_accumulation_equals_the_larger_batch(teacher, tokens, loss):
     """The same rows in one pass or in four: the same gradients up to rounding."""
 
     def gradients(batch_size, accumulation):
         student = make_student(teacher, tokens)
         task = DistillTask(
-            student, *shared_vocabulary(student, teacher), tokens, None,
+            student,
+            *shared_vocabulary(student, teacher),
+            tokens,
+            None,
             config(batch_size=batch_size, gradient_accumulation=accumulation, **loss),
-        )  # fmt: skip
+        )
         batches = task.batches.step(0)
         window = Window.of(batches)
         for batch in batches:
@@ -123,7 +134,11 @@ def test_mixers_only(teacher, tokens):
     mil.distill(student, teacher, tokens, config(train="mixers"), None)
     after = weights(student)
     changed = {name for name in after if not np.array_equal(after[name], before[name])}
-    assert changed == {name for name in after if ".mamba." in name} == set(trainable_names(core_of(student), "mixers"))
+    assert (
+        changed
+        == {name for name in after if ".mamba." in name}
+        == set(trainable_names(core_of(student), "mixers"))
+    )
     with pytest.raises(mil.ArgumentError, match="no mixers"):
         mil.distill(teacher, teacher, tokens, config(train="mixers"), None)
 
@@ -157,7 +172,12 @@ def test_activation_checkpointing_changes_no_bit(teacher, tokens):
 
 def test_text_with_answers_only(teacher):
     chats = [
-        {"messages": [{"role": "user", "content": f"{n} and {n}"}, {"role": "assistant", "content": f"make {2 * n}"}]}
+        {
+            "messages": [
+                {"role": "user", "content": f"{n} and {n}"},
+                {"role": "assistant", "content": f"make {2 * n}"},
+            ]
+        }
         for n in range(40)
     ]
     student = make_student(teacher, [list(range(40))])
@@ -171,7 +191,9 @@ def test_text_with_answers_only(teacher):
 
 def test_fine_tuning_learns_labels(tmp_path, tokens):
     model = mil.load(write_llama(tmp_path / "llama"))
-    settings = mil.SftConfig(loss_on="all", epochs=6, batch_size=8, learning_rate=5e-3, save_every=None)
+    settings = mil.SftConfig(
+        loss_on="all", epochs=6, batch_size=8, learning_rate=5e-3, save_every=None
+    )
     history = mil.sft(model, tokens, settings, None, validation=tokens[:8])
     assert history.final["eval_perplexity"] < 0.8 * history[0]["eval_perplexity"]
     assert "kl" not in history.final
@@ -179,14 +201,31 @@ def test_fine_tuning_learns_labels(tmp_path, tokens):
 
 def test_run_folder(teacher, tokens, tmp_path):
     student = make_student(teacher, tokens)
-    history = mil.distill(student, teacher, tokens, config(save_every=2, keep_last=2), tmp_path / "run")
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    history = mil.distill(
+        student, teacher, tokens, config(save_every=2, keep_last=2), tmp_path / "run"
+    )
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert lines == list(history)
-    assert {"step", "tokens", "loss", "kl", "agreement", "learning_rate", "grad_norm", "tokens_per_second",
-            "seconds", "peak_memory_bytes"} <= set(lines[-1])  # fmt: skip
+    assert {
+        "step",
+        "tokens",
+        "loss",
+        "kl",
+        "agreement",
+        "learning_rate",
+        "grad_norm",
+        "tokens_per_second",
+        "seconds",
+        "peak_memory_bytes",
+    } <= set(lines[-1])
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == ["latest", "step-00000004", "step-00000006"]
-    for folder in (tmp_path / "run" / "model", tmp_path / "run" / "checkpoints" / "step-00000006" / "model"):
+    for folder in (
+        tmp_path / "run" / "model",
+        tmp_path / "run" / "checkpoints" / "step-00000006" / "model",
+    ):
         assert same(weights(student), weights(mil.load(folder)))
     assert "6 steps" in repr(history) and "<table>" in history._repr_html_()
     assert mil.History.read(tmp_path / "run") == history
@@ -209,7 +248,9 @@ def test_vocabularies_that_differ_by_padding(teacher, tokens, tmp_path):
     assert history.final["kl"] < history[0].get("kl", history[1]["kl"])
     after = student.parameters()["model.embed_tokens.weight"]
     assert np.array_equal(after[VOCAB:], tail)
-    assert not np.array_equal(after[:VOCAB], padded.parameters()["model.embed_tokens.weight"][:VOCAB])
+    assert not np.array_equal(
+        after[:VOCAB], padded.parameters()["model.embed_tokens.weight"][:VOCAB]
+    )
 
 
 def test_other_vocabularies_are_refused(teacher, tokens, tmp_path):
@@ -255,7 +296,14 @@ def test_wrong_arguments(teacher, tokens):
 
 def test_a_loss_that_is_not_finite_stops_the_run(teacher, tokens, tmp_path):
     student = make_student(teacher, tokens)
-    settings = config(epochs=2, save_every=2, learning_rate=1e30, warmup_steps=9, max_grad_norm=0, schedule="constant")
+    settings = config(
+        epochs=2,
+        save_every=2,
+        learning_rate=1e30,
+        warmup_steps=9,
+        max_grad_norm=0,
+        schedule="constant",
+    )
     with pytest.raises(mil.NonFiniteError, match=r"step \d+: .*checkpoint") as caught:
         mil.distill(student, teacher, tokens, settings, tmp_path)
     assert "\n" not in str(caught.value)
@@ -263,7 +311,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(teacher, tokens, tmp_path):
 
 def test_plots(teacher, tokens, tmp_path):
     pytest.importorskip("matplotlib")
-    history = mil.distill(make_student(teacher, tokens), teacher, tokens, config(), None, validation=tokens[:4])
+    history = mil.distill(
+        make_student(teacher, tokens), teacher, tokens, config(), None, validation=tokens[:4]
+    )
     history.plot(tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(mil.ArgumentError, match="empty"):

@@ -1,4 +1,4 @@
-"""Evaluation: the formulas against NumPy on the model's own logits, and no dependence on batching."""
+"""Evaluation: its formulas in NumPy on the model's own logits, and no dependence on batching."""
 
 import numpy as np
 import pytest
@@ -58,14 +58,20 @@ def test_packed_text_equals_text_alone(models):
     alone = [mil.evaluate.compare(*models, [{"text": text}]) for text in texts]
     total = sum(found.tokens for found in alone)
     assert packed.tokens == total
-    assert packed.kl == pytest.approx(sum(found.kl * found.tokens for found in alone) / total, rel=1e-5)
+    assert packed.kl == pytest.approx(
+        sum(found.kl * found.tokens for found in alone) / total, rel=1e-5
+    )
 
 
 def test_shown_as_words_and_numbers(models, tokens):
     found = mil.evaluate.compare(*models, tokens)
     assert repr(found).startswith("Comparison(kl=") and set(found.to_dict()) == {
-        "kl", "perplexity", "teacher_perplexity", "agreement", "tokens"
-    }  # fmt: skip
+        "kl",
+        "perplexity",
+        "teacher_perplexity",
+        "agreement",
+        "tokens",
+    }
 
 
 def test_mistakes_are_one_line(models, tokens):

@@ -1,7 +1,8 @@
 """A run that was killed, interrupted or cut off by a full disk goes on to the same bits.
 
-The undisturbed run is made in this process; the disturbed ones in processes of their own, killed with
-SIGKILL at random moments (so also while a checkpoint is written) and started again with resume=True.
+The undisturbed run is made in this process; the disturbed ones in processes of their own, killed
+with SIGKILL at random moments (so also while a checkpoint is written) and started again with
+resume=True.
 """
 
 import json
@@ -22,8 +23,18 @@ import mambainllama as mil
 from mambainllama.checkpointing import TEMPORARY, latest_checkpoint
 
 STEPS = 16
-SETTINGS = {"max_steps": STEPS, "batch_size": 4, "sequence_length": 16, "learning_rate": 3e-3, "save_every": 2,
-            "eval_every": 5, "log_every": 3, "gradient_accumulation": 2, "align_fraction": 0.2, "ce_weight": 0.1}  # fmt: skip
+SETTINGS = {
+    "max_steps": STEPS,
+    "batch_size": 4,
+    "sequence_length": 16,
+    "learning_rate": 3e-3,
+    "save_every": 2,
+    "eval_every": 5,
+    "log_every": 3,
+    "gradient_accumulation": 2,
+    "align_fraction": 0.2,
+    "ce_weight": 0.1,
+}
 
 RUN = """
 import json, sys, time
@@ -41,7 +52,8 @@ if pause:
     step = training.Loop.step
     training.Loop.step = lambda self, *a: (time.sleep(pause), step(self, *a))
 print("ready", flush=True)
-mil.distill(student, teacher, tokens, mil.DistillConfig(**settings), {folder!r}, resume=True, validation=tokens[:4])
+config = mil.DistillConfig(**settings)
+mil.distill(student, teacher, tokens, config, {folder!r}, resume=True, validation=tokens[:4])
 print("done", flush=True)
 """
 
@@ -60,8 +72,12 @@ def start(teacher_folder, folder, dtype="auto", prepare=None, **changes):
         folder=str(folder),
     )
     return subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=prepare
-    )  # fmt: skip
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=prepare,
+    )
 
 
 def finish(process, limit=120):
@@ -71,7 +87,9 @@ def finish(process, limit=120):
 
 def outcome(folder):
     """Final weights and the metrics that do not tell the time."""
-    weights = {name: array.copy() for name, array in mil.load(folder / "model").parameters().items()}
+    weights = {
+        name: array.copy() for name, array in mil.load(folder / "model").parameters().items()
+    }
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         for name in ("seconds", "tokens_per_second", "peak_memory_bytes"):
@@ -119,7 +137,10 @@ def test_interrupt_saves_and_says_so(undisturbed, teacher_folder, tmp_path):
     dtype, wanted = undisturbed
     process = start(teacher_folder, tmp_path / "run", dtype, pause=0.05, save_every=None)
     process.stdout.readline()
-    while not (tmp_path / "run" / "metrics.jsonl").exists() or "kl" not in (tmp_path / "run" / "metrics.jsonl").read_text():
+    while (
+        not (tmp_path / "run" / "metrics.jsonl").exists()
+        or "kl" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    ):
         time.sleep(0.02)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)

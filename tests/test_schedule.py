@@ -39,13 +39,31 @@ def test_warmup_is_given_in_steps_or_as_a_share():
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("epochs", 0), ("epochs", 1.5), ("epochs", True), ("max_steps", -1), ("batch_size", "8"), ("sequence_length", 1),
-        ("learning_rate", 0), ("learning_rate", math.nan), ("learning_rate", -1e-3), ("min_learning_rate", 2),
-        ("warmup_ratio", 1.5), ("warmup_steps", -1), ("schedule", "cos"), ("betas", (0.9, 1.0)), ("betas", (0.9,)),
-        ("weight_decay", -0.1), ("max_grad_norm", -1), ("loss_on", "answer"), ("seed", -1), ("log_every", 0),
-        ("keep_last", 0), ("skip_bad", "no"), ("gradient_accumulation", 0),
+        ("epochs", 0),
+        ("epochs", 1.5),
+        ("epochs", True),
+        ("max_steps", -1),
+        ("batch_size", "8"),
+        ("sequence_length", 1),
+        ("learning_rate", 0),
+        ("learning_rate", math.nan),
+        ("learning_rate", -1e-3),
+        ("min_learning_rate", 2),
+        ("warmup_ratio", 1.5),
+        ("warmup_steps", -1),
+        ("schedule", "cos"),
+        ("betas", (0.9, 1.0)),
+        ("betas", (0.9,)),
+        ("weight_decay", -0.1),
+        ("max_grad_norm", -1),
+        ("loss_on", "answer"),
+        ("seed", -1),
+        ("log_every", 0),
+        ("keep_last", 0),
+        ("skip_bad", "no"),
+        ("gradient_accumulation", 0),
     ],
-)  # fmt: skip
+)
 def test_bad_settings_are_named(field, value):
     with pytest.raises(ArgumentError, match=rf"TrainingConfig: {field}=.*expected") as caught:
         TrainingConfig(**{field: value})
@@ -55,5 +73,8 @@ def test_bad_settings_are_named(field, value):
 
 def test_settings_that_change_nothing_about_the_result_are_free():
     base = TrainingConfig().identity()
-    assert TrainingConfig(save_every=7, log_every=3, keep_last=None, checkpointing=True).identity() == base
+    assert (
+        TrainingConfig(save_every=7, log_every=3, keep_last=None, checkpointing=True).identity()
+        == base
+    )
     assert TrainingConfig(learning_rate=1e-3).identity() != base

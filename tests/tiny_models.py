@@ -24,8 +24,19 @@ def byte_tokenizer():
     return tokenizer
 
 
-def write_llama(folder, *, layers=2, hidden=32, heads=4, kv_heads=2, vocab=264, seed=0, scale=1.0, text=True,
-                dtype="float32"):  # fmt: skip
+def write_llama(
+    folder,
+    *,
+    layers=2,
+    hidden=32,
+    heads=4,
+    kv_heads=2,
+    vocab=264,
+    seed=0,
+    scale=1.0,
+    text=True,
+    dtype="float32",
+):
     """Writes a checkpoint and returns its folder. `scale` makes its distributions sharper."""
     random = np.random.default_rng(seed)
     wide, narrow, inner = hidden, hidden * kv_heads // heads, 2 * hidden
@@ -48,18 +59,29 @@ def write_llama(folder, *, layers=2, hidden=32, heads=4, kv_heads=2, vocab=264, 
         if len(shape) == 1:
             tensors[name] = (np.ones(shape, np.float32), "float32")
         else:
-            values = random.standard_normal(shape).astype(np.float32) * np.float32(scale * shape[1] ** -0.5)
+            values = random.standard_normal(shape, np.float32)
+            values *= np.float32(scale * shape[1] ** -0.5)
             if dtype == "bfloat16":
                 tensors[name] = ((values.view(np.uint32) >> 16).astype(np.uint16), dtype)
             else:
                 tensors[name] = (values, dtype)
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
-        "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads, "vocab_size": vocab, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-        "hidden_act": "silu", "tie_word_embeddings": True, "max_position_embeddings": 512,
-        "torch_dtype": dtype, "eos_token_id": 256,
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 512,
+        "torch_dtype": dtype,
+        "eos_token_id": 256,
+    }
     write_folder(folder, tensors, config)
     if text:
         byte_tokenizer().save(str(folder / "tokenizer.json"))
