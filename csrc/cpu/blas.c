@@ -13,11 +13,11 @@
 enum { ROW_MAJOR = 101, NO_TRANSPOSE = 111, TRANSPOSE = 112 }; /* CBLAS constants */
 
 typedef void (*sgemm64_function)(int order, int transpose_a, int transpose_b, int64_t m, int64_t n, int64_t k,
-                                 float alpha, const float *a, int64_t lda, const float *b, int64_t ldb, float beta,
-                                 float *c, int64_t ldc);
+                                 float alpha, const float *a, int64_t lda, const float *b, int64_t ldb,
+                                 float beta, float *c, int64_t ldc);
 typedef void (*sgemm32_function)(int order, int transpose_a, int transpose_b, int32_t m, int32_t n, int32_t k,
-                                 float alpha, const float *a, int32_t lda, const float *b, int32_t ldb, float beta,
-                                 float *c, int32_t ldc);
+                                 float alpha, const float *a, int32_t lda, const float *b, int32_t ldb,
+                                 float beta, float *c, int32_t ldc);
 typedef void (*set_threads_function)(int threads);
 typedef const char *(*config_function)(void);
 
@@ -105,8 +105,8 @@ mil_blas_description(void)
 }
 
 void
-mil_blas_sgemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, float alpha, const float *a,
-               int64_t lda, const float *b, int64_t ldb, float beta, float *c, int64_t ldc)
+mil_blas_sgemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, float alpha,
+               const float *a, int64_t lda, const float *b, int64_t ldb, float beta, float *c, int64_t ldc)
 {
     int op_a = transpose_a ? TRANSPOSE : NO_TRANSPOSE;
     int op_b = transpose_b ? TRANSPOSE : NO_TRANSPOSE;
@@ -114,6 +114,6 @@ mil_blas_sgemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t
         blas.sgemm64(ROW_MAJOR, op_a, op_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
         return;
     }
-    blas.sgemm32(ROW_MAJOR, op_a, op_b, (int32_t)m, (int32_t)n, (int32_t)k, alpha, a, (int32_t)lda, b, (int32_t)ldb,
-                 beta, c, (int32_t)ldc);
+    blas.sgemm32(ROW_MAJOR, op_a, op_b, (int32_t)m, (int32_t)n, (int32_t)k, alpha, a, (int32_t)lda, b,
+                 (int32_t)ldb, beta, c, (int32_t)ldc);
 }

@@ -12,8 +12,8 @@
 
 #include "base/status.h"
 
-/* Loads the shared library at `path`, which must offer CBLAS under plain, 64-bit or scipy-openblas names. May be
- * called once more with another library; not while products run. */
+/* Loads the shared library at `path`, which must offer CBLAS under plain, 64-bit or scipy-openblas names.
+ * May be called once more with another library; not while products run. */
 mil_status
 mil_blas_load(const char *path) MIL_MUST_CHECK;
 
@@ -26,7 +26,7 @@ mil_blas_description(void);
 
 /* c = alpha op(a) op(b) + beta c on the calling thread, row-major as in mil_cpu_gemm; only where loaded. */
 void
-mil_blas_sgemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, float alpha, const float *a,
-               int64_t lda, const float *b, int64_t ldb, float beta, float *c, int64_t ldc);
+mil_blas_sgemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, float alpha,
+               const float *a, int64_t lda, const float *b, int64_t ldb, float beta, float *c, int64_t ldc);
 
 #endif

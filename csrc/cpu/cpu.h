@@ -80,8 +80,8 @@ mil_status
 mil_cpu_gather_rows(mil_context *context, int64_t count, int64_t width, const int64_t *index, const void *x,
                     int64_t x_stride, void *y, int64_t y_stride);
 mil_status
-mil_cpu_to_host(mil_context *context, int64_t rows, int64_t width, const void *x, int64_t x_stride, float scale,
-                float *y);
+mil_cpu_to_host(mil_context *context, int64_t rows, int64_t width, const void *x, int64_t x_stride,
+                float scale, float *y);
 
 /* ---- shared between families (linear.c) -------------------------------------------------------------- */
 
@@ -91,14 +91,14 @@ mil_cpu_to_host(mil_context *context, int64_t rows, int64_t width, const void *x
  * an order that is fixed for a shape and a thread count; called inside a parallel region it would run on
  * the calling thread alone, but scratch belongs to one caller, so do not. */
 mil_status
-mil_cpu_gemm(mil_context *context, bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, float alpha,
-             const float *a, int64_t lda, const float *b, int64_t ldb, float beta, float *c,
+mil_cpu_gemm(mil_context *context, bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k,
+             float alpha, const float *a, int64_t lda, const float *b, int64_t ldb, float beta, float *c,
              int64_t ldc) MIL_MUST_CHECK;
 
 /* to = from as float32, exactly; from is [rows, columns] of `dtype`, from_stride elements between rows.
  * Runs on a team of `threads` (1 inside a parallel region). */
 void
-mil_cpu_expand(int threads, mil_dtype dtype, int64_t rows, int64_t columns, const void *from, int64_t from_stride,
-               float *to, int64_t to_stride);
+mil_cpu_expand(int threads, mil_dtype dtype, int64_t rows, int64_t columns, const void *from,
+               int64_t from_stride, float *to, int64_t to_stride);
 
 #endif

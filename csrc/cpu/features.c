@@ -69,7 +69,7 @@ detect(mil_cpu_level wanted)
     uint32_t leaves = a, saved = saved_registers();
     bool avx2 = bit(b, 5);
     bool avx512 = bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31); /* F, DQ, BW, VL */
-    bool amx = bit(d, 24) && bit(d, 22);                                /* tiles, and their bfloat16 product */
+    bool amx = bit(d, 24) && bit(d, 22); /* tiles, and their bfloat16 product */
     if (!avx2 || (saved & 0x06u) != 0x06u) {
         return MIL_CPU_PORTABLE;
     }
@@ -135,7 +135,8 @@ mil_cpu_check_level(void)
     const char *text = getenv("MAMBAINLLAMA_CPU");
     if (text != NULL && *text != '\0' && find_cap() == LEVELS) {
         return mil_fail(MIL_ERR_VALUE,
-                        "MAMBAINLLAMA_CPU: \"%.40s\" is not one of portable, avx2, avx512, avx512bf16, amx", text);
+                        "MAMBAINLLAMA_CPU: \"%.40s\" is not one of portable, avx2, avx512, avx512bf16, amx",
+                        text);
     }
     return MIL_OK;
 }

@@ -2,16 +2,17 @@
  *
  * Two machines share the work, because two different limits bind.
  *
- * Plain products (decoding, verification, prefill) use our own kernels (linear_tiles.h, linear_amx.c): no library
- * multiplies bfloat16 weights where they lie at the speed of memory, and none promises that a row's bits do not
- * depend on the rows beside it.  One parallel region serves all products of a call.  Each thread gets a fixed
- * share of the columns, weighed by the bytes of their weights; where columns are few and rows many, rows
- * are divided too.  None of that touches the order in which an output is reduced.
+ * Plain products (decoding, verification, prefill) use our own kernels (linear_tiles.h, linear_amx.c): no
+ * library multiplies bfloat16 weights where they lie at the speed of memory, and none promises that a
+ * row's bits do not depend on the rows beside it. One parallel region serves all products of a call. Each
+ * thread gets a fixed share of the columns, weighed by the bytes of their weights; where columns are few
+ * and rows many, rows are divided too. None of that touches the order in which an output is reduced.
  *
  * Products with `fast` set and all gradients (training: many rows, bound by multiply-adds) use a BLAS
- * where one is loaded (blas.h), each thread on its own rectangle of the result.  16-bit weights are expanded to
- * float32 a few megabytes at a time, as many as caches hold: expanding costs 6 bytes of traffic a weight
- * against 2 * rows flops.  Without a BLAS our float32 kernel takes over, behind transposed copies.
+ * where one is loaded (blas.h), each thread on its own rectangle of the result. 16-bit weights are
+ * expanded to float32 a few megabytes at a time, as many as caches hold: expanding costs 6 bytes of
+ * traffic a weight against 2 * rows flops. Without a BLAS our float32 kernel takes over, behind
+ * transposed copies.
  */
 #include "cpu/linear.h"
 
@@ -58,26 +59,30 @@ static mil_status
 check_sizes(const char *operator, int64_t rows, int64_t in, int64_t out, mil_dtype dtype)
 {
     if (rows < 0 || in < 1 || out < 1) {
-        return mil_fail(MIL_ERR_SHAPE, "%s: rows = %lld, in = %lld, out = %lld; rows must be >= 0, in and out >= 1",
-                        operator, (long long)rows, (long long)in, (long long)out);
+        return mil_fail(
+            MIL_ERR_SHAPE,
+            "%s: rows = %lld, in = %lld, out = %lld; rows must be >= 0, in and out >= 1", operator,(long long)
+                                                                                              rows,
+            (long long)in, (long long)out);
     }
     if (dtype != MIL_F32 && dtype != MIL_BF16 && dtype != MIL_F16) {
-        return mil_fail(MIL_ERR_DTYPE, "%s: weight has dtype number %d; expected float32, bfloat16 or float16", operator,
-                        (int)dtype);
+        return mil_fail(
+            MIL_ERR_DTYPE,
+            "%s: weight has dtype number %d; expected float32, bfloat16 or float16", operator,(int) dtype);
     }
     return MIL_OK;
 }
 
 static mil_status
-check_rows(const char *operator, const char *argument, const void *pointer, int64_t rows, int64_t stride,
+check_rows(const char *operator, const char * argument, const void *pointer, int64_t rows, int64_t stride,
            int64_t width)
 {
     if (pointer == NULL) {
         return mil_fail(MIL_ERR_VALUE, "%s: %s is missing", operator, argument);
     }
     if (rows > 1 && stride < width) {
-        return mil_fail(MIL_ERR_SHAPE, "%s: %s_stride = %lld is less than the row's %lld elements", operator, argument,
-                        (long long)stride, (long long)width);
+        return mil_fail(MIL_ERR_SHAPE, "%s: %s_stride = %lld is less than the row's %lld elements", operator,
+                        argument, (long long)stride, (long long)width);
     }
     return MIL_OK;
 }
@@ -85,15 +90,16 @@ check_rows(const char *operator, const char *argument, const void *pointer, int6
 static mil_status
 check_forward(const mil_linear *products, int64_t count)
 {
-    const char *operator = "linear_forward";
+    const char *operator= "linear_forward";
     for (int64_t p = 0; p < count; p++) {
         const mil_linear *product = &products[p], *first = &products[0];
         MIL_TRY(check_sizes(operator, product->rows, product->in, product->out, product->dtype));
         if (product->rows != first->rows || product->in != first->in || product->x != first->x ||
             product->x_stride != first->x_stride || product->fast != first->fast) {
             return mil_fail(MIL_ERR_VALUE,
-                            "%s: product %lld differs from product 0 in x, rows, in or fast; products of a call share them",
-                            operator, (long long)p);
+                            "%s: product %lld differs from product 0 in x, rows, in or fast; products of a "
+                            "call share them",
+                            operator,(long long) p);
         }
         if (product->rows > 0) {
             MIL_TRY(check_rows(operator, "x", product->x, product->rows, product->x_stride, product->in));
@@ -144,8 +150,8 @@ expand_row(mil_dtype dtype, int64_t count, const void *from, float *to)
 }
 
 void
-mil_cpu_expand(int threads, mil_dtype dtype, int64_t rows, int64_t columns, const void *from, int64_t from_stride,
-               float *to, int64_t to_stride)
+mil_cpu_expand(int threads, mil_dtype dtype, int64_t rows, int64_t columns, const void *from,
+               int64_t from_stride, float *to, int64_t to_stride)
 {
     const size_t size = mil_dtype_size(dtype);
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * columns > TINY)
@@ -156,8 +162,8 @@ mil_cpu_expand(int threads, mil_dtype dtype, int64_t rows, int64_t columns, cons
 
 /* to [columns, rows] = scale * from [rows, columns], in squares that keep both sides' lines in L1. */
 static void
-transpose(int threads, int64_t rows, int64_t columns, const float *from, int64_t from_stride, float scale, float *to,
-          int64_t to_stride)
+transpose(int threads, int64_t rows, int64_t columns, const float *from, int64_t from_stride, float scale,
+          float *to, int64_t to_stride)
 {
     enum { SQUARE = 16 };
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * columns > TINY)
@@ -177,8 +183,8 @@ transpose(int threads, int64_t rows, int64_t columns, const float *from, int64_t
 static const mil_linear_kernel *
 get_kernel(mil_dtype dtype)
 {
-    const mil_linear_kernel *(*const levels[])(mil_dtype) = {mil_linear_portable, mil_linear_avx2, mil_linear_avx512,
-                                                             mil_linear_avx512bf16, mil_linear_amx};
+    const mil_linear_kernel *(*const levels[])(mil_dtype) = {
+        mil_linear_portable, mil_linear_avx2, mil_linear_avx512, mil_linear_avx512bf16, mil_linear_amx};
     const mil_linear_kernel *kernel = NULL;
     for (int level = (int)mil_cpu_get_level(); kernel == NULL; level--) {
         kernel = levels[level](dtype);
@@ -191,11 +197,11 @@ typedef struct plan {
     const mil_linear *products;
     int64_t count;
     int threads;
-    int64_t row_parts;       /* of a chunk */
-    int64_t weight;          /* of all rectangles */
-    void *panels[3];         /* packed x by dtype; NULL where no product needs it */
-    size_t thread_scratch;   /* bytes */
-    char *scratch;           /* [threads, thread_scratch] */
+    int64_t row_parts;     /* of a chunk */
+    int64_t weight;        /* of all rectangles */
+    void *panels[3];       /* packed x by dtype; NULL where no product needs it */
+    size_t thread_scratch; /* bytes */
+    char *scratch;         /* [threads, thread_scratch] */
 } plan;
 
 static int64_t
@@ -228,18 +234,20 @@ make_plan(mil_context *context, const mil_linear *products, int64_t count, plan 
     int64_t parts = chunk <= MIL_LINEAR_ROWS ? 1 : ceil_div((int64_t)out->threads * SHARES, blocks);
     out->row_parts = out->threads == 1 ? 1 : larger(1, smaller(parts, chunk / (2 * MIL_LINEAR_ROWS)));
     for (int64_t p = 0; p < count; p++) {
-        out->weight += column_blocks(&products[p]) * out->row_parts * (int64_t)mil_dtype_size(products[p].dtype);
+        out->weight +=
+            column_blocks(&products[p]) * out->row_parts * (int64_t)mil_dtype_size(products[p].dtype);
     }
     MIL_TRY(MIL_PUSH(context->scratch, out->thread_scratch * (size_t)out->threads, char, &out->scratch));
     return MIL_OK;
 }
 
-/* Thread `thread`'s rectangles of one chunk. A rectangle belongs to the thread whose share of the weight its first byte
- * falls into; neighbouring columns of one thread are computed in one stretch. */
+/* Thread `thread`'s rectangles of one chunk. A rectangle belongs to the thread whose share of the weight
+ * its first byte falls into; neighbouring columns of one thread are computed in one stretch. */
 static void
 multiply_share(const plan *plan, int thread, int64_t first_row, int64_t chunk_rows)
 {
-    const int64_t begin = plan->weight * thread / plan->threads, end = plan->weight * (thread + 1) / plan->threads;
+    const int64_t begin = plan->weight * thread / plan->threads,
+                  end = plan->weight * (thread + 1) / plan->threads;
     int64_t base = 0;
     for (int64_t p = 0; p < plan->count; p++) {
         const mil_linear *product = &plan->products[p];
@@ -250,7 +258,8 @@ multiply_share(const plan *plan, int thread, int64_t first_row, int64_t chunk_ro
             const int64_t last = smaller(blocks, larger(0, ceil_div(end - base, size)));
             const int64_t units = ceil_div(chunk_rows, MIL_LINEAR_ROWS);
             const int64_t row = units * part / plan->row_parts * MIL_LINEAR_ROWS;
-            const int64_t row_end = smaller(chunk_rows, units * (part + 1) / plan->row_parts * MIL_LINEAR_ROWS);
+            const int64_t row_end =
+                smaller(chunk_rows, units * (part + 1) / plan->row_parts * MIL_LINEAR_ROWS);
             if (begin - base >= blocks * size || first >= last || row >= row_end) {
                 continue;
             }
@@ -274,7 +283,7 @@ run_plan(const plan *plan)
 {
     const mil_linear *product = plan->products; /* any: x, rows and in are shared */
     const float *x = product->x;
-#pragma omp parallel num_threads(plan->threads) if (plan->threads > 1)
+#pragma omp parallel num_threads(plan->threads) if (plan -> threads > 1)
     {
         /* The runtime may give fewer threads than asked for; shares are then taken in turns. */
         const int team = omp_get_num_threads(), me = omp_get_thread_num();
@@ -362,7 +371,8 @@ gemm_blas(int threads, const gemm *g)
         if (i < i_end && j < j_end) {
             mil_blas_sgemm(g->transpose_a, g->transpose_b, i_end - i, j_end - j, g->k, g->alpha,
                            g->a + (g->transpose_a ? i : i * g->lda), g->lda,
-                           g->b + (g->transpose_b ? j * g->ldb : j), g->ldb, g->beta, g->c + i * g->ldc + j, g->ldc);
+                           g->b + (g->transpose_b ? j * g->ldb : j), g->ldb, g->beta, g->c + i * g->ldc + j,
+                           g->ldc);
         }
     }
 }
@@ -426,10 +436,12 @@ scale_rows(int threads, int64_t rows, int64_t columns, float scale, float *c, in
 }
 
 mil_status
-mil_cpu_gemm(mil_context *context, bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, float alpha,
-             const float *a, int64_t lda, const float *b, int64_t ldb, float beta, float *c, int64_t ldc)
+mil_cpu_gemm(mil_context *context, bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k,
+             float alpha, const float *a, int64_t lda, const float *b, int64_t ldb, float beta, float *c,
+             int64_t ldc)
 {
-    /* A single stored row has no distance to a next one, and callers may give any; a BLAS insists on the width. */
+    /* A single stored row has no distance to a next one, and callers may give any; a BLAS insists on the
+     * width at least. */
     lda = larger(lda, transpose_a ? m : k);
     ldb = larger(ldb, transpose_b ? k : n);
     ldc = larger(ldc, n);
@@ -487,8 +499,8 @@ multiply_fast(mil_context *context, const mil_linear *product)
         const float *weight = (const float *)product->weight + c * product->in;
         if (product->dtype != MIL_F32) {
             const uint16_t *half = (const uint16_t *)product->weight + c * product->in;
-            mil_cpu_expand(context->threads, product->dtype, columns, product->in, half, product->in, expanded,
-                           product->in);
+            mil_cpu_expand(context->threads, product->dtype, columns, product->in, half, product->in,
+                           expanded, product->in);
             weight = expanded;
         }
         MIL_TRY(mil_cpu_gemm(context, false, true, product->rows, columns, product->in, 1.0f, product->x,
@@ -561,7 +573,8 @@ backward_x(mil_context *context, const mil_linear_grad *grad)
         const float *weight = grad->weight;
         if (grad->dtype != MIL_F32) {
             const uint16_t *half = (const uint16_t *)grad->weight + c * grad->in;
-            mil_cpu_expand(context->threads, grad->dtype, columns, grad->in, half, grad->in, expanded, grad->in);
+            mil_cpu_expand(context->threads, grad->dtype, columns, grad->in, half, grad->in, expanded,
+                           grad->in);
             weight = expanded;
         }
         const float beta = c > 0 || grad->accumulate ? 1.0f : 0.0f;
@@ -574,7 +587,7 @@ backward_x(mil_context *context, const mil_linear_grad *grad)
 static mil_status
 check_backward(const mil_linear_grad *grad)
 {
-    const char *operator = "linear_backward";
+    const char *operator= "linear_backward";
     MIL_TRY(check_sizes(operator, grad->rows, grad->in, grad->out, grad->dtype));
     if (grad->rows == 0) {
         return MIL_OK;
@@ -602,8 +615,8 @@ mil_cpu_linear_backward(mil_context *context, const mil_linear_grad *arguments)
     }
     if (arguments->grad_weight != NULL) {
         MIL_TRY(mil_cpu_gemm(context, true, false, arguments->out, arguments->in, arguments->rows, 1.0f,
-                             arguments->grad_y, arguments->grad_y_stride, arguments->x, arguments->x_stride, 1.0f,
-                             arguments->grad_weight, arguments->in));
+                             arguments->grad_y, arguments->grad_y_stride, arguments->x, arguments->x_stride,
+                             1.0f, arguments->grad_weight, arguments->in));
     }
     if (arguments->grad_x == NULL) {
         return MIL_OK;

@@ -17,12 +17,13 @@
 #define MIL_LINEAR_ROWS 16
 #define MIL_LINEAR_COLUMNS 16
 
-/* y[first_row + row .. + rows, column .. + columns] of one product; chunks of up to 16 rows are not divided. */
+/* y[first_row + row .. + rows, column .. + columns] of one product; chunks of up to MIL_LINEAR_ROWS rows
+ * are not divided. */
 typedef struct mil_linear_block {
     const mil_linear *product;
-    const void *panel;       /* packed x of the chunk's rows */
+    const void *panel; /* packed x of the chunk's rows */
     int64_t first_row, chunk_rows;
-    int64_t row, rows;       /* within the chunk */
+    int64_t row, rows; /* within the chunk */
     int64_t column, columns;
     void *scratch; /* the calling thread's own, scratch_bytes, 64-byte aligned */
 } mil_linear_block;
@@ -30,7 +31,7 @@ typedef struct mil_linear_block {
 typedef struct mil_linear_kernel {
     /* Of a panel of `rows` rows. */
     size_t (*panel_bytes)(int64_t rows, int64_t in);
-    /* Rows are packed in groups, each by itself (so threads can share them): x is [rows, in] of the whole chunk. */
+    /* Rows are packed in groups, each by itself so that threads can share them; x is the whole chunk's. */
     int64_t (*group_count)(int64_t rows);
     void (*pack)(int64_t rows, int64_t group, int64_t in, const float *x, int64_t x_stride, void *panel);
     size_t scratch_bytes;

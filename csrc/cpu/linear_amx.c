@@ -9,12 +9,12 @@
  * which is small and packed once a call, takes the side of B.  The result comes out transposed.
  *
  * An element of C is the sum over k, 32 at a time in order, whatever n and whatever the other rows hold;
- * a tile that is stored between cuts of k and loaded again is the same.  So one row, a verification window and
- * prefill give the same bits.  Thin products set the tile's width n to their rows, wide ones to 16.
+ * a tile that is stored between cuts of k and loaded again is the same. So one row, a verification window
+ * and prefill give the same bits. Thin products set the tile's width n to their rows, wide ones to 16.
  *
- * A step of two weight tiles and two x tiles is 4 tile loads for 4 products of 16 cycles.  k is cut so that 32 weight
- * rows (32 KiB) stay in L1 while the rows of x stream from L2.  Thin products are bound by memory: here the
- * weights ahead are prefetched, since 32 streams are more than hardware follows well.
+ * A step of two weight tiles and two x tiles is 4 tile loads for 4 products of 16 cycles. k is cut so
+ * that 32 weight rows (32 KiB) stay in L1 while the rows of x stream from L2. Thin products are bound by
+ * memory: here the weights ahead are prefetched, since 32 streams are more than hardware follows well.
  */
 #include "cpu/linear.h"
 
@@ -26,17 +26,16 @@
 #define TARGET __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq")))
 
 enum {
-    SIDE = 16,                         /* rows of a tile */
-    STEP = 32,                         /* elements of k a tile holds */
-    COLUMNS = 2 * SIDE,                /* weight rows of a block */
-    TILE_BYTES = SIDE * 64,            /* of a whole tile */
-    GROUPS = MIL_LINEAR_CHUNK / SIDE,  /* of x rows in a chunk */
-    CUT = 16,                          /* steps of k in a cut */
-    AHEAD = 8,                         /* steps by which weights are prefetched */
+    SIDE = 16,                        /* rows of a tile */
+    STEP = 32,                        /* elements of k a tile holds */
+    COLUMNS = 2 * SIDE,               /* weight rows of a block */
+    GROUPS = MIL_LINEAR_CHUNK / SIDE, /* of x rows in a chunk */
+    CUT = 16,                         /* steps of k in a cut */
+    AHEAD = 8,                        /* steps by which weights are prefetched */
 };
 
-/* The tile intrinsics do not tell the compiler which memory they read or write: this keeps stores and loads on their
- * side. */
+/* The tile intrinsics do not tell the compiler which memory they read or write: this keeps stores and
+ * loads on their side. */
 #define MEMORY_BARRIER() __asm__ volatile("" ::: "memory")
 
 /* Tile registers: 0 … 3 hold C[weight tile][group], 4 and 5 x, 6 and 7 weights. */
@@ -141,8 +140,8 @@ static void
 prefetch_weights(const mil_linear *product, int64_t column, int64_t step, int64_t steps)
 {
     const int64_t wraps = step + AHEAD >= steps, target = step + AHEAD - (wraps ? steps : 0);
-    const char *from = (const char *)product->weight +
-                       2 * ((column + wraps * COLUMNS) * product->in + target * STEP);
+    const char *from =
+        (const char *)product->weight + 2 * ((column + wraps * COLUMNS) * product->in + target * STEP);
     for (int r = 0; r < COLUMNS; r++) {
         __builtin_prefetch(from + 2 * r * product->in);
     }
@@ -150,7 +149,8 @@ prefetch_weights(const mil_linear *product, int64_t column, int64_t step, int64_
 
 /* Steps [step, end_step) of 32 weight rows with one group of x or, where `pair` is set, with two. */
 TARGET static void
-multiply_cut(const mil_linear_block *block, int64_t column, int64_t group, bool pair, int64_t step, int64_t end_step)
+multiply_cut(const mil_linear_block *block, int64_t column, int64_t group, bool pair, int64_t step,
+             int64_t end_step)
 {
     const mil_linear *product = block->product;
     const int64_t width = group_width(block->chunk_rows), steps = step_count(product->in);
@@ -158,8 +158,9 @@ multiply_cut(const mil_linear_block *block, int64_t column, int64_t group, bool 
     const int64_t x_step = STEP * width, x_group = steps * x_step;
     const bool thin = block->chunk_rows <= SIDE;
     work *work = block->scratch;
-    float(*sums)[2][SIDE * SIDE] = &work->sums[group];
-    const uint16_t *x = (const uint16_t *)block->panel + (block->row / SIDE + group) * x_group + step * x_step;
+    float (*sums)[2][SIDE * SIDE] = &work->sums[group];
+    const uint16_t *x =
+        (const uint16_t *)block->panel + (block->row / SIDE + group) * x_group + step * x_step;
 
     if (step == 0) {
         _tile_zero(0);

@@ -1,8 +1,8 @@
 /* Matrix products with AVX2, FMA and F16C: 8 lanes, 16 registers (see linear_tiles.h).
  *
- * With 5 rows a step of 16 bfloat16 weights costs, for two weight rows, 12 loads, 4 shifts and masks and 20
- * multiply-adds: the latter bind, at 10 cycles for 64 bytes of weights.  Tiles have at least 8 chains (4 cycles of
- * latency, 2 multiply-adds a cycle) and leave room for the weights and one vector of x.
+ * With 5 rows a step of 16 bfloat16 weights costs, for two weight rows, 12 loads, 4 shifts and masks and
+ * 20 multiply-adds: the latter bind, at 10 cycles for 64 bytes of weights. Tiles have at least 8 chains
+ * (4 cycles of latency, 2 multiply-adds a cycle) and leave room for the weights and one vector of x.
  */
 #if defined(__x86_64__)
 
@@ -98,8 +98,8 @@ to_panel(float value)
     return value;
 }
 
-/* In assembly, because compilers fold the load of x into every multiply-add that uses it, and pick forms that
- * overwrite x and then move sums about: a third of the speed of a tile of 6 rows. */
+/* In assembly, because compilers fold the load of x into every multiply-add that uses it, and pick forms
+ * that overwrite x and then move sums about: a third of the speed of a tile of 6 rows. */
 INLINE vec
 multiply_add(vec sums, pvec w, pvec x)
 {

@@ -16,7 +16,7 @@
 #define TILE_W1 8
 #define TILE_W2 8
 #define TILE_W3 6
-#define TILE_W4 6
+#define TILE_W4 4
 #define TILE_W5 4
 #define TILE_W6 4
 #define WIDE_W 6
@@ -62,7 +62,8 @@ INLINE void
 round_step(mil_dtype dtype, float *values)
 {
     for (int i = 0; i < 32 && dtype == MIL_F16; i += 16) {
-        __m256i half = _mm512_cvtps_ph(_mm512_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        __m256i half =
+            _mm512_cvtps_ph(_mm512_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
         _mm512_storeu_ps(values + i, _mm512_cvtph_ps(half));
     }
     for (int i = 0; i < 32 && dtype == MIL_BF16; i++) {

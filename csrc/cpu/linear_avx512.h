@@ -1,4 +1,4 @@
-/* Accumulators of 16 floats, for linear_avx512.c and linear_avx512bf16.c (what linear_tiles.h asks its includer for). */
+/* Accumulators of 16 floats, as linear_tiles.h asks for them, for linear_avx512.c and linear_avx512bf16.c. */
 #ifndef MIL_CPU_LINEAR_AVX512_H
 #define MIL_CPU_LINEAR_AVX512_H
 

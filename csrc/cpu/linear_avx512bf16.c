@@ -1,8 +1,9 @@
 /* bfloat16 products with vdpbf16ps; other dtypes go to the AVX-512 kernels (see linear_tiles.h).
  *
- * One instruction multiplies 32 pairs and adds each two neighbours to one of 16 lanes, so neither weights nor x
- * are widened: x's panel is bfloat16 in plain order, half the bytes, and a step of 32 elements is one load a row.
- * The instruction treats subnormal inputs as zero and rounds sums to nearest even, whatever the mode.
+ * One instruction multiplies 32 pairs and adds each two neighbours to one of 16 lanes, so neither weights
+ * nor x are widened: x's panel is bfloat16 in plain order, half the bytes, and a step of 32 elements is
+ * one load a row. The instruction treats subnormal inputs as zero and rounds sums to nearest even,
+ * whatever the mode.
  */
 #include "cpu/linear.h"
 

@@ -1,5 +1,5 @@
-/* Matrix products in plain C: 4 lanes in the compilers' own vector type, which is SSE2 on x86-64 and NEON on aarch64
- * (see linear_tiles.h).
+/* Matrix products in plain C: 4 lanes in the compilers' own vector type, which is SSE2 on x86-64 and NEON
+ * on aarch64 (see linear_tiles.h).
  *
  * Where the processor is known to have fused multiply-adds (aarch64) they are used; elsewhere a product is
  * rounded before it is added, since fmaf without hardware is a slow function.
@@ -64,8 +64,8 @@ store_panel(panel_t *to, pvec values)
     store_lanes(to, values);
 }
 
-/* Four float16 in the low halves, exactly as mil_f16_to_float: with the exponent in place the bits are the value
- * times 2^-112, subnormal or not; infinities and NaN get the full exponent. */
+/* Four float16 in the low halves, exactly as mil_f16_to_float: with the exponent in place the bits are
+ * the value times 2^-112, subnormal or not; infinities and NaN get the full exponent. */
 INLINE vec
 f16_to_float(bits half)
 {

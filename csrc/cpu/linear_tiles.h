@@ -1,10 +1,11 @@
-/* The vector kernels of matrix products, written once and included by linear_<level>.c for each processor level.
+/* The vector kernels of matrix products, written once and included by linear_<level>.c for each processor
+ * level.
  *
- * Computed: y[r, c] = sum_k x[r, k] w[c, k].  Both rows are contiguous along k, so vectors run along k: an
- * output owns one accumulator of LANES partial sums, lane l adds the products at panel positions
- * l, l + LANES, l + 2 LANES, … in that order by fused multiply-adds, and `reduce` adds the lanes in one fixed
- * tree at the end.  That is the order for one row and for a thousand, hence the same bits.  Weights stay
- * in the plain [out, in] layout of the file: nothing is repacked at load, a mapped file is used as it is.
+ * Computed: y[r, c] = sum_k x[r, k] w[c, k]. Both rows are contiguous along k, so vectors run along k: an
+ * output owns one accumulator of LANES partial sums. Lane l adds the products at panel positions l,
+ * l + LANES, l + 2 LANES, … in that order by fused multiply-adds, and `reduce` adds the lanes in one fixed
+ * tree at the end. That is the order for one row and for a thousand, hence the same bits. Weights stay in
+ * the plain [out, in] layout of the file: nothing is repacked at load, a mapped file is used as it is.
  *
  * Panel.  x is stored in the order in which vectors of weights come out of memory.  A vector of 16-bit
  * weights holds pairs; a shift and a mask turn it into its even and its odd elements as float32, so a
@@ -12,26 +13,29 @@
  *
  *     memory  w0 w1 w2 w3 w4 w5 w6 w7 …      panel  x0 x2 x4 x6 … | x1 x3 x5 x7 …      (one step)
  *
- * The rows that share a tile (a group) stand side by side, [steps, rows of the group, STEP], so that a tile walks
- * through x with one pointer and no two rows compete for the same set of the cache.
+ * The rows that share a tile (a group) stand side by side, [steps, rows of the group, STEP], so that a
+ * tile walks through x with one pointer and no two rows compete for the same set of the cache.
  *
- * Thin products (up to THIN_ROWS rows) are bound by memory: each weight is read once, from where it lies, and
- * meets all rows while in registers or L1.  A tile is W weight rows by X rows of x, so that W * X chains hide the
- * latency of a multiply-add, and a step costs W + X loads for W * X multiply-adds.  k is cut so that the
- * rows of x stay in L1 (8 rows of 8192 floats would not), and between cuts the accumulators rest in `lanes`;
- * the next strip's weights are prefetched meanwhile, because the hardware's own prefetch stops at each cut.  A
- * single row needs neither: eight weight rows are followed to their ends, and prefetching them by hand would only
- * crowd L1, where rows that lie a power of two apart share a few sets.
+ * Thin products (up to THIN_ROWS rows) are bound by memory: each weight is read once, from where it lies,
+ * and meets all rows while in registers or L1. A tile is W weight rows by X rows of x, so that W * X
+ * chains hide the latency of a multiply-add, and a step costs W + X loads for W * X multiply-adds. k is
+ * cut so that the rows of x stay in L1 (8 rows of 8192 floats would not), and between cuts the
+ * accumulators rest in `lanes`; the next strip's weights are prefetched meanwhile, because the hardware's
+ * own prefetch stops at each cut. A single row needs neither: eight weight rows are followed to their
+ * ends, and prefetching them by hand would only crowd L1, where rows that lie a power of two apart share
+ * a few sets.
  *
- * Wide products are bound by multiply-adds: WIDE_COLUMNS weight rows of a k cut are expanded once into a panel of
- * their own (L1) and meet all rows of the chunk, which stream through from L2 in tiles of WIDE_GROUP rows.
+ * Wide products are bound by multiply-adds: WIDE_COLUMNS weight rows of a k cut are expanded once into a
+ * panel of their own (L1) and meet all rows of the chunk, which stream through from L2 in tiles of
+ * WIDE_GROUP rows.
  *
  * The includer defines, before inclusion:
- *   TARGET, INLINE                attribute of functions with vector code, or nothing; the same, always inlined
+ *   TARGET, INLINE                attribute of functions with vector code, or nothing; same, always inlined
  *   vec, LANES                    accumulator
  *   panel_t, pvec, PANEL_WIDTH    element and vector of the panel, elements a vector
  *   PARTS                         panel vectors a step; STEP = PARTS * PANEL_WIDTH elements of k
- *   TILE_W1 … TILE_W6, WIDE_W     weight rows of a tile with 1 … 6 rows of x, and of wide tiles (divisors of COLUMNS)
+ *   TILE_W1 … TILE_W6, WIDE_W     weight rows of a tile with 1 … 6 rows of x (divisors of COLUMNS), and of
+ *                                 wide tiles (divisor of WIDE_COLUMNS)
  *   zero(), load_lanes(p), store_lanes(p, v), load_panel(p), store_panel(p, v),
  *   load_weight(dtype, p, part), multiply_add(sum, w, x)
  *   round_step(dtype, values)     rounds STEP floats to dtype, in place
@@ -48,17 +52,18 @@
 #else
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
+
 enum {
     STEP = PARTS * PANEL_WIDTH,
-    COLUMNS = 24,      /* of a thin block; a multiple of 8 and of every tile's weight rows */
-    THIN_ROWS = 16,    /* most rows of a thin product */
-    GROUP = 6,         /* most rows of a tile */
-    WIDE_GROUP = 4,    /* rows of a wide tile */
-    STRIP = 12,        /* weight rows that several groups share; a multiple of TILE_W3 … TILE_W6 */
-    MAX_W = 8,         /* most weight rows of a tile */
+    COLUMNS = 24,   /* of a thin block; a multiple of 8 and of every tile's weight rows */
+    THIN_ROWS = 16, /* most rows of a thin product */
+    GROUP = 6,      /* most rows of a tile */
+    WIDE_GROUP = 4, /* rows of a wide tile */
+    STRIP = 12,     /* weight rows that several groups share; a multiple of TILE_W3 … TILE_W6 */
+    MAX_W = 8,      /* most weight rows of a tile */
     LANES_BYTES = MIL_LINEAR_CHUNK * COLUMNS * LANES * sizeof(float),
     WIDE_COLUMNS = 12, /* of a wide block; a multiple of WIDE_W */
-    /* Elements of a cut of k. Of 32 KiB of L1 the rows of x take 20 in a thin product, a wide block's weights 18. */
+    /* Elements of a cut of k: of 32 KiB of L1 a thin product's rows of x take 20, a wide block's weights 18. */
     THIN_PANEL = 20480 / sizeof(panel_t),
     WIDE_CUT = 1536 / sizeof(panel_t),
 };
@@ -93,11 +98,11 @@ typedef struct tile_work {
 
 typedef void (*tile_function)(const tile_work *work);
 
-/* One step of k for w_count weight rows and x_count rows; the counts are constants after inlining. The side with
- * fewer rows is held in registers, the other passes by. */
+/* One step of k for w_count weight rows and x_count rows; the counts are constants after inlining. The
+ * side with fewer rows is held in registers, the other passes by. */
 INLINE void
-tile_step(int dtype, int w_count, int x_count, const char *const *weight, int64_t offset, const panel_t *panel,
-          vec sums[GROUP][MAX_W])
+tile_step(int dtype, int w_count, int x_count, const char *const *weight, int64_t offset,
+          const panel_t *panel, vec sums[GROUP][MAX_W])
 {
     UNROLL
     for (int part = 0; part < PARTS; part++) {
@@ -252,10 +257,11 @@ finish_tile(tile_function tile, const tile_work *work, int64_t x_count, int64_t 
     tile(&last);
 }
 
-/* A block of at most COLUMNS columns and a thin chunk's rows, weights read in place; tiles[x] serves x rows.
- * Several groups take turns on a strip of weights in L1. */
+/* A block of at most COLUMNS columns and a thin chunk's rows, weights read in place; tiles[x] serves x
+ * rows. Several groups take turns on a strip of weights in L1. */
 static void
-thin_block(const mil_linear_block *block, int64_t size, const tile_function *tiles, int64_t column, int64_t columns)
+thin_block(const mil_linear_block *block, int64_t size, const tile_function *tiles, int64_t column,
+           int64_t columns)
 {
     const mil_linear *product = block->product;
     const int64_t in = product->in, rows = block->rows, end = column + columns, padded = padded_length(in);
@@ -293,7 +299,8 @@ thin_block(const mil_linear_block *block, int64_t size, const tile_function *til
 
 /* Copies `columns` weight rows' cut into a panel, as x's is laid out; rows past the last are left alone. */
 INLINE void
-expand(int dtype, const mil_linear *product, int64_t column, int64_t columns, int64_t k, int64_t length, panel_t *to)
+expand(int dtype, const mil_linear *product, int64_t column, int64_t columns, int64_t k, int64_t length,
+       panel_t *to)
 {
     const size_t size = element_size(dtype);
     for (int64_t c = 0; c < columns; c++) {
@@ -316,13 +323,13 @@ expand(int dtype, const mil_linear *product, int64_t column, int64_t columns, in
     }
 }
 
-typedef void (*expand_function)(const mil_linear *product, int64_t column, int64_t columns, int64_t k, int64_t length,
-                                panel_t *to);
+typedef void (*expand_function)(const mil_linear *product, int64_t column, int64_t columns, int64_t k,
+                                int64_t length, panel_t *to);
 
-/* A block of at most COLUMNS columns and any rows of the chunk. */
+/* A block of at most WIDE_COLUMNS columns and any rows of the chunk. */
 static void
-wide_block(const mil_linear_block *block, expand_function expand_cut, const tile_function *tiles, int64_t column,
-           int64_t columns)
+wide_block(const mil_linear_block *block, expand_function expand_cut, const tile_function *tiles,
+           int64_t column, int64_t columns)
 {
     const mil_linear *product = block->product;
     const int64_t in = product->in, rows = block->rows, padded = padded_length(in);
@@ -350,8 +357,8 @@ wide_block(const mil_linear_block *block, expand_function expand_cut, const tile
 }
 
 static void
-multiply(const mil_linear_block *block, int64_t size, expand_function expand_cut, const tile_function *thin_tiles,
-         const tile_function *wide_tiles)
+multiply(const mil_linear_block *block, int64_t size, expand_function expand_cut,
+         const tile_function *thin_tiles, const tile_function *wide_tiles)
 {
     const int64_t end = block->column + block->columns;
     if (block->chunk_rows <= THIN_ROWS) {
@@ -407,46 +414,46 @@ pack(int dtype, int64_t rows, int64_t g, int64_t in, const float *x, int64_t x_s
 
 /* ---- one kernel a dtype ------------------------------------------------------------------------------ */
 
-#define DEFINE_TILE(name, dtype, w_count, x_count)                                                           \
-    TARGET static void name(const tile_work *work)                                                           \
-    {                                                                                                        \
-        tile(dtype, w_count, x_count, work);                                                                 \
+#define DEFINE_TILE(name, dtype, w_count, x_count) \
+    TARGET static void name(const tile_work *work) \
+    {                                              \
+        tile(dtype, w_count, x_count, work);       \
     }
 
 DEFINE_TILE(wide_tile_1, EXPANDED, WIDE_W, 1)
 DEFINE_TILE(wide_tile_2, EXPANDED, WIDE_W, 2)
 DEFINE_TILE(wide_tile_3, EXPANDED, WIDE_W, 3)
 DEFINE_TILE(wide_tile_4, EXPANDED, WIDE_W, 4)
-static const tile_function wide_tiles[WIDE_GROUP + 1] = {NULL, wide_tile_1, wide_tile_2, wide_tile_3, wide_tile_4};
+static const tile_function wide_tiles[WIDE_GROUP + 1] = {NULL, wide_tile_1, wide_tile_2, wide_tile_3,
+                                                         wide_tile_4};
 
-#define DEFINE_KERNEL(name, dtype)                                                                           \
-    DEFINE_TILE(name##_tile_1, dtype, TILE_W1, 1)                                                            \
-    DEFINE_TILE(name##_tile_2, dtype, TILE_W2, 2)                                                            \
-    DEFINE_TILE(name##_tile_3, dtype, TILE_W3, 3)                                                            \
-    DEFINE_TILE(name##_tile_4, dtype, TILE_W4, 4)                                                            \
-    DEFINE_TILE(name##_tile_5, dtype, TILE_W5, 5)                                                            \
-    DEFINE_TILE(name##_tile_6, dtype, TILE_W6, 6)                                                            \
-    static const tile_function name##_tiles[GROUP + 1] = {NULL,          name##_tile_1, name##_tile_2,       \
-                                                          name##_tile_3, name##_tile_4, name##_tile_5,       \
-                                                          name##_tile_6};                                    \
-    TARGET static void name##_expand(const mil_linear *product, int64_t column, int64_t columns, int64_t k,  \
-                                     int64_t length, panel_t *to)                                            \
-    {                                                                                                        \
-        expand(dtype, product, column, columns, k, length, to);                                              \
-    }                                                                                                        \
-    TARGET static void name##_pack(int64_t rows, int64_t g, int64_t in, const float *x, int64_t x_stride,    \
-                                   void *panel)                                                              \
-    {                                                                                                        \
-        pack(dtype, rows, g, in, x, x_stride, panel);                                                        \
-    }                                                                                                        \
-    static void name##_multiply(const mil_linear_block *block)                                               \
-    {                                                                                                        \
-        multiply(block, (int64_t)element_size(dtype), name##_expand, name##_tiles, wide_tiles);                       \
-    }                                                                                                        \
-    static const mil_linear_kernel name##_kernel = {                                                         \
-        .panel_bytes = panel_bytes,                                                                          \
-        .group_count = group_count,                                                                          \
-        .pack = name##_pack,                                                                                 \
-        .scratch_bytes = LANES_BYTES + WIDE_COLUMNS * WIDE_CUT * sizeof(panel_t),                                 \
-        .multiply = name##_multiply,                                                                         \
+#define DEFINE_KERNEL(name, dtype)                                                                          \
+    DEFINE_TILE(name##_tile_1, dtype, TILE_W1, 1)                                                           \
+    DEFINE_TILE(name##_tile_2, dtype, TILE_W2, 2)                                                           \
+    DEFINE_TILE(name##_tile_3, dtype, TILE_W3, 3)                                                           \
+    DEFINE_TILE(name##_tile_4, dtype, TILE_W4, 4)                                                           \
+    DEFINE_TILE(name##_tile_5, dtype, TILE_W5, 5)                                                           \
+    DEFINE_TILE(name##_tile_6, dtype, TILE_W6, 6)                                                           \
+    static const tile_function name##_tiles[GROUP + 1] = {                                                  \
+        NULL, name##_tile_1, name##_tile_2, name##_tile_3, name##_tile_4, name##_tile_5, name##_tile_6};    \
+    TARGET static void name##_expand(const mil_linear *product, int64_t column, int64_t columns, int64_t k, \
+                                     int64_t length, panel_t *to)                                           \
+    {                                                                                                       \
+        expand(dtype, product, column, columns, k, length, to);                                             \
+    }                                                                                                       \
+    TARGET static void name##_pack(int64_t rows, int64_t g, int64_t in, const float *x, int64_t x_stride,   \
+                                   void *panel)                                                             \
+    {                                                                                                       \
+        pack(dtype, rows, g, in, x, x_stride, panel);                                                       \
+    }                                                                                                       \
+    static void name##_multiply(const mil_linear_block *block)                                              \
+    {                                                                                                       \
+        multiply(block, (int64_t)element_size(dtype), name##_expand, name##_tiles, wide_tiles);             \
+    }                                                                                                       \
+    static const mil_linear_kernel name##_kernel = {                                                        \
+        .panel_bytes = panel_bytes,                                                                         \
+        .group_count = group_count,                                                                         \
+        .pack = name##_pack,                                                                                \
+        .scratch_bytes = LANES_BYTES + WIDE_COLUMNS * WIDE_CUT * sizeof(panel_t),                           \
+        .multiply = name##_multiply,                                                                        \
     };
