@@ -72,8 +72,7 @@ COMPANION_FILES = (
 )
 
 
-# ---- JSON
-# --------------------------------------------------------------------------------------------
+# ---- JSON ----------------------------------------------------------------------------------------
 
 
 def _no_duplicates(pairs):
@@ -119,8 +118,7 @@ def read_json(path: str | os.PathLike) -> dict:
     return parse_json(data, str(path))
 
 
-# ---- safetensors: reading
-# -------------------------------------------------------------------------------
+# ---- safetensors: reading ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -238,8 +236,7 @@ def read_header(path: str | os.PathLike) -> dict[str, StoredTensor]:
     return {tensor.name: tensor for tensor in tensors}
 
 
-# ---- folders: reading
-# --------------------------------------------------------------------------------------
+# ---- folders: reading ----------------------------------------------------------------------------
 
 
 class Checkpoint:
@@ -365,8 +362,7 @@ def _map_read_only(path: Path) -> np.ndarray:
         raise FileError(f"{path}: cannot be mapped into memory ({error})") from None
 
 
-# ---- safetensors: writing
-# -------------------------------------------------------------------------------------
+# ---- safetensors: writing ------------------------------------------------------------------------
 
 
 def write_safetensors(

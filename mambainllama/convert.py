@@ -42,7 +42,7 @@ from . import _core
 from .calibrate import calibration_rows, constant_directions
 from .dtypes import from_float32, to_float32
 from .errors import ArgumentError, UnsupportedError, shorten
-from .families import Description, hybrid_config, mamba_layer
+from .families import FAMILIES, Dense, Description, hybrid_config, mamba_layer
 from .model import Model
 
 __all__ = ["attention_choice", "convert"]
@@ -198,6 +198,10 @@ def attention_choice(chosen: Sequence[int] | str | float, layers: Sequence[Mappi
 
 def _check_convertible(model: Model, mixer: str, kept: Sequence[int]) -> None:
     """Whether this model's layers can be replaced by this mixer."""
+    if not isinstance(FAMILIES[model.config.model_type], Dense):
+        raise UnsupportedError(
+            f"convert: a {model.config.model_type} model has mixers of its own; give a Transformer"
+        )
     layers = model.core.config["layers"]
     if model.config.mixer is not None:
         if not model.config.attention_layers:
@@ -224,8 +228,7 @@ def _check_convertible(model: Model, mixer: str, kept: Sequence[int]) -> None:
         )
 
 
-# ---- the new parameters
-# ---------------------------------------------------------------------------------
+# ---- the new parameters --------------------------------------------------------------------------
 
 
 class Start:
@@ -406,8 +409,7 @@ def _inverse_softplus(dt: np.ndarray) -> np.ndarray:
     return (dt + np.log(-np.expm1(-dt))).astype(np.float32)
 
 
-# ---- putting the student together
-# -------------------------------------------------------------------------
+# ---- putting the student together ----------------------------------------------------------------
 
 
 def _build(

@@ -2,10 +2,10 @@
 
 `FAMILIES` is the only place that knows what a `model_type` calls things.  A row says how
 config.json is read (`Dense` for Transformers and the hybrids made from them, `Pure` for Mamba
-models) and how tensors are named in files of this family.  Everything behind it - C core,
-conversion, training - sees one canonical configuration (a flat dict whose layers carry the fields
-of mil_layer_config in csrc/model/model.h) and one set of names, those of the published hybrid
-layout:
+models, `Mixed` for hybrids by design) and how tensors are named in files of this family.
+Everything behind it - C core, conversion, training - sees one canonical configuration (a flat dict
+whose layers carry the fields of mil_layer_config in csrc/model/model.h) and one set of names, those
+of the published hybrid layout:
 
     model.embed_tokens.weight
     model.layers.N.input_layernorm.weight
@@ -35,6 +35,7 @@ __all__ = [
     "FAMILIES",
     "Description",
     "Dense",
+    "Mixed",
     "Pure",
     "describe",
     "hybrid_config",
@@ -57,24 +58,32 @@ _ACTIVATIONS = {
 }
 
 
-# ---- reading config.json
-# -------------------------------------------------------------------------------
+# ---- reading config.json -------------------------------------------------------------------------
 
 
 class Keys:
-    """Typed access to a JSON object; what is wrong becomes an error naming file, key and value."""
+    """Typed access to a JSON object; what is wrong becomes an error naming file, key and value.
 
-    def __init__(self, values: dict, where: str):
-        self.values, self.where = values, where
+    `names` lets one family's keys be asked for by another's words.
+    """
+
+    def __init__(self, values: dict, where: str, names: Mapping[str, str] | None = None):
+        self.values, self.where, self.names = values, where, names or {}
+
+    def get(self, key: str, default: object = None) -> object:
+        """The value as it stands in the file; null counts as absent."""
+        value = self.values.get(self.names.get(key, key))
+        return default if value is None else value
 
     def _fail(self, key: str, expected: str, got: object) -> FormatError:
+        key = self.names.get(key, key)
         return FormatError(f"{self.where}: {key}: expected {expected}, got {shorten(got)}")
 
     def size(
         self, key: str, default: int | None = None, minimum: int = 1, maximum: int = _MAX_SIZE
     ) -> int:
         """An integer from `minimum` to `maximum`; null counts as absent."""
-        value = self.values.get(key)
+        value = self.get(key)
         if value is None:
             if default is None:
                 raise self._fail(key, "an integer", "nothing")
@@ -87,7 +96,7 @@ class Keys:
 
     def number(self, key: str, default: float) -> float:
         """A finite number; null counts as absent."""
-        value = self.values.get(key)
+        value = self.get(key)
         if value is None:
             return float(default)
         if (
@@ -99,7 +108,7 @@ class Keys:
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
-        value = self.values.get(key)
+        value = self.get(key)
         if value is None:
             return default
         if not isinstance(value, bool):
@@ -107,7 +116,7 @@ class Keys:
         return value
 
     def activation(self, key: str = "hidden_act") -> str:
-        value = self.values.get(key) or "silu"
+        value = self.get(key, "silu")
         if not isinstance(value, str) or value not in _ACTIVATIONS:
             supported = ", ".join(_ACTIVATIONS)
             raise UnsupportedError(
@@ -117,7 +126,7 @@ class Keys:
 
     def list_of(self, key: str, count: int, kind: type, what: str) -> list | None:
         """A list of at least `count` values of a type, cut to `count`; None where absent."""
-        value = self.values.get(key)
+        value = self.get(key)
         if value is None:
             return None
         if (
@@ -129,8 +138,7 @@ class Keys:
         return value[:count]
 
 
-# ---- families
-# -------------------------------------------------------------------------------------------
+# ---- families ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -270,76 +278,117 @@ class Pure:
     """Falcon-Mamba: RMS norms without weights on dt, B and C."""
 
     def describe(self, config: Keys, model_type: str) -> Description:
-        hidden, count = (
-            config.size("hidden_size"),
-            config.size("num_hidden_layers", maximum=_MAX_LAYERS),
-        )
-        if config.activation() != "silu":
-            raise UnsupportedError(f"{config.where}: hidden_act of a Mamba mixer must be silu")
-        layer = (
-            self._mamba1(config, hidden) if self.mixer == "mamba1" else self._mamba2(config, hidden)
-        )
-        names = ["mamba.conv1d.bias"] if config.flag("use_conv_bias", True) else []
-        if config.flag("use_bias", False):
-            names += ["mamba.in_proj.bias", "mamba.out_proj.bias"]
+        layer = _original_mixer(self.mixer, config, self.norms)
         canonical = {
             "vocab": config.size("vocab_size"),
-            "hidden": hidden,
+            "hidden": config.size("hidden_size"),
             "tied": config.flag("tie_word_embeddings", self.tied),
             "norm_eps": config.number("layer_norm_epsilon", 1e-5),
             "rope": None,
-            "layers": [dict(layer) for _ in range(count)],
+            "layers": [
+                dict(layer) for _ in range(config.size("num_hidden_layers", maximum=_MAX_LAYERS))
+            ],
         }
-        return Description(model_type, canonical, frozenset(names), _backbone_name)
+        return Description(model_type, canonical, _mixer_biases(config), _backbone_name)
 
-    def _mamba1(self, config: Keys, hidden: int) -> dict:
-        inner = int(config.number("expand", 2) * hidden)
-        rank = config.values.get("time_step_rank", "auto")
+
+@dataclass(frozen=True)
+class Mixed:
+    """A hybrid by design: Llama's blocks, some of whose mixers are original Mamba ones."""
+
+    mixer: str
+    attention: Dense
+    names: Mapping[str, str]
+    """What its config.json calls the keys of `Pure`."""
+    layers: Callable[[Keys, int], list[int]]
+    """Which layers are attention."""
+    rotary: float
+    """The part of a head that is rotated; 0: no RoPE."""
+    norms: bool = False
+    """RMS norms with weights on dt, B and C."""
+
+    def describe(self, config: Keys, model_type: str) -> Description:
+        if config.size("num_experts", 1) != 1:
+            raise UnsupportedError(
+                f"{config.where}: mixtures of experts are not supported (num_experts must be 1)"
+            )
+        values = {**config.values, "partial_rotary_factor": self.rotary or 1.0}
+        base = self.attention.describe(Keys(values, config.where), model_type)
+        kept = set(self.layers(config, len(base.canonical["layers"])))
+        renamed = Keys(config.values, config.where, self.names)
+        mixer = _original_mixer(self.mixer, renamed, self.norms)
+        layers = []
+        for i, layer in enumerate(base.canonical["layers"]):
+            mlp = {key: layer[key] for key in ("intermediate", "activation", "gated")}
+            rotary = layer["rotary"] if self.rotary else 0
+            layers.append({**layer, "rotary": rotary} if i in kept else {**mixer, **mlp})
+        canonical = {**base.canonical, "layers": layers}
+        if not self.rotary:
+            canonical["rope"] = None
+        optional = base.biases | _mixer_biases(renamed)
+        if self.norms:
+            optional |= {f"mamba.{name}_layernorm.weight" for name in ("dt", "b", "c")}
+        return Description(model_type, canonical, optional, _feed_forward_name)
+
+
+def _original_mixer(kind: str, config: Keys, norms: bool) -> dict:
+    """The canonical layer of an original Mamba or Mamba-2 mixer (no MLP)."""
+    if config.activation() != "silu":
+        raise UnsupportedError(f"{config.where}: hidden_act of a Mamba mixer must be silu")
+    hidden = config.size("hidden_size")
+    inner = int(config.number("expand", 2) * hidden)
+    common = {
+        "mixer": kind,
+        "inner": inner,
+        "x_width": inner,
+        "conv_width": config.size("conv_kernel", 4),
+    }
+    if kind == "mamba1":
+        rank = config.get("time_step_rank", "auto")
         return {
-            "mixer": "mamba1",
-            "inner": inner,
-            "x_width": inner,
+            **common,
             "state_dim": config.size("state_size", 16),
-            "conv_width": config.size("conv_kernel", 4),
             "dt_rank": math.ceil(hidden / 16) if rank == "auto" else config.size("time_step_rank"),
             "B_groups": 1,
             "C_groups": 1,
             "x_proj": True,
-            "bcdt_norm": self.norms,
+            "bcdt_norm": norms,
             "bcdt_eps": config.number("mixer_rms_eps", 1e-6),
             "dt_bias_scale": 1.0,
         }
+    heads, groups = config.size("num_heads", 128), config.size("n_groups", 8)
+    own = config.get("head_dim", 64)
+    head_dim = inner // heads if own == "auto" else config.size("head_dim", 64)
+    if heads * head_dim != inner or inner % groups:
+        raise FormatError(
+            f"{config.where}: Mamba-2 heads: {heads} * {head_dim} must be expand * hidden_size = "
+            f"{inner}, a multiple of the {groups} groups"
+        )
+    dt_min, dt_max = _dt_limits(config, "time_step_limit")
+    return {
+        **common,
+        "heads": heads,
+        "head_dim": head_dim,
+        "state_dim": config.size("state_size", 128),
+        "B_groups": groups,
+        "C_groups": groups,
+        "norm_group": inner // groups,
+        "mixer_norm_eps": config.number("layer_norm_epsilon", 1e-5),
+        "dt_min": dt_min,
+        "dt_max": dt_max,
+    }
 
-    def _mamba2(self, config: Keys, hidden: int) -> dict:
-        heads, head_dim = config.size("num_heads", 128), config.size("head_dim", 64)
-        inner, groups = int(config.number("expand", 2) * hidden), config.size("n_groups", 8)
-        if heads * head_dim != inner or inner % groups:
-            raise FormatError(
-                f"{config.where}: num_heads * head_dim = {heads} * {head_dim} must be expand * "
-                f"hidden_size = {inner}, "
-                f"a multiple of n_groups = {groups}"
-            )
-        dt_min, dt_max = _dt_limits(config, "time_step_limit")
-        return {
-            "mixer": "mamba2",
-            "heads": heads,
-            "head_dim": head_dim,
-            "inner": inner,
-            "x_width": inner,
-            "state_dim": config.size("state_size", 128),
-            "conv_width": config.size("conv_kernel", 4),
-            "B_groups": groups,
-            "C_groups": groups,
-            "norm_group": inner // groups,
-            "mixer_norm_eps": config.number("layer_norm_epsilon", 1e-5),
-            "dt_min": dt_min,
-            "dt_max": dt_max,
-        }
+
+def _mixer_biases(config: Keys) -> frozenset[str]:
+    names = ["mamba.conv1d.bias"] if config.flag("use_conv_bias", True) else []
+    if config.flag("use_bias", False):
+        names += ["mamba.in_proj.bias", "mamba.out_proj.bias"]
+    return frozenset(names)
 
 
 def _dt_limits(config: Keys, key: str) -> tuple[float, float]:
     """Limits of dt, (0, inf) where absent."""
-    value = config.values.get(key)
+    value = config.get(key)
     if value is None:
         return 0.0, math.inf
     if isinstance(value, list):  # JSON has no infinity: newer files wrap it
@@ -369,7 +418,46 @@ def _backbone_name(name: str) -> str:
     return "backbone." + ("norm_f.weight" if name == "norm.weight" else name)
 
 
-FAMILIES: dict[str, Dense | Pure] = {
+def _feed_forward_name(name: str) -> str:
+    """Canonical name to that of Bamba and Jamba."""
+    if name == "model.norm.weight":
+        return "model.final_layernorm.weight"
+    name = name.replace(".mlp.", ".feed_forward.")
+    return name.replace(".post_attention_layernorm.", ".pre_ff_layernorm.")
+
+
+def _listed_layers(config: Keys, count: int) -> list[int]:
+    """Bamba's attention layers."""
+    layers = config.get("attn_layer_indices", [])
+    if not isinstance(layers, list) or not all(isinstance(i, int) for i in layers):
+        raise FormatError(
+            f"{config.where}: attn_layer_indices: expected a list of layers, got {shorten(layers)}"
+        )
+    return layers
+
+
+def _periodic_layers(config: Keys, count: int) -> list[int]:
+    """Jamba's attention layers."""
+    period = config.size("attn_layer_period", 8)
+    return list(range(config.size("attn_layer_offset", 4, minimum=0), count, period))
+
+
+# What Bamba and Jamba call the keys of transformers' mamba and mamba2.
+_MIXED_NAMES = {
+    "state_size": "mamba_d_state",
+    "conv_kernel": "mamba_d_conv",
+    "expand": "mamba_expand",
+    "time_step_rank": "mamba_dt_rank",
+    "num_heads": "mamba_n_heads",
+    "head_dim": "mamba_d_head",
+    "n_groups": "mamba_n_groups",
+    "use_conv_bias": "mamba_conv_bias",
+    "use_bias": "mamba_proj_bias",
+    "layer_norm_epsilon": "rms_norm_eps",
+    "mixer_rms_eps": "rms_norm_eps",
+}
+
+FAMILIES: dict[str, Dense | Pure | Mixed] = {
     "llama": Dense(),
     "mistral": Dense(
         kv_heads=8, window="all", default_window=4096, qkv_bias=False, o_bias=False, mlp_bias=False
@@ -392,6 +480,21 @@ FAMILIES: dict[str, Dense | Pure] = {
     "mamba": Pure("mamba1", tied=True),
     "falcon_mamba": Pure("mamba1", tied=True, norms=True),
     "mamba2": Pure("mamba2", tied=False),
+    "bamba": Mixed(
+        "mamba2",
+        Dense(kv_heads=8, norm_eps=1e-5),
+        _MIXED_NAMES,
+        _listed_layers,
+        rotary=0.5,
+    ),
+    "jamba": Mixed(
+        "mamba1",
+        Dense(kv_heads=8, qkv_bias=False, o_bias=False, mlp_bias=False),
+        _MIXED_NAMES,
+        _periodic_layers,
+        rotary=0.0,
+        norms=True,
+    ),
 }
 
 # Other spellings of names that are met in files, as (pattern, replacement).
@@ -401,8 +504,7 @@ _ALIASES = [(re.compile(r"^backbone\.embedding\."), "backbone.embeddings.")]
 _IGNORED = re.compile(r"\.rotary_emb\.inv_freq$|\.attention\.(bias|masked_bias)$")
 
 
-# ---- hybrids
-# ------------------------------------------------------------------------------------------------
+# ---- hybrids -------------------------------------------------------------------------------------
 
 
 def mamba_layer(mixer: str, attention: dict, hidden: int, ssm: Keys | None = None) -> dict:
@@ -556,8 +658,7 @@ def _make_hybrid(base: Description, mamba: Keys, tensors: Iterable[str]) -> Desc
     )
 
 
-# ---- from a checkpoint to a description
-# ----------------------------------------------------------------------
+# ---- from a checkpoint to a description ----------------------------------------------------------
 
 
 def describe(

@@ -381,8 +381,7 @@ def _integers(tokens: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(tokens, np.int32)
 
 
-# ---- loading
-# ------------------------------------------------------------------------------------------------
+# ---- loading -------------------------------------------------------------------------------------
 
 
 def check_device(device: str) -> str:

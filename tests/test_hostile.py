@@ -24,8 +24,7 @@ def refused(folder, *words, kind=mil.Error):
         assert word in text, text
 
 
-# ---- safetensors
-# ---------------------------------------------------------------------------------------
+# ---- safetensors ---------------------------------------------------------------------------------
 
 
 def read_parts(folder):
@@ -166,8 +165,7 @@ def test_random_damage(tmp_path):
             assert "\n" not in str(error)
 
 
-# ---- shards
-# ----------------------------------------------------------------------------------------------
+# ---- shards --------------------------------------------------------------------------------------
 
 
 def damage_index(folder, change):
@@ -233,8 +231,7 @@ def test_index_of_another_model(tmp_path):
     refused(folder, "nobody", kind=mil.FormatError)
 
 
-# ---- configuration
-# -------------------------------------------------------------------------------------------
+# ---- configuration -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,7 @@ def one_line(error):
     return text
 
 
-# ---- what a model tells
-# -----------------------------------------------------------------------------
+# ---- what a model tells --------------------------------------------------------------------------
 
 
 def test_facts(llama):
@@ -58,8 +57,7 @@ def test_parameters_are_views_and_files_stay(llama):
     assert np.array_equal(mil.load(llama)(tokens), old)
 
 
-# ---- inputs
-# ------------------------------------------------------------------------------------------
+# ---- inputs --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -121,8 +119,7 @@ def test_bad_inputs(model, input_ids, lengths, words):
     assert words in one_line(error)
 
 
-# ---- saving
-# ------------------------------------------------------------------------------------------
+# ---- saving --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -221,8 +218,7 @@ def test_large_models_are_sharded(tmp_path, rng):
         assert np.array_equal(checkpoint.read(name)[0], array)
 
 
-# ---- dtypes, devices, names
-# ---------------------------------------------------------------------------
+# ---- dtypes, devices, names ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])

@@ -139,6 +139,8 @@ ALL_KINDS = [
     "falcon_mamba",
     "mamba2",
     "mamba2-groups",
+    "bamba",
+    "jamba",
     "hybrid-mamba1",
     "hybrid-mamba2",
 ]

@@ -142,8 +142,7 @@ def test_start_and_end_tokens(flags, tmp_path):
     assert Tokenizer.load(folder).encode("a girl") == theirs.encode("a girl")
 
 
-# ---- chat templates
-# ------------------------------------------------------------------------------------------
+# ---- chat templates ------------------------------------------------------------------------------
 
 # Written for these tests in the shape of what models ship.
 LLAMA3 = (

@@ -129,11 +129,30 @@ CONFIGS = {
         time_step_limit=[0.02, 0.4],
         tie_word_embeddings=True,
     ),
+    "bamba": _dense(
+        "bamba",
+        attn_layer_indices=[1],
+        mamba_n_heads=12,
+        mamba_d_head="auto",
+        mamba_n_groups=2,
+        mamba_d_state=16,
+        mamba_chunk_size=16,
+        mamba_expand=2,
+    ),
+    "jamba": _dense(
+        "jamba",
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        num_experts=1,
+        mamba_d_state=8,
+        mamba_expand=2,
+        mamba_dt_rank=5,
+        use_mamba_kernels=False,
+    ),
 }
 
 
-# ---- names and shapes
-# -----------------------------------------------------------------------------
+# ---- names and shapes ----------------------------------------------------------------------------
 
 
 def shapes_of(config, mixers=None):
@@ -141,8 +160,13 @@ def shapes_of(config, mixers=None):
 
     `mixers` maps the layers that are mixers to their tensors' names and shapes.
     """
-    pure = config["model_type"] in ("mamba", "falcon_mamba", "mamba2")
-    shapes = _pure_shapes(config) if pure else _dense_shapes(config, mixers or {})
+    family = config["model_type"]
+    if family in ("mamba", "falcon_mamba", "mamba2"):
+        shapes = _pure_shapes(config)
+    elif family in ("bamba", "jamba"):
+        shapes = _mixed_shapes(config)
+    else:
+        shapes = _dense_shapes(config, mixers or {})
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (config["vocab_size"], config["hidden_size"])
     return shapes
@@ -225,6 +249,42 @@ def _pure_shapes(config):
     return shapes
 
 
+def _mixed_shapes(config):
+    """Llama's blocks with other words for the second half, and original mixers but in layer 1."""
+    pure = {
+        "model_type": "mamba2" if config["model_type"] == "bamba" else "mamba",
+        "vocab_size": 1,
+        "hidden_size": config["hidden_size"],
+        "num_hidden_layers": 1,
+        "conv_kernel": 4,
+        "expand": config["mamba_expand"],
+        "state_size": config["mamba_d_state"],
+        "num_heads": config.get("mamba_n_heads"),
+        "n_groups": config.get("mamba_n_groups"),
+        "time_step_rank": config.get("mamba_dt_rank"),
+    }
+    prefix = "backbone.layers.0.mixer."
+    mixer = {
+        name.removeprefix(prefix): shape
+        for name, shape in _pure_shapes(pure).items()
+        if name.startswith(prefix)
+    }
+    if config["model_type"] == "jamba":
+        mixer["dt_layernorm.weight"] = (config["mamba_dt_rank"],)
+        mixer["b_layernorm.weight"] = mixer["c_layernorm.weight"] = (config["mamba_d_state"],)
+    words = {
+        "mlp.": "feed_forward.",
+        "post_attention_layernorm.": "pre_ff_layernorm.",
+        "model.norm.": "model.final_layernorm.",
+    }
+    shapes = {}
+    for name, shape in _dense_shapes(config, {0: mixer, 2: mixer}).items():
+        for ours, theirs in words.items():
+            name = name.replace(ours, theirs)
+        shapes[name] = shape
+    return shapes
+
+
 def mixer_shapes(config, mixer, ssm_cfg=None):
     """Tensors of one mixer in the published hybrid layout (Wang et al. 2024)."""
     ssm, hidden, p = ssm_cfg or {}, config["hidden_size"], _head_dim(config)
@@ -277,8 +337,7 @@ def mamba_config(config, mixer, attention_layers, ssm_cfg=None):
     }
 
 
-# ---- values and files
-# -------------------------------------------------------------------------------
+# ---- values and files ----------------------------------------------------------------------------
 
 
 def random_tensor(rng, name, shape):
@@ -287,7 +346,7 @@ def random_tensor(rng, name, shape):
         values = rng.uniform(-2, 2, shape)
     elif name.endswith(("dt_bias", "dt_proj.bias")):
         values = rng.uniform(-4, 1, shape)
-    elif name.endswith(("norm.weight", "norm_f.weight")):
+    elif name.endswith(("norm.weight", "norm_f.weight", "layernorm.weight")):
         values = rng.uniform(0.5, 1.5, shape)
     elif name.endswith("bias"):
         values = rng.normal(0, 0.3, shape)
