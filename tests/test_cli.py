@@ -1,0 +1,321 @@
+"""The command line: what commands print, JSON, one-line errors with status 2, recipes, chats.
+
+Most tests call `main` in this process; how a process ends (status, Ctrl-C, a closed pipe) is looked
+at from outside.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_models import write_llama
+
+import mambainllama as mil
+from mambainllama.cli import main, make_parser
+from mambainllama.conversation import Conversation
+from mambainllama.recipe import KEYS, read_recipe
+
+COMMANDS = ("info", "convert", "distill", "generate", "chat", "eval", "bench", "demo")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return str(write_llama(tmp_path_factory.mktemp("cli") / "llama", scale=2.0))
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "tokens.npy"
+    np.save(path, np.random.default_rng(3).integers(0, 264, (24, 16), dtype=np.uint16))
+    return str(path)
+
+
+def run(capsys, *arguments):
+    """(status, standard output, standard error) of a command."""
+    status = main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def run_json(capsys, *arguments):
+    status, out, _ = run(capsys, *arguments, "--json")
+    assert status == 0
+    return json.loads(out)
+
+
+def process(*arguments, **options):
+    environment = {**os.environ, "PYTHONPATH": str(Path(mil.__file__).parents[1])}
+    return subprocess.Popen(
+        [sys.executable, "-m", "mambainllama", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        **options,
+    )
+
+
+# ---- help and errors
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    for option in ("--device", "--dtype", "--seed", "--json", "--debug", "--threads", "example:"):
+        assert option in out
+
+
+def test_usage_errors_have_status_2(capsys):
+    for arguments in ([], ["destil"], ["info"], ["bench", "m", "--lengths", "a,b"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+    assert "usage" in capsys.readouterr().err
+
+
+def test_errors_are_one_line(capsys, tmp_path, teacher):
+    cases = [
+        ("info", tmp_path / "none"),
+        ("info", teacher, "--device", "cuda:0"),
+        ("info", teacher, "--threads", "0"),
+        ("convert", teacher, tmp_path / "out", "--attention-layers", "7"),
+        ("convert", teacher, tmp_path / "out", "--attention-layers", "most"),
+        ("convert", teacher, tmp_path / "out", "--calibration", tmp_path / "none.npy"),
+        ("distill", tmp_path / "none.toml"),
+        ("generate", teacher, "hello", "--draft-tokens", "99"),
+        ("eval", teacher, "--data", tmp_path / "none.jsonl"),
+        ("bench", teacher, "--lengths", "0"),
+    ]
+    for arguments in cases:
+        status, out, error = run(capsys, *arguments)
+        assert (status, out) == (2, ""), arguments
+        assert error.startswith(f"mambainllama {arguments[0]}: ") and error.count("\n") == 1, error
+    with pytest.raises(mil.Error):
+        main(["info", str(tmp_path / "none"), "--debug"])
+
+
+# ---- commands
+
+
+def test_info(capsys, teacher):
+    facts = run_json(capsys, "info", teacher)
+    assert (facts["layers"], facts["attention_layers"], facts["vocab_size"]) == (2, [0, 1], 264)
+    assert facts["state_bytes"]["16384"] == 8 * facts["state_bytes"]["2048"]
+    _, out, _ = run(capsys, "info", teacher)
+    assert "state at 2048 tokens" in out
+
+
+def test_convert_and_eval(capsys, teacher, tokens, tmp_path):
+    facts = run_json(
+        capsys,
+        "convert",
+        teacher,
+        tmp_path / "h",
+        "--attention-layers",
+        "1",
+        "--calibration",
+        tokens,
+        "--calibration-length",
+        "16",
+    )
+    assert facts["attention_layers"] == [1] and facts["start"] == "calibrated"
+    assert mil.load(tmp_path / "h").config.mixer == "mamba2"
+    status, out, error = run(capsys, "convert", teacher, tmp_path / "p", "--mixer", "mamba1")
+    assert (status, error) == (0, "") and "published start" in out
+    found = run_json(capsys, "eval", tmp_path / "h", "--teacher", teacher, "--data", tokens)
+    assert set(found) == {"kl", "perplexity", "teacher_perplexity", "agreement", "tokens"}
+    assert run_json(capsys, "eval", teacher, "--data", tokens)["perplexity"] == pytest.approx(
+        found["teacher_perplexity"], rel=1e-5
+    )
+
+
+def test_generate(capsys, teacher, monkeypatch):
+    [row] = run_json(capsys, "generate", teacher, "hello", "--max-new-tokens", "8")
+    assert len(row["token_ids"]) <= 8 and row["stats"]["new_tokens"] == len(row["token_ids"])
+    status, out, _ = run(capsys, "generate", teacher, "hello", "--max-new-tokens", "8")
+    assert status == 0 and out == row["text"] + "\n"
+    options = ("--max-new-tokens", "8", "--draft", "ngram", "--stats")
+    status, again, stats = run(capsys, "generate", teacher, "hello", *options)
+    assert again == out and "tokens/s" in stats
+    rows = run_json(
+        capsys, "generate", teacher, "hello", "other", "--max-new-tokens", "4", "--chat"
+    )
+    assert len(rows) == 2 and rows[0]["prompt"][0]["role"] == "user"
+    monkeypatch.setattr("sys.stdin", __import__("io").StringIO("hello"))
+    status, piped, _ = run(capsys, "generate", teacher, "--max-new-tokens", "8")
+    assert piped == out
+
+
+def test_bench(capsys, teacher, tmp_path):
+    pytest.importorskip("matplotlib")
+    options = ("--lengths", "8,16", "--tokens", "2", "--repeats", "1")
+    tables = run_json(capsys, "bench", teacher, *options)
+    assert [row["length"] for row in tables[teacher]] == [8, 16]
+    status, out, _ = run(capsys, "bench", teacher, *options, "--plot", tmp_path / "s.png")
+    assert status == 0 and "decode tokens/s" in out and (tmp_path / "s.png").exists()
+
+
+# ---- recipes
+
+
+def write_recipe(folder, teacher, tokens, extra="", distill="max_steps = 2\nbatch_size = 4"):
+    path = folder / "recipe.toml"
+    path.write_text(
+        f'[teacher]\nmodel = "{teacher}"\n'
+        "[student]\nattention_layers = [1]\ncalibration_length = 16\n"
+        f'[data]\nfiles = "{tokens}"\nvalidation = 0.25\n[distill]\n{distill}\n{extra}'
+    )
+    return path
+
+
+def test_distill_runs_a_recipe(capsys, teacher, tokens, tmp_path):
+    path = write_recipe(tmp_path, teacher, tokens, '[output]\nfolder = "out"\n')
+    found = run_json(capsys, "distill", path, "--set", "distill.learning_rate=1e-3")
+    assert found["step"] == 2 and "eval_kl" in found
+    assert mil.load(tmp_path / "out" / "model").config.mixer == "mamba2"
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["learning_rate"] == 1e-3
+    again = run_json(capsys, "distill", path, "--set", "distill.learning_rate=1e-3", "--resume")
+    assert again == found
+    status, out, _ = run(capsys, "distill", path, "--check")
+    assert status == 0 and "fine" in out
+    trained = tmp_path / "more.toml"
+    trained.write_text(
+        f'[teacher]\nmodel = "{teacher}"\n[student]\ntrained = "out/model"\n'
+        f'[data]\nfiles = "{tokens}"\n'
+        "[distill]\nmax_steps = 1\nbatch_size = 4\n"
+    )
+    assert run_json(capsys, "distill", trained)["step"] == 1
+    assert (tmp_path / "run" / "model").is_dir()
+
+
+@pytest.mark.parametrize(
+    "extra, distill, words",
+    [
+        (
+            "",
+            "lerning_rate = 1",
+            "unknown key 'lerning_rate' in [distill]; did you mean 'learning_rate'?",
+        ),
+        ("[ouput]\nfolder = 'x'", "", "unknown section [ouput]; did you mean 'output'?"),
+        ("", "learning_rate = -1", "[distill] learning_rate=-1: expected a number above 0"),
+        ("", "learning_rate = ", "not TOML"),
+        (
+            "[output]\nfolder = 'x'\nfiles = 'y'",
+            "",
+            "unknown key 'files' in [output]; known: folder",
+        ),
+    ],
+)
+def test_recipes_are_checked(extra, distill, words, teacher, tokens, tmp_path):
+    path = write_recipe(tmp_path, teacher, tokens, extra, distill)
+    with pytest.raises(mil.Error) as caught:
+        read_recipe(path)
+    assert words in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_recipes_that_lack_something(tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_text('[teacher]\nmodel = "a/b"\n')
+    with pytest.raises(mil.ArgumentError, match=r"\[data\] needs 'files'"):
+        read_recipe(path)
+    path.write_text(
+        '[teacher]\nmodel = "a/b"\n[data]\nfiles = ["x.npy"]\n'
+        '[student]\ntrained = "s"\ninit = "paper"'
+    )
+    with pytest.raises(mil.ArgumentError, match="both 'trained' and 'init'"):
+        read_recipe(path)
+    path.write_text('[teacher]\nmodel = "a/b"\n[data]\nfiles = ["x.npy"]\n')
+    recipe = read_recipe(path, ["distill.epochs=3", "student.mixer=mamba1"])
+    assert recipe.config.epochs == 3 and recipe.student["mixer"] == "mamba1"
+    assert recipe.teacher["model"] == "a/b" and recipe.data["files"] == [str(tmp_path / "x.npy")]
+    with pytest.raises(mil.ArgumentError, match="expected section.key=value"):
+        read_recipe(path, ["epochs=3"])
+
+
+def test_shipped_recipes_are_valid():
+    for path in sorted(Path(mil.__file__).parents[1].glob("recipes/*.toml")):
+        read_recipe(path)
+    assert set(KEYS) == {"teacher", "student", "data", "distill", "output"}
+
+
+# ---- chats
+
+
+def test_conversations_read_only_what_is_new(teacher):
+    model = mil.load(teacher)
+    talk = Conversation(model, system="be brief", max_new_tokens=6)
+    first = talk.ask("hello")
+    read = len(talk.tokens)
+    second = talk.ask("and now?")
+    assert talk.stats.cached_tokens >= read - 1
+    assert [m["role"] for m in talk.messages] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+    ]
+    # The same answers as from a fresh reading of the same chat.
+    for count, answer in ((2, first), (4, second)):
+        if "\ufffd" not in first + second:
+            [fresh] = mil.generate(model, [talk.messages[:count]], max_new_tokens=6)
+            assert fresh.text == answer
+    talk.reset()
+    assert talk.ask("hello") == first
+
+
+def test_an_interrupted_answer_stays_in_the_chat(teacher):
+    talk = Conversation(mil.load(teacher), max_new_tokens=50)
+
+    def stop(index, text):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        talk.ask("hello", stop)
+    assert talk.messages[-1]["role"] == "assistant"
+    assert isinstance(talk.ask("go on"), str)
+
+
+def test_chat_on_a_pipe(teacher):
+    chat = process("chat", teacher, "--max-new-tokens", "4", "--json", stdin=subprocess.PIPE)
+    out, error = chat.communicate("hello\n\n/reset\nhello\n/exit\n", timeout=60)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert chat.returncode == 0 and error == "" and len(rows) == 2 and rows[0] == rows[1]
+
+
+# ---- processes
+
+
+def test_interrupting_a_run_says_what_it_saved(teacher, tokens, tmp_path):
+    path = write_recipe(tmp_path, teacher, tokens, distill="max_steps = 100000\nbatch_size = 4")
+    command = process("distill", path)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while command.poll() is None and (not metrics.exists() or metrics.stat().st_size < 500):
+        time.sleep(0.05)
+    command.send_signal(signal.SIGINT)
+    _, error = command.communicate(timeout=60)
+    assert command.returncode == 130
+    assert "interrupted after step" in error and "Traceback" not in error
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+def test_a_closed_pipe_is_no_error(teacher):
+    command = process("generate", teacher, "hello", "--max-new-tokens", "400", "--stop", "<none>")
+    command.stdout.close()
+    assert command.wait(60) == 0 and command.stderr.read() == ""
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        make_parser().parse_args(["--version"])
+    assert mil.__version__ in capsys.readouterr().out
