@@ -198,8 +198,7 @@ def read_header(path: str | os.PathLike) -> dict[str, StoredTensor]:
     if length > min(size - 8, _MAX_HEADER):
         raise FormatError(
             f"{path}: the header claims {length} bytes, but the file has {size} (and {_MAX_HEADER} "
-            "are allowed); "
-            "it is cut off or not a safetensors file: download it again"
+            "are allowed); it is cut off or not a safetensors file: download it again"
         )
     if not header.startswith(b"{"):
         raise FormatError(
@@ -225,8 +224,7 @@ def read_header(path: str | os.PathLike) -> dict[str, StoredTensor]:
             )
             raise FormatError(
                 f"{path}: tensor {shorten(tensor.name)} {kind}: expected its data at byte "
-                f"{position - start}, "
-                f"got {tensor.begin - start}"
+                f"{position - start}, got {tensor.begin - start}"
             )
         position = tensor.end
     if position != size:
@@ -329,8 +327,7 @@ class Checkpoint:
         if tensor.dtype not in _WEIGHT_DTYPES:
             raise FormatError(
                 f"{tensor.file}: tensor {shorten(name)}: expected dtype F32, BF16 or F16, got "
-                f"{tensor.dtype} "
-                "(quantised and integer weights are not read; use the unquantised checkpoint)"
+                f"{tensor.dtype} (quantised weights are not read; use the unquantised checkpoint)"
             )
         dtype = _WEIGHT_DTYPES[tensor.dtype]
         if tensor.begin == tensor.end:

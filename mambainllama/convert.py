@@ -208,23 +208,20 @@ def _check_convertible(model: Model, mixer: str, kept: Sequence[int]) -> None:
             raise ArgumentError(f"convert: {model!r} has no attention layers left to replace")
         if model.config.mixer != mixer:
             raise ArgumentError(
-                f"convert: the model has {model.config.mixer} mixers already; mixer must be the "
-                "same"
+                f"convert: the model has {model.config.mixer} mixers; mixer must be the same"
             )
         made = [i for i in kept if layers[i]["mixer"] != "attention"]
         if made:
             raise ArgumentError(
                 f"convert: layer {made[0]} is a mixer already and cannot stay attention; attention "
-                "layers "
-                f"are {list(model.config.attention_layers)}"
+                f"layers are {list(model.config.attention_layers)}"
             )
     attention = layers[model.config.attention_layers[0]]
     narrow = attention["kv_heads"] * attention["head_dim"]
     if mixer == "mamba1" and narrow % 16:
         raise UnsupportedError(
             "convert: mamba1 needs kv_heads * head_dim to be a multiple of 16, got "
-            f"{attention['kv_heads']} * "
-            f'{attention["head_dim"]}; use mixer="mamba2"'
+            f'{attention["kv_heads"]} * {attention["head_dim"]}; use mixer="mamba2"'
         )
 
 

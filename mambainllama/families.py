@@ -27,6 +27,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from .errors import FormatError, UnsupportedError, listing, shorten
 from .rope import canonical_rope
@@ -70,7 +71,7 @@ class Keys:
     def __init__(self, values: dict, where: str, names: Mapping[str, str] | None = None):
         self.values, self.where, self.names = values, where, names or {}
 
-    def get(self, key: str, default: object = None) -> object:
+    def get(self, key: str, default: Any = None) -> Any:
         """The value as it stands in the file; null counts as absent."""
         value = self.values.get(self.names.get(key, key))
         return default if value is None else value
@@ -239,8 +240,7 @@ class Dense:
         unknown = set(types) - {"sliding_attention", "full_attention"}
         if unknown:
             raise UnsupportedError(
-                f"{config.where}: layer type {shorten(min(unknown))} is not supported in this "
-                "family"
+                f"{config.where}: layer type {shorten(min(unknown))} is not supported here"
             )
         return [window if kind == "sliding_attention" else 0 for kind in types]
 
