@@ -56,20 +56,18 @@ mil_float_to_bf16(float value)
     return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
+/* Selections instead of branches, here and below, so that loops can be vectorised. */
 static inline float
 mil_f16_to_float(uint16_t half)
 {
     uint32_t sign = (uint32_t)(half & 0x8000u) << 16;
-    uint32_t exponent = (half >> 10) & 0x1fu;
-    uint32_t mantissa = half & 0x3ffu;
-    if (exponent == 0x1fu) {
-        return mil_bits_to_float(sign | 0x7f800000u | (mantissa << 13));
-    }
-    if (exponent == 0) { /* zero or subnormal: mantissa * 2^-24 is exact in float32 */
-        float magnitude = (float)mantissa * 0x1p-24f;
-        return mil_bits_to_float(sign | mil_float_to_bits(magnitude));
-    }
-    return mil_bits_to_float(sign | ((exponent + 112u) << 23) | (mantissa << 13));
+    uint32_t magnitude = half & 0x7fffu;
+    uint32_t normal = (magnitude << 13) + 0x38000000u;
+    uint32_t infinite = (magnitude << 13) | 0x7f800000u; /* infinity and NaN */
+    uint32_t subnormal = mil_float_to_bits((float)(int32_t)magnitude * 0x1p-24f); /* and zero; exact */
+    uint32_t bits = magnitude < 0x0400u ? subnormal : normal;
+    bits = magnitude >= 0x7c00u ? infinite : bits;
+    return mil_bits_to_float(sign | bits);
 }
 
 static inline uint16_t
@@ -78,18 +76,13 @@ mil_float_to_f16(float value)
     uint32_t bits = mil_float_to_bits(value);
     uint16_t sign = (uint16_t)((bits >> 16) & 0x8000u);
     uint32_t magnitude = bits & 0x7fffffffu;
-    if (magnitude > 0x7f800000u) {
-        return (uint16_t)(sign | 0x7e00u);
-    }
-    if (magnitude >= 0x477ff000u) { /* rounds to 65536 or more */
-        return (uint16_t)(sign | 0x7c00u);
-    }
-    if (magnitude < 0x38800000u) { /* below 2^-14: subnormal; the addition rounds to nearest even */
-        float shifted = mil_bits_to_float(magnitude) + 0.5f;
-        return (uint16_t)(sign | (mil_float_to_bits(shifted) - 0x3f000000u));
-    }
-    uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
-    return (uint16_t)(sign | ((rounded - 0x38000000u) >> 13));
+    uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
+    /* Below 2^-14, subnormal: the addition rounds to nearest even. */
+    uint32_t subnormal = mil_float_to_bits(mil_bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
+    uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+    half = magnitude >= 0x477ff000u ? 0x7c00u : half; /* rounds to 65536 or more */
+    half = magnitude > 0x7f800000u ? 0x7e00u : half;
+    return (uint16_t)(sign | half);
 }
 
 #endif

@@ -1,12 +1,13 @@
-/* AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2) in one pass, and the sum of squares for clipping.
+/* AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2) in one pass, and the sum of squares for
+ * clipping.
  *
  *   g = grad * grad_scale,  m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2
  *   master -= lr * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay * master)
  *   weight = round(master)
  *
- * The step is bound by memory: it reads four arrays and writes three or four, 28 to 30 bytes an element, and must
- * not read any of them twice.  Clipping and unscaling therefore enter through grad_scale instead of
- * a pass of their own.  Bias corrections are taken in double: 1 - 0.999^t loses three digits in float32
+ * The step is bound by memory: it reads four arrays and writes three or four, 28 to 30 bytes an element,
+ * and must not read any of them twice.  Clipping and unscaling therefore enter through grad_scale instead
+ * of a pass of their own.  Bias corrections are taken in double: 1 - 0.999^t loses three digits in float32
  * at t = 1.  Elements are independent, so threads cannot change the result.
  *
  * sum_squares adds float64 squares over fixed blocks of BLOCK elements, and then the blocks in order.
@@ -26,7 +27,8 @@ typedef struct step {
 } step;
 
 MIL_VECTORISE static void
-update(step s, int64_t count, float *restrict master, const float *restrict grad, float *restrict m, float *restrict v)
+update(step s, int64_t count, float *restrict master, const float *restrict grad, float *restrict m,
+       float *restrict v)
 {
 #pragma omp simd
     for (int64_t i = 0; i < count; i++) {
@@ -50,6 +52,7 @@ round_weights(mil_dtype dtype, int64_t count, const float *restrict master, uint
         }
     }
     else {
+#pragma omp simd
         for (int64_t i = 0; i < count; i++) {
             weight[i] = mil_float_to_f16(master[i]);
         }

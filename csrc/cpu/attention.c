@@ -1,4 +1,5 @@
-/* Causal softmax attention over packed sequences, with grouped heads and sliding windows; forward and backward.
+/* Causal softmax attention over packed sequences, with grouped heads and sliding windows; forward and
+ * backward.
  *
  *   y[p, h] = sum_j P[j] v[j, g],   P[j] = exp(scale q[p, h] k[j, g] - L),   L = log sum_j exp(scale q k[j])
  *   over keys max(0, p - window + 1) <= j <= p of the same sequence; g = h * kv_heads / heads
@@ -14,14 +15,15 @@
  *            +--------------+--------------+--------------+
  *   split:   |<------- SPLIT keys: own maximum, sum, acc ------->|  merged in order
  *
- * Order.  Blocks begin at multiples of BLOCK keys and splits at multiples of SPLIT keys of the sequence, wherever
- * the query rows begin.  Within a block the order is that of tile_product.h for S and P V, and LANES lanes for the sum of P.
- * Keys that a row may not see take part as exact zeros.  So a row's bits depend on its position and
- * the keys only: prefill, decoding one token, verifying a window and any batch agree, and a long
- * context can be split between threads when there are fewer tiles than threads (flash decoding).
+ * Order.  Blocks begin at multiples of BLOCK keys and splits at multiples of SPLIT keys of the sequence,
+ * wherever the query rows begin.  Within a block the order is that of tile_product.h for S and P V, and
+ * LANES lanes for the sum of P. Keys that a row may not see take part as exact zeros.  So a row's bits
+ * depend on its position and the keys only: prefill, decoding one token, verifying a window and any batch
+ * agree, and a long context can be split between threads when there are fewer tiles than threads (flash
+ * decoding).
  *
- * Bytes: decoding reads each key and value once for all heads of the group, in rows of head_dim contiguous numbers.  Prefill
- * multiplies ROWS_A_TILE rows by a block whose transposition is amortised over them.
+ * Bytes: decoding reads each key and value once for all heads of the group, in rows of head_dim contiguous
+ * numbers.  Prefill multiplies ROWS_A_TILE rows by a block whose transposition is amortised over them.
  *
  * Backward recomputes P from the saved L = log_sum_exp (5 products instead of a [length, length] array):
  *   D = rowsum(grad_y y),  dP = grad_y V^T,  dS = P (dP - D)
@@ -38,266 +40,20 @@
 #include <omp.h>
 #include <string.h>
 
-#include "cpu/features.h"
+#include "cpu/tile.h"
 #include "cpu/vector.h"
 
 enum {
-    BLOCK = 64,       /* keys a block */
+    BLOCK = MIL_TILE_KEYS,
     SPLIT = 512,      /* keys a split, a multiple of BLOCK */
     ROWS_A_TILE = 48, /* query rows (positions x heads of a group) a forward tile, roughly */
     POSITIONS = 48,   /* query positions of one head a backward tile */
     LANES_OF_SUM = 16,
-    STRIP = 16, /* widths of products are multiples of this */
     GRAIN = 65536,
 };
 
 /* A maximum before any key; finite, so that exp(maximum - maximum) is 1 and not NaN. */
 #define NO_SCORE (-FLT_MAX)
-
-/* ---- tiles, by level of processor --------------------------------------------------------------------- */
-
-/* Rows of float32 or 16-bit numbers of one key head: row j at data + j * stride elements. */
-typedef struct source {
-    const char *data;
-    mil_dtype dtype;
-    int64_t stride;
-} source;
-
-/* What is written for each instruction set: the product of tile_product.h, and two ways to copy `count` rows of `width`
- * numbers from `first` on into a packed array of float32 with zeros up to the last strip:
- *   pack_rows        to [count, packed_stride(width)] = rows * factor
- *   pack_transposed  to [width, packed_stride(BLOCK)], count at most BLOCK */
-typedef struct tile_kernels {
-    void (*product)(int64_t m, int64_t n, int64_t k, const float *a, int64_t a_row, int64_t a_step, const float *b,
-                    int64_t b_stride, float *c, int64_t c_stride, bool accumulate);
-    void (*pack_rows)(source from, int64_t first, int64_t count, int64_t width, float factor, float *to);
-    void (*pack_transposed)(source from, int64_t first, int64_t count, int64_t width, float *to);
-} tile_kernels;
-
-static inline int64_t
-round_up(int64_t value, int64_t unit)
-{
-    return (value + unit - 1) / unit * unit;
-}
-
-/* Distance of rows in a packed array: whole strips, and one more so that a column does not fall into few cache sets. */
-static inline int64_t
-packed_stride(int64_t width)
-{
-    return round_up(width, STRIP) + STRIP;
-}
-
-MIL_INLINE const char *
-row_of(source from, int64_t row, int64_t column)
-{
-    return from.data + (row * from.stride + column) * (int64_t)mil_dtype_size(from.dtype);
-}
-
-MIL_INLINE float
-load_one(mil_dtype dtype, const char *from)
-{
-    if (dtype == MIL_F32) {
-        float single;
-        memcpy(&single, from, sizeof single);
-        return single;
-    }
-    uint16_t half;
-    memcpy(&half, from, sizeof half);
-    return dtype == MIL_BF16 ? mil_bf16_to_float(half) : mil_f16_to_float(half);
-}
-
-/* Columns begin .. of one packed row: numbers up to `width`, zeros up to the last strip. */
-MIL_INLINE void
-finish_row(source from, int64_t row, int64_t begin, int64_t width, float factor, float *to)
-{
-    for (int64_t i = begin; i < width; i++) {
-        to[i] = load_one(from.dtype, row_of(from, row, i)) * factor;
-    }
-    for (int64_t i = width; i < round_up(width, STRIP); i++) {
-        to[i] = 0;
-    }
-}
-
-/* Keys begin .. of one column: numbers up to `count`, zeros up to the last strip. */
-MIL_INLINE void
-finish_column(source from, int64_t first, int64_t begin, int64_t count, int64_t column, float *to)
-{
-    for (int64_t key = begin; key < count; key++) {
-        to[key] = load_one(from.dtype, row_of(from, first + key, column));
-    }
-    for (int64_t key = count; key < round_up(count, STRIP); key++) {
-        to[key] = 0;
-    }
-}
-
-static void
-pack_rows_portable(source from, int64_t first, int64_t count, int64_t width, float factor, float *to)
-{
-    for (int64_t row = 0; row < count; row++) {
-        finish_row(from, first + row, 0, width, factor, to + row * packed_stride(width));
-    }
-}
-
-static void
-pack_transposed_portable(source from, int64_t first, int64_t count, int64_t width, float *to)
-{
-    for (int64_t column = 0; column < width; column++) {
-        finish_column(from, first, 0, count, column, to + column * packed_stride(BLOCK));
-    }
-}
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-
-#define TILE_NAME(name) name##_avx512
-#define TILE_TARGET __attribute__((target("avx512f")))
-#define LANES 16
-#define VECTOR __m512
-#define ROWS 12
-#define LOAD(p) _mm512_loadu_ps(p)
-#define STORE(p, v) _mm512_storeu_ps((p), (v))
-#define FILL(x) _mm512_set1_ps(x)
-#define MULTIPLY_ADD(a, b, c) _mm512_fmadd_ps((a), (b), (c))
-#include "cpu/tile_product.h"
-
-#define TILE_NAME(name) name##_avx2
-#define TILE_TARGET __attribute__((target("avx2,fma")))
-#define LANES 8
-#define VECTOR __m256
-#define ROWS 6
-#define LOAD(p) _mm256_loadu_ps(p)
-#define STORE(p, v) _mm256_storeu_ps((p), (v))
-#define FILL(x) _mm256_set1_ps(x)
-#define MULTIPLY_ADD(a, b, c) _mm256_fmadd_ps((a), (b), (c))
-#include "cpu/tile_product.h"
-
-#define TILE_NAME(name) name##_portable
-#define TILE_TARGET
-#define LANES 4
-#define VECTOR __m128
-#define ROWS 2
-#define LOAD(p) _mm_loadu_ps(p)
-#define STORE(p, v) _mm_storeu_ps((p), (v))
-#define FILL(x) _mm_set1_ps(x)
-#define MULTIPLY_ADD(a, b, c) _mm_add_ps(_mm_mul_ps((a), (b)), (c))
-#include "cpu/tile_product.h"
-
-#define AVX2 __attribute__((target("avx2,fma,f16c")))
-
-AVX2 MIL_INLINE __m256
-load_eight(mil_dtype dtype, const char *from)
-{
-    if (dtype == MIL_F32) {
-        return _mm256_loadu_ps((const float *)from);
-    }
-    __m128i halves = _mm_loadu_si128((const __m128i *)from);
-    return dtype == MIL_F16 ? _mm256_cvtph_ps(halves)
-                            : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
-}
-
-AVX2 MIL_INLINE void
-pack_rows_of(source from, int64_t first, int64_t count, int64_t width, float factor, float *to)
-{
-    int64_t stride = packed_stride(width), whole = width - width % 8;
-    for (int64_t row = 0; row < count; row++, to += stride) {
-        for (int64_t i = 0; i < whole; i += 8) {
-            __m256 eight = load_eight(from.dtype, row_of(from, first + row, i));
-            _mm256_storeu_ps(to + i, _mm256_mul_ps(eight, _mm256_set1_ps(factor)));
-        }
-        finish_row(from, first + row, whole, width, factor, to);
-    }
-}
-
-/* Eight keys by eight columns: pairs of rows are interleaved by ones, twos and halves. */
-AVX2 MIL_INLINE void
-transpose_eight(source from, int64_t key, int64_t column, float *to, int64_t to_stride)
-{
-    __m256 row[8], pair[8], four[8];
-    for (int i = 0; i < 8; i++) {
-        row[i] = load_eight(from.dtype, row_of(from, key + i, column));
-    }
-    for (int i = 0; i < 8; i += 2) {
-        pair[i] = _mm256_unpacklo_ps(row[i], row[i + 1]);
-        pair[i + 1] = _mm256_unpackhi_ps(row[i], row[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4) {
-        four[i] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0x44);
-        four[i + 1] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0xee);
-        four[i + 2] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
-        four[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0xee);
-    }
-    for (int i = 0; i < 4; i++) {
-        _mm256_storeu_ps(to + i * to_stride, _mm256_permute2f128_ps(four[i], four[i + 4], 0x20));
-        _mm256_storeu_ps(to + (i + 4) * to_stride, _mm256_permute2f128_ps(four[i], four[i + 4], 0x31));
-    }
-}
-
-AVX2 MIL_INLINE void
-pack_transposed_of(source from, int64_t first, int64_t count, int64_t width, float *to)
-{
-    int64_t stride = packed_stride(BLOCK), keys = count - count % 8, columns = width - width % 8;
-    for (int64_t key = 0; key < keys; key += 8) {
-        for (int64_t column = 0; column < columns; column += 8) {
-            transpose_eight(from, first + key, column, to + column * stride + key, stride);
-        }
-    }
-    for (int64_t column = 0; column < width; column++) {
-        finish_column(from, first, column < columns ? keys : 0, count, column, to + column * stride);
-    }
-}
-
-/* The type is a constant in each branch, so no loop asks for it. */
-AVX2 static void
-pack_rows_avx2(source from, int64_t first, int64_t count, int64_t width, float factor, float *to)
-{
-    switch (from.dtype) {
-    case MIL_F32: pack_rows_of((source){from.data, MIL_F32, from.stride}, first, count, width, factor, to); break;
-    case MIL_BF16: pack_rows_of((source){from.data, MIL_BF16, from.stride}, first, count, width, factor, to); break;
-    case MIL_F16: pack_rows_of((source){from.data, MIL_F16, from.stride}, first, count, width, factor, to); break;
-    }
-}
-
-AVX2 static void
-pack_transposed_avx2(source from, int64_t first, int64_t count, int64_t width, float *to)
-{
-    switch (from.dtype) {
-    case MIL_F32: pack_transposed_of((source){from.data, MIL_F32, from.stride}, first, count, width, to); break;
-    case MIL_BF16: pack_transposed_of((source){from.data, MIL_BF16, from.stride}, first, count, width, to); break;
-    case MIL_F16: pack_transposed_of((source){from.data, MIL_F16, from.stride}, first, count, width, to); break;
-    }
-}
-
-static tile_kernels
-pick_kernels(void)
-{
-    mil_cpu_level level = mil_cpu_get_level();
-    if (level >= MIL_CPU_AVX2) {
-        return (tile_kernels){level >= MIL_CPU_AVX512 ? tile_product_avx512 : tile_product_avx2, pack_rows_avx2,
-                              pack_transposed_avx2};
-    }
-    return (tile_kernels){tile_product_portable, pack_rows_portable, pack_transposed_portable};
-}
-
-#else
-
-#define TILE_NAME(name) name##_portable
-#define TILE_TARGET
-#define LANES 1
-#define VECTOR float
-#define ROWS 4
-#define LOAD(p) (*(p))
-#define STORE(p, v) (*(p) = (v))
-#define FILL(x) (x)
-#define MULTIPLY_ADD(a, b, c) mil_fma((a), (b), (c))
-#include "cpu/tile_product.h"
-
-static tile_kernels
-pick_kernels(void)
-{
-    return (tile_kernels){tile_product_portable, pack_rows_portable, pack_transposed_portable};
-}
-
-#endif
 
 /* ---- one softmax row ---------------------------------------------------------------------------------- */
 
@@ -317,8 +73,8 @@ fill_unseen(float *row, int first, int last, float value)
     }
 }
 
-/* Turns the scores [BLOCK] of which only first .. last may be seen into exp(score - maximum), zeros elsewhere, takes them
- * into `state` and returns the factor by which earlier sums shrink. */
+/* Turns the scores [BLOCK] of which only first .. last may be seen into exp(score - maximum), zeros
+ * elsewhere, takes them into `state` and returns the factor by which earlier sums shrink. */
 MIL_VECTORISE static float
 softmax_block(float *scores, int first, int last, softmax_row *state)
 {
@@ -383,22 +139,22 @@ typedef struct tile {
 /* A thread's arrays, or the partial results of one tile and split. */
 typedef struct sums {
     softmax_row *state; /* [rows] */
-    float *acc;         /* [rows, packed_stride(head_dim)] */
+    float *acc;         /* [rows, mil_tile_stride(head_dim)] */
 } sums;
 
 typedef struct workspace {
-    float *q;      /* [rows, packed_stride(head_dim)] queries times scale */
+    float *q;      /* [rows, mil_tile_stride(head_dim)] queries times scale */
     float *scores; /* [rows, BLOCK] */
-    float *k, *v;  /* [head_dim, packed_stride(BLOCK)], [BLOCK, packed_stride(head_dim)] */
+    float *k, *v;  /* [head_dim, mil_tile_stride(BLOCK)], [BLOCK, mil_tile_stride(head_dim)] */
     sums own, next;
 } workspace;
 
 typedef struct forward_pass {
     const mil_attention *a;
-    int64_t group; /* query heads a key head */
+    int64_t group;           /* query heads a key head */
     int64_t positions, rows; /* of a full tile */
     int64_t acc_stride;
-    tile_kernels kernels;
+    mil_tile_kernels kernels;
 } forward_pass;
 
 static int64_t
@@ -428,24 +184,24 @@ push_workspace(mil_arena *arena, const forward_pass *f, workspace *out)
     int64_t head_dim = f->a->head_dim;
     MIL_TRY(MIL_PUSH(arena, f->rows * f->acc_stride, float, &out->q));
     MIL_TRY(MIL_PUSH(arena, f->rows * BLOCK, float, &out->scores));
-    MIL_TRY(MIL_PUSH(arena, head_dim * packed_stride(BLOCK), float, &out->k));
+    MIL_TRY(MIL_PUSH(arena, head_dim * mil_tile_stride(BLOCK), float, &out->k));
     MIL_TRY(MIL_PUSH(arena, BLOCK * f->acc_stride, float, &out->v));
     MIL_TRY(push_sums(arena, f, &out->own));
     return push_sums(arena, f, &out->next);
 }
 
 /* Keys (or values) of one key head, indexed by position. */
-static source
+static mil_tile_source
 get_source(const mil_attention *a, int64_t sequence, int64_t kv_head, bool values)
 {
     if (a->caches != NULL) {
         const mil_kv_cache *cache = &a->caches[sequence];
         const char *data = values ? cache->v : cache->k;
-        return (source){data + kv_head * a->head_dim * (int64_t)mil_dtype_size(cache->dtype), cache->dtype,
-                        a->kv_heads * a->head_dim};
+        return (mil_tile_source){data + kv_head * a->head_dim * (int64_t)mil_dtype_size(cache->dtype),
+                                 cache->dtype, a->kv_heads * a->head_dim};
     }
     const float *rows = (const float *)(values ? a->v : a->k) + a->rows.offsets[sequence] * a->kv_stride;
-    return (source){(const char *)(rows + kv_head * a->head_dim), MIL_F32, a->kv_stride};
+    return (mil_tile_source){(const char *)(rows + kv_head * a->head_dim), MIL_F32, a->kv_stride};
 }
 
 /* One block of keys for all rows of a tile. */
@@ -459,18 +215,19 @@ forward_block(const forward_pass *f, const tile *t, int64_t block, workspace *w,
 
     f->kernels.pack_transposed(get_source(a, t->sequence, t->kv_head, false), first, keys, a->head_dim, w->k);
     f->kernels.pack_rows(get_source(a, t->sequence, t->kv_head, true), first, keys, a->head_dim, 1.0f, w->v);
-    f->kernels.product(rows, round_up(keys, STRIP), a->head_dim, w->q, f->acc_stride, 1, w->k, packed_stride(BLOCK),
-                       w->scores, BLOCK, false);
+    f->kernels.product(rows, mil_round_up(keys, MIL_TILE_STRIP), a->head_dim, w->q, f->acc_stride, 1, w->k,
+                       mil_tile_stride(BLOCK), w->scores, BLOCK, false);
     for (int64_t row = 0; row < rows; row++) {
         int64_t position = t->first_position + row / f->group;
-        int low = place_in_block(first_key(a->window, position), first), high = place_in_block(position + 1, first);
+        int low = place_in_block(first_key(a->window, position), first),
+            high = place_in_block(position + 1, first);
         float rescale = softmax_block(w->scores + row * BLOCK, low, high, &to->state[row]);
         if (rescale != 1.0f) {
-            scale_row(f->acc_stride - STRIP, to->acc + row * f->acc_stride, rescale);
+            scale_row(f->acc_stride - MIL_TILE_STRIP, to->acc + row * f->acc_stride, rescale);
         }
     }
-    f->kernels.product(rows, f->acc_stride - STRIP, keys, w->scores, BLOCK, 1, w->v, f->acc_stride, to->acc,
-                       f->acc_stride, true);
+    f->kernels.product(rows, f->acc_stride - MIL_TILE_STRIP, keys, w->scores, BLOCK, 1, w->v, f->acc_stride,
+                       to->acc, f->acc_stride, true);
 }
 
 static void
@@ -496,7 +253,8 @@ merge(const forward_pass *f, const tile *t, sums *to, const sums *from)
 {
     int64_t stride = f->acc_stride;
     for (int64_t row = 0; row < t->positions * f->group; row++) {
-        merge_rows(stride - STRIP, &to->state[row], to->acc + row * stride, &from->state[row], from->acc + row * stride);
+        merge_rows(stride - MIL_TILE_STRIP, &to->state[row], to->acc + row * stride, &from->state[row],
+                   from->acc + row * stride);
     }
 }
 
@@ -525,7 +283,7 @@ forward_tile(const forward_pass *f, const tile *t, workspace *w, sums *partials)
     const mil_attention *a = f->a;
     for (int64_t position = 0; position < t->positions; position++) {
         const float *q = (const float *)a->q + (t->first_row + position) * a->q_stride;
-        source heads = {(const char *)q, MIL_F32, a->head_dim};
+        mil_tile_source heads = {(const char *)q, MIL_F32, a->head_dim};
         f->kernels.pack_rows(heads, t->kv_head * f->group, f->group, a->head_dim, a->scale,
                              w->q + position * f->group * f->acc_stride);
     }
@@ -560,12 +318,19 @@ list_tiles(const forward_pass *f, tile *tiles)
     for (int64_t s = 0; s < a->rows.sequences; s++) {
         int64_t begin = a->rows.offsets[s], count = a->rows.offsets[s + 1] - begin;
         int64_t past = a->rows.past != NULL ? a->rows.past[s] : 0;
-        for (int64_t first = (count - 1) / f->positions * f->positions; count > 0 && first >= 0; first -= f->positions) {
+        for (int64_t first = (count - 1) / f->positions * f->positions; count > 0 && first >= 0;
+             first -= f->positions) {
             for (int64_t kv_head = 0; kv_head < a->kv_heads; kv_head++) {
                 int64_t positions = count - first < f->positions ? count - first : f->positions;
                 int64_t last_key = past + first + positions - 1;
-                *tiles++ = (tile){s, kv_head, begin + first, positions, past + first,
-                                  first_key(a->window, past + first) / SPLIT, last_key / SPLIT + 1, -1};
+                *tiles++ = (tile){s,
+                                  kv_head,
+                                  begin + first,
+                                  positions,
+                                  past + first,
+                                  first_key(a->window, past + first) / SPLIT,
+                                  last_key / SPLIT + 1,
+                                  -1};
             }
         }
     }
@@ -580,8 +345,8 @@ check_args(const char *name, const mil_attention *a)
     }
     for (int64_t s = 0; a->caches == NULL && a->rows.past != NULL && s < a->rows.sequences; s++) {
         if (a->rows.past[s] != 0) {
-            return mil_fail(MIL_ERR_VALUE, "%s: past[%lld] = %lld without caches to hold it", name, (long long)s,
-                            (long long)a->rows.past[s]);
+            return mil_fail(MIL_ERR_VALUE, "%s: past[%lld] = %lld without caches to hold it", name,
+                            (long long)s, (long long)a->rows.past[s]);
         }
     }
     return MIL_OK;
@@ -600,7 +365,8 @@ count_splits(const tile *tiles, int64_t count)
 
 /* Fewer tiles than threads: all splits of all tiles at once, then the merging, tile by tile. */
 static mil_status
-forward_by_splits(mil_context *context, const forward_pass *f, const tile *tiles, int64_t count, workspace *workspaces)
+forward_by_splits(mil_context *context, const forward_pass *f, const tile *tiles, int64_t count,
+                  workspace *workspaces)
 {
     int64_t splits = count_splits(tiles, count), next = 0;
     tile *items;
@@ -626,7 +392,8 @@ forward_by_splits(mil_context *context, const forward_pass *f, const tile *tiles
     for (int64_t i = 0; i < splits; i++) {
         const tile *t = &items[i];
         int64_t begin = i;
-        while (i + 1 < splits && items[i + 1].first_row == t->first_row && items[i + 1].kv_head == t->kv_head) {
+        while (i + 1 < splits && items[i + 1].first_row == t->first_row &&
+               items[i + 1].kv_head == t->kv_head) {
             merge(f, t, &partials[begin], &partials[++i]);
         }
         write_result(f, t, &partials[begin]);
@@ -673,8 +440,8 @@ mil_cpu_attention_forward(mil_context *context, const mil_attention *arguments)
         .group = group,
         .positions = positions,
         .rows = positions * group,
-        .acc_stride = packed_stride(arguments->head_dim),
-        .kernels = pick_kernels(),
+        .acc_stride = mil_tile_stride(arguments->head_dim),
+        .kernels = mil_tile_get_kernels(),
     };
     mil_arena_mark mark = mil_arena_get_mark(context->scratch);
     mil_status status = run_forward(context, &f);
@@ -691,25 +458,25 @@ typedef struct query_tile {
 } query_tile;
 
 typedef struct backward_workspace {
-    float *q;             /* [POSITIONS, stride] queries times scale */
-    float *grad_y;        /* [POSITIONS, stride] */
-    float *D;             /* [POSITIONS] */
-    float *grad_q;        /* [POSITIONS, stride] */
-    float *p, *ds;        /* [POSITIONS, packed_stride(BLOCK)] */
-    float *k, *kt, *vt;   /* [BLOCK, stride], twice [head_dim, packed_stride(BLOCK)] */
-    float *grad_kv;       /* [BLOCK, stride] of one tile, where head_dim is not whole strips */
+    float *q;           /* [POSITIONS, stride] queries times scale */
+    float *grad_y;      /* [POSITIONS, stride] */
+    float *D;           /* [POSITIONS] */
+    float *grad_q;      /* [POSITIONS, stride] */
+    float *p, *ds;      /* [POSITIONS, mil_tile_stride(BLOCK)] */
+    float *k, *kt, *vt; /* [BLOCK, stride], twice [head_dim, mil_tile_stride(BLOCK)] */
+    float *grad_kv;     /* [BLOCK, stride] of one tile, where head_dim is not whole strips */
 } backward_workspace;
 
 typedef struct backward_pass {
     const mil_attention_grad *a;
-    int64_t group, stride; /* stride = packed_stride(head_dim) */
-    tile_kernels kernels;
+    int64_t group, stride; /* stride = mil_tile_stride(head_dim) */
+    mil_tile_kernels kernels;
 } backward_pass;
 
 static mil_status
 push_backward_workspace(mil_arena *arena, const backward_pass *b, backward_workspace *w)
 {
-    int64_t head_dim = b->a->forward.head_dim, block_stride = packed_stride(BLOCK);
+    int64_t head_dim = b->a->forward.head_dim, block_stride = mil_tile_stride(BLOCK);
     MIL_TRY(MIL_PUSH(arena, POSITIONS * b->stride, float, &w->q));
     MIL_TRY(MIL_PUSH(arena, POSITIONS * b->stride, float, &w->grad_y));
     MIL_TRY(MIL_PUSH(arena, POSITIONS, float, &w->D));
@@ -743,10 +510,10 @@ load_queries(const backward_pass *b, const query_tile *t, backward_workspace *w)
     const mil_attention_grad *g = b->a;
     const mil_attention *a = &g->forward;
     int64_t column = t->head * a->head_dim;
-    source q = {(const char *)((const float *)a->q + column), MIL_F32, a->q_stride};
+    mil_tile_source q = {(const char *)((const float *)a->q + column), MIL_F32, a->q_stride};
     const float *y = (const float *)a->y + t->first_row * a->y_stride + column;
     const float *grad_y = (const float *)g->grad_y + t->first_row * g->grad_y_stride + column;
-    source grad_rows = {(const char *)grad_y, MIL_F32, g->grad_y_stride};
+    mil_tile_source grad_rows = {(const char *)grad_y, MIL_F32, g->grad_y_stride};
     b->kernels.pack_rows(q, t->first_row, t->positions, a->head_dim, a->scale, w->q);
     b->kernels.pack_rows(grad_rows, 0, t->positions, a->head_dim, 1.0f, w->grad_y);
     for (int64_t row = 0; row < t->positions; row++) {
@@ -794,50 +561,56 @@ add_rows(int64_t count, int64_t width, const float *from, int64_t from_stride, f
 
 /* to [keys, head_dim] += p^T x, with p [positions, BLOCK] and x [positions, head_dim] packed. */
 static void
-add_product(const backward_pass *b, int64_t keys, int64_t positions, const float *p, const float *x, float *to,
-            float *buffer)
+add_product(const backward_pass *b, int64_t keys, int64_t positions, const float *p, const float *x,
+            float *to, float *buffer)
 {
     int64_t head_dim = b->a->forward.head_dim, to_stride = b->a->grad_kv_stride;
-    if (head_dim % STRIP == 0) {
-        b->kernels.product(keys, head_dim, positions, p, 1, packed_stride(BLOCK), x, b->stride, to, to_stride, true);
+    if (head_dim % MIL_TILE_STRIP == 0) {
+        b->kernels.product(keys, head_dim, positions, p, 1, mil_tile_stride(BLOCK), x, b->stride, to,
+                           to_stride, true);
         return;
     }
-    b->kernels.product(keys, b->stride - STRIP, positions, p, 1, packed_stride(BLOCK), x, b->stride, buffer, b->stride,
-                       false);
+    b->kernels.product(keys, b->stride - MIL_TILE_STRIP, positions, p, 1, mil_tile_stride(BLOCK), x,
+                       b->stride, buffer, b->stride, false);
     add_rows(keys, head_dim, buffer, b->stride, to, to_stride);
 }
 
-/* One tile of queries against one block of keys; adds to w->grad_q where want_q, to grad_k and grad_v where want_kv. */
+/* One tile of queries against one block of keys; adds to w->grad_q where want_q, to grad_k and grad_v where
+ * want_kv. */
 static void
 backward_unit(const backward_pass *b, const query_tile *t, int64_t block, bool want_q, bool want_kv,
               backward_workspace *w)
 {
     const mil_attention_grad *g = b->a;
     const mil_attention *a = &g->forward;
-    int64_t stride = b->stride, width = stride - STRIP, block_stride = packed_stride(BLOCK), first = block * BLOCK;
+    int64_t stride = b->stride, width = stride - MIL_TILE_STRIP, block_stride = mil_tile_stride(BLOCK),
+            first = block * BLOCK;
     int64_t begin = a->rows.offsets[t->sequence], keys = a->rows.offsets[t->sequence + 1] - begin - first;
     keys = keys < BLOCK ? keys : BLOCK;
-    int64_t kv_head = t->head / b->group, columns = round_up(keys, STRIP);
-    source k = get_source(a, t->sequence, kv_head, false), v = get_source(a, t->sequence, kv_head, true);
+    int64_t kv_head = t->head / b->group, columns = mil_round_up(keys, MIL_TILE_STRIP);
+    mil_tile_source k = get_source(a, t->sequence, kv_head, false),
+                    v = get_source(a, t->sequence, kv_head, true);
 
     /* 1  P and dS. */
     b->kernels.pack_transposed(k, first, keys, a->head_dim, w->kt);
     b->kernels.pack_transposed(v, first, keys, a->head_dim, w->vt);
-    b->kernels.product(t->positions, columns, a->head_dim, w->q, stride, 1, w->kt, block_stride, w->p, block_stride, false);
-    b->kernels.product(t->positions, columns, a->head_dim, w->grad_y, stride, 1, w->vt, block_stride, w->ds, block_stride,
-               false);
+    b->kernels.product(t->positions, columns, a->head_dim, w->q, stride, 1, w->kt, block_stride, w->p,
+                       block_stride, false);
+    b->kernels.product(t->positions, columns, a->head_dim, w->grad_y, stride, 1, w->vt, block_stride, w->ds,
+                       block_stride, false);
     for (int64_t row = 0; row < t->positions; row++) {
         int64_t position = t->first_position + row;
         float log_sum_exp = a->log_sum_exp[(t->first_row + row) * a->heads + t->head];
         backward_softmax(w->p + row * block_stride, w->ds + row * block_stride,
-                         place_in_block(first_key(a->window, position), first), place_in_block(position + 1, first),
-                         log_sum_exp, w->D[row]);
+                         place_in_block(first_key(a->window, position), first),
+                         place_in_block(position + 1, first), log_sum_exp, w->D[row]);
     }
 
     /* 2  grad_q += dS K, with `scale` left to the end. */
     if (want_q) {
         b->kernels.pack_rows(k, first, keys, a->head_dim, 1.0f, w->k);
-        b->kernels.product(t->positions, width, keys, w->ds, block_stride, 1, w->k, stride, w->grad_q, stride, true);
+        b->kernels.product(t->positions, width, keys, w->ds, block_stride, 1, w->k, stride, w->grad_q, stride,
+                           true);
     }
 
     /* 3  grad_k += dS^T q, grad_v += P^T grad_y. */
@@ -915,7 +688,8 @@ backward_keys(const backward_pass *b, int64_t sequence, int64_t kv_head, int64_t
     int64_t begin = a->rows.offsets[sequence] + block * BLOCK, left = a->rows.offsets[sequence + 1] - begin;
     clear_grad_kv(b, kv_head, begin, left < BLOCK ? left : BLOCK);
     for (int64_t head = kv_head * b->group; head < (kv_head + 1) * b->group; head++) {
-        for (int64_t index = block * BLOCK / POSITIONS; index < count_units(a, sequence, POSITIONS); index++) {
+        for (int64_t index = block * BLOCK / POSITIONS; index < count_units(a, sequence, POSITIONS);
+             index++) {
             query_tile t = get_query_tile(a, sequence, head, index);
             int64_t first, last;
             get_block_range(a, &t, &first, &last);
@@ -1002,13 +776,14 @@ mil_cpu_attention_backward(mil_context *context, const mil_attention_grad *argum
     const mil_attention *a = &arguments->forward;
     MIL_TRY(check_args("attention_backward", a));
     if (a->caches != NULL || a->log_sum_exp == NULL) {
-        return mil_fail(MIL_ERR_VALUE, "attention_backward: needs log_sum_exp of a forward pass without caches");
+        return mil_fail(MIL_ERR_VALUE,
+                        "attention_backward: needs log_sum_exp of a forward pass without caches");
     }
     backward_pass b = {
         .a = arguments,
         .group = a->heads / a->kv_heads,
-        .stride = packed_stride(a->head_dim),
-        .kernels = pick_kernels(),
+        .stride = mil_tile_stride(a->head_dim),
+        .kernels = mil_tile_get_kernels(),
     };
     mil_arena_mark mark = mil_arena_get_mark(context->scratch);
     mil_status status = run_backward(context, &b);
@@ -1032,6 +807,7 @@ round_row(mil_dtype dtype, int64_t count, const float *from, void *to)
         }
     }
     else {
+#pragma omp simd
         for (int64_t i = 0; i < count; i++) {
             half[i] = mil_float_to_f16(from[i]);
         }

@@ -4,9 +4,9 @@
  *   gather_rows   y[i, c] = x[index[i], c]
  *   to_host       y[r, c] = scale * x[r, c]
  *
- * Each moves its bytes once and computes next to nothing, so the only decisions are to split rows between threads
- * when there is enough to move, and to stay in the calling thread when there is not: waking a team costs
- * some microseconds, which is what a copy of a hundred kilobytes costs.
+ * Each moves its bytes once and computes next to nothing, so the only decisions are to split rows between
+ * threads when there is enough to move, and to stay in the calling thread when there is not: waking a team
+ * costs some microseconds, which is what a copy of a hundred kilobytes costs.
  */
 #include "cpu/cpu.h"
 
@@ -16,7 +16,8 @@
 enum { GRAIN = 32768 };
 
 mil_status
-mil_cpu_add(mil_context *context, int64_t rows, int64_t width, const void *x, int64_t x_stride, void *y, int64_t y_stride)
+mil_cpu_add(mil_context *context, int64_t rows, int64_t width, const void *x, int64_t x_stride, void *y,
+            int64_t y_stride)
 {
     const float *from = x;
     float *to = y;
@@ -46,8 +47,8 @@ mil_cpu_gather_rows(mil_context *context, int64_t count, int64_t width, const in
 }
 
 mil_status
-mil_cpu_to_host(mil_context *context, int64_t rows, int64_t width, const void *x, int64_t x_stride, float scale,
-                float *y)
+mil_cpu_to_host(mil_context *context, int64_t rows, int64_t width, const void *x, int64_t x_stride,
+                float scale, float *y)
 {
     const float *from = x;
 #pragma omp parallel for num_threads(context->threads) schedule(static) if (rows * width >= GRAIN)

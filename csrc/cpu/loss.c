@@ -9,16 +9,16 @@
  * Why in blocks: logits of 8 sequences of 2048 tokens over 128,256 tokens are 8.4 GB for each of student,
  * teacher and gradient, far more than the model's activations.  A block of rows needs two arrays of
  * [block rows, vocab]; the gradient is written over the student's logits, and is used up by two products
- * (grad_x and grad_weight) before the next block overwrites it.  Rows of weight zero (padding, prompts) never enter
- * a block: blocks are filled with the rows that count.
+ * (grad_x and grad_weight) before the next block overwrites it.  Rows of weight zero (padding, prompts)
+ * never enter a block: blocks are filled with the rows that count.
  *
  * A 16-bit W is widened once a call where the float32 copy is small enough, otherwise panel by panel of
  * PANEL_BYTES for every block: a panel stays in the caches between its widening and its product, so what
  * this costs is a fraction of the product, and memory does not grow with the model.
  *
- * Numbers: maxima are subtracted before every exponential, sums over the vocabulary are taken in LANES float32 lanes
- * within CHUNK columns and in float64 beyond, so logits of any size give finite results.  Sums over rows are float64 in
- * row order.
+ * Numbers: maxima are subtracted before every exponential, sums over the vocabulary are taken in LANES
+ * float32 lanes within CHUNK columns and in float64 beyond, so logits of any size give finite results.
+ * Sums over rows are float64 in row order.
  */
 #include "cpu/cpu.h"
 #include "cpu/vector.h"
@@ -29,7 +29,7 @@
 enum {
     GRAIN = 16384, /* exponentials */
     LANES = 16,
-    CHUNK = 256, /* columns, a multiple of LANES */
+    CHUNK = 256,            /* columns, a multiple of LANES */
     BLOCK_BYTES = 32 << 20, /* logits of a block, unless that leaves fewer rows than */
     LEAST_ROWS = 128,       /* which a product needs to be worth its weight's way through memory */
     MOST_ROWS = 2048,
@@ -39,7 +39,8 @@ enum {
 
 /* ---- one row over the vocabulary ---------------------------------------------------------------------- */
 
-/* Logits of one row and what their softmax at 1 / inverse_t needs: log p[i] = (z[i] - maximum) * inverse_t - log_sum. */
+/* Logits of one row and what their softmax at 1 / inverse_t needs: log p[i] = (z[i] - maximum) * inverse_t
+ * - log_sum. */
 typedef struct distribution {
     const float *z;
     float maximum, inverse_t, log_sum;
@@ -52,26 +53,26 @@ log_probability(const distribution *d, int64_t i)
 }
 
 /* Adds EXPRESSION, a float in terms of i, over i < count to `sum` in the order that the file's head tells. */
-#define SUM_IN_ORDER(count, EXPRESSION, sum)                                                \
-    do {                                                                                           \
-        for (int64_t start = 0; start < (count); start += CHUNK) {                                 \
-            int64_t end = start + CHUNK < (count) ? start + CHUNK : (count);                       \
-            float lanes[LANES] = {0};                                                              \
-            int64_t column = start;                                                                \
-            for (; column + LANES <= end; column += LANES) {                                       \
-                _Pragma("omp simd") for (int lane = 0; lane < LANES; lane++)                       \
-                {                                                                                  \
-                    int64_t i = column + lane;                                                     \
-                    lanes[lane] += EXPRESSION;                                                     \
-                }                                                                                  \
-            }                                                                                      \
-            for (int64_t i = column; i < end; i++) {                                               \
-                lanes[i - column] += EXPRESSION;                                                   \
-            }                                                                                      \
-            for (int lane = 0; lane < LANES; lane++) {                                             \
-                (sum) += (double)lanes[lane];                                                      \
-            }                                                                                      \
-        }                                                                                          \
+#define SUM_IN_ORDER(count, EXPRESSION, sum)                                 \
+    do {                                                                     \
+        for (int64_t start = 0; start < (count); start += CHUNK) {           \
+            int64_t end = start + CHUNK < (count) ? start + CHUNK : (count); \
+            float lanes[LANES] = {0};                                        \
+            int64_t column = start;                                          \
+            for (; column + LANES <= end; column += LANES) {                 \
+                _Pragma("omp simd") for (int lane = 0; lane < LANES; lane++) \
+                {                                                            \
+                    int64_t i = column + lane;                               \
+                    lanes[lane] += EXPRESSION;                               \
+                }                                                            \
+            }                                                                \
+            for (int64_t i = column; i < end; i++) {                         \
+                lanes[i - column] += EXPRESSION;                             \
+            }                                                                \
+            for (int lane = 0; lane < LANES; lane++) {                       \
+                (sum) += (double)lanes[lane];                                \
+            }                                                                \
+        }                                                                    \
     } while (0)
 
 MIL_VECTORISE static float
@@ -126,11 +127,12 @@ divergence(int64_t count, distribution p, distribution q)
 {
     double sum = 0;
     SUM_IN_ORDER(count, mil_expf(log_probability(&p, i)) * (log_probability(&p, i) - log_probability(&q, i)),
-                        sum);
+                 sum);
     return sum;
 }
 
-/* What a row's gradient is made of; kl and ce_factor are for the reverse direction and for rows with a label. */
+/* What a row's gradient is made of; kl and ce_factor are for the reverse direction and for rows with a
+ * label. */
 typedef struct row_gradient {
     distribution student, teacher; /* at the temperature */
     distribution plain;            /* student at temperature 1 */
@@ -257,7 +259,8 @@ static mil_status
 push_wide_weight(mil_context *context, const void *weight, mil_dtype dtype, int64_t vocab, int64_t hidden,
                  wide_weight *out)
 {
-    *out = (wide_weight){.weight = weight, .dtype = dtype, .vocab = vocab, .hidden = hidden, .panel_rows = vocab};
+    *out = (wide_weight){
+        .weight = weight, .dtype = dtype, .vocab = vocab, .hidden = hidden, .panel_rows = vocab};
     if (dtype == MIL_F32) {
         out->whole = weight;
         return MIL_OK;
@@ -288,27 +291,28 @@ get_panel(mil_context *context, const wide_weight *w, int64_t first, int64_t cou
 
 /* logits [rows, vocab] = factor x W^T */
 static mil_status
-multiply_logits(mil_context *context, const wide_weight *w, int64_t rows, float factor, const float *x, float *logits)
+multiply_logits(mil_context *context, const wide_weight *w, int64_t rows, float factor, const float *x,
+                float *logits)
 {
     for (int64_t first = 0; first < w->vocab; first += w->panel_rows) {
         int64_t count = w->vocab - first < w->panel_rows ? w->vocab - first : w->panel_rows;
         const float *panel = get_panel(context, w, first, count);
-        MIL_TRY(mil_cpu_gemm(context, false, true, rows, count, w->hidden, factor, x, w->hidden, panel, w->hidden, 0.0f,
-                             logits + first, w->vocab));
+        MIL_TRY(mil_cpu_gemm(context, false, true, rows, count, w->hidden, factor, x, w->hidden, panel,
+                             w->hidden, 0.0f, logits + first, w->vocab));
     }
     return MIL_OK;
 }
 
 /* grad_x [rows, hidden] = factor grad_logits W */
 static mil_status
-multiply_grad_x(mil_context *context, const wide_weight *w, int64_t rows, float factor, const float *grad_logits,
-                float *grad_x)
+multiply_grad_x(mil_context *context, const wide_weight *w, int64_t rows, float factor,
+                const float *grad_logits, float *grad_x)
 {
     for (int64_t first = 0; first < w->vocab; first += w->panel_rows) {
         int64_t count = w->vocab - first < w->panel_rows ? w->vocab - first : w->panel_rows;
         const float *panel = get_panel(context, w, first, count);
-        MIL_TRY(mil_cpu_gemm(context, false, false, rows, w->hidden, count, factor, grad_logits + first, w->vocab, panel,
-                             w->hidden, first == 0 ? 0.0f : 1.0f, grad_x, w->hidden));
+        MIL_TRY(mil_cpu_gemm(context, false, false, rows, w->hidden, count, factor, grad_logits + first,
+                             w->vocab, panel, w->hidden, first == 0 ? 0.0f : 1.0f, grad_x, w->hidden));
     }
     return MIL_OK;
 }
@@ -319,11 +323,11 @@ typedef struct loss_pass {
     mil_linear_loss *a;
     wide_weight student, teacher;
     int64_t active, block_rows;
-    int64_t *index;          /* [active] rows that count */
-    float *x;                /* [block_rows, hidden or teacher_hidden] */
-    float *z, *teacher_z;    /* [block_rows, vocab] */
-    float *grad_x;           /* [block_rows, hidden] */
-    row_sums *sums;          /* [block_rows] */
+    int64_t *index;       /* [active] rows that count */
+    float *x;             /* [block_rows, hidden or teacher_hidden] */
+    float *z, *teacher_z; /* [block_rows, vocab] */
+    float *grad_x;        /* [block_rows, hidden] */
+    row_sums *sums;       /* [block_rows] */
     bool want_gradient;
 } loss_pass;
 
@@ -360,7 +364,8 @@ push_arrays(mil_context *context, loss_pass *p)
     const mil_linear_loss *a = p->a;
     bool teacher = a->teacher_hidden > 0;
     int64_t bytes_a_row = a->vocab * (int64_t)sizeof(float) * (teacher ? 2 : 1);
-    int64_t rows = BLOCK_BYTES / bytes_a_row, widest = a->hidden > a->teacher_hidden ? a->hidden : a->teacher_hidden;
+    int64_t rows = BLOCK_BYTES / bytes_a_row,
+            widest = a->hidden > a->teacher_hidden ? a->hidden : a->teacher_hidden;
     rows = rows < LEAST_ROWS ? LEAST_ROWS : rows > MOST_ROWS ? MOST_ROWS : rows;
     p->block_rows = rows < a->rows ? rows : a->rows;
     MIL_TRY(MIL_PUSH(context->scratch, a->rows, int64_t, &p->index));
@@ -372,7 +377,8 @@ push_arrays(mil_context *context, loss_pass *p)
     }
     if (teacher) {
         MIL_TRY(MIL_PUSH(context->scratch, p->block_rows * a->vocab, float, &p->teacher_z));
-        MIL_TRY(push_wide_weight(context, a->teacher_weight, a->teacher_dtype, a->vocab, a->teacher_hidden, &p->teacher));
+        MIL_TRY(push_wide_weight(context, a->teacher_weight, a->teacher_dtype, a->vocab, a->teacher_hidden,
+                                 &p->teacher));
     }
     return push_wide_weight(context, a->weight, a->dtype, a->vocab, a->hidden, &p->student);
 }
@@ -412,8 +418,8 @@ run_block(mil_context *context, loss_pass *p, int64_t first, int64_t count)
 
     /* 1  Logits. The student's rows come last: its products need p->x again. */
     if (a->teacher_hidden > 0) {
-        MIL_TRY(mil_cpu_gather_rows(context, count, a->teacher_hidden, index, a->teacher_x, a->teacher_x_stride, p->x,
-                                    a->teacher_hidden));
+        MIL_TRY(mil_cpu_gather_rows(context, count, a->teacher_hidden, index, a->teacher_x,
+                                    a->teacher_x_stride, p->x, a->teacher_hidden));
         MIL_TRY(multiply_logits(context, &p->teacher, count, a->teacher_logit_scale, p->x, p->teacher_z));
     }
     MIL_TRY(mil_cpu_gather_rows(context, count, a->hidden, index, a->x, a->x_stride, p->x, a->hidden));
@@ -431,8 +437,8 @@ run_block(mil_context *context, loss_pass *p, int64_t first, int64_t count)
 
     /* 3  Gradients of x and of the weight. */
     if (a->grad_weight != NULL) {
-        MIL_TRY(mil_cpu_gemm(context, true, false, a->vocab, a->hidden, count, a->logit_scale, p->z, a->vocab, p->x,
-                             a->hidden, 1.0f, a->grad_weight, a->hidden));
+        MIL_TRY(mil_cpu_gemm(context, true, false, a->vocab, a->hidden, count, a->logit_scale, p->z, a->vocab,
+                             p->x, a->hidden, 1.0f, a->grad_weight, a->hidden));
     }
     if (a->grad_x != NULL) {
         MIL_TRY(multiply_grad_x(context, &p->student, count, a->logit_scale, p->z, p->grad_x));
@@ -461,7 +467,8 @@ mil_cpu_linear_loss(mil_context *context, mil_linear_loss *arguments)
 {
     MIL_TRY(check_args(arguments));
     memset(&arguments->sums, 0, sizeof arguments->sums);
-    loss_pass p = {.a = arguments, .want_gradient = arguments->grad_x != NULL || arguments->grad_weight != NULL};
+    loss_pass p = {.a = arguments,
+                   .want_gradient = arguments->grad_x != NULL || arguments->grad_weight != NULL};
     mil_arena_mark mark = mil_arena_get_mark(context->scratch);
     mil_status status = run_loss(context, &p);
     mil_arena_rewind(context->scratch, mark);

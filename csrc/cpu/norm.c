@@ -1,8 +1,8 @@
 /* RMSNorm (Zhang & Sennrich 2019), over groups of columns, with or without a gate; forward and backward.
  *
- *   plain              y = u r w                with u = x,         r = 1 / sqrt(mean(u^2) + eps) over each group
- *   gate first         y = u r w                with u = x silu(z)                    (Mamba-2 as published)
- *   norm_before_gate   y = u r w silu(z)        with u = x
+ *   plain              y = u r w             with u = x,  r = 1 / sqrt(mean(u^2) + eps) over each group
+ *   gate first         y = u r w             with u = x silu(z)  (Mamba-2 as published)
+ *   norm_before_gate   y = u r w silu(z)     with u = x
  *
  * mean is over the `group` columns that share r; w is [width], one [group] for all groups, or absent.
  *
@@ -110,8 +110,8 @@ static mil_status
 check_args(const char *name, const mil_norm *a)
 {
     if (a->group < 1 || a->width % a->group != 0) {
-        return mil_fail(MIL_ERR_SHAPE, "%s: group = %lld does not divide width = %lld", name, (long long)a->group,
-                        (long long)a->width);
+        return mil_fail(MIL_ERR_SHAPE, "%s: group = %lld does not divide width = %lld", name,
+                        (long long)a->group, (long long)a->width);
     }
     return MIL_OK;
 }
@@ -221,7 +221,8 @@ backward_span(span s, span_grad g)
 
 /* One block of rows; grad_weight is this block's own partial sum, or NULL. */
 static void
-backward_block(const mil_norm_grad *a, int64_t first_row, int64_t last_row, float *grad_weight, float *workspace)
+backward_block(const mil_norm_grad *a, int64_t first_row, int64_t last_row, float *grad_weight,
+               float *workspace)
 {
     const mil_norm *f = &a->forward;
     for (int64_t row = first_row; row < last_row; row++) {
@@ -260,7 +261,7 @@ mil_cpu_norm_backward(mil_context *context, const mil_norm_grad *arguments)
             return status;
         }
     }
-#pragma omp parallel num_threads(context->threads) if (f->rows * f->width >= GRAIN)
+#pragma omp parallel num_threads(context->threads) if (f -> rows * f->width >= GRAIN)
     {
         float *own = workspace + omp_get_thread_num() * 4 * f->group;
 #pragma omp for schedule(static)

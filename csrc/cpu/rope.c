@@ -2,8 +2,8 @@
  *
  * The table holds, for each row at position p and each i < rotary / 2, the pair
  *   cos(p * inv_freq[i]) * scale, sin(p * inv_freq[i]) * scale        table [rows, rotary / 2, 2]
- * with the product rounded to float32 before cos and sin: that is what transformers computes, and a product in
- * double would drift from every published checkpoint at long positions.  One table serves all attention
+ * with the product rounded to float32 before cos and sin: that is what transformers computes, and a product
+ * in double would drift from every published checkpoint at long positions.  One table serves all attention
  * layers of a call, so that the slow functions run rows * rotary / 2 times and not once a layer and head.
  *
  * The rotation turns entry i together with entry i + rotary / 2 of each head:
@@ -72,7 +72,8 @@ mil_cpu_rope(mil_context *context, const mil_rope *arguments)
                         (long long)a.rotary, (long long)a.head_dim);
     }
     float direction = a.inverse ? -1.0f : 1.0f;
-#pragma omp parallel for num_threads(context->threads) schedule(static) if (a.rows * a.heads * a.rotary >= GRAIN)
+#pragma omp parallel for num_threads(context->threads) \
+    schedule(static) if (a.rows * a.heads * a.rotary >= GRAIN)
     for (int64_t row = 0; row < a.rows; row++) {
         const float *table = a.table + row * a.rotary;
         float *x = (float *)a.x + row * a.x_stride;
