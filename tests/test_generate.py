@@ -1,7 +1,8 @@
 """Generation: the right tokens, the same in any company, and nothing left behind when it ends early.
 
 "The same" means the same bits of every log-probability: a prompt alone, in a batch, in chunks, from a cached
-state and with other thread counts runs through the same roundings.
+state and with other thread counts runs through the same roundings.  Against NumPy log-probabilities agree to
+1e-6: they are sums of float32 exponentials.
 """
 
 import _thread
@@ -108,17 +109,19 @@ def test_log_probabilities(model):
         text, n = np.concatenate([prompt, found["tokens"]]), len(prompt)
         expected = log_softmax(model.forward(text)[:-1])
         of_tokens = expected[np.arange(len(text) - 1), text[1:]]
-        np.testing.assert_allclose(found["logprobs"], of_tokens[n - 1 :], rtol=0, atol=1e-12)
+        np.testing.assert_allclose(found["logprobs"], of_tokens[n - 1 :], rtol=0, atol=1e-6)
         np.testing.assert_allclose(
-            found["prompt_logprobs"][1:], of_tokens[: n - 1], rtol=0, atol=1e-12
+            found["prompt_logprobs"][1:], of_tokens[: n - 1], rtol=0, atol=1e-6
         )
         assert np.isnan(found["prompt_logprobs"][0]) and (found["prompt_top_tokens"][0] == -1).all()
         order = np.argsort(-expected, -1, kind="stable")[:, :3]
         assert (found["top_tokens"] == order[n - 1 :]).all()
         assert (found["prompt_top_tokens"][1:] == order[: n - 1]).all()
         best = np.take_along_axis(expected, order, -1)
-        np.testing.assert_allclose(found["top_logprobs"], best[n - 1 :], rtol=1e-6)
-        np.testing.assert_allclose(found["prompt_top_logprobs"][1:], best[: n - 1], rtol=1e-6)
+        np.testing.assert_allclose(found["top_logprobs"], best[n - 1 :], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(
+            found["prompt_top_logprobs"][1:], best[: n - 1], rtol=0, atol=1e-6
+        )
 
 
 def test_scores_in_chunks(hybrid):
@@ -559,7 +562,7 @@ def test_log_probability_results(story):
     [g] = generate(story, PROMPTS[0], 10, prompt_logprobs=True, top_logprobs=4, temperature=1.0)
     logits = log_softmax(story([g.prompt_token_ids + g.token_ids])[0])
     n = len(g.prompt_token_ids)
-    np.testing.assert_allclose(g.logprobs, logits[np.arange(n - 1, n + 9), g.token_ids], atol=1e-10)
+    np.testing.assert_allclose(g.logprobs, logits[np.arange(n - 1, n + 9), g.token_ids], atol=1e-6)
     assert len(g.top_logprobs) == 10 and all(len(top) == 4 for top in g.top_logprobs)
     assert list(g.top_logprobs[0]) == np.argsort(-logits[n - 1], kind="stable")[:4].tolist()
     assert len(g.prompt_top_logprobs) == n and g.prompt_top_logprobs[0] == {}
@@ -574,9 +577,9 @@ def test_score(story):
         logits = log_softmax(story([ids])[0])
         expected = logits[np.arange(len(ids) - 1), ids[1:]]
         assert one.token_ids == ids
-        np.testing.assert_allclose(one.logprobs[1:], expected, atol=1e-10)
-        assert one.total == pytest.approx(expected.sum())
-        assert one.perplexity == pytest.approx(np.exp(-expected.mean()))
+        np.testing.assert_allclose(one.logprobs[1:], expected, atol=1e-6)
+        assert one.total == pytest.approx(expected.sum(), abs=1e-5)
+        assert one.perplexity == pytest.approx(np.exp(-expected.mean()), rel=1e-5)
         assert one.greedy[1:].tolist() == (logits[:-1].argmax(-1) == ids[1:]).tolist()
 
 

@@ -153,9 +153,13 @@ def sampled_counts(model, draft, prompt, options, samples=SAMPLES, broken=0):
 
 @pytest.fixture(scope="module")
 def small():
-    """A model of five words, and a draft that is wrong about a third of the time."""
+    """A model of five words, and a draft that is wrong about a third of the time. One thread: such a model has
+    less work than a team needs to meet."""
+    threads = _core.get_threads()
+    _core.set_threads(1)
     model = build([{**KINDS["mamba2 hybrid"][0]}, KINDS["mamba2 hybrid"][1]], vocab=SMALL, seed=6)
-    return model, perturbed(model, 0.5)
+    yield model, perturbed(model, 0.5)
+    _core.set_threads(threads)
 
 
 PROMPT = [0, 1, 2, 3, 0, 1, 4, 2, 3, 0, 1, 2]  # ends in a window and repeats itself, for n-grams

@@ -60,13 +60,13 @@ typedef struct mil_generation {
     int64_t tag;
     mil_finish finish;
     int64_t prompt_count, count, top;
-    int32_t *tokens;     /* [prompt_count + count]: prompt, then the new ones, the stop token not included */
-    double *logprobs;    /* [count] or NULL */
-    int32_t *top_tokens; /* [count, top] or NULL */
-    float *top_logprobs; /* [count, top] */
-    double *prompt_logprobs;    /* [prompt_count] or NULL; NaN for the first token and for cached ones */
-    int32_t *prompt_top_tokens; /* [prompt_count, top]; -1 there */
-    float *prompt_top_logprobs; /* [prompt_count, top] */
+    int32_t *tokens;      /* [prompt_count + count]: prompt, then the new ones, the stop token not included */
+    double *logprobs;     /* [count] or NULL */
+    int32_t *top_tokens;  /* [count, top] or NULL */
+    double *top_logprobs; /* [count, top] */
+    double *prompt_logprobs;     /* [prompt_count] or NULL; NaN for the first token and for cached ones */
+    int32_t *prompt_top_tokens;  /* [prompt_count, top]; -1 there */
+    double *prompt_top_logprobs; /* [prompt_count, top] */
     mil_generation_stats stats;
 } mil_generation;
 

@@ -328,9 +328,10 @@ score_prompt(const mil_engine *engine, mil_sequence *sequence, const float *logi
             break;
         }
         const float *at = logits + row * vocab;
-        g->prompt_logprobs[next] = mil_log_probability(at, vocab, g->tokens[next]);
+        double log_sum_exp = mil_log_sum_exp(at, vocab);
+        g->prompt_logprobs[next] = (double)at[g->tokens[next]] - log_sum_exp;
         if (g->top > 0) {
-            mil_top_log_probabilities(at, vocab, g->top, g->prompt_top_tokens + next * g->top,
+            mil_top_log_probabilities(at, vocab, log_sum_exp, g->top, g->prompt_top_tokens + next * g->top,
                                       g->prompt_top_logprobs + next * g->top);
         }
     }

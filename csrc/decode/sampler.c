@@ -1,20 +1,23 @@
 /* Filtered distributions and draws (see sampler.h for the formulas and their order).
  *
- * Cost: everything but top-k and top-p is a few passes over the vocabulary, dominated by one expf a
- * token. A full sort of 128 k scores would cost ten times that, so top-k finds its threshold by
- * quickselect, O(vocab), and top-p selects and sorts only the 256 likeliest tokens, then four times as
- * many until they hold enough probability: a peaked distribution, which is the usual one, needs the
- * first step only.
+ * Cost: passes over the vocabulary, one of them with an exponential; all but the draw's last 256 tokens are
+ * vectorised.  A full sort of 128 k scores would cost a hundred times as much, so nothing is sorted: top-k
+ * finds its threshold with a heap of k scores, which nearly all others fail to enter, and top-p drops what is
+ * too unlikely to matter and then narrows the rest by quickselect on probability mass.
  *
- * Scores are compared as (score descending, token ascending), a total order, so the result
- * does not depend on how the selection happens to move elements about.
+ * Candidates are compared as (weight descending, token ascending), a total order, so what is kept does
+ * not depend on how the selection happens to move elements about.  Sums run over blocks of 256 weights, a
+ * block in 8 lanes: one order on every processor.
  */
 #include "decode/sampler.h"
 
 #include <float.h>
 #include <math.h>
-#include <stddef.h>
-#include <stdlib.h>
+#include <string.h>
+
+#include "cpu/vector.h" /* arithmetic of this host: logits are in its memory, whatever the model's device */
+
+#define BLOCK 256
 
 /* ---- options ---------------------------------------------------------------------------------------- */
 
@@ -83,17 +86,40 @@ mil_uniform(uint64_t seed, uint64_t position, mil_stream stream)
 
 /* ---- selection -------------------------------------------------------------------------------------- */
 
+/* The k-th largest of `count` values, 1 <= k <= count: the root of a heap of the k largest so far. */
+static float
+kth_largest(const float *values, int64_t count, int64_t k, mil_candidate *heap)
+{
+    for (int64_t i = 0; i < count; i++) {
+        int64_t at;
+        if (i < k) { /* the heap grows: up from its end */
+            for (at = i; at > 0 && heap[(at - 1) / 2].score > values[i]; at = (at - 1) / 2) {
+                heap[at].score = heap[(at - 1) / 2].score;
+            }
+        }
+        else if (values[i] <= heap[0].score) {
+            continue;
+        }
+        else { /* the root goes: down from there */
+            at = 0;
+            for (int64_t child = 1; child < k; child = 2 * at + 1) {
+                child += child + 1 < k && heap[child + 1].score < heap[child].score;
+                if (heap[child].score >= values[i]) {
+                    break;
+                }
+                heap[at].score = heap[child].score;
+                at = child;
+            }
+        }
+        heap[at].score = values[i];
+    }
+    return heap[0].score;
+}
+
 static bool
 before(mil_candidate a, mil_candidate b)
 {
     return a.score > b.score || (a.score == b.score && a.token < b.token);
-}
-
-static int
-compare(const void *left, const void *right)
-{
-    mil_candidate a = *(const mil_candidate *)left, b = *(const mil_candidate *)right;
-    return before(a, b) ? -1 : before(b, a) ? 1 : 0;
 }
 
 static void
@@ -104,49 +130,65 @@ swap(mil_candidate *a, mil_candidate *b)
     *b = kept;
 }
 
-/* Moves the `keep` first candidates of the order to the front, in no particular order (quickselect; the
- * median of three as pivot keeps sorted input, the common adversary, linear). */
+/* Hoare's partition of low .. high (included) around the median of three, which keeps sorted input, the
+ * common adversary, linear: low .. *left come before or equal the pivot, *right .. high after or equal; what lies
+ * between is the pivot.  Both parts are smaller than the whole. */
 static void
-select_first(mil_candidate *candidates, int64_t count, int64_t keep)
+partition(mil_candidate *c, int64_t low, int64_t high, int64_t *left, int64_t *right)
 {
-    int64_t low = 0, high = count - 1;
-    while (low < high && keep > low && keep <= high) {
-        int64_t middle = low + (high - low) / 2;
-        if (before(candidates[middle], candidates[low])) {
-            swap(&candidates[middle], &candidates[low]);
+    int64_t middle = low + (high - low) / 2;
+    if (before(c[middle], c[low])) {
+        swap(&c[middle], &c[low]);
+    }
+    if (before(c[high], c[low])) {
+        swap(&c[high], &c[low]);
+    }
+    if (before(c[high], c[middle])) {
+        swap(&c[high], &c[middle]);
+    }
+    mil_candidate pivot = c[middle];
+    int64_t i = low, j = high;
+    while (i <= j) {
+        while (before(c[i], pivot)) {
+            i++;
         }
-        if (before(candidates[high], candidates[low])) {
-            swap(&candidates[high], &candidates[low]);
+        while (before(pivot, c[j])) {
+            j--;
         }
-        if (before(candidates[high], candidates[middle])) {
-            swap(&candidates[high], &candidates[middle]);
-        }
-        mil_candidate pivot = candidates[middle];
-        int64_t i = low, j = high;
-        while (i <= j) {
-            while (before(candidates[i], pivot)) {
-                i++;
-            }
-            while (before(pivot, candidates[j])) {
-                j--;
-            }
-            if (i <= j) {
-                swap(&candidates[i], &candidates[j]);
-                i++;
-                j--;
-            }
-        }
-        /* low .. j come before or equal the pivot, i .. high after or equal; between them the pivot. */
-        if (keep <= j) {
-            high = j;
-        }
-        else if (keep >= i) {
-            low = i;
-        }
-        else {
-            return;
+        if (i <= j) {
+            swap(&c[i++], &c[j--]);
         }
     }
+    *left = j;
+    *right = i;
+}
+
+/* Moves the fewest likeliest candidates that weigh `enough` together to the front; returns how many. */
+static int64_t
+select_mass(mil_candidate *c, int64_t count, double enough)
+{
+    int64_t low = 0, high = count; /* before low all are in, from high on all are out */
+    while (high - low > 1) {
+        int64_t left, right;
+        partition(c, low, high - 1, &left, &right);
+        double mass = 0.0;
+        for (int64_t i = low; i <= left; i++) {
+            mass += (double)c[i].score;
+        }
+        if (mass >= enough) {
+            high = left + 1;
+            continue;
+        }
+        for (int64_t i = left + 1; i < right; i++) {
+            mass += (double)c[i].score;
+            if (mass >= enough) {
+                return i + 1;
+            }
+        }
+        enough -= mass;
+        low = right;
+    }
+    return low < count ? low + 1 : count;
 }
 
 /* ---- scores ----------------------------------------------------------------------------------------- */
@@ -161,15 +203,21 @@ penalised(float score, int32_t count, float penalty)
     return fminf(fmaxf(changed, -FLT_MAX), FLT_MAX); /* absurd penalties must not make infinities */
 }
 
-static mil_status
-check_finite(const float *logits, int64_t vocab)
+/* Whether any is NaN or infinite. */
+MIL_VECTORISE static int
+any_bad(const float *logits, int64_t vocab)
 {
     int bad = 0;
-#pragma omp simd reduction(| : bad)
     for (int64_t i = 0; i < vocab; i++) {
         bad |= !(fabsf(logits[i]) <= FLT_MAX);
     }
-    if (bad) {
+    return bad;
+}
+
+static mil_status
+check_finite(const float *logits, int64_t vocab)
+{
+    if (any_bad(logits, vocab)) {
         int64_t at = 0;
         while (fabsf(logits[at]) <= FLT_MAX) {
             at++;
@@ -183,16 +231,23 @@ check_finite(const float *logits, int64_t vocab)
     return MIL_OK;
 }
 
+MIL_VECTORISE static float
+largest(const float *values, int64_t count)
+{
+    float best = values[0];
+#pragma omp simd reduction(max : best)
+    for (int64_t i = 0; i < count; i++) {
+        best = values[i] > best ? values[i] : best;
+    }
+    return best;
+}
+
 /* The first largest score, after the repetition penalty where counts is given. */
 static int32_t
 find_best(const float *logits, const int32_t *counts, float penalty, int64_t vocab)
 {
     if (counts == NULL) {
-        float best = logits[0];
-#pragma omp simd reduction(max : best)
-        for (int64_t i = 0; i < vocab; i++) {
-            best = logits[i] > best ? logits[i] : best;
-        }
+        float best = largest(logits, vocab);
         int32_t at = 0;
         while (logits[at] != best) {
             at++;
@@ -211,70 +266,74 @@ find_best(const float *logits, const int32_t *counts, float penalty, int64_t voc
     return at;
 }
 
-/* Of `count` candidates, those that top-k keeps come to the front; returns how many. */
-static int64_t
-keep_top_k(mil_candidate *candidates, int64_t count, int64_t top_k)
+/* Scores become exp((score - best) * inverse), those below `threshold` 0. */
+MIL_VECTORISE static void
+weigh(float *scores, int64_t vocab, float best, float inverse, float threshold)
 {
-    if (top_k == 0 || top_k >= count) {
-        return count;
-    }
-    select_first(candidates, count, top_k);
-    float threshold = candidates[0].score;
-    for (int64_t i = 1; i < top_k; i++) {
-        threshold = candidates[i].score < threshold ? candidates[i].score : threshold;
-    }
-    int64_t kept = top_k;
-    for (int64_t i = top_k; i < count; i++) {
-        if (candidates[i].score == threshold) {
-            swap(&candidates[kept++], &candidates[i]);
-        }
-    }
-    return kept;
-}
-
-/* The same for top-p; `total` is the weight of all candidates. */
-static int64_t
-keep_top_p(mil_candidate *candidates, int64_t count, const float *weight, double total, float top_p)
-{
-    if (top_p >= 1.0f) {
-        return count;
-    }
-    double enough = (double)top_p * total;
-    for (int64_t looked_at = 256;; looked_at *= 4) {
-        int64_t sorted = looked_at < count ? looked_at : count;
-        select_first(candidates, count, sorted);
-        qsort(candidates, (size_t)sorted, sizeof *candidates, compare);
-        double sum = 0.0;
-        for (int64_t i = 0; i < sorted; i++) {
-            sum += (double)weight[candidates[i].token];
-            if (sum >= enough) {
-                return i + 1;
-            }
-        }
-        if (sorted == count) {
-            return count;
-        }
-    }
-}
-
-/* weight = exp((score - best) * inverse) for what top-k and top-p keep, 0 for the others. */
-static void
-weigh_likely(const mil_sampling *sampling, int64_t vocab, mil_candidate *scratch, float *weight, float best,
-             float inverse)
-{
-    int64_t kept = keep_top_k(scratch, vocab, sampling->top_k);
     for (int64_t i = 0; i < vocab; i++) {
-        weight[i] = 0.0f;
+        float weight = mil_expf((scores[i] - best) * inverse);
+        scores[i] = mil_select(scores[i] >= threshold, weight, 0.0f);
     }
+}
+
+MIL_VECTORISE static void
+drop_below(float *weight, int64_t vocab, float threshold)
+{
+    for (int64_t i = 0; i < vocab; i++) {
+        weight[i] = mil_select(weight[i] >= threshold, weight[i], 0.0f);
+    }
+}
+
+/* The sum of at most BLOCK weights. */
+MIL_VECTORISE static double
+block_sum(const float *weight, int64_t count)
+{
+    double lanes[8] = {0.0};
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+        for (int lane = 0; lane < 8; lane++) {
+            lanes[lane] += (double)weight[i + lane];
+        }
+    }
+    for (; i < count; i++) {
+        lanes[0] += (double)weight[i];
+    }
+    return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+}
+
+static int64_t
+block_length(int64_t start, int64_t vocab)
+{
+    return vocab - start < BLOCK ? vocab - start : BLOCK;
+}
+
+static double
+sum_weights(const float *weight, int64_t vocab)
+{
     double total = 0.0;
-    for (int64_t i = 0; i < kept; i++) {
-        float value = expf((scratch[i].score - best) * inverse);
-        weight[scratch[i].token] = value;
-        total += (double)value;
+    for (int64_t start = 0; start < vocab; start += BLOCK) {
+        total += block_sum(weight + start, block_length(start, vocab));
     }
-    int64_t still = keep_top_p(scratch, kept, weight, total, sampling->top_p);
-    for (int64_t i = still; i < kept; i++) {
-        weight[scratch[i].token] = 0.0f;
+    return total;
+}
+
+/* Leaves the weights of the smallest likely set with `top_p` of the total; the others become 0. */
+static void
+keep_top_p(float *weight, int64_t vocab, float top_p, mil_candidate *candidates)
+{
+    double total = sum_weights(weight, vocab);
+    /* All tokens below this together hold less than 1 - top_p, so the rest holds enough without them. */
+    float negligible = (float)((1.0 - (double)top_p) * total / (double)vocab * 0.999);
+    int64_t count = 0;
+    for (int64_t i = 0; i < vocab; i++) {
+        if (weight[i] >= negligible && weight[i] > 0.0f) {
+            candidates[count++] = (mil_candidate){.score = weight[i], .token = (int32_t)i};
+        }
+    }
+    int64_t kept = select_mass(candidates, count, (double)top_p * total);
+    memset(weight, 0, (size_t)vocab * sizeof *weight);
+    for (int64_t i = 0; i < kept; i++) {
+        weight[candidates[i].token] = candidates[i].score;
     }
 }
 
@@ -293,30 +352,25 @@ mil_distribution_fill(const mil_sampling *sampling, const float *logits, const i
     if (out->certain) {
         return MIL_OK;
     }
+    float *weight = out->weight;
+    memcpy(weight, logits, (size_t)vocab * sizeof *weight);
+    for (int64_t i = 0; i < vocab && counts != NULL; i++) {
+        weight[i] = penalised(logits[i], counts[i], penalty);
+    }
     /* 1 / temperature overflows for temperatures below 1e-38; the cap gives the same one token. */
     float inverse = sampling->temperature > FLT_MIN ? 1.0f / sampling->temperature : FLT_MAX;
-    float best = counts ? penalised(logits[out->best], counts[out->best], penalty) : logits[out->best];
-    float *weight = out->weight;
-    if (sampling->top_k > 0 || sampling->top_p < 1.0f) {
-        for (int64_t i = 0; i < vocab; i++) {
-            float score = counts ? penalised(logits[i], counts[i], penalty) : logits[i];
-            scratch[i] = (mil_candidate){.score = score, .token = (int32_t)i};
-        }
-        weigh_likely(sampling, vocab, scratch, weight, best, inverse);
+    float threshold = -INFINITY;
+    if (sampling->top_k > 0 && sampling->top_k < vocab) {
+        threshold = kth_largest(weight, vocab, sampling->top_k, scratch);
     }
-    else {
-        for (int64_t i = 0; i < vocab; i++) {
-            float score = counts ? penalised(logits[i], counts[i], penalty) : logits[i];
-            weight[i] = expf((score - best) * inverse);
-        }
+    weigh(weight, vocab, weight[out->best], inverse, threshold);
+    if (sampling->top_p < 1.0f) {
+        keep_top_p(weight, vocab, sampling->top_p, scratch);
     }
-    double total = 0.0;
-    for (int64_t i = 0; i < vocab;
-         i++) { /* the likeliest token has weight 1, so min_p is the threshold itself */
-        weight[i] = weight[i] < sampling->min_p ? 0.0f : weight[i];
-        total += (double)weight[i];
+    if (sampling->min_p > 0.0f) { /* the likeliest token has weight 1, so min_p is the threshold itself */
+        drop_below(weight, vocab, sampling->min_p);
     }
-    out->total = total;
+    out->total = sum_weights(weight, vocab);
     return MIL_OK;
 }
 
@@ -339,16 +393,26 @@ mil_distribution_draw(const mil_distribution *distribution, int64_t vocab, doubl
     }
     double left = uniform * distribution->total, sum = 0.0;
     int32_t last = distribution->best;
-    for (int64_t i = 0; i < vocab; i++) {
-        if (distribution->weight[i] > 0.0f) {
-            last = (int32_t)i;
-            sum += (double)distribution->weight[i];
-            if (sum > left) {
-                return last;
+    for (int64_t start = 0; start < vocab; start += BLOCK) {
+        const float *weight = distribution->weight + start;
+        int64_t count = block_length(start, vocab);
+        double more = block_sum(weight, count);
+        if (sum + more <= left) {
+            sum += more;
+            continue;
+        }
+        for (int64_t i = 0; i < count; i++) {
+            if (weight[i] > 0.0f) {
+                last = (int32_t)(start + i);
+                sum += (double)weight[i];
+                if (sum > left) {
+                    return last;
+                }
             }
         }
+        return last; /* lanes and single weights were rounded differently: it is the block's last */
     }
-    return last; /* uniform * total was rounded up to total */
+    return last; /* uniform * total was rounded up to total: as good as any, and likely */
 }
 
 int32_t
@@ -382,43 +446,46 @@ mil_distribution_draw_rest(const mil_distribution *p, const mil_distribution *q,
 
 /* ---- log-probabilities ------------------------------------------------------------------------------ */
 
-static double
-log_sum_exp(const float *logits, int64_t vocab)
+/* The sum of exp(logits - best) over at most BLOCK tokens. */
+MIL_VECTORISE static double
+block_exp_sum(const float *logits, int64_t count, float best)
 {
-    float best = logits[find_best(logits, NULL, 1.0f, vocab)];
+    float weight[BLOCK];
+    for (int64_t i = 0; i < count; i++) {
+        weight[i] = mil_expf(logits[i] - best);
+    }
+    return block_sum(weight, count);
+}
+
+double
+mil_log_sum_exp(const float *logits, int64_t vocab)
+{
+    float best = largest(logits, vocab);
     double sum = 0.0;
-    for (int64_t i = 0; i < vocab; i++) {
-        sum += exp((double)logits[i] - (double)best);
+    for (int64_t start = 0; start < vocab; start += BLOCK) {
+        sum += block_exp_sum(logits + start, block_length(start, vocab), best);
     }
     return (double)best + log(sum);
 }
 
-double
-mil_log_probability(const float *logits, int64_t vocab, int32_t token)
-{
-    return (double)logits[token] - log_sum_exp(logits, vocab);
-}
-
 void
-mil_top_log_probabilities(const float *logits, int64_t vocab, int64_t count, int32_t *tokens, float *values)
+mil_top_log_probabilities(const float *logits, int64_t vocab, double log_sum_exp, int64_t count,
+                          int32_t *tokens, double *values)
 {
     /* Insertion into a short sorted list: count is at most a few dozen, and few scores get past its end. */
     int64_t held = 0;
     for (int64_t i = 0; i < vocab && count > 0; i++) {
-        if (held == count && logits[i] <= values[held - 1]) {
+        double value = (double)logits[i] - log_sum_exp;
+        if (held == count && value <= values[held - 1]) {
             continue;
         }
         int64_t at = held < count ? held++ : count - 1;
-        while (at > 0 && values[at - 1] < logits[i]) {
+        while (at > 0 && values[at - 1] < value) {
             values[at] = values[at - 1];
             tokens[at] = tokens[at - 1];
             at--;
         }
-        values[at] = logits[i];
+        values[at] = value;
         tokens[at] = (int32_t)i;
-    }
-    double normaliser = log_sum_exp(logits, vocab);
-    for (int64_t i = 0; i < held; i++) {
-        values[i] = (float)((double)values[i] - normaliser);
     }
 }

@@ -86,11 +86,14 @@ int32_t
 mil_distribution_draw_rest(const mil_distribution *p, const mil_distribution *q, int64_t vocab,
                            double uniform);
 
-/* log softmax(logits)[token] in float64, of the model's own logits before any filter. */
+/* log sum exp(logits): a token's log-probability under the model itself, before any filter, is its logit minus
+ * this.  Of float32 exponentials, so right to about 1e-7. */
 double
-mil_log_probability(const float *logits, int64_t vocab, int32_t token);
-/* The `count` likeliest tokens, most likely first, ties in index order; count <= vocab. */
+mil_log_sum_exp(const float *logits, int64_t vocab);
+/* The `count` likeliest tokens, most likely first, ties in index order, and their logits minus log_sum_exp;
+ * count <= vocab. */
 void
-mil_top_log_probabilities(const float *logits, int64_t vocab, int64_t count, int32_t *tokens, float *values);
+mil_top_log_probabilities(const float *logits, int64_t vocab, double log_sum_exp, int64_t count,
+                          int32_t *tokens, double *values);
 
 #endif

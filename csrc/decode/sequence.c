@@ -63,7 +63,7 @@ take_prompt_scores(mil_generation *g)
             take((void **)&g->prompt_top_logprobs, g->prompt_count * g->top, sizeof *g->prompt_top_logprobs));
         for (int64_t i = 0; i < g->prompt_count * g->top; i++) {
             g->prompt_top_tokens[i] = -1;
-            g->prompt_top_logprobs[i] = NAN;
+            g->prompt_top_logprobs[i] = (double)NAN;
         }
     }
     return MIL_OK;
@@ -246,9 +246,10 @@ mil_sequence_add(mil_sequence *sequence, int64_t vocab, int32_t token, const flo
     g->tokens[sequence->count++] = token;
     mil_sequence_mark(sequence, token, 1);
     if (g->logprobs != NULL) {
-        g->logprobs[g->count] = mil_log_probability(logits, vocab, token);
+        double log_sum_exp = mil_log_sum_exp(logits, vocab);
+        g->logprobs[g->count] = (double)logits[token] - log_sum_exp;
         if (g->top > 0) {
-            mil_top_log_probabilities(logits, vocab, g->top, g->top_tokens + g->count * g->top,
+            mil_top_log_probabilities(logits, vocab, log_sum_exp, g->top, g->top_tokens + g->count * g->top,
                                       g->top_logprobs + g->count * g->top);
         }
     }

@@ -320,10 +320,10 @@ result_of(const mil_generation *g)
         copied(g->tokens + g->prompt_count, NPY_INT32, g->count, 0), "finish_reason", reasons[g->finish],
         "logprobs", copied(g->logprobs, NPY_FLOAT64, g->count, 0), "top_tokens",
         copied(g->top_tokens, NPY_INT32, g->count, g->top), "top_logprobs",
-        copied(g->top_logprobs, NPY_FLOAT32, g->count, g->top), "prompt_logprobs",
+        copied(g->top_logprobs, NPY_FLOAT64, g->count, g->top), "prompt_logprobs",
         copied(g->prompt_logprobs, NPY_FLOAT64, g->prompt_count, 0), "prompt_top_tokens",
         copied(g->prompt_top_tokens, NPY_INT32, g->prompt_count, g->top), "prompt_top_logprobs",
-        copied(g->prompt_top_logprobs, NPY_FLOAT32, g->prompt_count, g->top), "stats", stats_of(&g->stats));
+        copied(g->prompt_top_logprobs, NPY_FLOAT64, g->prompt_count, g->top), "stats", stats_of(&g->stats));
 }
 
 /* on_tokens(tag, tokens) -> None: go on; n >= 0: end after n of these tokens; n < 0: cancel. */
