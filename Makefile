@@ -131,7 +131,7 @@ lint: $(STAMPS)/venv ## check style, types and compiler warnings without changin
 	$(VENV)/bin/ruff format --check $(PY_FILES)
 	MIL_WERROR=1 $(MAKE) --no-print-directory build PYTHON=$(PY)
 	$(PY) -m mypy
-	$(PY) -m mypy.stubtest --concise --ignore-missing-stub mambainllama._core
+	$(PY) -m mypy.stubtest --concise --mypy-config-file pyproject.toml mambainllama._core
 
 # ---- wheel, demo, benchmarks --------------------------------------------------------------------------
 

@@ -41,7 +41,7 @@ array([[1., 1., 1.],
 import numpy as np
 
 from . import _core
-from .errors import ArgumentError, DtypeError
+from .errors import ArgumentError, DtypeError, ShapeError
 
 __all__ = [
     "TAIL",
@@ -103,7 +103,12 @@ def _integers(name, value, dtype):
     """`value` as a contiguous integer array; it is small, so converting is worth a copy."""
     if value is None:
         return None
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except Exception as error:
+        raise DtypeError(f"{name} cannot be read as an array of integers: {error}") from error
+    if array.ndim != 1:
+        raise ShapeError(f"{name} has {array.ndim} axes; expected one")
     if array.dtype.kind not in "iu":
         raise DtypeError(f"{name} has dtype {array.dtype}; expected integers")
     limits = np.iinfo(dtype)
@@ -154,7 +159,9 @@ def linear_group(x, weights, *, dtype=None, fast=False):
     Parameters are those of `linear_forward`; at most 16 weights. Each result has the same bits as
     alone.
     """
-    group = _core.linear_group(x=x, weights=tuple(weights), dtype=dtype, fast=fast)
+    if isinstance(weights, list):
+        weights = tuple(weights)
+    group = _core.linear_group(x=x, weights=weights, dtype=dtype, fast=fast)
     return list(group.values())
 
 

@@ -79,12 +79,35 @@ core_raise(core_state *state, mil_status status)
     return NULL;
 }
 
+/* The text with every run of white space as one blank, cut where a quoted value is too long to read.  Takes
+ * over the reference; NULL with an exception set. */
+static PyObject *
+one_line(PyObject *text)
+{
+    PyObject *words = text != NULL ? PyUnicode_Split(text, NULL, -1) : NULL;
+    Py_XDECREF(text);
+    PyObject *blank = words != NULL ? PyUnicode_FromString(" ") : NULL;
+    PyObject *line = blank != NULL ? PyUnicode_Join(blank, words) : NULL;
+    Py_XDECREF(blank);
+    Py_XDECREF(words);
+    if (line != NULL && PyUnicode_GET_LENGTH(line) > MIL_MESSAGE_SIZE) {
+        PyObject *cut = PyUnicode_Substring(line, 0, MIL_MESSAGE_SIZE - 3);
+        Py_SETREF(line, cut != NULL ? PyUnicode_FromFormat("%U...", cut) : NULL);
+        Py_XDECREF(cut);
+    }
+    return line;
+}
+
 PyObject *
 core_raise_format(core_state *state, mil_status status, const char *format, ...)
 {
     va_list arguments;
     va_start(arguments, format);
-    PyErr_FormatV(class_of(state, status), format, arguments);
+    PyObject *line = one_line(PyUnicode_FromFormatV(format, arguments)); /* %R may run over several lines */
     va_end(arguments);
+    if (line != NULL) {
+        PyErr_SetObject(class_of(state, status), line);
+        Py_DECREF(line);
+    }
     return NULL;
 }

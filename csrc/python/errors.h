@@ -9,7 +9,7 @@
 PyObject *
 core_raise(core_state *state, mil_status status);
 
-/* The same with a message of its own, printf style as PyErr_Format. */
+/* The same with a message of its own, printf style as PyErr_Format; always one line. */
 PyObject *
 core_raise_format(core_state *state, mil_status status, const char *format, ...);
 
