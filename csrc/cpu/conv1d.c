@@ -87,8 +87,8 @@ load_taps(const mil_conv1d *a, const block *b, taps *taps)
 
 /* The inputs that the row of token t reads, oldest first, for one block. `zeros` stands before the first token. */
 static void
-find_inputs(const mil_conv1d *a, const mil_span *span, const mil_mixer_state *state, const block *b, int64_t token,
-            const float *zeros, const float **inputs)
+find_inputs(const mil_conv1d *a, const mil_span *span, const mil_mixer_state *state, const block *b,
+            int64_t token, const float *zeros, const float **inputs)
 {
     for (int64_t j = 0; j < a->width; j++) {
         int64_t source = token - a->width + 1 + j;
@@ -166,14 +166,16 @@ static mil_status
 check_args(const char *name, const mil_conv1d *a)
 {
     if (a->width < 2 || a->width > MAX_WIDTH) {
-        return mil_fail(MIL_ERR_SHAPE, "%s: width = %lld taps; expected 2 to %d", name, (long long)a->width, MAX_WIDTH);
+        return mil_fail(MIL_ERR_SHAPE, "%s: width = %lld taps; expected 2 to %d", name, (long long)a->width,
+                        MAX_WIDTH);
     }
     if (a->repeat < 1 || a->channels < 1 || a->channels % a->repeat != 0) {
         return mil_fail(MIL_ERR_SHAPE, "%s: channels = %lld is not a multiple of repeat = %lld", name,
                         (long long)a->channels, (long long)a->repeat);
     }
     if (a->repeat > 1 && (a->repeat_group < 1 || inputs_of(a) % a->repeat_group != 0)) {
-        return mil_fail(MIL_ERR_SHAPE, "%s: channels / repeat = %lld is not a multiple of repeat_group = %lld", name,
+        return mil_fail(MIL_ERR_SHAPE,
+                        "%s: channels / repeat = %lld is not a multiple of repeat_group = %lld", name,
                         (long long)inputs_of(a), (long long)a->repeat_group);
     }
     return mil_check_rows(name, &a->rows, a->states != NULL);
@@ -186,7 +188,8 @@ mil_cpu_conv1d_forward(mil_context *context, const mil_conv1d *arguments)
     MIL_TRY(check_args("conv1d_forward", a));
     const blocks cut = cut_blocks(a, context->threads);
     int64_t tasks = a->rows.sequences * cut.count;
-#pragma omp parallel for num_threads(context->threads) schedule(static) if (a->rows.rows * a->channels >= GRAIN)
+#pragma omp parallel for num_threads(context->threads) \
+    schedule(static) if (a->rows.rows * a->channels >= GRAIN)
     for (int64_t task = 0; task < tasks; task++) {
         forward_block(a, &cut, task / cut.count, task % cut.count);
     }
@@ -203,8 +206,8 @@ typedef struct taps_grad {
 
 /* One row: g, then what it adds to the gradients of the taps and of the inputs that it read. */
 MIL_VECTORISE static void
-backward_row(int64_t width, int64_t size, const taps *taps, const float *const *inputs, bool silu, const float *grad_y,
-             float *const *grad_inputs, taps_grad *grad)
+backward_row(int64_t width, int64_t size, const taps *taps, const float *const *inputs, bool silu,
+             const float *grad_y, float *const *grad_inputs, taps_grad *grad)
 {
     float g[BLOCK];
     if (silu) {
@@ -249,7 +252,8 @@ close_piece(int64_t width, int64_t size, taps_grad *grad)
 }
 
 static void
-backward_sequence(const mil_conv1d_grad *g, const mil_span *span, const block *b, const taps *taps, taps_grad *grad)
+backward_sequence(const mil_conv1d_grad *g, const mil_span *span, const block *b, const taps *taps,
+                  taps_grad *grad)
 {
     static const float zeros[BLOCK];
     const mil_conv1d *a = &g->forward;
@@ -261,11 +265,13 @@ backward_sequence(const mil_conv1d_grad *g, const mil_span *span, const block *b
         find_inputs(a, span, NULL, b, t, zeros, inputs);
         for (int64_t j = 0; j < a->width; j++) {
             int64_t source = t - a->width + 1 + j;
-            grad_inputs[j] =
-                source < 0 ? nowhere : (float *)g->grad_x + (span->row + source) * g->grad_x_stride + b->input;
+            grad_inputs[j] = source < 0
+                                 ? nowhere
+                                 : (float *)g->grad_x + (span->row + source) * g->grad_x_stride + b->input;
         }
         backward_row(a->width, b->size, taps, inputs, a->silu,
-                     (const float *)g->grad_y + (span->row + t) * g->grad_y_stride + b->channel, grad_inputs, grad);
+                     (const float *)g->grad_y + (span->row + t) * g->grad_y_stride + b->channel, grad_inputs,
+                     grad);
         if ((t + 1) % PIECE == 0 || t + 1 == span->count) {
             close_piece(a->width, b->size, grad);
         }
@@ -310,7 +316,8 @@ mil_cpu_conv1d_backward(mil_context *context, const mil_conv1d_grad *arguments)
         return mil_fail(MIL_ERR_VALUE, "conv1d_backward: states are for generation; sequences start here");
     }
     const blocks cut = cut_blocks(a, context->threads);
-#pragma omp parallel for num_threads(context->threads) schedule(static) if (a->rows.rows * a->channels >= GRAIN)
+#pragma omp parallel for num_threads(context->threads) \
+    schedule(static) if (a->rows.rows * a->channels >= GRAIN)
     for (int64_t index = 0; index < cut.count; index++) {
         backward_block(arguments, &cut, index);
     }

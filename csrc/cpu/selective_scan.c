@@ -30,7 +30,7 @@
 
 #include <omp.h>
 
-enum { LANES = 16, PIECE = 32, GRAIN = 1 << 14 };
+enum { LANES = 16, PIECE = 32, AHEAD = 4, GRAIN = 1 << 14 };
 
 static const float log2_e = 1.442695041f;
 
@@ -43,11 +43,11 @@ typedef struct blocks {
 
 typedef struct block {
     int64_t channel, width, state_dim;
-    int64_t B_at, C_at;      /* offsets in rows of B and C */
-    int64_t source[LANES];   /* columns of x */
-    bool contiguous;         /* source[i] = source[0] + i */
+    int64_t B_at, C_at;                          /* offsets in rows of B and C */
+    int64_t source[LANES];                       /* columns of x */
+    bool contiguous;                             /* source[i] = source[0] + i */
     float D[LANES], bias[LANES], dt_min, dt_max; /* bias is scaled */
-    float *exponent;         /* [state_dim, LANES]: A log2(e) */
+    float *exponent;                             /* [state_dim, LANES]: A log2(e) */
 } block;
 
 static int64_t
@@ -85,7 +85,8 @@ static block
 get_block(const mil_scan *a, const blocks *cut, int64_t index, float *exponent)
 {
     int64_t offset = index % cut->per_run * LANES;
-    block b = {.channel = index / cut->per_run * cut->run + offset, .state_dim = a->state_dim, .exponent = exponent};
+    block b = {
+        .channel = index / cut->per_run * cut->run + offset, .state_dim = a->state_dim, .exponent = exponent};
     b.width = cut->run - offset < LANES ? cut->run - offset : LANES;
     b.B_at = b.channel * a->B_groups / a->inner * a->state_dim;
     b.C_at = b.channel * a->C_groups / a->inner * a->state_dim;
@@ -94,8 +95,9 @@ get_block(const mil_scan *a, const blocks *cut, int64_t index, float *exponent)
     b.contiguous = true;
     for (int64_t i = 0; i < b.width; i++) {
         int64_t c = b.channel + i;
-        b.source[i] = a->x_repeat > 1 ? c / (a->x_repeat_group * a->x_repeat) * a->x_repeat_group + c % a->x_repeat_group
-                                      : c;
+        b.source[i] = a->x_repeat > 1
+                          ? c / (a->x_repeat_group * a->x_repeat) * a->x_repeat_group + c % a->x_repeat_group
+                          : c;
         b.contiguous = b.contiguous && b.source[i] == b.source[0] + i;
         b.D[i] = a->D[c];
         b.bias[i] = a->dt_bias_scale * a->dt_bias[c];
@@ -141,6 +143,22 @@ load_x(const block *b, const float *row, float *lanes)
     }
 }
 
+/* Asks for what row `row` will need. Rows are too far apart for the processor to guess the next one. */
+MIL_INLINE void
+prefetch_row(const mil_scan *a, const block *b, int64_t row)
+{
+    if (row < 0 || row >= a->rows.rows) {
+        return;
+    }
+    __builtin_prefetch((const float *)a->x + row * a->x_stride + b->source[0]);
+    __builtin_prefetch((const float *)a->dt + row * a->dt_stride + b->channel);
+    __builtin_prefetch((const float *)a->B + row * a->B_stride + b->B_at);
+    __builtin_prefetch((const float *)a->C + row * a->C_stride + b->C_at);
+    if (a->z != NULL) {
+        __builtin_prefetch((const float *)a->z + row * a->z_stride + b->channel);
+    }
+}
+
 /* dt after bias, softplus and clamp. */
 MIL_INLINE void
 load_dt(const block *b, const float *row, float *lanes)
@@ -181,12 +199,13 @@ step(const block *b, const float *dt, const float *x, const float *B, const floa
 
 /* Rows of this call from `first` to `end` (of the sequence) for one block. Their dt go to `kept` where token >= from. */
 MIL_VECTORISE static void
-run_rows(const mil_scan *a, const block *b, const mil_span *span, int64_t first, int64_t end, float *H, float *kept,
-         int64_t from)
+run_rows(const mil_scan *a, const block *b, const mil_span *span, int64_t first, int64_t end, float *H,
+         float *kept, int64_t from)
 {
     for (int64_t i = first; i < end; i++) {
         int64_t row = span->row + i;
         float dt[LANES], x[LANES], y[LANES];
+        prefetch_row(a, b, row + AHEAD);
         load_dt(b, (const float *)a->dt + row * a->dt_stride + b->channel, dt);
         load_x(b, (const float *)a->x + row * a->x_stride, x);
 #pragma omp simd
@@ -244,7 +263,8 @@ store_H(const mil_scan *a, const block *b, const float *H, float *state)
 
 /* Brings H to `past` tokens and, where the boundary moves over tokens of earlier calls, `state` to `after`. */
 static void
-start_from_state(const mil_scan *a, const block *b, const mil_span *span, const mil_mixer_state *state, float *H)
+start_from_state(const mil_scan *a, const block *b, const mil_span *span, const mil_mixer_state *state,
+                 float *H)
 {
     const bool fresh = state->current != NULL && *state->current_tokens == span->past;
     int64_t reached = span->boundary;
@@ -270,7 +290,8 @@ start_from_state(const mil_scan *a, const block *b, const mil_span *span, const 
 }
 
 static void
-forward_with_state(const mil_scan *a, const block *b, const mil_span *span, const mil_mixer_state *state, float *H)
+forward_with_state(const mil_scan *a, const block *b, const mil_span *span, const mil_mixer_state *state,
+                   float *H)
 {
     float kept[MIL_TAIL * LANES];
     const int64_t from = span->after > span->past ? span->after : span->past;
@@ -306,10 +327,10 @@ move_tails(const mil_scan *a, int64_t sequence)
     const mil_span span = mil_get_span(&a->rows, sequence);
     const mil_mixer_state *state = &a->states[sequence];
     int64_t x_width = a->inner / a->x_repeat, B_width = a->B_groups * a->state_dim;
-    mil_tail_move(state->x, x_width, 0, 0, x_width, &span, (const float *)a->x + span.row * a->x_stride, a->x_stride,
-                  span.past);
-    mil_tail_move(state->B, B_width, 0, 0, B_width, &span, (const float *)a->B + span.row * a->B_stride, a->B_stride,
-                  span.past);
+    mil_tail_move(state->x, x_width, 0, 0, x_width, &span, (const float *)a->x + span.row * a->x_stride,
+                  a->x_stride, span.past);
+    mil_tail_move(state->B, B_width, 0, 0, B_width, &span, (const float *)a->B + span.row * a->B_stride,
+                  a->B_stride, span.past);
     if (state->current != NULL) {
         *state->current_tokens = span.past + span.count;
     }
@@ -323,17 +344,19 @@ check_args(const char *name, const mil_scan *a)
                         (long long)a->inner, (long long)a->state_dim);
     }
     if (a->B_groups < 1 || a->inner % a->B_groups != 0 || a->C_groups < 1 || a->inner % a->C_groups != 0) {
-        return mil_fail(MIL_ERR_SHAPE, "%s: inner = %lld is not a multiple of B_groups = %lld and C_groups = %lld", name,
+        return mil_fail(MIL_ERR_SHAPE,
+                        "%s: inner = %lld is not a multiple of B_groups = %lld and C_groups = %lld", name,
                         (long long)a->inner, (long long)a->B_groups, (long long)a->C_groups);
     }
     if (a->x_repeat < 1 || a->inner % a->x_repeat != 0 ||
         (a->x_repeat > 1 && (a->x_repeat_group < 1 || a->inner / a->x_repeat % a->x_repeat_group != 0))) {
-        return mil_fail(MIL_ERR_SHAPE, "%s: inner = %lld is not a multiple of x_repeat = %lld times x_repeat_group = %lld",
+        return mil_fail(MIL_ERR_SHAPE,
+                        "%s: inner = %lld is not a multiple of x_repeat = %lld times x_repeat_group = %lld",
                         name, (long long)a->inner, (long long)a->x_repeat, (long long)a->x_repeat_group);
     }
     if (!(a->dt_min <= a->dt_max) || !(a->dt_min >= 0)) {
-        return mil_fail(MIL_ERR_VALUE, "%s: dt_min = %g, dt_max = %g; expected 0 <= dt_min <= dt_max", name, a->dt_min,
-                        a->dt_max);
+        return mil_fail(MIL_ERR_VALUE, "%s: dt_min = %g, dt_max = %g; expected 0 <= dt_min <= dt_max", name,
+                        a->dt_min, a->dt_max);
     }
     return mil_check_rows(name, &a->rows, a->states != NULL);
 }
@@ -372,11 +395,11 @@ mil_cpu_scan_forward(mil_context *context, const mil_scan *arguments)
 /* One thread's memory, all [.., state_dim, LANES]. */
 typedef struct backward_memory {
     float *exponent;
-    float *starts;       /* [pieces, ..]: H before each piece */
+    float *starts;        /* [pieces, ..]: H before each piece */
     float *decay, *after; /* [PIECE, ..]: for each row of a piece the decay that it applies, and H after it */
-    float *K;            /* gradient of H */
-    float *q;            /* sum of dt q over the rows of a piece */
-    double *q_sum;       /* and over all pieces */
+    float *K;             /* gradient of H */
+    float *q;             /* sum of dt q over the rows of a piece */
+    double *q_sum;        /* and over all pieces */
 } backward_memory;
 
 /* Gradients of a block's other parameters, in the same two steps. */
@@ -439,6 +462,7 @@ advance_piece(const mil_scan *a, const block *b, int64_t row, int64_t count, con
     for (int64_t i = row; i < row + count; i++) {
         const float *B = (const float *)a->B + i * a->B_stride + b->B_at;
         float dt[LANES], x[LANES], unused[LANES] = {0};
+        prefetch_row(a, b, i + AHEAD);
         load_dt(b, (const float *)a->dt + i * a->dt_stride + b->channel, dt);
         load_x(b, (const float *)a->x + i * a->x_stride, x);
         step(b, dt, x, B, B, to, unused);
@@ -447,7 +471,8 @@ advance_piece(const mil_scan *a, const block *b, int64_t row, int64_t count, con
 
 /* As `step` for each row of a piece, keeping decays and states. */
 MIL_VECTORISE static void
-keep_piece(const mil_scan *a, const block *b, int64_t row, int64_t count, const float *start, const backward_memory *m)
+keep_piece(const mil_scan *a, const block *b, int64_t row, int64_t count, const float *start,
+           const backward_memory *m)
 {
     const float *before = start;
     for (int64_t i = 0; i < count; i++) {
@@ -505,8 +530,8 @@ gate_backward(const mil_scan_grad *g, const block *b, int64_t row, const float *
  * into_A = sum_n A q for each lane. */
 MIL_INLINE void
 step_backward(const block *b, const float *dt, const float *x, const float *e, const float *B, const float *C,
-              const float *decay, const float *before, const float *after, const backward_memory *m, float *grad_B,
-              float *grad_C, float *into_B, float *into_A)
+              const float *decay, const float *before, const float *after, const backward_memory *m,
+              float *grad_B, float *grad_C, float *into_B, float *into_A)
 {
     float input[LANES];
 #pragma omp simd
@@ -540,12 +565,15 @@ backward_row(const backward_call *call, const block *b, int64_t index, int64_t r
     const mil_scan_grad *g = call->arguments;
     const mil_scan *a = &g->forward;
     const float *raw = (const float *)a->dt + row * a->dt_stride + b->channel;
+    const float *grad_y = (const float *)g->grad_y + row * g->grad_y_stride + b->channel;
     float dt[LANES], input[LANES], x[LANES], e[LANES], grad_dt[LANES], grad_x[LANES], into_B[LANES] = {0},
-        into_A[LANES] = {0};
+                                                                                      into_A[LANES] = {0};
+    prefetch_row(a, b, row - AHEAD);
+    __builtin_prefetch(grad_y - (row >= AHEAD ? AHEAD * g->grad_y_stride : 0));
     load_dt(b, raw, dt);
     load_lanes(b->width, raw, input);
     load_x(b, (const float *)a->x + row * a->x_stride, x);
-    load_lanes(b->width, (const float *)g->grad_y + row * g->grad_y_stride + b->channel, e);
+    load_lanes(b->width, grad_y, e);
     gate_backward(g, b, row, x, after, e);
     step_backward(b, dt, x, e, (const float *)a->B + row * a->B_stride + b->B_at,
                   (const float *)a->C + row * a->C_stride + b->C_at, decay, before, after, m,
@@ -579,8 +607,8 @@ close_piece(const block *b, const backward_memory *m, lane_sums *sums)
 }
 
 static void
-backward_sequence(const backward_call *call, const block *b, int64_t index, int64_t sequence, const backward_memory *m,
-                  lane_sums *sums)
+backward_sequence(const backward_call *call, const block *b, int64_t index, int64_t sequence,
+                  const backward_memory *m, lane_sums *sums)
 {
     const mil_scan *a = &call->arguments->forward;
     const mil_span span = mil_get_span(&a->rows, sequence);
@@ -603,7 +631,8 @@ backward_sequence(const backward_call *call, const block *b, int64_t index, int6
 }
 
 static void
-add_parameter_gradients(const mil_scan_grad *g, const block *b, const backward_memory *m, const lane_sums *sums)
+add_parameter_gradients(const mil_scan_grad *g, const block *b, const backward_memory *m,
+                        const lane_sums *sums)
 {
     const int64_t state_dim = b->state_dim;
     for (int64_t i = 0; i < b->width; i++) {
@@ -704,9 +733,12 @@ prepare_backward(mil_context *context, const mil_scan_grad *g, backward_call *ca
         call->pieces = pieces > call->pieces ? pieces : call->pieces;
     }
     const int64_t count = call->cut.count, width = count * a->state_dim;
-    MIL_TRY(get_partial_rows(context, rows, a->inner, a->x_repeat > 1, g->grad_x, g->grad_x_stride, &call->x));
-    MIL_TRY(get_partial_rows(context, rows, width, count != a->B_groups, g->grad_B, g->grad_B_stride, &call->B));
-    MIL_TRY(get_partial_rows(context, rows, width, count != a->C_groups, g->grad_C, g->grad_C_stride, &call->C));
+    MIL_TRY(
+        get_partial_rows(context, rows, a->inner, a->x_repeat > 1, g->grad_x, g->grad_x_stride, &call->x));
+    MIL_TRY(
+        get_partial_rows(context, rows, width, count != a->B_groups, g->grad_B, g->grad_B_stride, &call->B));
+    MIL_TRY(
+        get_partial_rows(context, rows, width, count != a->C_groups, g->grad_C, g->grad_C_stride, &call->C));
     return MIL_PUSH(context->scratch, context->threads * backward_workspace(a, call->pieces), float, memory);
 }
 

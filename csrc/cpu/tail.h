@@ -16,8 +16,9 @@
 #include "device.h"
 
 typedef struct mil_span {
-    int64_t row, count;            /* first row and number of rows of this call */
-    int64_t past, boundary, after; /* tokens before the rows; in the states on entry; in the states on return */
+    int64_t row, count; /* first row and number of rows of this call */
+    int64_t past, boundary,
+        after; /* tokens before the rows; in the states on entry; in the states on return */
 } mil_span;
 
 static inline mil_span
@@ -44,7 +45,8 @@ mil_tail_move(float *tail, int64_t width, int64_t lead, int64_t column, int64_t 
         memcpy(to, to + shift * width, bytes); /* rows downwards, so none is overwritten before it moved */
     }
     for (int64_t token = first > span->past ? first : span->past; token < span->past + span->count; token++) {
-        memcpy(tail + (token - first) * width + column, source + (token - source_token) * source_stride, bytes);
+        memcpy(tail + (token - first) * width + column, source + (token - source_token) * source_stride,
+               bytes);
     }
 }
 
@@ -54,8 +56,8 @@ mil_check_rows(const char *name, const mil_rows *rows, bool has_states)
 {
     if (rows->sequences < 1 || rows->offsets == NULL || rows->offsets[0] != 0 ||
         rows->offsets[rows->sequences] != rows->rows) {
-        return mil_fail(MIL_ERR_SHAPE, "%s: offsets do not lead from 0 to rows = %lld in %lld sequences", name,
-                        (long long)rows->rows, (long long)rows->sequences);
+        return mil_fail(MIL_ERR_SHAPE, "%s: offsets do not lead from 0 to rows = %lld in %lld sequences",
+                        name, (long long)rows->rows, (long long)rows->sequences);
     }
     for (int64_t i = 0; i < rows->sequences; i++) {
         mil_span span = mil_get_span(rows, i);
@@ -63,15 +65,16 @@ mil_check_rows(const char *name, const mil_rows *rows, bool has_states)
             return mil_fail(MIL_ERR_SHAPE, "%s: offsets[%lld] is greater than the next", name, (long long)i);
         }
         if (!has_states && (span.past != 0 || span.boundary != 0)) {
-            return mil_fail(MIL_ERR_VALUE, "%s: past[%lld] = %lld, but no states are given", name, (long long)i,
-                            (long long)span.past);
+            return mil_fail(MIL_ERR_VALUE, "%s: past[%lld] = %lld, but no states are given", name,
+                            (long long)i, (long long)span.past);
         }
         if (span.boundary % MIL_WINDOW != 0 || span.boundary > span.past ||
             span.past - span.boundary >= MIL_TAIL) {
-            return mil_fail(MIL_ERR_VALUE,
-                            "%s: boundary[%lld] = %lld; expected a multiple of %d, at most past = %lld and less "
-                            "than %d behind it",
-                            name, (long long)i, (long long)span.boundary, MIL_WINDOW, (long long)span.past, MIL_TAIL);
+            return mil_fail(
+                MIL_ERR_VALUE,
+                "%s: boundary[%lld] = %lld; expected a multiple of %d, at most past = %lld and less "
+                "than %d behind it",
+                name, (long long)i, (long long)span.boundary, MIL_WINDOW, (long long)span.past, MIL_TAIL);
         }
     }
     return MIL_OK;

@@ -27,7 +27,7 @@
 /* MIL_VECTORISE before a function compiles it for each level of x86-64 and picks one when the library is loaded;
  * what it calls must be inlined into it to profit.  Other processors have one level.  Sanitizers
  * instrument the picking, which runs before they do: they get one version. */
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) &&                        \
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #if __GNUC__ >= 12
 #define MIL_VECTORISE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
