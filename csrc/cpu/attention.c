@@ -46,10 +46,10 @@
 enum {
     BLOCK = MIL_TILE_KEYS,
     SPLIT = 512,      /* keys a split, a multiple of BLOCK */
-    ROWS_A_TILE = 48, /* query rows (positions x heads of a group) a forward tile, roughly */
-    POSITIONS = 48,   /* query positions of one head a backward tile */
+    ROWS_A_TILE = 96, /* most query rows (positions x heads of a group) a forward tile, roughly */
+    POSITIONS = 48,   /* most query positions of a tile: more waste scores beyond the diagonal */
     LANES_OF_SUM = 16,
-    GRAIN = 65536,
+    GRAIN = 1 << 17, /* multiplications that are worth waking the team for */
 };
 
 /* A maximum before any key; finite, so that exp(maximum - maximum) is 1 and not NaN. */
@@ -172,10 +172,10 @@ place_in_block(int64_t key, int64_t block_first)
 }
 
 static mil_status
-push_sums(mil_arena *arena, const forward_pass *f, sums *out)
+push_sums(mil_arena *arena, const forward_pass *f, int64_t rows, sums *out)
 {
-    MIL_TRY(MIL_PUSH(arena, f->rows, softmax_row, &out->state));
-    return MIL_PUSH(arena, f->rows * f->acc_stride, float, &out->acc);
+    MIL_TRY(MIL_PUSH(arena, rows, softmax_row, &out->state));
+    return MIL_PUSH(arena, rows * f->acc_stride, float, &out->acc);
 }
 
 static mil_status
@@ -186,8 +186,8 @@ push_workspace(mil_arena *arena, const forward_pass *f, workspace *out)
     MIL_TRY(MIL_PUSH(arena, f->rows * BLOCK, float, &out->scores));
     MIL_TRY(MIL_PUSH(arena, head_dim * mil_tile_stride(BLOCK), float, &out->k));
     MIL_TRY(MIL_PUSH(arena, BLOCK * f->acc_stride, float, &out->v));
-    MIL_TRY(push_sums(arena, f, &out->own));
-    return push_sums(arena, f, &out->next);
+    MIL_TRY(push_sums(arena, f, f->rows, &out->own));
+    return push_sums(arena, f, f->rows, &out->next);
 }
 
 /* Keys (or values) of one key head, indexed by position. */
@@ -352,7 +352,6 @@ check_args(const char *name, const mil_attention *a)
     return MIL_OK;
 }
 
-/* Replaces tiles by one item a split, each with its own partial result. Returns the number of items. */
 static int64_t
 count_splits(const tile *tiles, int64_t count)
 {
@@ -361,6 +360,19 @@ count_splits(const tile *tiles, int64_t count)
         splits += tiles[i].last_split - tiles[i].first_split;
     }
     return splits;
+}
+
+/* Multiplications of all tiles, the copies of a block counted as two rows' worth. */
+static int64_t
+count_work(const forward_pass *f, const tile *tiles, int64_t count)
+{
+    int64_t work = 0;
+    for (int64_t i = 0; i < count; i++) {
+        int64_t end = tiles[i].first_position + tiles[i].positions;
+        int64_t keys = end - first_key(f->a->window, tiles[i].first_position);
+        work += 2 * keys * (tiles[i].positions * f->group + 2) * f->a->head_dim;
+    }
+    return work;
 }
 
 /* Fewer tiles than threads: all splits of all tiles at once, then the merging, tile by tile. */
@@ -378,7 +390,7 @@ forward_by_splits(mil_context *context, const forward_pass *f, const tile *tiles
             items[next] = tiles[i];
             items[next].first_split = split;
             items[next].partial = next;
-            MIL_TRY(push_sums(context->scratch, f, &partials[next]));
+            MIL_TRY(push_sums(context->scratch, f, tiles[i].positions * f->group, &partials[next]));
         }
     }
 #pragma omp parallel num_threads(context->threads)
@@ -413,12 +425,11 @@ run_forward(mil_context *context, const forward_pass *f)
         MIL_TRY(push_workspace(context->scratch, f, &workspaces[thread]));
     }
     list_tiles(f, tiles);
-    int64_t splits = count_splits(tiles, count);
-    if (count < 2 * context->threads && splits > count && context->threads > 1) {
+    bool shared = context->threads > 1 && count_work(f, tiles, count) >= GRAIN;
+    if (shared && count < 2 * context->threads && count_splits(tiles, count) > count) {
         return forward_by_splits(context, f, tiles, count, workspaces);
     }
-    int64_t work = splits * f->rows * f->a->head_dim * BLOCK;
-#pragma omp parallel num_threads(context->threads) if (count > 1 && work >= GRAIN)
+#pragma omp parallel num_threads(context->threads) if (shared && count > 1)
     {
         workspace *own = &workspaces[omp_get_thread_num()];
 #pragma omp for schedule(dynamic)
@@ -435,6 +446,7 @@ mil_cpu_attention_forward(mil_context *context, const mil_attention *arguments)
     MIL_TRY(check_args("attention_forward", arguments));
     int64_t group = arguments->heads / arguments->kv_heads;
     int64_t positions = group < ROWS_A_TILE ? ROWS_A_TILE / group : 1;
+    positions = positions < POSITIONS ? positions : POSITIONS;
     forward_pass f = {
         .a = arguments,
         .group = group,
@@ -819,7 +831,7 @@ mil_cpu_kv_append(mil_context *context, const mil_kv_append *arguments)
 {
     const mil_kv_append a = *arguments;
     int64_t width = a.kv_heads * a.head_dim;
-#pragma omp parallel num_threads(context->threads) if (a.rows.rows * width >= GRAIN)
+#pragma omp parallel num_threads(context->threads) if (a.rows.rows * width >= GRAIN / 4)
     for (int64_t s = 0; s < a.rows.sequences; s++) {
         int64_t begin = a.rows.offsets[s], past = a.rows.past != NULL ? a.rows.past[s] : 0;
         const mil_kv_cache *cache = &a.caches[s];
