@@ -197,6 +197,7 @@ typedef struct plan {
     const mil_linear *products;
     int64_t count;
     int threads;
+    int64_t chunk;         /* rows packed at a time */
     int64_t row_parts;     /* of a chunk */
     int64_t weight;        /* of all rectangles */
     void *panels[3];       /* packed x by dtype; NULL where no product needs it */
@@ -213,9 +214,11 @@ column_blocks(const mil_linear *product)
 static mil_status
 make_plan(mil_context *context, const mil_linear *products, int64_t count, plan *out)
 {
-    const int64_t chunk = smaller(products->rows, MIL_LINEAR_CHUNK);
+    /* Chunks of nearly equal size: a last one of a few rows would read all weights for almost nothing. */
+    const int64_t rows = products->rows, chunks = ceil_div(rows, MIL_LINEAR_CHUNK);
+    const int64_t chunk = smaller(rows, ceil_div(ceil_div(rows, chunks), MIL_LINEAR_ROWS) * MIL_LINEAR_ROWS);
     int64_t blocks = 0, outputs = 0;
-    *out = (plan){.products = products, .count = count};
+    *out = (plan){.products = products, .count = count, .chunk = chunk};
     for (int64_t p = 0; p < count; p++) {
         const mil_linear_kernel *kernel = get_kernel(products[p].dtype);
         void **panel = &out->panels[products[p].dtype];
@@ -287,8 +290,8 @@ run_plan(const plan *plan)
     {
         /* The runtime may give fewer threads than asked for; shares are then taken in turns. */
         const int team = omp_get_num_threads(), me = omp_get_thread_num();
-        for (int64_t row = 0; row < product->rows; row += MIL_LINEAR_CHUNK) {
-            const int64_t rows = smaller(MIL_LINEAR_CHUNK, product->rows - row);
+        for (int64_t row = 0; row < product->rows; row += plan->chunk) {
+            const int64_t rows = smaller(plan->chunk, product->rows - row);
             for (int dtype = 0; dtype < 3; dtype++) {
                 if (plan->panels[dtype] == NULL) {
                     continue;
