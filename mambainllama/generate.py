@@ -34,6 +34,8 @@ MAX_DRAFT_TOKENS = _core.WINDOW - 1
 # Tokens of the prompt that the decoder sees before the new ones, so that spaces and characters that begin in
 # the prompt come out right.
 _TEXT_CONTEXT = 8
+# Tokens that all prompts must begin with before they are read once for all.
+_WORTH_SHARING = 32
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,7 @@ def generate(
         for i in range(count)
     ]
     draft_core = check_draft(model, draft)
+    share_beginning(core_of(model), requests)
     watch = bool(endings.strings or on_text or on_tokens)
     writers = (
         [Writer(model, ids, endings.strings, skip_special_tokens) for ids in tokens]
@@ -430,6 +433,27 @@ def check_draft(model: Any, draft: Any) -> Any:
             "that the difference is padding; a draft must share the model's tokenizer"
         )
     return core
+
+
+def share_beginning(core: _core.Model, requests: list[dict[str, Any]]) -> None:
+    """Where all prompts begin alike (one prompt sampled many times, a system message, examples), that part
+    is read once and each request starts from a copy of the state. The results are the same bits."""
+    prompts = [request["prompt"] for request in requests]
+    if len(prompts) < 2 or any(request.get("state") is not None for request in requests):
+        return
+    shortest = min(map(len, prompts))
+    differs = np.zeros(shortest, bool)
+    for prompt in prompts[1:]:
+        differs |= prompt[:shortest] != prompts[0][:shortest]
+    # Each prompt keeps at least one token to predict from.
+    length = min(int(differs.argmax()) if differs.any() else shortest, shortest - 1)
+    if length < _WORTH_SHARING or any(request.get("prompt_logprobs") for request in requests):
+        return
+    origin = core.state(length)
+    reading = {"prompt": prompts[0][:length], "max_new_tokens": 0, "state": origin}
+    _core.generate(core, [reading])
+    for request in requests:
+        request["origin"] = origin
 
 
 @dataclass(frozen=True)

@@ -345,6 +345,39 @@ def test_prompt_cache(model):
             assert one.length == 50 + 20 - 1
 
 
+def test_many_requests_from_one_state(model):
+    """Requests that begin alike copy one state, which stays as it was."""
+    beginning, rest = some_prompts(45)[0], some_prompts(1, 7, 20, seed=1)
+    prompts = [np.concatenate([beginning, tail]) for tail in rest]
+    options = {**SAMPLED, "max_new_tokens": 12, "logprobs": True}
+    state = model.state()
+    run(model, [beginning], {"max_new_tokens": 0, "state": state})
+    image = state.save()
+    found = run(model, prompts, {**options, "origin": state}, max_batch=2)
+    assert all(map(same, found, run(model, prompts, options)))
+    assert state.save() == image and all(f["stats"]["cached_tokens"] == 45 for f in found)
+    with pytest.raises(_core.StateError, match="in use"):
+        run(
+            model,
+            prompts,
+            {"origin": state},
+            on_tokens=lambda i, t: model.forward([1], states=[state]),
+        )
+    with pytest.raises(_core.Error, match="not both"):
+        run(model, prompts[:1], {"origin": state, "state": model.state()})
+
+
+def test_a_shared_beginning_is_read_once(story):
+    text = " ".join(
+        ["One day, Tom and Lily went to the big park.", "They saw a dog under the tree."] * 3
+    )
+    found = generate(story, [text] * 3 + [text + " It was"], 10, temperature=1.0, seed=[1, 2, 3, 1])
+    assert all(g.stats.cached_tokens == len(found[0].prompt_token_ids) - 1 >= 32 for g in found)
+    for g, prompt, seed in zip(found, [text] * 3 + [text + " It was"], [1, 2, 3, 1], strict=True):
+        [alone] = generate(story, prompt, 10, temperature=1.0, seed=seed)
+        assert alone.token_ids == g.token_ids and alone.stats.cached_tokens == 0
+
+
 def test_a_state_goes_on(model):
     """Generating in two parts through the state is generating at once."""
     [prompt] = some_prompts(21)

@@ -45,6 +45,8 @@ typedef struct mil_request {
      * (the caller's promise), which are not computed again.  Borrowed; when the request has finished it
      * has read prompt and new tokens up to its then `length`.  draft_state: the same for the draft model. */
     mil_state *state, *draft_state;
+    /* Or a state that several requests begin with: copied when the request joins, never changed. */
+    const mil_state *origin;
     int64_t tag; /* the caller's */
 } mil_request;
 

@@ -108,6 +108,10 @@ check_request(const mil_engine_options *options, const mil_request *request)
     }
     MIL_TRY(mil_sampling_check(&request->sampling));
     MIL_TRY(check_state(request->state, options->model, request, "state"));
+    MIL_TRY(check_state(request->origin, options->model, request, "origin"));
+    if (request->state != NULL && request->origin != NULL) {
+        return mil_fail(MIL_ERR_VALUE, "generate: give a request either a state or an origin, not both");
+    }
     if (request->draft_state != NULL && options->draft == NULL) {
         return mil_fail(MIL_ERR_VALUE, "generate: draft_state is given, but there is no draft model");
     }

@@ -109,7 +109,8 @@ take_states(mil_sequence *sequence, const mil_engine_options *options)
     int64_t capacity = request->prompt_count + expected + request->draft_tokens;
     sequence->state = request->state;
     if (sequence->state == NULL) {
-        MIL_TRY(mil_state_init(&sequence->own_state, options->model, capacity));
+        MIL_TRY(request->origin != NULL ? mil_state_copy(&sequence->own_state, request->origin)
+                                        : mil_state_init(&sequence->own_state, options->model, capacity));
         sequence->state = &sequence->own_state;
     }
     if (options->draft_kind == MIL_DRAFT_MODEL && request->draft_tokens > 0) {

@@ -110,14 +110,10 @@ read_sampling(reader *r, mil_sampling *sampling)
     sampling->seed = read_seed(r);
 }
 
-/* A State that no other call uses, or NULL; *found is a borrowed reference. */
+/* The state in `value`, busy from now on, or NULL where it is none or in use; *found borrows `value` then. */
 static mil_state *
-read_state(reader *r, const char *key, PyObject **found)
+claim_state(reader *r, PyObject *value, const char *key, PyObject **found)
 {
-    PyObject *value = read_key(r, key);
-    if (value == NULL) {
-        return NULL;
-    }
     core_sequence_state *state = core_as_state(r->core, value, key);
     if (state == NULL) {
         r->failed = true;
@@ -134,13 +130,21 @@ read_state(reader *r, const char *key, PyObject **found)
     return &state->state;
 }
 
+static mil_state *
+read_state(reader *r, const char *key, PyObject **found)
+{
+    PyObject *value = read_key(r, key);
+    return value == NULL ? NULL : claim_state(r, value, key, found);
+}
+
 /* ---- the call --------------------------------------------------------------------------------------- */
 
 typedef struct generate_call {
     core_state *core;
     mil_engine engine;
-    PyObject *results;                      /* list, one dict a request; NULL where on_finish takes them */
-    PyObject *states;                       /* dict: tag -> tuple of the States that the request keeps busy */
+    PyObject *results; /* list, one dict a request; NULL where on_finish takes them */
+    PyObject *states;  /* dict: tag -> tuple of the States that the request keeps busy */
+    PyObject *origins; /* list of the States that requests copy: busy until the call ends */
     PyObject *on_tokens, *on_finish, *more; /* borrowed, NULL where not wanted */
     int64_t next_tag;
     bool closed; /* `more` has no more */
@@ -186,6 +190,26 @@ keep_states(generate_call *call, int64_t tag, PyObject *state, PyObject *draft_s
     return failed;
 }
 
+/* A State that requests of this call copy when they join; nobody may change it meanwhile. */
+static const mil_state *
+read_origin(generate_call *call, reader *r)
+{
+    PyObject *value = read_key(r, "origin");
+    for (Py_ssize_t i = 0; value != NULL && i < PyList_GET_SIZE(call->origins); i++) {
+        if (PyList_GET_ITEM(call->origins, i) == value) {
+            return &((core_sequence_state *)value)->state;
+        }
+    }
+    PyObject *found = NULL;
+    const mil_state *origin = value == NULL ? NULL : claim_state(r, value, "origin", &found);
+    if (found != NULL && PyList_Append(call->origins, found) < 0) {
+        set_idle(found);
+        r->failed = true;
+        return NULL;
+    }
+    return origin;
+}
+
 /* Reads one dict and hands it to the engine. */
 static int
 submit(generate_call *call, PyObject *dict)
@@ -223,6 +247,7 @@ submit(generate_call *call, PyObject *dict)
     read_sampling(&r, &request.sampling);
     request.state = read_state(&r, "state", &state);
     request.draft_state = read_state(&r, "draft_state", &draft_state);
+    request.origin = read_origin(call, &r);
     if (!r.failed && r.known != PyDict_GET_SIZE(dict)) {
         core_raise_format(call->core, MIL_ERR_VALUE, "generate: a request has an unknown key among %R", dict);
         r.failed = true;
@@ -529,8 +554,9 @@ generate(PyObject *module, PyObject *args, PyObject *keywords)
     }
     int failed = -1;
     call.states = PyDict_New();
+    call.origins = PyList_New(0);
     call.results = call.on_finish == NULL ? PyList_New(0) : NULL;
-    if (call.states != NULL && (call.results != NULL || call.on_finish != NULL)) {
+    if (call.states != NULL && call.origins != NULL && (call.results != NULL || call.on_finish != NULL)) {
         failed = submit_all(&call, requests) < 0 || run(&call) < 0 ? -1 : 0;
     }
     mil_engine_release(&call.engine);
@@ -541,7 +567,11 @@ generate(PyObject *module, PyObject *args, PyObject *keywords)
             set_idle(PyTuple_GET_ITEM(pair, 1));
         }
     }
+    for (Py_ssize_t i = 0; call.origins != NULL && i < PyList_GET_SIZE(call.origins); i++) {
+        set_idle(PyList_GET_ITEM(call.origins, i));
+    }
     Py_XDECREF(call.states);
+    Py_XDECREF(call.origins);
     if (failed) {
         Py_XDECREF(call.results);
         return NULL;
