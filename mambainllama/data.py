@@ -60,6 +60,10 @@ SUFFIXES = (".npz", ".npy", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet", ".txt
 # Tokens checked, hashed or written at once: large enough to be fast, small beside a model.
 BLOCK = 1 << 22
 
+# Records tokenised at once: enough to keep all cores busy.
+BLOCK_RECORDS = 512
+BLOCK_CHARACTERS = 1 << 22
+
 # Files above this many bytes of tokens are told apart by evenly spaced samples instead of every
 # byte.
 FULL_HASH_BYTES = 1 << 28
@@ -108,9 +112,9 @@ class Documents:
                 continue
             digest.update(f"{array.dtype.str}{array.shape}".encode())
             step = max(1, BLOCK // 8)
-            begins = range(0, len(array), step)
+            begins: Iterable[int] = range(0, len(array), step)
             if array.nbytes > FULL_HASH_BYTES:
-                begins = np.linspace(0, len(array) - step, 64).astype(np.int64)
+                begins = np.linspace(0, len(array) - step, 64).astype(np.int64).tolist()
             for begin in begins:
                 digest.update(np.ascontiguousarray(array[begin : begin + step]).tobytes())
         return digest.hexdigest()[:16]
@@ -425,49 +429,108 @@ class TokenFile:
 def documents_of_records(
     records: Iterable[tuple[str, Any]], tokenizer: Any, vocab: int, loss_on: str, skip_bad: bool
 ) -> Documents:
-    """Tokenises records one by one into a mapped file."""
+    """Tokenises records into a mapped file, some hundred at a time, on all cores."""
     if tokenizer is None:
         raise ArgumentError(
             "data is text, but the model has no tokenizer: give token arrays instead"
         )
-    tokens = TokenFile(np.uint16 if vocab <= 1 << 16 else np.int32)
-    targets = TokenFile(np.bool_) if loss_on == "answers" else None
-    starts = [0]
-    skipped = 0
-    last = "data"
+    writer = DocumentWriter(tokenizer, vocab, loss_on == "answers", skip_bad)
     for place, record in records:
-        last = place
+        writer.add(place, record)
+    return writer.documents()
+
+
+# What a record becomes: runs of text, told apart by whether they are to be learnt.
+Segments = list[tuple[str, bool]]
+
+
+class DocumentWriter:
+    """Collects records, tokenises a block of them at once, and writes the tokens to a file."""
+
+    def __init__(self, tokenizer: Any, vocab: int, answers_only: bool, skip_bad: bool):
+        self.tokenizer, self.vocab, self.skip_bad = tokenizer, vocab, skip_bad
+        self.tokens = TokenFile(np.uint16 if vocab <= 1 << 16 else np.int32)
+        self.targets = TokenFile(np.bool_) if answers_only else None
+        self.starts = [0]
+        self.skipped = 0
+        self.place = "data"
+        # Waiting records: place, segments, and whether the tokenizer adds its special tokens.
+        self.block: list[tuple[str, Segments, bool]] = []
+        self.characters = 0
+
+    def add(self, place: str, record: Any) -> None:
+        self.place = place
         try:
-            ids, answer = encode_record(record, tokenizer, loss_on)
-            worst = max(ids) if ids else 0
-            if worst >= vocab:
-                raise BadRecord(
-                    f"the tokenizer gives token {worst}, outside the model's vocabulary [0, "
-                    f"{vocab})"
-                )
+            segments, plain = segments_of(record, self.tokenizer)
         except BadRecord as error:
-            if not skip_bad:
-                raise FormatError(
-                    f"{place}: {error}; mend it, or skip such records with skip_bad"
-                ) from None
-            skipped += 1
-            continue
-        tokens.add(ids)
-        if targets is not None:
-            targets.add(answer)
-        starts.append(tokens.count)
-    if len(starts) == 1:
-        raise FormatError(f"{last}: no usable record ({skipped} bad ones skipped)")
-    return Documents(
-        tokens.array(),
-        np.array(starts, np.int64),
-        targets.array() if targets is not None else None,
-        skipped=skipped,
-    )
+            self.refuse(place, error)
+            return
+        self.block.append((place, segments, plain))
+        self.characters += sum(len(text) for text, _ in segments)
+        if len(self.block) >= BLOCK_RECORDS or self.characters >= BLOCK_CHARACTERS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Tokenises and writes the waiting records."""
+        encoded = {
+            kind: iter(
+                self.tokenizer.encode_batch(
+                    [t for _, segments, plain in self.block if plain is kind for t, _ in segments],
+                    add_special_tokens=kind,
+                )
+            )
+            for kind in (True, False)
+        }
+        for place, segments, plain in self.block:
+            runs = [(next(encoded[plain]), learnt) for _, learnt in segments]
+            try:
+                self.write(runs, plain)
+            except BadRecord as error:
+                self.refuse(place, error)
+        self.block, self.characters = [], 0
+
+    def write(self, runs: list[tuple[list[int], bool]], plain: bool) -> None:
+        ids = [token for run, _ in runs for token in run]
+        end = self.tokenizer.eos_token_id
+        if plain and end is not None and (not ids or ids[-1] != end):
+            ids.append(end)
+        if len(ids) < 2:
+            raise BadRecord("an empty document: nothing to predict")
+        if max(ids) >= self.vocab:
+            raise BadRecord(
+                f"the tokenizer gives token {max(ids)}, outside the model's vocabulary "
+                f"[0, {self.vocab})"
+            )
+        if self.targets is not None:
+            learnt = [flag for run, flag in runs for _ in run]
+            learnt += [True] * (len(ids) - len(learnt))
+            if not any(learnt):
+                raise BadRecord("no assistant message to learn from")
+            self.targets.add(learnt)
+        self.tokens.add(ids)
+        self.starts.append(self.tokens.count)
+
+    def refuse(self, place: str, error: BadRecord) -> None:
+        if not self.skip_bad:
+            raise FormatError(
+                f"{place}: {error}; mend it, or skip such records with skip_bad"
+            ) from None
+        self.skipped += 1
+
+    def documents(self) -> Documents:
+        self.flush()
+        if len(self.starts) == 1:
+            raise FormatError(f"{self.place}: no usable record ({self.skipped} bad ones skipped)")
+        return Documents(
+            self.tokens.array(),
+            np.array(self.starts, np.int64),
+            self.targets.array() if self.targets is not None else None,
+            skipped=self.skipped,
+        )
 
 
-def encode_record(record: Any, tokenizer: Any, loss_on: str) -> tuple[list[int], list[bool] | None]:
-    """Token ids of a record, and with loss_on="answers" which of them are answers."""
+def segments_of(record: Any, tokenizer: Any) -> tuple[Segments, bool]:
+    """A record's runs of text, and whether it is plain text (special tokens are added then)."""
     if isinstance(record, BadRecord):
         raise record
     if not isinstance(record, Mapping):
@@ -475,31 +538,17 @@ def encode_record(record: Any, tokenizer: Any, loss_on: str) -> tuple[list[int],
             f"expected an object with 'text' or 'messages', got {type(record).__name__}"
         )
     if "messages" in record:
-        segments = chat_segments(record["messages"], tokenizer)
-    elif isinstance(record.get("text"), str):
-        ids = list(tokenizer.encode(record["text"]))
-        end = tokenizer.eos_token_id
-        if end is not None and (not ids or ids[-1] != end):
-            ids.append(end)
-        segments = [(ids, True)]
-    else:
-        raise BadRecord(
-            "expected 'text' (a string) or 'messages' (a list), found "
-            f"{listing(record, 5) or 'nothing'}"
-        )
-    ids = [token for segment, _ in segments for token in segment]
-    if len(ids) < 2:
-        raise BadRecord("an empty document: nothing to predict")
-    if loss_on == "all":
-        return ids, None
-    answer = [flag for segment, flag in segments for _ in segment]
-    if not any(answer):
-        raise BadRecord("no assistant message to learn from")
-    return ids, answer
+        return chat_segments(record["messages"], tokenizer), False
+    if isinstance(record.get("text"), str):
+        return [(record["text"], True)], True
+    raise BadRecord(
+        "expected 'text' (a string) or 'messages' (a list), found "
+        f"{listing(record, 5) or 'nothing'}"
+    )
 
 
-def chat_segments(messages: Any, tokenizer: Any) -> list[tuple[list[int], bool]]:
-    """Runs of tokens of a chat, told apart by whether the assistant said them.
+def chat_segments(messages: Any, tokenizer: Any) -> Segments:
+    """Runs of text of a chat, told apart by whether the assistant said them.
 
     Each answer is what the template adds after its generation prompt, and is tokenised on its own:
     just so the model meets it when it generates.
@@ -528,17 +577,14 @@ def chat_segments(messages: Any, tokenizer: Any) -> list[tuple[list[int], bool]]
                     cuts.append((len(prompt), len(answered)))
     except ValueError as error:
         raise BadRecord(f"the chat template refused it ({error})") from None
-    segments, at = [], 0
+    segments: Segments = []
+    at = 0
     for begin, end in cuts:
         segments.append((whole[at:begin], False))
         segments.append((whole[begin:end], True))
         at = end
     segments.append((whole[at:], False))
-    return [
-        (list(tokenizer.encode(text, add_special_tokens=False)), flag)
-        for text, flag in segments
-        if text
-    ]
+    return [(text, learnt) for text, learnt in segments if text]
 
 
 # ---- batches -----------------------------------------------------------------------------------

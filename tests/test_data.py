@@ -26,6 +26,9 @@ class Bytes:
     def encode(self, text, add_special_tokens=True):
         return [1] * add_special_tokens + [2 + byte for byte in text.encode()]
 
+    def encode_batch(self, texts, add_special_tokens=True):
+        return [self.encode(text, add_special_tokens) for text in texts]
+
     def apply_chat_template(self, messages, add_generation_prompt=False):
         text = "".join(f"<{m['role']}>{m['content']}</>" for m in messages)
         return text + "<assistant>" * add_generation_prompt
