@@ -78,6 +78,7 @@ def parse():
     add("--calibration-rows", type=int, default=512)
     add("--batch", type=int, default=8)
     add("--learning-rate", type=float, default=4e-3)
+    add("--muon", type=float, default=0.0, help="rate of Muon on matrices; 0: AdamW alone")
     add("--warmup-steps", type=int, default=50)
     add("--min-learning-rate", type=float, default=0.1)
     add("--vector-rate", type=float, default=1.0)
@@ -141,6 +142,7 @@ def main():
         batch_size=options.batch,
         sequence_length=LENGTH,
         learning_rate=options.learning_rate,
+        muon_learning_rate=options.muon,
         warmup_steps=options.warmup_steps,
         min_learning_rate=options.min_learning_rate,
         vector_rate=options.vector_rate,

@@ -116,6 +116,7 @@ def main():
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--muon", type=float, default=0.02, help="rate of Muon; 0: AdamW alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
@@ -137,6 +138,7 @@ def main():
             batch_size=options.batch,
             sequence_length=options.length,
             learning_rate=options.learning_rate,
+            muon_learning_rate=options.muon,
             min_learning_rate=0.05,
             warmup_steps=40,
             weight_decay=0.1,

@@ -538,9 +538,9 @@ class Printer:
 
 
 def stats_dict(stats: Any) -> dict[str, Any]:
-    from dataclasses import asdict, is_dataclass
+    from dataclasses import asdict
 
-    return asdict(stats) if is_dataclass(stats) else dict(stats)
+    return asdict(stats)
 
 
 def stats_line(stats: Any) -> str:

@@ -98,7 +98,7 @@ class Demo:
             f"{len(self.held)} held out ({len(self.held.tokens):,})"
         )
         students = {name: self.make(name) for name in STUDENTS}
-        results = {
+        results: dict[str, Any] = {
             "comparisons": {name: found["comparisons"] for name, found in students.items()},
             "speed": self.measure({name: found["model"] for name, found in students.items()}),
             "speculation": self.speculate(students["none"]["model"]),
@@ -206,7 +206,7 @@ class Demo:
     def speculate(self, draft: Model) -> list[dict[str, Any]]:
         """Greedy text of the teacher, plain and with drafts: the same tokens, other speeds."""
         self.chapter("Speculative decoding for the teacher (greedy, one prompt at a time)")
-        ways = {
+        ways: dict[str, dict[str, Any]] = {
             "plain": {},
             "draft: the student without attention": {"draft": draft},
             "draft: n-grams": {"draft": "ngram"},

@@ -199,7 +199,7 @@ class DistillTask(Task):
         self.per_row = getattr(config, "reduction", "token") == "reference"
         self.hidden_weight = getattr(config, "hidden_weight", 0.0)
         self.align_fraction = getattr(config, "align_fraction", 0.0)
-        self.names = trainable_names(student, config.train)
+        self.names = trainable_names(student, getattr(config, "train", "all"))
 
         documents = self.read(data)
         held: Documents | None = None

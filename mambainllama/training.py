@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -77,6 +77,9 @@ class TrainingConfig:
         AdamW; the decay touches matrices only.
     max_grad_norm : float
         Gradients are scaled down to this Euclidean norm; 0 leaves them.
+    muon_learning_rate : float
+        Above 0: Muon with this peak rate on the layers' matrices, AdamW on the rest.
+    muon_momentum : float
     vector_rate : float
         Factor on the learning rate of everything that is not a matrix (norms, biases, A_log, D,
         convolutions).
@@ -111,6 +114,8 @@ class TrainingConfig:
     epsilon: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    muon_learning_rate: float = 0.0
+    muon_momentum: float = 0.95
     vector_rate: float = 1.0
     loss_on: str = "all"
     skip_bad: bool = False
@@ -213,6 +218,8 @@ RULES = {
     "epsilon": (number(0, open_low=True), "a number above 0"),
     "weight_decay": (number(0), "a number of at least 0"),
     "max_grad_norm": (number(0), "a number of at least 0 (0: no clipping)"),
+    "muon_learning_rate": (number(0), "a number of at least 0 (0: AdamW everywhere)"),
+    "muon_momentum": (lambda beta: number(0)(beta) and beta < 1, "a number from 0 to below 1"),
     "vector_rate": (number(0), "a number of at least 0"),
     "loss_on": one_of("all", "answers"),
     "skip_bad": (flag, "True or False"),
@@ -322,7 +329,7 @@ class Loop:
         self.warmup = warmup_count(self.total, config.warmup_steps, config.warmup_ratio)
         self.history = History()
         self.progress = progress
-        self.metrics = None
+        self.metrics: TextIO | None = None
         # Sums since the last logged step, tokens since the first.
         self.sums: dict[str, float] = {}
         self.tokens = 0
@@ -443,9 +450,10 @@ class Loop:
     def step(self, step: int, bar: Any) -> None:
         """One optimizer step, its metrics, and an evaluation where one is due."""
         config, done = self.config, step + 1
-        rate = config.learning_rate * rate_factor(
+        factor = rate_factor(
             step, self.total, self.warmup, config.schedule, config.min_learning_rate
         )
+        rate = config.learning_rate * factor
         batches = self.task.batches.step(step)
         window = Window.of(batches)
         sums: dict[str, float] = {"steps": 1.0}
@@ -462,6 +470,8 @@ class Loop:
                 weight_decay=config.weight_decay,
                 max_grad_norm=config.max_grad_norm,
                 vector_rate=config.vector_rate,
+                muon_rate=config.muon_learning_rate * factor,
+                muon_momentum=config.muon_momentum,
             )
         except NonFiniteError as error:
             raise NonFiniteError(self.complaint(done, str(error))) from None
@@ -526,7 +536,8 @@ class Loop:
         if self.folder is None:
             return done
         begin = time.perf_counter()
-        os.fsync(self.metrics.fileno())
+        if self.metrics is not None:
+            os.fsync(self.metrics.fileno())
         per_epoch = self.task.batches.steps_per_epoch
         record = {
             "step": done,

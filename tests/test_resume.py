@@ -34,6 +34,7 @@ SETTINGS = {
     "gradient_accumulation": 2,
     "align_fraction": 0.2,
     "ce_weight": 0.1,
+    "muon_learning_rate": 5e-3,
 }
 
 RUN = """
