@@ -2,24 +2,26 @@
  *
  *   pre[t, c] = bias[c] + sum_j weight[c, j] x[t - width + 1 + j, source(c)],     y = pre or silu(pre)
  *
- * x [rows, inputs], y [rows, channels], channels = inputs * repeat.  With grouped heads (repeat > 1) each run of
- * repeat_group inputs is read `repeat` times, so the repeated inputs never exist in memory:
+ * x [rows, inputs], y [rows, channels], channels = inputs * repeat.  With grouped heads (repeat > 1)
+ * each run of repeat_group inputs is read `repeat` times, so the repeated inputs never exist in memory:
  *
  *   inputs      | run 0 | run 1 |                    repeat = 2
  *   channels    | run 0 | run 0 | run 1 | run 1 |
  *
- * A few multiplications a value make this a matter of memory: each input is read from memory once, by the
- * task that owns its block of up to BLOCK neighbouring inputs.  A block never crosses a run, so
- * inputs and outputs of a block are contiguous for each repetition and loops run over channels, one lane an
- * output.  Weights of a block are transposed first ([width, BLOCK]).
+ * A few multiplications a value make this a matter of memory: each input is read from memory once, by
+ * the task that owns its block of up to BLOCK neighbouring inputs.  A block never crosses a run, so
+ * inputs and outputs of a block are contiguous for each repetition and loops run over channels, one lane
+ * an output.  Weights of a block are transposed first ([width, BLOCK]).
  *
- * Every output is bias + taps in the order j = 0 .. width - 1, wherever its inputs come from: rows of this call, the
- * tail of earlier ones, or zeros before the first token.  So a token's bits do not depend on how tokens arrive.
+ * Every output is bias + taps in the order j = 0 .. width - 1, wherever its inputs come from: rows of
+ * this call, the tail of earlier ones, or zeros before the first token.  So a token's bits do not depend
+ * on how tokens arrive.
  *
  * Backward recomputes pre instead of keeping it.  With g = grad_y silu'(pre):
  *   grad_x[u, s] = sum over repetitions c of s, then t = u .. u + width - 1:  weight[c, j] g[t, c]
  *   grad_weight[c, j] += sum_t g[t, c] x[t - width + 1 + j, s],   grad_bias[c] += sum_t g[t, c]
- * The sums over t run in float32 within pieces of PIECE rows of a sequence, and in float64 over the pieces in order.
+ * The sums over t run in float32 within pieces of PIECE rows of a sequence, and in float64 over the
+ * pieces in order.
  */
 #include "cpu/cpu.h"
 #include "cpu/tail.h"
@@ -85,7 +87,7 @@ load_taps(const mil_conv1d *a, const block *b, taps *taps)
     }
 }
 
-/* The inputs that the row of token t reads, oldest first, for one block. `zeros` stands before the first token. */
+/* The inputs that one block of the row of `token` reads, oldest first; `zeros` for those before the first. */
 static void
 find_inputs(const mil_conv1d *a, const mil_span *span, const mil_mixer_state *state, const block *b,
             int64_t token, const float *zeros, const float **inputs)

@@ -1,28 +1,34 @@
 /* Mamba-1's selective scan: forward and backward.
  *
- * Per channel c and state n, with A = -exp(A_log) and dt_t = clamp(softplus(dt + dt_bias_scale dt_bias)):
+ * Per channel c and state n, with A = -exp(A_log):
  *
+ *   dt_t = clamp(softplus(dt[t] + dt_bias_scale dt_bias))
  *   H_t = exp(dt_t A) H_{t-1} + dt_t x_t B_t[n],   y_t = (D x_t + sum_n C_t[n] H_t[n]) silu(z_t)
  *
- * The decay differs in every channel and state, so there is no matrix form: the work is one exponential and three
- * multiplications for each of rows * inner * state_dim elements, and H must stay in the first-level cache.
- * Tasks are blocks of up to LANES channels that read the same B and C group; a block's H and A lie as
- * [state_dim, LANES], one lane a channel, so the sum over n is a chain in each lane and no sum crosses lanes.
- * States in memory are [state_dim, inner] for the same reason.  Unused lanes of a short block compute zeros.
+ * The decay differs in every channel and state, so there is no matrix form: the work is one exponential
+ * and three multiplications for each of rows * inner * state_dim elements, and H must stay in the
+ * first-level cache.  Tasks are blocks of up to LANES channels that read the same B and C group; a
+ * block's H and A lie as [state_dim, LANES], one lane a channel, so the sum over n is a chain in each
+ * lane and no sum crosses lanes.  States in memory are [state_dim, inner] for the same reason.  Unused
+ * lanes of a short block compute zeros.
  *
- * Bits: H after a token is a function of H before it, whoever runs the step, so prefill, one token at a time
- * and replaying a tail agree bit for bit.  A step starts from `current` if that is the state after `past` tokens (plain
- * decoding), and else replays the tail from `state`, which moves on a window at a time (device.h).
+ * Bits: H after a token is a function of H before it, whoever runs the step, so prefill, one token at a
+ * time and replaying a tail agree bit for bit.  A step starts from `current` if that is the state after
+ * `past` tokens (plain decoding), and else replays the tail from `state`, which moves on a window at a
+ * time (device.h).
  *
- * Backward recomputes: a first pass keeps H every PIECE rows (1 / PIECE of what storing all states would take), then
- * pieces are taken from the last to the first, each recomputed with all its H and decays kept, and gone through backwards.
- * With e = grad_y silu(z), and K the gradient of H_t:
- *   K += C_t e_t,   grad_C_t = sum_c e_t H_t,   grad_B_t = sum_c K dt_t x_t,   grad_x_t = D e_t + dt_t sum_n K B_t
- *   q = K decay_t H_{t-1}:  grad_dt_t = x_t sum_n K B_t + sum_n A q,   grad_A_log += dt_t A q (sum over t),   K *= decay_t
- * Sums over the channels of a group: within a block in a fixed tree, then blocks in order.  Parameters' gradients: float32
- * within a piece, float64 over the pieces and sequences in order.
+ * Backward recomputes: a first pass keeps H every PIECE rows (1 / PIECE of what storing all states would
+ * take), then pieces are taken from the last to the first, each recomputed with all its H and decays
+ * kept, and gone through backwards.  With e = grad_y silu(z), and K the gradient of H_t:
+ *   K += C_t e_t,  q = K decay_t H_{t-1}
+ *   grad_C_t = sum_c e_t H_t,              grad_B_t = sum_c K dt_t x_t
+ *   grad_x_t = D e_t + dt_t sum_n K B_t,   grad_dt_t = x_t sum_n K B_t + sum_n A q
+ *   grad_A_log += dt_t A q,                K *= decay_t
  *
- * Source: Gu & Dao 2023 (arXiv 2312.00752), section 3 and algorithm 2; recomputation as in its section 3.3.2.
+ * Sums over the channels of a group: within a block in a fixed tree, then blocks in order.  Parameters'
+ * gradients: float32 within a piece, float64 over the pieces and sequences in order.
+ *
+ * Source: Gu & Dao 2023 (arXiv 2312.00752), sections 3.2 and 3.3.2 (recomputation).
  */
 #include "cpu/cpu.h"
 #include "cpu/tail.h"
@@ -197,7 +203,7 @@ step(const block *b, const float *dt, const float *x, const float *B, const floa
 
 /* ---- forward ----------------------------------------------------------------------------------------- */
 
-/* Rows of this call from `first` to `end` (of the sequence) for one block. Their dt go to `kept` where token >= from. */
+/* Rows first .. end of the sequence for one block; dt of tokens from `from` on go to `kept`. */
 MIL_VECTORISE static void
 run_rows(const mil_scan *a, const block *b, const mil_span *span, int64_t first, int64_t end, float *H,
          float *kept, int64_t from)
@@ -261,7 +267,7 @@ store_H(const mil_scan *a, const block *b, const float *H, float *state)
     }
 }
 
-/* Brings H to `past` tokens and, where the boundary moves over tokens of earlier calls, `state` to `after`. */
+/* Brings H to `past` tokens, and `state` to `after` where the boundary moves over earlier calls' tokens. */
 static void
 start_from_state(const mil_scan *a, const block *b, const mil_span *span, const mil_mixer_state *state,
                  float *H)
@@ -408,7 +414,8 @@ typedef struct lane_sums {
     double D_sum[LANES], dt_sum[LANES];
 } lane_sums;
 
-/* Where a gradient that several blocks or channels add to goes: the result itself, or partial rows to be added up. */
+/* Where a gradient goes: into the result, or where several blocks or channels add to it into partial
+ * rows, to be added up later. */
 typedef struct partial_rows {
     float *rows;
     int64_t stride;
@@ -526,8 +533,8 @@ gate_backward(const mil_scan_grad *g, const block *b, int64_t row, const float *
     store_lanes(b->width, grad_z, (float *)g->grad_z + row * g->grad_z_stride + b->channel);
 }
 
-/* The recurrence of one row, backwards: K and q of the block, this row's grad_B and grad_C; into_B = sum_n K B and
- * into_A = sum_n A q for each lane. */
+/* The recurrence of one row, backwards: K and q of the block, this row's grad_B and grad_C, and for each
+ * lane into_B = sum_n K B and into_A = sum_n A q (times log2(e)). */
 MIL_INLINE void
 step_backward(const block *b, const float *dt, const float *x, const float *e, const float *B, const float *C,
               const float *decay, const float *before, const float *after, const backward_memory *m,

@@ -57,10 +57,10 @@ static const float log2_e = 1.442695041f;
 
 /* ---- tiles of outputs -------------------------------------------------------------------------------- */
 
-/* acc[r][j] += sum_k c[k][r] v[k][j] for k = 0 .. count - 1 in order, where c[k][r] = c[r * c_row + k * c_step] and
- * v[k] begins at v + k * v_step.  With `rows` 4 and `width` LANES known, the compiler keeps acc in registers: six
- * loads for eight multiplications of vectors.  `wide` is for a single row of 4 * LANES outputs: then acc[r] is its
- * r-th part. */
+/* acc[r][j] += sum_k c[r, k] v[k][j] for k = 0 .. count - 1 in order; c[r, k] is at r * c_row + k * c_step
+ * of c, row k of v at k * v_step.  With `rows` = TILE and `width` = LANES known, the compiler keeps acc in
+ * registers: six loads for eight multiplications of AVX2 vectors.  `wide` is for a single row of
+ * rows * LANES outputs: then acc[r] is its r-th part. */
 MIL_INLINE void
 accumulate(int rows, bool wide, int64_t width, float (*acc)[LANES], int64_t count, const float *c,
            int64_t c_row, int64_t c_step, const float *v, int64_t v_step)
@@ -93,7 +93,7 @@ clear(int rows, float (*acc)[LANES])
 /* Rows first .. length - 1 of an output that mixes a matrix and a triangle of weights:
  *
  *   m_i   = sum_k a_i[k] matrix[k]
- *   u_i   = scale[i] m_i + sum_k weights[i][k] b_k, k <= i;  with `upper` weights[k][i] and k >= i, k < length
+ *   u_i   = scale[i] m_i + sum_k weights[i][k] b_k, k <= i;  `upper`: weights[k][i], i <= k < length
  *   out_i = u_i, then factor[i] u_i where `factor` is given, then + D extra_i where `extra` is given
  *   matrix_dots[i] += m_i . matrix_dot_i,  dots[i] += u_i . dot_i, where these are given
  *
@@ -162,7 +162,7 @@ add_triangle(const mix *m, int rows, bool wide, int64_t width, int64_t i, int64_
     }
 }
 
-/* Outputs of one tile: `rows` rows from i on and `width` columns from `column` on, or rows * LANES columns of row i. */
+/* One tile: `width` columns from `column` on of `rows` rows from i on, or if wide rows * LANES of row i. */
 MIL_INLINE void
 mix_tile(const mix *m, int rows, bool wide, int64_t width, int64_t i, int64_t column)
 {
@@ -451,7 +451,7 @@ get_A(const mil_ssd *a, int64_t head)
     return A > 1e30f ? -1e30f : -A;
 }
 
-/* dt after bias, softplus and clamp for one row; `free` (may be NULL) is its derivative by dt, 0 where clamped. */
+/* dt after bias, softplus and clamp for one row; `slope` (may be NULL): its derivative, 0 where clamped. */
 MIL_VECTORISE static void
 fill_dt(const mil_ssd *a, const float *raw, float *dt, float *slope)
 {
@@ -470,9 +470,9 @@ fill_dt(const mil_ssd *a, const float *raw, float *dt, float *slope)
     }
 }
 
-/* copy[s] = `width` floats at `column` of token start + s, from the tail or this call's rows, for first <= s < length.
- * Rows of a projection often lie a power of two apart, where sixteen of them push each other out of the
- * first-level cache; copies without gaps do not. */
+/* copy[s] = `width` floats at `column` of token start + s, from the tail or this call's rows, for
+ * first <= s < length.  Rows of a projection often lie a power of two apart, where sixteen of them push
+ * each other out of the first-level cache; copies without gaps do not. */
 static void
 copy_rows(const mil_span *span, const float *tail, int64_t tail_stride, const void *rows, int64_t row_stride,
           int64_t column, int64_t width, int64_t start, int64_t first, int64_t length, float *copy)
@@ -572,7 +572,7 @@ cut_heads(const mil_ssd *a, int threads)
     return t;
 }
 
-/* Brings what head `head` + h reads of the window at `start` into m, leaving what the head before it has brought. */
+/* Brings into m what head `head` + h reads of the window at `start`, unless the head before it did. */
 static void
 load_window(const mil_ssd *a, const mil_span *span, const mil_mixer_state *state, int64_t head, int64_t h,
             int64_t start, int64_t first, int64_t length, const forward_memory *m)
@@ -822,8 +822,8 @@ add_decay_gradients(const window *w, const float (*terms)[WINDOW], const float *
     }
 }
 
-/* All gradients of a window. `before` is H^T, NULL for zeros; G and G_T are NULL after the last window. `transposed` is
- * workspace. */
+/* All gradients of a window. `before` is H^T, NULL for zeros; G and G_T are NULL after the last window.
+ * `transposed` is workspace. */
 MIL_VECTORISE static void
 window_backward(const window *w, const float *before, const float *G, const float *G_T, float *transposed,
                 window_grad *g)
@@ -910,7 +910,8 @@ window_backward(const window *w, const float *before, const float *G, const floa
     add_decay_gradients(w, (const float (*)[WINDOW])terms, start_dots, end_dots, through, g);
 }
 
-/* Where a head's gradient of a tensor goes: the result itself, or where heads share it, a row of its own to be summed. */
+/* Where a head's gradient of a tensor goes: into the result, or where heads share it into rows of its own,
+ * to be added up later. */
 typedef struct head_rows {
     float *rows; /* [rows, heads, width] or the result */
     int64_t stride, width;

@@ -1,12 +1,12 @@
 /* Where one sequence's tokens are in a mixer call, and how its tails move on afterwards.
  *
- * A tail array holds rows of tokens; token t is row t - boundary + lead, where lead is 0, or conv_width - 1 for
- * the convolution's inputs.  A call starts with `boundary` and leaves `after` (mil_boundary_after):
+ * A tail array holds rows of tokens; token t is row t - boundary + lead, where lead is conv_width - 1 for
+ * the convolution's inputs, else 0.  A call starts with `boundary` and leaves `after` (mil_boundary_after):
  *
- *   before   | lead | boundary .......... past |                        rows of this call: past .. past + count
+ *   before   | lead | boundary .......... past |            rows of this call: past .. past + count
  *   after                     | lead | after ............ past + count |
  *
- * Operators read the old tail and these rows while they compute, and move the tail when all of them have.
+ * Operators read the old tail and these rows while they compute, and move the tail at the end.
  */
 #ifndef MIL_CPU_TAIL_H
 #define MIL_CPU_TAIL_H

@@ -1,4 +1,4 @@
-/* float32 functions for vectorised loops, and the macro that compiles a loop for several instruction sets.
+/* float32 functions for vectorised loops, and the macro that compiles them for several processors.
  *
  *   mil_expf      e^x           0 below 2^-126 (no subnormal results), inf above the largest float, NaN stays
  *   mil_decayf    2^x, x <= 0   the decays of state-space models; 0 from 2^-127 down
@@ -8,13 +8,14 @@
  *
  * Why our own: a call of libm in a loop keeps the compiler from vectorising it, and vector libraries
  * round differently from one instruction set to the next.  Everything here is straight-line: selections
- * instead of branches, integer arithmetic on the exponent instead of ldexp.  Errors, measured over
- * their ranges against long double: below 1 unit in the last place (ulp) for mil_expf and mil_decayf, 2.5 for the others.
+ * instead of branches, integer arithmetic on the exponent instead of ldexp.  Errors (tests/c): below 1
+ * unit in the last place (ulp) for mil_expf and mil_decayf, 2.5 for the others.
  *
- * Bits: the build uses -ffp-contract=off (part of -std=c11), so a product and a sum are fused exactly where mil_fma
- * says so.  An elementwise loop therefore gives the same bits in its vector body, in its scalar
- * remainder and on every instruction set with a fused multiply-add.  Sums over a vector's lanes have no such promise; the
- * kernels that need it keep lanes apart (one lane an output element) or in arrays of fixed size.
+ * Bits: the build uses -ffp-contract=off (part of -std=c11), so a product and a sum are fused exactly
+ * where mil_fma says so.  An elementwise loop therefore gives the same bits in its vector body, in its
+ * scalar remainder and on every instruction set with a fused multiply-add.  Sums over a vector's lanes
+ * have no such promise; the kernels that need it keep lanes apart (one lane an output element) or in
+ * arrays of fixed size.
  */
 #ifndef MIL_CPU_VECTOR_H
 #define MIL_CPU_VECTOR_H
@@ -24,8 +25,8 @@
 
 #include "base/dtype.h"
 
-/* MIL_VECTORISE before a function compiles it for each level of x86-64 and picks one when the library is loaded;
- * what it calls must be inlined into it to profit.  Other processors have one level.  Sanitizers
+/* MIL_VECTORISE before a function compiles it for each level of x86-64 and picks one when the library is
+ * loaded; what it calls must be inlined into it to profit.  Other processors have one level.  Sanitizers
  * instrument the picking, which runs before they do: they get one version. */
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
@@ -57,8 +58,8 @@ mil_fma(float a, float b, float c)
 #endif
 }
 
-/* condition ? a : b, both computed. Written with ?: the compiler would move the work for `a` behind a branch, and a
- * loop with a branch around what may raise floating-point flags is not vectorised. */
+/* condition ? a : b, both computed. Written with ?: the compiler would move the work for `a` behind a
+ * branch, and a loop with a branch around what may raise floating-point flags is not vectorised. */
 MIL_INLINE float
 mil_select(int condition, float a, float b)
 {
@@ -97,9 +98,9 @@ mil_expf(float x)
     return mil_select(x < -87.33654f, 0.0f, power);
 }
 
-/* x = n + r with |r| <= 1/2 exactly, 2^r = 1 + r q(r), q of degree 5 with equal ripples of 2e-9.  At x = -127 that is
- * a 1 whose exponent bits are taken away, which is 0; between -127 and -126 it is something as small.
- * x > 0 is not for this function; a decay is 2^(dt A log2(e)), A < 0. */
+/* x = n + r with |r| <= 1/2 exactly, 2^r = 1 + r q(r), q of degree 5 with equal ripples of 2e-9.
+ * At x = -127 that is a 1 whose exponent bits are taken away, which is 0; between -127 and -126 it is
+ * something as small.  x > 0 is not for this function; a decay is 2^(dt A log2(e)), A < 0. */
 MIL_INLINE float
 mil_decayf(float x)
 {
@@ -127,8 +128,8 @@ mil_siluf(float x)
     return x / (1.0f + mil_expf(-x));
 }
 
-/* With u = e^-|x| in [0, 1] and s = u / (2 + u): log(1 + u) = 2 atanh(s) = u - s (u - s^2 P(s^2)), which has no
- * cancellation for small u. */
+/* With u = e^-|x| in [0, 1] and s = u / (2 + u): log(1 + u) = 2 atanh(s) = u - s (u - s^2 P(s^2)), which
+ * has no cancellation for small u. */
 MIL_INLINE float
 mil_softplusf(float x)
 {

@@ -14,6 +14,9 @@
     X(test_memory_threads)           \
     X(test_dtype_bfloat16)           \
     X(test_dtype_float16)            \
+    X(test_vector_errors)            \
+    X(test_vector_bits)              \
+    X(test_vector_extremes)          \
     X(test_operators_repeat)         \
     X(test_operators_threads)        \
     X(test_operators_without_memory) \
