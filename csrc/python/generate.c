@@ -272,6 +272,25 @@ done:
     return failed;
 }
 
+/* A request that came by `more` and makes no sense is its sender's affair: on_finish gets the exception, and the
+ * others go on. Anything but an exception of ours ends the call. */
+static int
+report_refusal(generate_call *call)
+{
+    if (!PyErr_ExceptionMatches(call->core->error)) {
+        return -1;
+    }
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    PyErr_NormalizeException(&type, &value, &traceback);
+    PyObject *ignored = PyObject_CallFunction(call->on_finish, "LO", (long long)call->next_tag++, value);
+    Py_XDECREF(type);
+    Py_XDECREF(value);
+    Py_XDECREF(traceback);
+    Py_XDECREF(ignored);
+    return ignored == NULL ? -1 : 0;
+}
+
 static int
 submit_all(generate_call *call, PyObject *requests)
 {
@@ -282,6 +301,9 @@ submit_all(generate_call *call, PyObject *requests)
     int failed = 0;
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(list) && !failed; i++) {
         failed = submit(call, PySequence_Fast_GET_ITEM(list, i));
+        if (failed && call->more != NULL) {
+            failed = report_refusal(call);
+        }
         if (!failed && call->results != NULL) {
             failed = PyList_Append(call->results, Py_None);
         }

@@ -1,0 +1,272 @@
+"""An engine: one thread that generates for many others, in one batch.
+
+Requests may come at any time and from any thread; they join the running batch at its next round, which is
+what a server needs (continuous batching).  Finished texts leave their states behind for a while, so a
+chat's next turn, or another question about the same document, only reads what is new.
+
+>>> with Engine(model) as engine:                                      # doctest: +SKIP
+...     tickets = [engine.submit(prompt, max_new_tokens=64) for prompt in prompts]
+...     for piece in tickets[0]:                                       # text as it comes
+...         print(piece, end="")
+...     answers = [ticket.result() for ticket in tickets]
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from . import _core
+from .errors import ArgumentError, StateError
+from .generate import (
+    Endings,
+    Generation,
+    Writer,
+    as_generation,
+    check_draft,
+    check_draft_tokens,
+    core_of,
+    read_prompts,
+)
+
+__all__ = ["Engine", "Ticket"]
+
+_OPTIONS = (
+    "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "logprobs",
+    "prompt_logprobs", "top_logprobs", "draft_tokens",
+)  # fmt: skip
+
+
+class Ticket:
+    """A request that is being worked on.
+
+    Iterating gives the text piece by piece; `result` waits for the whole.
+    """
+
+    def __init__(self, prompt: np.ndarray, writer: Writer, on_text: Callable[[str], Any] | None):
+        self._prompt, self._writer, self._on_text = prompt, writer, on_text
+        self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._done = threading.Event()
+        self._outcome: Generation | BaseException | None = None
+        self._cancelled = False
+        self._state: _core.State | None = None
+
+    def result(self, timeout: float | None = None) -> Generation:
+        """The finished generation.
+
+        Raises
+        ------
+        TimeoutError
+            It is not finished yet.
+        Error
+            What went wrong.
+        """
+        if not self._done.wait(timeout):
+            raise TimeoutError("the generation is not finished yet")
+        if isinstance(self._outcome, BaseException):
+            raise self._outcome
+        return self._outcome
+
+    def __iter__(self) -> Iterator[str]:
+        while (piece := self._pieces.get()) is not None:
+            yield piece
+        self.result()
+
+    @property
+    def done(self) -> bool:
+        return self._done.is_set()
+
+    def cancel(self) -> None:
+        """Ends it at its next token; the result has finish_reason "cancelled"."""
+        self._cancelled = True
+
+    def _tell(self, piece: str) -> None:
+        if piece:
+            self._pieces.put(piece)
+            if self._on_text is not None and self._on_text(piece) is True:
+                self._cancelled = True
+
+    def _finish(self, outcome: Generation | BaseException) -> None:
+        self._outcome = outcome
+        self._done.set()
+        self._pieces.put(None)
+
+
+class Engine:
+    """Generates for many threads at once.
+
+    Parameters
+    ----------
+    model
+        From `mil.load` or `mil.convert`.
+    draft
+        As for `mil.generate`.
+    max_batch
+        Requests that run at once; the others wait.
+    cached_states
+        How many finished texts' states to keep for prompts that begin with them; 0: none. A state takes
+        `model.core.state_bytes(length)` bytes.
+    """
+
+    def __init__(self, model: Any, draft: Any = None, max_batch: int = 16, cached_states: int = 8):
+        self.model, self.core = model, core_of(model)
+        self._draft = check_draft(model, draft)
+        self._max_batch = max_batch
+        self._cache = StateCache(self.core, cached_states)
+        self._condition = threading.Condition()
+        self._arrived: deque[tuple[Ticket, dict[str, Any]]] = deque()
+        self._tickets: dict[int, Ticket] = {}
+        self._count = 0
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="mambainllama engine", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self,
+        prompt: Any,
+        *,
+        stop: Any = None,
+        on_text: Callable[[str], Any] | None = None,
+        skip_special_tokens: bool = True,
+        **options: Any,
+    ) -> Ticket:
+        """Queues one prompt; returns at once.
+
+        Parameters
+        ----------
+        prompt
+            A str, token ids, or a chat, as for `mil.generate`.
+        on_text
+            Called with each piece of text, in the engine's thread: keep it short. True cancels.
+        stop, skip_special_tokens, options
+            As for `mil.generate`.
+
+        Raises
+        ------
+        ArgumentError
+            The prompt or an option's name makes no sense. (A senseless value is `Ticket.result`'s error.)
+        """
+        unknown = [name for name in options if name not in _OPTIONS]
+        if unknown:
+            raise ArgumentError(
+                f"submit: unknown option {unknown[0]}; there are {', '.join(_OPTIONS)}"
+            )
+        prompts = read_prompts(self.model, prompt)
+        if len(prompts) != 1:
+            raise ArgumentError(f"submit: expected one prompt, got {len(prompts)}")
+        if "draft_tokens" in options:
+            check_draft_tokens(options["draft_tokens"])
+        endings = Endings.of(self.model, stop)
+        writer = Writer(self.model, prompts[0], endings.strings, skip_special_tokens)
+        ticket = Ticket(prompts[0], writer, on_text)
+        if options.get("top_logprobs"):
+            options["logprobs"] = True
+        request = {"prompt": prompts[0], "stop": endings.tokens, **options}
+        with self._condition:
+            if self._closed:
+                raise StateError("submit: the engine is closed")
+            self._arrived.append((ticket, request))
+            self._condition.notify()
+        return ticket
+
+    def close(self, wait: bool = True) -> None:
+        """Finishes what was submitted, then stops. New requests are refused at once."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify()
+        if wait and threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # ---- in the engine's thread
+
+    def _run(self) -> None:
+        try:
+            _core.generate(
+                self.core,
+                [],
+                draft=self._draft,
+                max_batch=self._max_batch,
+                more=self._more,
+                on_tokens=self._hear,
+                on_finish=self._finished,
+            )
+        except BaseException as error:  # whoever waits has to know
+            with self._condition:
+                self._closed = True
+                waiting = [*self._tickets.values(), *(ticket for ticket, _ in self._arrived)]
+                self._arrived.clear()
+            for ticket in waiting:
+                ticket._finish(error)
+
+    def _more(self, wait: bool) -> list[dict[str, Any]] | None:
+        with self._condition:
+            while wait and not self._arrived and not self._closed:
+                self._condition.wait()
+            arrived = list(self._arrived)
+            self._arrived.clear()
+            if not arrived:
+                return None if self._closed and wait else []
+        requests = []
+        for ticket, request in arrived:
+            self._tickets[self._count] = ticket
+            self._count += 1
+            if not request.get("prompt_logprobs"):
+                ticket._state = request["state"] = self._cache.find(request["prompt"])
+            requests.append(request)
+        return requests
+
+    def _hear(self, index: int, tokens: list[int]) -> int | None:
+        ticket = self._tickets[index]
+        piece, keep = ticket._writer.push(tokens)
+        ticket._tell(piece)
+        return keep if keep is not None else -1 if ticket._cancelled else None
+
+    def _finished(self, index: int, result: dict[str, Any] | BaseException) -> None:
+        ticket = self._tickets.pop(index)
+        if isinstance(result, BaseException):
+            ticket._finish(result)
+            return
+        ticket._tell(ticket._writer.finish())
+        self._cache.add(ticket._state, np.concatenate([ticket._prompt, result["tokens"]]))
+        ticket._finish(as_generation(ticket._writer.close(), result, ticket._prompt, None))
+
+
+class StateCache:
+    """States of recent texts, for prompts that begin with one of them."""
+
+    def __init__(self, core: _core.Model, size: int):
+        self.core, self.size = core, size
+        self.kept: list[tuple[np.ndarray, _core.State]] = []  # the latest last
+
+    def find(self, prompt: np.ndarray) -> _core.State | None:
+        """A copy of the state that has read most of the prompt, or an empty state; None where none are kept."""
+        if self.size == 0:
+            return None
+        best = None
+        for tokens, state in self.kept:
+            longer = best is None or state.length > best.length
+            fits = state.length < len(prompt) and np.array_equal(tokens, prompt[: len(tokens)])
+            best = state if longer and fits else best
+        return self.core.state() if best is None else best.copy()
+
+    def add(self, state: _core.State | None, text: np.ndarray) -> None:
+        """Keeps the state of a finished text, in place of those of its beginnings."""
+        if state is None or state.length == 0:
+            return
+        tokens = text[: state.length]
+        self.kept = [
+            (old, of) for old, of in self.kept if not np.array_equal(old, tokens[: len(old)])
+        ]
+        self.kept.append((tokens, state))
+        del self.kept[: -self.size]
