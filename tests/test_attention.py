@@ -174,7 +174,11 @@ def run_cached(q, k, v, caches, dtype, offsets, past, window):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("change", [{}, {"window": 50}, {"heads": 2}, {"head_dim": 20}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"window": 50}, {"heads": 2}, {"head_dim": 20}, {"heads": 6, "kv_heads": 3}],
+    ids=str,
+)
 def test_prefill_decode_verify_and_batch_are_the_same_bits(dtype, change, threads):
     case = BASE | {"lengths": (1100, 260)} | change
     q, k, v, _, offsets = make(case)

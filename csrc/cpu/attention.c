@@ -45,9 +45,10 @@
 
 enum {
     BLOCK = MIL_TILE_KEYS,
-    SPLIT = 512,      /* keys a split, a multiple of BLOCK */
-    ROWS_A_TILE = 96, /* most query rows (positions x heads of a group) a forward tile, roughly */
-    POSITIONS = 48,   /* most query positions of a tile: more waste scores beyond the diagonal */
+    SPLIT = 512,             /* keys a split, a multiple of BLOCK */
+    ROWS_A_TILE = 96,        /* most query rows (positions x heads of a group) a forward tile, roughly */
+    POSITIONS = 48,          /* most query positions of a tile: more waste scores beyond the diagonal */
+    ROWS_OF_ALL_HEADS = 256, /* most query rows of a tile that takes several key heads */
     LANES_OF_SUM = 16,
     GRAIN = 1 << 17, /* multiplications that are worth waking the team for */
 };
@@ -129,7 +130,7 @@ scale_row(int64_t width, float *row, float factor)
 
 /* A tile of query positions of one sequence with the heads of one key head, and the splits to walk. */
 typedef struct tile {
-    int64_t sequence, kv_head;
+    int64_t sequence, kv_head, kv_heads;
     int64_t first_row, positions;    /* rows of the packed arrays */
     int64_t first_position;          /* position of first_row in its sequence */
     int64_t first_split, last_split; /* one past */
@@ -151,8 +152,8 @@ typedef struct workspace {
 
 typedef struct forward_pass {
     const mil_attention *a;
-    int64_t group;           /* query heads a key head */
-    int64_t positions, rows; /* of a full tile */
+    int64_t group;                     /* query heads a key head */
+    int64_t positions, kv_heads, rows; /* of a full tile */
     int64_t acc_stride;
     mil_tile_kernels kernels;
 } forward_pass;
@@ -204,36 +205,44 @@ get_source(const mil_attention *a, int64_t sequence, int64_t kv_head, bool value
     return (mil_tile_source){(const char *)(rows + kv_head * a->head_dim), MIL_F32, a->kv_stride};
 }
 
-/* One block of keys for all rows of a tile. */
+static int64_t
+rows_of(const forward_pass *f, const tile *t)
+{
+    return t->kv_heads * t->positions * f->group;
+}
+
+/* One block of keys of one key head, for its rows of the tile: those from first_row on. */
 static void
-forward_block(const forward_pass *f, const tile *t, int64_t block, workspace *w, sums *to)
+forward_block(const forward_pass *f, const tile *t, int64_t kv_head, int64_t block, workspace *w, sums *to)
 {
     const mil_attention *a = f->a;
-    int64_t first = block * BLOCK, rows = t->positions * f->group;
+    int64_t first = block * BLOCK, rows = t->positions * f->group, first_row = (kv_head - t->kv_head) * rows;
     int64_t keys = t->first_position + t->positions - first;
     keys = keys < BLOCK ? keys : BLOCK;
+    const float *q = w->q + first_row * f->acc_stride;
+    float *acc = to->acc + first_row * f->acc_stride;
 
-    f->kernels.pack_transposed(get_source(a, t->sequence, t->kv_head, false), first, keys, a->head_dim, w->k);
-    f->kernels.pack_rows(get_source(a, t->sequence, t->kv_head, true), first, keys, a->head_dim, 1.0f, w->v);
-    f->kernels.product(rows, mil_round_up(keys, MIL_TILE_STRIP), a->head_dim, w->q, f->acc_stride, 1, w->k,
+    f->kernels.pack_transposed(get_source(a, t->sequence, kv_head, false), first, keys, a->head_dim, w->k);
+    f->kernels.pack_rows(get_source(a, t->sequence, kv_head, true), first, keys, a->head_dim, 1.0f, w->v);
+    f->kernels.product(rows, mil_round_up(keys, MIL_TILE_STRIP), a->head_dim, q, f->acc_stride, 1, w->k,
                        mil_tile_stride(BLOCK), w->scores, BLOCK, false);
     for (int64_t row = 0; row < rows; row++) {
         int64_t position = t->first_position + row / f->group;
         int low = place_in_block(first_key(a->window, position), first),
             high = place_in_block(position + 1, first);
-        float rescale = softmax_block(w->scores + row * BLOCK, low, high, &to->state[row]);
+        float rescale = softmax_block(w->scores + row * BLOCK, low, high, &to->state[first_row + row]);
         if (rescale != 1.0f) {
-            scale_row(f->acc_stride - MIL_TILE_STRIP, to->acc + row * f->acc_stride, rescale);
+            scale_row(f->acc_stride - MIL_TILE_STRIP, acc + row * f->acc_stride, rescale);
         }
     }
     f->kernels.product(rows, f->acc_stride - MIL_TILE_STRIP, keys, w->scores, BLOCK, 1, w->v, f->acc_stride,
-                       to->acc, f->acc_stride, true);
+                       acc, f->acc_stride, true);
 }
 
 static void
 forward_split(const forward_pass *f, const tile *t, int64_t split, workspace *w, sums *to)
 {
-    int64_t rows = t->positions * f->group;
+    int64_t rows = rows_of(f, t);
     for (int64_t row = 0; row < rows; row++) {
         to->state[row] = (softmax_row){NO_SCORE, 0};
     }
@@ -244,7 +253,9 @@ forward_split(const forward_pass *f, const tile *t, int64_t split, workspace *w,
     first = first > split * per_split ? first : split * per_split;
     last = last < (split + 1) * per_split ? last : (split + 1) * per_split;
     for (int64_t block = first; block < last; block++) {
-        forward_block(f, t, block, w, to);
+        for (int64_t kv_head = t->kv_head; kv_head < t->kv_head + t->kv_heads; kv_head++) {
+            forward_block(f, t, kv_head, block, w, to);
+        }
     }
 }
 
@@ -252,7 +263,7 @@ static void
 merge(const forward_pass *f, const tile *t, sums *to, const sums *from)
 {
     int64_t stride = f->acc_stride;
-    for (int64_t row = 0; row < t->positions * f->group; row++) {
+    for (int64_t row = 0; row < rows_of(f, t); row++) {
         merge_rows(stride - MIL_TILE_STRIP, &to->state[row], to->acc + row * stride, &from->state[row],
                    from->acc + row * stride);
     }
@@ -263,8 +274,9 @@ static void
 write_result(const forward_pass *f, const tile *t, const sums *from)
 {
     const mil_attention *a = f->a;
-    for (int64_t row = 0; row < t->positions * f->group; row++) {
-        int64_t packed = t->first_row + row / f->group, head = t->kv_head * f->group + row % f->group;
+    for (int64_t row = 0; row < rows_of(f, t); row++) {
+        int64_t packed = t->first_row + row / f->group % t->positions;
+        int64_t head = (t->kv_head + row / (f->group * t->positions)) * f->group + row % f->group;
         const float *acc = from->acc + row * f->acc_stride;
         float *y = (float *)a->y + packed * a->y_stride + head * a->head_dim;
         float inverse = 1.0f / from->state[row].sum;
@@ -281,11 +293,11 @@ static void
 forward_tile(const forward_pass *f, const tile *t, workspace *w, sums *partials)
 {
     const mil_attention *a = f->a;
-    for (int64_t position = 0; position < t->positions; position++) {
-        const float *q = (const float *)a->q + (t->first_row + position) * a->q_stride;
+    for (int64_t i = 0; i < t->kv_heads * t->positions; i++) {
+        const float *q = (const float *)a->q + (t->first_row + i % t->positions) * a->q_stride;
         mil_tile_source heads = {(const char *)q, MIL_F32, a->head_dim};
-        f->kernels.pack_rows(heads, t->kv_head * f->group, f->group, a->head_dim, a->scale,
-                             w->q + position * f->group * f->acc_stride);
+        f->kernels.pack_rows(heads, (t->kv_head + i / t->positions) * f->group, f->group, a->head_dim,
+                             a->scale, w->q + i * f->group * f->acc_stride);
     }
     if (t->partial >= 0) {
         forward_split(f, t, t->first_split, w, &partials[t->partial]);
@@ -307,7 +319,7 @@ count_tiles(const forward_pass *f)
     for (int64_t s = 0; s < rows->sequences; s++) {
         count += (rows->offsets[s + 1] - rows->offsets[s] + f->positions - 1) / f->positions;
     }
-    return count * f->a->kv_heads;
+    return count * (f->a->kv_heads / f->kv_heads);
 }
 
 /* Longest first within a sequence, so that threads that take tiles as they come end together. */
@@ -320,11 +332,12 @@ list_tiles(const forward_pass *f, tile *tiles)
         int64_t past = a->rows.past != NULL ? a->rows.past[s] : 0;
         for (int64_t first = (count - 1) / f->positions * f->positions; count > 0 && first >= 0;
              first -= f->positions) {
-            for (int64_t kv_head = 0; kv_head < a->kv_heads; kv_head++) {
+            for (int64_t kv_head = 0; kv_head < a->kv_heads; kv_head += f->kv_heads) {
                 int64_t positions = count - first < f->positions ? count - first : f->positions;
                 int64_t last_key = past + first + positions - 1;
                 *tiles++ = (tile){s,
                                   kv_head,
+                                  f->kv_heads,
                                   begin + first,
                                   positions,
                                   past + first,
@@ -370,7 +383,7 @@ count_work(const forward_pass *f, const tile *tiles, int64_t count)
     for (int64_t i = 0; i < count; i++) {
         int64_t end = tiles[i].first_position + tiles[i].positions;
         int64_t keys = end - first_key(f->a->window, tiles[i].first_position);
-        work += 2 * keys * (tiles[i].positions * f->group + 2) * f->a->head_dim;
+        work += 2 * keys * tiles[i].kv_heads * (tiles[i].positions * f->group + 2) * f->a->head_dim;
     }
     return work;
 }
@@ -390,7 +403,7 @@ forward_by_splits(mil_context *context, const forward_pass *f, const tile *tiles
             items[next] = tiles[i];
             items[next].first_split = split;
             items[next].partial = next;
-            MIL_TRY(push_sums(context->scratch, f, tiles[i].positions * f->group, &partials[next]));
+            MIL_TRY(push_sums(context->scratch, f, rows_of(f, &tiles[i]), &partials[next]));
         }
     }
 #pragma omp parallel num_threads(context->threads)
@@ -440,6 +453,30 @@ run_forward(mil_context *context, const forward_pass *f)
     return MIL_OK;
 }
 
+/* Key heads a tile. With few query rows (decoding, verification) memory is what costs, and rows of all key
+ * heads lie together: then a tile takes as many heads as leave two items a thread. */
+static int64_t
+share_heads(const mil_context *context, const mil_attention *a, int64_t *positions)
+{
+    int64_t longest = 0, items = 0;
+    for (int64_t s = 0; s < a->rows.sequences; s++) {
+        int64_t count = a->rows.offsets[s + 1] - a->rows.offsets[s];
+        int64_t end = count + (a->rows.past != NULL ? a->rows.past[s] : 0);
+        longest = count > longest ? count : longest;
+        items += (end - first_key(a->window, end) + SPLIT - 1) / SPLIT;
+    }
+    if (longest > *positions || longest * a->heads > ROWS_OF_ALL_HEADS) {
+        return 1;
+    }
+    *positions = longest > 0 ? longest : 1;
+    int64_t kv_heads = a->kv_heads;
+    while (a->kv_heads % kv_heads != 0 ||
+           (kv_heads > 1 && items * (a->kv_heads / kv_heads) < 2 * context->threads)) {
+        kv_heads--;
+    }
+    return kv_heads;
+}
+
 mil_status
 mil_cpu_attention_forward(mil_context *context, const mil_attention *arguments)
 {
@@ -447,11 +484,13 @@ mil_cpu_attention_forward(mil_context *context, const mil_attention *arguments)
     int64_t group = arguments->heads / arguments->kv_heads;
     int64_t positions = group < ROWS_A_TILE ? ROWS_A_TILE / group : 1;
     positions = positions < POSITIONS ? positions : POSITIONS;
+    int64_t kv_heads = share_heads(context, arguments, &positions);
     forward_pass f = {
         .a = arguments,
         .group = group,
         .positions = positions,
-        .rows = positions * group,
+        .kv_heads = kv_heads,
+        .rows = positions * group * kv_heads,
         .acc_stride = mil_tile_stride(arguments->head_dim),
         .kernels = mil_tile_get_kernels(),
     };
