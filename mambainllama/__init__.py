@@ -21,6 +21,7 @@ from .errors import (
 )
 from .generate import Generation, GenerationStats, Score, generate, score
 from .history import History
+from .label import label
 from .model import Model, load
 from .tokenizer import Tokenizer
 from .training import TrainingInterrupted
@@ -56,6 +57,7 @@ __all__ = [
     "errors",
     "evaluate",
     "generate",
+    "label",
     "load",
     "ops",
     "score",

@@ -18,7 +18,7 @@ from typing import Any
 
 from . import _core
 from ._version import __version__
-from .errors import Error
+from .errors import ArgumentError, Error
 
 __all__ = ["main"]
 
@@ -84,7 +84,9 @@ def make_parser() -> argparse.ArgumentParser:
     for add in (
         add_info,
         add_convert,
+        add_label,
         add_distill,
+        add_sft,
         add_generate,
         add_chat,
         add_eval,
@@ -425,6 +427,93 @@ def models_of(options: argparse.Namespace, recipe: Any) -> tuple[Any, Any]:
             words.get("seed", 0),
         )
     return teacher, convert(source, calibration=calibration, **words)
+
+
+# ---- label and sft -----------------------------------------------------------------------------
+
+
+def add_label(commands: Any, common: Any) -> None:
+    parser = add_command(
+        commands,
+        common,
+        "label",
+        run_label,
+        "let a teacher answer prompts, as training data",
+        "mambainllama label my-llama prompts.jsonl answers.jsonl --temperature 0.7",
+    )
+    parser.add_argument("model", help="folder or Hub id of the teacher")
+    parser.add_argument("prompts", help=".jsonl(.gz) of {prompt}, {messages} or {text}")
+    parser.add_argument("output", help=".jsonl file to write")
+    parser.add_argument("--resume", action="store_true", help="go on behind what OUTPUT holds")
+    parser.add_argument("--max-new-tokens", type=int, default=1024)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--max-batch", type=int, default=16, help="prompts that run at once")
+
+
+def run_label(options: argparse.Namespace) -> None:
+    from .label import label
+
+    rows = label(
+        load_model(options, options.model),
+        options.prompts,
+        options.output,
+        resume=options.resume,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+        max_batch=options.max_batch,
+        progress=not options.json and sys.stderr.isatty(),
+    )
+    facts = {"output": options.output, "answers": len(rows)}
+    show(options, facts, f"{len(rows)} answers written to {options.output}")
+
+
+def add_sft(commands: Any, common: Any) -> None:
+    parser = add_command(
+        commands,
+        common,
+        "sft",
+        run_sft,
+        "fine-tune a model on chats or text",
+        "mambainllama sft my-hybrid --data answers.jsonl --output run --set learning_rate=2e-5",
+    )
+    parser.add_argument("model", help="folder or Hub id")
+    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="training files")
+    parser.add_argument("--validation", metavar="FILE", help="held-out file")
+    parser.add_argument("--output", default="run", help="folder of metrics, checkpoints and model")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of mil.SftConfig"
+    )
+
+
+def run_sft(options: argparse.Namespace) -> None:
+    from dataclasses import fields
+
+    from .distill import SftConfig, sft
+    from .recipe import closest, parse_override
+
+    known = [field.name for field in fields(SftConfig)]
+    settings: dict[str, Any] = {"seed": options.seed}
+    for text in options.set:
+        _, key, value = parse_override(f"sft.{text}")
+        if key not in known:
+            raise ArgumentError(f"--set: unknown setting {key!r}{closest(key, known)}")
+        settings[key] = value
+    model = load_model(options, options.model)
+    history = sft(
+        model,
+        options.data,
+        SftConfig(**settings),
+        options.output,
+        options.resume,
+        validation=options.validation,
+        progress=False if options.json else None,
+    )
+    facts = {"output": options.output, **history.final}
+    show(options, facts, f"{history!r}\ntrained model: {Path(options.output) / 'model'}")
 
 
 # ---- generate and chat -------------------------------------------------------------------------

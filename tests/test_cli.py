@@ -21,7 +21,18 @@ from mambainllama.cli import main, make_parser
 from mambainllama.conversation import Conversation
 from mambainllama.recipe import KEYS, read_recipe
 
-COMMANDS = ("info", "convert", "distill", "generate", "chat", "eval", "bench", "demo")
+COMMANDS = (
+    "info",
+    "convert",
+    "label",
+    "distill",
+    "sft",
+    "generate",
+    "chat",
+    "eval",
+    "bench",
+    "demo",
+)
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +257,19 @@ def test_shipped_recipes_are_valid():
     for path in sorted(Path(mil.__file__).parents[1].glob("recipes/*.toml")):
         read_recipe(path)
     assert set(KEYS) == {"teacher", "student", "data", "distill", "output"}
+
+
+def test_label_then_fine_tune(capsys, teacher, tmp_path):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"hello {n}"}) + "\n" for n in range(6)))
+    answers, output = tmp_path / "a.jsonl", tmp_path / "run"
+    found = run_json(capsys, "label", teacher, prompts, answers, "--max-new-tokens", "6")
+    assert found["answers"] == 6
+    options = ("--data", answers, "--output", output, "--set", "skip_bad=true")
+    final = run_json(capsys, "sft", teacher, *options, "--set", "learning_rate=1e-3")
+    assert final["step"] == 1 and mil.load(output / "model").num_parameters
+    status, _, error = run(capsys, "sft", teacher, *options, "--set", "learnig_rate=1")
+    assert status == 2 and "did you mean 'learning_rate'?" in error
 
 
 # ---- chats

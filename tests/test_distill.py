@@ -98,7 +98,7 @@ def test_accumulation_equals_the_larger_batch(teacher, tokens, loss):
     whole, parts = gradients(16, 1), gradients(4, 4)
     for name, gradient in whole.items():
         scale = np.abs(gradient).max() + 1e-12
-        assert np.abs(parts[name] - gradient).max() < 2e-5 * scale, name
+        assert np.abs(parts[name] - gradient).max() < 1e-4 * scale, name
 
 
 def test_reported_losses_are_means_over_tokens(teacher, tokens):

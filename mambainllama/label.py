@@ -1,0 +1,168 @@
+"""Labelling: a teacher answers prompts, and the answers become training data.
+
+Sequence-level distillation trains a student on what its teacher says: this makes that text, in the
+form that `mil.sft` and `mil.distill` read.  Every finished block of answers is appended to the file
+at once, and a run that was stopped goes on behind the last whole line.
+
+>>> rows = mil.label(teacher, ["What is a list?"], "answers.jsonl")      # doctest: +SKIP
+>>> mil.sft(student, "answers.jsonl")                                    # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .data import BadRecord, expand_paths, read_records
+from .errors import ArgumentError, FileError, FormatError, StateError
+from .generate import generate
+
+__all__ = ["label"]
+
+BLOCK = 64  # prompts answered between two writes
+
+
+def label(
+    teacher: Any,
+    prompts: Any,
+    output: str | os.PathLike | None = None,
+    *,
+    resume: bool = False,
+    max_new_tokens: int = 1024,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    max_batch: int = 16,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """The teacher's answers to prompts, as training records.
+
+    Parameters
+    ----------
+    teacher : model with a tokenizer
+        where the teacher has a chat template, else a text to go on with.
+        {"text": ...}. A chat is answered from its last user message on; a str is a user's message
+        where the teacher has a chat template, else a text to continue.
+    output : file to append records to, or None
+    resume : bool
+        Keep what `output` holds, and answer the prompts behind it.
+    max_new_tokens, temperature, top_k, top_p, seed, max_batch
+        As for `mil.generate`; the prompt with number i draws with seed + i.
+
+    Returns
+    -------
+    list of dict
+        {"messages": [...]} with the answer as its last message, or {"text": prompt + answer}. Those
+        of this call; with `resume`, those in the file are not among them.
+
+    Raises
+    ------
+    mil.ArgumentError, mil.FormatError, mil.FileError, mil.StateError
+    """
+    if teacher.tokenizer is None:
+        raise ArgumentError("label: the teacher has no tokenizer")
+    chats = teacher.tokenizer.chat_template is not None
+    asked = [as_prompt(place, record, chats) for place, record in records_of(prompts)]
+    done = 0
+    path = None if output is None else Path(output)
+    if path is not None and path.exists():
+        if not resume:
+            raise StateError(
+                f"{path}: is there already; resume=True goes on, or choose another file"
+            )
+        done = keep_whole_lines(path)
+        if done > len(asked):
+            raise StateError(f"{path}: holds {done} answers, but there are {len(asked)} prompts")
+    rows: list[dict[str, Any]] = []
+    for first in bar(range(done, len(asked), BLOCK), progress):
+        block = asked[first : first + BLOCK]
+        answers = generate(
+            teacher,
+            block,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=[seed + first + i for i in range(len(block))],
+            max_batch=max_batch,
+        )
+        new = [as_record(prompt, a.text) for prompt, a in zip(block, answers, strict=True)]
+        if path is not None:
+            append(path, new)
+        rows += new
+    return rows
+
+
+def records_of(prompts: Any) -> Iterator[tuple[str, Any]]:
+    """(place, prompt) of a list or of a file."""
+    if isinstance(prompts, (str, os.PathLike)):
+        for path in expand_paths([prompts]):
+            yield from read_records(path, False)
+    elif isinstance(prompts, Sequence):
+        for index, prompt in enumerate(prompts):
+            yield f"prompts[{index}]", prompt
+    else:
+        raise ArgumentError("label: prompts must be a list of str or chats, or a .jsonl file")
+
+
+def as_prompt(place: str, record: Any, chats: bool) -> Any:
+    """What `generate` takes: a str or a chat that ends with a user's message."""
+    if isinstance(record, BadRecord):
+        raise FormatError(f"{place}: {record}")
+    if isinstance(record, Mapping):
+        found = next((record[k] for k in ("messages", "prompt", "text") if k in record), None)
+        if found is None:
+            raise FormatError(f"{place}: expected 'prompt', 'messages' or 'text'")
+        record = found
+    if isinstance(record, str):
+        return [{"role": "user", "content": record}] if chats else record
+    messages = list(record) if isinstance(record, Sequence) else []
+    while messages and isinstance(messages[-1], Mapping) and messages[-1].get("role") != "user":
+        messages.pop()
+    if not messages or not all(isinstance(m, Mapping) for m in messages):
+        raise FormatError(f"{place}: expected a str, or a chat with a user's message")
+    if not chats:
+        raise FormatError(f"{place}: is a chat, but the teacher has no chat template")
+    return [{"role": m.get("role"), "content": m.get("content")} for m in messages]
+
+
+def as_record(prompt: Any, answer: str) -> dict[str, Any]:
+    if isinstance(prompt, str):
+        return {"text": prompt + answer}
+    return {"messages": [*prompt, {"role": "assistant", "content": answer}]}
+
+
+def append(path: Path, rows: list[dict[str, Any]]) -> None:
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise FileError(
+            f"{path}: {error.strerror}; what was written before is whole lines"
+        ) from None
+
+
+def keep_whole_lines(path: Path) -> int:
+    """Cuts a last line that a killed run left unfinished; returns how many lines there are."""
+    whole, lines = 0, 0
+    with open(path, "rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            whole += len(line)
+            lines += 1
+    if whole < path.stat().st_size:
+        os.truncate(path, whole)
+    return lines
+
+
+def bar(blocks: range, progress: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(blocks, desc="label", unit=f"{BLOCK} prompts", disable=not progress)

@@ -1,0 +1,70 @@
+"""Labelling gives records that training reads, in order, and goes on where it stopped."""
+
+import json
+import sys
+
+import pytest
+from tiny_models import write_llama
+
+import mambainllama as mil
+from mambainllama import label
+from mambainllama.data import read_documents
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return mil.load(write_llama(tmp_path_factory.mktemp("label") / "llama", scale=2.0))
+
+
+PROMPTS = [f"question {n}" for n in range(7)]
+
+
+def test_answers_become_records(teacher, tmp_path):
+    rows = label(teacher, PROMPTS, tmp_path / "a.jsonl", max_new_tokens=5)
+    assert [row["messages"][0]["content"] for row in rows] == PROMPTS
+    [alone] = mil.generate(teacher, [rows[3]["messages"][:1]], max_new_tokens=5)
+    assert rows[3]["messages"][1] == {"role": "assistant", "content": alone.text}
+    lines = (tmp_path / "a.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == rows
+    documents = read_documents(
+        tmp_path / "a.jsonl", teacher.tokenizer, vocab=264, loss_on="answers", skip_bad=True
+    )
+    assert len(documents) + documents.skipped == len(PROMPTS)
+
+
+def test_a_stopped_run_goes_on(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["mambainllama.label"], "BLOCK", 2)
+    whole = label(teacher, PROMPTS, tmp_path / "whole.jsonl", max_new_tokens=4, temperature=0.9)
+    part = tmp_path / "part.jsonl"
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    part.write_text("".join(lines[:4]) + lines[4][:9])  # killed while it wrote
+    with pytest.raises(mil.StateError, match="is there already"):
+        label(teacher, PROMPTS, part)
+    rest = label(teacher, PROMPTS, part, resume=True, max_new_tokens=4, temperature=0.9)
+    assert rest == whole[4:] and part.read_text() == "".join(lines)
+    with pytest.raises(mil.StateError, match="holds 7 answers"):
+        label(teacher, PROMPTS[:2], part, resume=True)
+
+
+def test_kinds_of_prompts(teacher, tmp_path):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "old"}]
+    path = tmp_path / "p.jsonl"
+    records = [{"prompt": "a"}, {"messages": chat}, {"text": "a"}]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    rows = label(teacher, path, max_new_tokens=3)
+    assert rows[0] == rows[1] == rows[2]
+    bare = mil.load(write_llama(tmp_path / "bare", scale=2.0))
+    bare.tokenizer.chat_template = None
+    [row] = label(bare, ["abc"], max_new_tokens=3)
+    assert row["text"].startswith("abc")
+
+
+def test_mistakes(teacher, tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a"}\n{"question": "b"}\n')
+    with pytest.raises(mil.FormatError, match=r"p\.jsonl:2: expected 'prompt'"):
+        label(teacher, path)
+    with pytest.raises(mil.FormatError, match=r"prompts\[0\]"):
+        label(teacher, [[{"role": "assistant", "content": "x"}]])
+    with pytest.raises(mil.ArgumentError):
+        label(teacher, 7)
