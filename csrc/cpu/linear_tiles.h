@@ -160,7 +160,7 @@ tile(int dtype, int w_count, int x_count, const tile_work *work)
         if (dtype != EXPANDED && x_count > 1) {
             UNROLL
             for (int j = 0; j < w_count; j++) {
-                __builtin_prefetch(weight[j] + offset + ahead);
+                __builtin_prefetch(weight[j] + offset + ahead, 0, 2); /* into L2: L1 has no room */
             }
         }
         tile_step(dtype, w_count, x_count, weight, offset, panel, sums);
