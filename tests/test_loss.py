@@ -119,6 +119,29 @@ def test_weights_of_16_bits(dtype):
     assert_equals_reference(got, reference.linear_loss(**doubles(inputs | rounded), **OPTIONS))
 
 
+@pytest.mark.slow
+def test_large_weights_of_16_bits_are_widened_in_panels():
+    """135 million weights, all but a few rows zero, so that the float64 judge stays small."""
+    rng = np.random.default_rng(10)
+    vocab, hidden, some = 131_500, 1031, rng.choice(131_500, 40, replace=False)
+    x = rng.normal(size=(3, hidden)).astype(np.float32)
+    weight = np.zeros((vocab, hidden), np.uint16)
+    rows = from_float32(rng.normal(size=(40, hidden)).astype(np.float32) / 10, "bfloat16")
+    weight[some] = rows
+    labels = some[:3]
+    got = ops.linear_loss(
+        x, weight, labels=labels, ce_weight=1.0, dtype="bfloat16", out={"grad_weight": None}
+    )
+    z = np.zeros((3, vocab))
+    z[:, some] = x.astype(np.float64) @ to_float32(rows, "bfloat16").T
+    log_p = reference.log_softmax(z)
+    assert got["ce"] == pytest.approx(-log_p[np.arange(3), labels].sum(), rel=1e-6)
+    grad_z = np.exp(log_p)
+    grad_z[np.arange(3), labels] -= 1
+    expected = grad_z[:, some] @ to_float32(rows, "bfloat16")
+    np.testing.assert_allclose(got["grad_x"], expected, atol=1e-6)
+
+
 def test_skipped_rows_and_added_gradients():
     """Rows of weight 0 may hold anything; grad_weight is added to, and may be left out."""
     inputs = make(BASE)

@@ -17,14 +17,14 @@
  *
  * Order.  Blocks begin at multiples of BLOCK keys and splits at multiples of SPLIT keys of the sequence,
  * wherever the query rows begin.  Within a block the order is that of tile_product.h for S and P V, and
- * LANES_OF_SUM lanes for the sum of P.  Keys that a row may not see take part as exact zeros.  So a row's bits
- * depend on its position and the keys only: prefill, decoding one token, verifying a window and any batch
- * agree, and a long context can be split between threads when there are fewer tiles than threads (flash
- * decoding).
+ * LANES_OF_SUM lanes for the sum of P.  Keys that a row may not see take part as exact zeros.  So a row's
+ * bits depend on its position and the keys only: prefill, decoding one token, verifying a window and any
+ * batch agree, and a long context can be split between threads when there are fewer tiles than threads
+ * (flash decoding).
  *
- * Bytes: each key and value is read once for all heads of its group.  Prefill multiplies ROWS_A_TILE rows by a
- * block whose transposition is amortised over them.  Decoding and verification are bound by memory: there a
- * tile takes several key heads, block by block, because their rows are neighbours in the cache.
+ * Bytes: each key and value is read once for all heads of its group.  Prefill multiplies ROWS_A_TILE rows
+ * by a block whose transposition is amortised over them.  Decoding and verification are bound by memory:
+ * there a tile takes several key heads, block by block, because their rows are neighbours in the cache.
  *
  * Backward recomputes P from the saved L = log_sum_exp (5 products instead of a [length, length] array):
  *   D = rowsum(grad_y y),  dP = grad_y V^T,  dS = P (dP - D)
