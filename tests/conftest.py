@@ -3,8 +3,13 @@
 import os
 from pathlib import Path
 
-import numpy as np
-import pytest
+# Tests run teams larger than the machine; threads that spin while they wait then keep those that
+# work
+# from running. libgomp reads this when it is loaded, so it is set before anything else is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -20,7 +20,10 @@
     X(test_operators_repeat)         \
     X(test_operators_threads)        \
     X(test_operators_without_memory) \
-    X(test_operators_concurrently)
+    X(test_operators_concurrently)   \
+    X(test_model_life)               \
+    X(test_model_without_memory)     \
+    X(test_model_hostile_images)
 
 #define DECLARE(name) void name(void);
 TESTS(DECLARE)

@@ -22,13 +22,7 @@ enum {
     RESULT = 4096,
 };
 
-/* libgomp waits in ways that ThreadSanitizer cannot see, so under it teams have one thread and what is judged is
- * calls that run at the same time. */
-#if defined(__SANITIZE_THREAD__)
-enum { TEAM = 1, LARGEST_TEAM = 1 };
-#else
-enum { TEAM = 2, LARGEST_TEAM = 5 };
-#endif
+enum { LARGEST_TEAM = TEST_TEAM == 1 ? 1 : 5 };
 
 /* Inputs that all cases share, and one case's outputs. */
 typedef struct data {
@@ -412,7 +406,7 @@ static mil_status
 run_case(int i, data *d, mil_arena *arena, int threads)
 {
     data_clear(d);
-    mil_context context = {.ops = &mil_cpu_ops, .scratch = arena, .threads = threads};
+    mil_context context = {.ops = &mil_cpu_ops, .scratch = arena, .host = arena, .threads = threads};
     return cases[i].run(&context, d);
 }
 
@@ -429,10 +423,10 @@ test_operators_repeat(void)
     data first = data_new(), second = data_new();
     mil_arena arena = {0};
     for (int i = 0; i < CASES; i++) {
-        check_status(run_case(i, &first, &arena, TEAM), MIL_OK, cases[i].name, __FILE__, __LINE__);
+        check_status(run_case(i, &first, &arena, TEST_TEAM), MIL_OK, cases[i].name, __FILE__, __LINE__);
         CHECK(arena.in_use == 0); /* workspace was rewound */
         mil_arena_rewind(&arena, (mil_arena_mark){0});
-        check_status(run_case(i, &second, &arena, TEAM), MIL_OK, cases[i].name, __FILE__, __LINE__);
+        check_status(run_case(i, &second, &arena, TEST_TEAM), MIL_OK, cases[i].name, __FILE__, __LINE__);
         mil_arena_rewind(&arena, (mil_arena_mark){0});
         check(same_outputs(&first, &second), cases[i].name, __FILE__, __LINE__);
     }
@@ -465,13 +459,13 @@ test_operators_without_memory(void)
     data whole = data_new(), d = data_new();
     for (int i = 0; i < CASES; i++) {
         mil_arena arena = {0};
-        check_status(run_case(i, &whole, &arena, TEAM), MIL_OK, cases[i].name, __FILE__, __LINE__);
+        check_status(run_case(i, &whole, &arena, TEST_TEAM), MIL_OK, cases[i].name, __FILE__, __LINE__);
         mil_arena_release(&arena);
         mil_status status = MIL_ERR_MEMORY;
         for (int allocations = 0; allocations < 100 && status != MIL_OK; allocations++) {
             int64_t blocks = mil_memory_blocks();
             mil_memory_fail_after(allocations);
-            status = run_case(i, &d, &arena, TEAM);
+            status = run_case(i, &d, &arena, TEST_TEAM);
             mil_memory_fail_after(-1);
             check(status == MIL_OK || status == MIL_ERR_MEMORY, cases[i].name, __FILE__, __LINE__);
             CHECK(arena.in_use == 0); /* rewound on failure, too */
