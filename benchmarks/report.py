@@ -207,10 +207,11 @@ def page(reports: Sequence[dict[str, Any]]) -> str:
     """Markdown of several reports."""
     parts = ["# Measured figures\n"]
     parts.append(
-        "Written by `make bench ARGS=--save` from the JSON files beside this page, which hold every "
-        "round's values.\nPeers run in turns with this project in the same minutes on the same "
-        "machine; figures are medians, ± half the\ndistance of the extremes; ratios, medians of "
-        "each round's ratio.\n"
+        "Written by `make bench ARGS=--save` from the JSON files beside this page, which hold the\n"
+        "values of every round. Peers run in turns with this project, in the same minutes on the\n"
+        "same machine; figures are medians, ± half the distance of the extremes; ratios, medians\n"
+        "of each round's ratio. Load averages count the benchmark itself: about the number of\n"
+        "threads after a run alone, more where others worked beside it.\n"
     )
     for report in reports:
         here = report["machine"]
@@ -231,7 +232,7 @@ def page(reports: Sequence[dict[str, Any]]) -> str:
 
 
 def write_page(folder: Path) -> None:
-    order = {"decode": 0, "rows": 1, "training": 2}
+    order = {"decode": 0, "rows": 1, "prefill": 2, "training": 3}
     reports = [json.loads(path.read_text()) for path in folder.glob("*.json")]
     reports = [r for r in reports if "sections" in r]
     reports.sort(key=lambda r: (order.get(r["benchmark"], 9), r["benchmark"]))

@@ -16,7 +16,7 @@ from typing import Any
 import checkpoints
 import numpy as np
 from checkpoints import LLAMA_1B, Shape
-from peers import Peer, interleave, start
+from peers import Absent, Peer, interleave, start
 from report import Report, arguments, middle, ratio, spread
 
 OURS = "mambainllama"
@@ -58,18 +58,24 @@ def measure(report: Report, shape: Shape) -> None:
         report.heard(peers)
         for peer in peers.values():
             peer("context", tokens=before)
-        seconds = time_rounds(peers, window, options)
+        seconds = time_rounds(peers, window, options, report.absent)
     show(report, seconds)
 
 
-def time_rounds(peers: dict[str, Peer], window: list[int], options: Any):
+def time_rounds(
+    peers: dict[str, Peer], window: list[int], options: Any, absent: dict[str, str]
+) -> dict[str, dict[int, list[float]]]:
     """label -> number of rows -> seconds of each round."""
     seconds = {label: {count: [] for count in COUNTS} for label in peers}
     for _, order in interleave(peers, options.rounds):
-        for label in order:
-            for count in COUNTS:
-                found = peers[label]("rows", tokens=window[:count], repeats=options.repeats)
-                seconds[label][count].append(found)
+        for label in [label for label in order if label in seconds]:
+            try:
+                for count in COUNTS:
+                    found = peers[label]("rows", tokens=window[:count], repeats=options.repeats)
+                    seconds[label][count].append(found)
+            except Absent as reason:
+                absent[label] = str(reason)
+                del seconds[label]
     return seconds
 
 

@@ -4,7 +4,6 @@ Weights come as GGUF in bfloat16, written here from the same safetensors.  llama
 called directly: the package's Python loop around them would cost it a copy of the logits a token.
 """
 
-import importlib.metadata
 import json
 import sys
 import time
@@ -27,10 +26,10 @@ def start(threads):
 
     team = threads
     llama.llama_backend_init()
-    system = llama.llama_print_system_info().decode()
+    system = llama.llama_print_system_info().decode().partition(":")[2]
     used = [part.strip() for part in system.split("|") if part.strip().endswith("= 1")]
     return {
-        "llama-cpp-python": importlib.metadata.version("llama-cpp-python"),
+        "llama-cpp-python": llama.__version__,
         "llama.cpp": ", ".join(part.removesuffix(" = 1") for part in used),
     }
 

@@ -86,13 +86,13 @@ def rows(tokens, repeats):
 
     Transformers only: the states of torch_hybrid's mixers cannot be taken back.
     """
-    length, seconds = cache.get_seq_length(), []
+    seconds = []
     with torch.inference_mode():
         for _ in range(repeats + 1):
             begin = time.perf_counter()
             model(torch.tensor([tokens]), past_key_values=cache, use_cache=True)
             seconds.append(time.perf_counter() - begin)
-            cache.crop(length)
+            cache.crop(-len(tokens))
     return sorted(seconds[1:])[repeats // 2]
 
 
