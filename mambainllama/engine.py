@@ -1,8 +1,8 @@
 """An engine: one thread that generates for many others, in one batch.
 
-Requests may come at any time and from any thread; they join the running batch at its next round, which is
-what a server needs (continuous batching).  Finished texts leave their states behind for a while, so a
-chat's next turn, or another question about the same document, only reads what is new.
+Requests may come at any time and from any thread; they join the running batch at its next round,
+which is what a server needs (continuous batching).  Finished texts leave their states behind for a
+while, so a chat's next turn, or another question about the same document, only reads what is new.
 
 >>> with Engine(model) as engine:                                      # doctest: +SKIP
 ...     tickets = [engine.submit(prompt, max_new_tokens=64) for prompt in prompts]
@@ -37,8 +37,8 @@ from .generate import (
 __all__ = ["Engine", "Ticket"]
 
 _OPTIONS = (
-    "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "logprobs",
-    "prompt_logprobs", "top_logprobs", "draft_tokens",
+    "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed",
+    "logprobs", "prompt_logprobs", "top_logprobs", "draft_tokens",
 )  # fmt: skip
 
 
@@ -109,8 +109,8 @@ class Engine:
     max_batch
         Requests that run at once; the others wait.
     cached_states
-        How many finished texts' states to keep for prompts that begin with them; 0: none. A state takes
-        `model.core.state_bytes(length)` bytes.
+        How many finished texts' states to keep for prompts that begin with them; 0: none. A state
+        takes `model.core.state_bytes(length)` bytes.
     """
 
     def __init__(self, model: Any, draft: Any = None, max_batch: int = 16, cached_states: int = 8):
@@ -149,7 +149,8 @@ class Engine:
         Raises
         ------
         ArgumentError
-            The prompt or an option's name makes no sense. (A senseless value is `Ticket.result`'s error.)
+            The prompt or an option's name makes no sense. (A senseless value is `Ticket.result`'s
+            error.)
         """
         unknown = [name for name in options if name not in _OPTIONS]
         if unknown:
@@ -250,7 +251,8 @@ class StateCache:
         self.kept: list[tuple[np.ndarray, _core.State]] = []  # the latest last
 
     def find(self, prompt: np.ndarray) -> _core.State | None:
-        """A copy of the state that has read most of the prompt, or an empty state; None where none are kept."""
+        """A copy of the state that has read most of the prompt, or an empty state; None where none
+        are kept."""
         if self.size == 0:
             return None
         best = None

@@ -1,19 +1,21 @@
-"""Generation: continue texts, token lists or chats, greedily or by sampling, with or without a draft.
+"""Generation: continue texts, token lists or chats, greedily or by sampling, with or without a
+draft.
 
->>> [answer] = mil.generate(model, "Once upon a time", max_new_tokens=64)            # doctest: +SKIP
->>> answers = mil.generate(model, prompts, temperature=0.8, seed=range(len(prompts)))   # doctest: +SKIP
->>> mil.generate(model, prompts, draft="ngram")[0].stats.acceptance                    # doctest: +SKIP
+>>> [answer] = mil.generate(model, "Once upon a time", max_new_tokens=64)    # doctest: +SKIP
+>>> answers = mil.generate(model, prompts, temperature=0.8, seed=[1, 2, 3])  # doctest: +SKIP
+>>> mil.generate(model, prompts, draft="ngram")[0].stats.acceptance          # doctest: +SKIP
 
-One call to the C core generates everything: prompts of any lengths share its forward passes, finished ones
-leave and waiting ones join.  What a prompt yields does not depend on the others, nor on `max_batch`: the same
-options and seed give the same tokens alone and in any company.
+One call to the C core generates everything: prompts of any lengths share its forward passes,
+finished ones leave and waiting ones join.  What a prompt yields does not depend on the others, nor
+on `max_batch`: the same options and seed give the same tokens alone and in any company.
 
-Filters are those of Hugging Face's ``generate`` in the same order: repetition penalty, temperature, top-k,
-top-p, min-p (csrc/decode/sampler.h has the formulas).  Log-probabilities are those of the model itself,
-before any filter.
+Filters are those of Hugging Face's ``generate`` in the same order: repetition penalty,
+temperature, top-k, top-p, min-p (csrc/decode/sampler.h has the formulas).  Log-probabilities are
+those of the model itself, before any filter.
 
-Speculative decoding (`draft`) changes speed, not results: greedy tokens are the same, sampled tokens have the
-same distribution (csrc/decode/speculate.c), though not the same values as without a draft.
+Speculative decoding (`draft`) changes speed, not results: greedy tokens are the same, sampled
+tokens have the same distribution (csrc/decode/speculate.c), though not the same values as without
+a draft.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ from .errors import ArgumentError, shorten
 __all__ = ["Generation", "GenerationStats", "Score", "generate", "score"]
 
 MAX_DRAFT_TOKENS = _core.WINDOW - 1
-# Tokens of the prompt that the decoder sees before the new ones, so that spaces and characters that begin in
-# the prompt come out right.
+# Tokens of the prompt that the decoder sees before the new ones, so that spaces and characters
+# that begin in the prompt come out right.
 _TEXT_CONTEXT = 8
 # Tokens that all prompts must begin with before they are read once for all.
 _WORTH_SHARING = 32
@@ -40,7 +42,8 @@ _WORTH_SHARING = 32
 
 @dataclass(frozen=True)
 class GenerationStats:
-    """What one generation cost. Seconds are wall clock, so they contain other prompts' share of a batch."""
+    """What one generation cost. Seconds are wall clock, so they contain other prompts' share of a
+    batch."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -85,7 +88,8 @@ class Generation:
     """The same for the prompt; NaN for its first token and for those that a state had read."""
     prompt_top_logprobs: list[dict[int, float]] | None = field(default=None, repr=False)
     state: _core.State | None = field(default=None, repr=False)
-    """The state of the whole text where `states` was given; it has read its first `state.length` tokens."""
+    """The state of the whole text where `states` was given; it has read its first `state.length`
+    tokens."""
 
 
 @dataclass(frozen=True)
@@ -145,38 +149,39 @@ def generate(
     model
         From `mil.load` or `mil.convert`.
     prompts
-        One prompt or a list of them. A prompt is a str, a list of token ids, or a chat (a list of messages,
-        each a dict of role and content), which goes through the tokenizer's template.
+        One prompt or a list of them. A prompt is a str, a list of token ids, or a chat (a list of
+        messages, each a dict of role and content), which goes through the tokenizer's template.
     max_new_tokens
         The most tokens to add. 0 only reads the prompt.
     temperature
         0 takes the likeliest token; otherwise logits are divided by it.
     top_k, top_p, min_p
-        Keep the k likeliest tokens (0: all); the likeliest that hold this much probability (1: all); those
-        with at least this share of the likeliest one's probability (0: all).
+        Keep the k likeliest tokens (0: all); the likeliest that hold this much probability (1:
+        all); those with at least this share of the likeliest one's probability (0: all).
     seed
         The random draws of a prompt depend on its seed and on positions only, so equal prompts with
         equal seeds give equal texts; for several samples of one prompt give several seeds.
     stop
-        Token ids or strings that end the text, one or a list. None: the model's own end tokens. []: nothing.
-        Strings alone leave the model's end tokens in force; token ids replace them.
+        Token ids or strings that end the text, one or a list. None: the model's own end tokens.
+        []: nothing. Strings alone leave the model's end tokens in force; token ids replace them.
     draft
-        A smaller model with the same tokenizer, or "ngram": tokens are copied from where the text's last
-        words occurred before.
+        A smaller model with the same tokenizer, or "ngram": tokens are copied from where the
+        text's last words occurred before.
     draft_tokens
-        The most tokens to draft in a round, up to 15. How many are drafted follows how many were accepted so
-        far (`adapt_draft`), down to none where drafting does not pay.
+        The most tokens to draft in a round, up to 15. How many are drafted follows how many were
+        accepted so far (`adapt_draft`), down to none where drafting does not pay.
     repetition_penalty
         Above 1 makes tokens that occur in the prompt or the answer less likely.
     logprobs, prompt_logprobs, top_logprobs
-        Log-probabilities of the new tokens, of the prompt's, and of so many likeliest tokens at each of them.
+        Log-probabilities of the new tokens, of the prompt's, and of so many likeliest tokens at
+        each of them.
     on_text, on_tokens
-        Called with the prompt's index and what was added, as soon as it is certain. Text that might become a
-        stop string is held back. Returning True ends that prompt ("cancelled").
+        Called with the prompt's index and what was added, as soon as it is certain. Text that
+        might become a stop string is held back. Returning True ends that prompt ("cancelled").
     states
-        For each prompt, None or a state (`model.state()`) that has read the first `state.length` tokens of
-        the prompt; the rest is computed, and the state goes on to read what is generated. Copy a state to
-        use it more than once.
+        For each prompt, None or a state (`model.state()`) that has read the first `state.length`
+        tokens of the prompt; the rest is computed, and the state goes on to read what is
+        generated. Copy a state to use it more than once.
     max_batch
         Prompts that run at once; the others wait.
     progress
@@ -184,8 +189,8 @@ def generate(
 
     Notes
     -----
-    `max_new_tokens`, `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty` and `seed` may also be
-    sequences with one value for each prompt.
+    `max_new_tokens`, `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty` and `seed` may
+    also be sequences with one value for each prompt.
 
     Returns
     -------
@@ -195,15 +200,16 @@ def generate(
     Raises
     ------
     ArgumentError, DtypeError, StateError
-        Something was asked for that makes no sense; the message names it. Nothing is generated then.
+        Something was asked for that makes no sense; the message names it. Nothing is generated
+        then.
     NonFiniteError
         The model's logits are NaN or infinite.
 
     Examples
     --------
-    >>> mil.generate(model, "The key is", stop=[".", "\\n"], max_new_tokens=20)      # doctest: +SKIP
-    >>> mil.generate(model, [{"role": "user", "content": "Hello"}], temperature=0.7)   # doctest: +SKIP
-    >>> mil.generate(target, prompts, draft=small, temperature=1.0, seed=1)           # doctest: +SKIP
+    >>> mil.generate(model, "The key is", stop=[".", "\\n"])                  # doctest: +SKIP
+    >>> mil.generate(model, [{"role": "user", "content": "Hello"}])           # doctest: +SKIP
+    >>> mil.generate(target, prompts, draft=small, temperature=1.0, seed=1)   # doctest: +SKIP
     """
     tokens = read_prompts(model, prompts)
     count = len(tokens)
@@ -295,7 +301,7 @@ def score(model: Any, texts: Any, *, max_batch: int = 16, progress: bool = False
     ]
 
 
-# ---- prompts and options -------------------------------------------------------------------------------
+# ---- prompts and options ------------------------------------------------------------------------
 
 
 def core_of(model: Any) -> _core.Model:
@@ -361,13 +367,15 @@ def read_prompt(model: Any, prompt: Any, index: int, vocab: int, open_answer: bo
         raise ArgumentError(f"generate: prompt {index} is empty; give at least one token")
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
         raise ArgumentError(
-            f"generate: prompt {index} must be a str, a list of token ids or a chat, not {shorten(prompt)}"
+            f"generate: prompt {index} must be a str, a list of token ids or a chat, "
+            f"not {shorten(prompt)}"
         )
     low, high = int(array.min()), int(array.max())
     if low < 0 or high >= vocab:
         wrong = low if low < 0 else high
         raise ArgumentError(
-            f"generate: prompt {index} holds token {wrong}; the model's vocabulary is 0 to {vocab - 1}"
+            f"generate: prompt {index} holds token {wrong}; "
+            f"the model's vocabulary is 0 to {vocab - 1}"
         )
     return array.astype(np.int32)
 
@@ -405,13 +413,15 @@ def check_draft_tokens(draft_tokens: Any) -> int:
 
 
 def check_draft(model: Any, draft: Any) -> Any:
-    """The draft as the core takes it. A draft model must mean the same words by the same numbers."""
+    """The draft as the core takes it. A draft model must mean the same words by the same
+    numbers."""
     if draft is None:
         return None
     if isinstance(draft, str):
         if draft != "ngram":
             raise ArgumentError(
-                f'generate: draft must be a model (mil.load gives one) or "ngram", not {shorten(draft)}'
+                'generate: draft must be a model (mil.load gives one) or "ngram", '
+                f"not {shorten(draft)}"
             )
         return draft
     core = core_of(draft)
@@ -421,7 +431,7 @@ def check_draft(model: Any, draft: Any) -> Any:
         if words != their_words:
             odd = min(word for word, _ in words.items() ^ their_words.items())
             raise ArgumentError(
-                f"generate: the draft's tokenizer differs from the model's (token {odd!r}, for example); "
+                f"generate: the draft's tokenizer differs from the model's (in {odd!r}, for example); "
                 "a draft must share the model's tokenizer"
             )
         return core
@@ -429,15 +439,16 @@ def check_draft(model: Any, draft: Any) -> Any:
     known = ours or theirs
     if size != draft_size and (known is None or known.vocab_size > min(size, draft_size)):
         raise ArgumentError(
-            f"generate: the draft's vocabulary is {draft_size}, the model's {size}, and no tokenizer says "
-            "that the difference is padding; a draft must share the model's tokenizer"
+            f"generate: the draft's vocabulary is {draft_size}, the model's {size}, and no tokenizer "
+            "says that the difference is padding; a draft must share the model's tokenizer"
         )
     return core
 
 
 def share_beginning(core: _core.Model, requests: list[dict[str, Any]]) -> None:
-    """Where all prompts begin alike (one prompt sampled many times, a system message, examples), that part
-    is read once and each request starts from a copy of the state. The results are the same bits."""
+    """Where all prompts begin alike (one prompt sampled many times, a system message, examples),
+    that part is read once and each request starts from a copy of the state. The results are the
+    same bits."""
     prompts = [request["prompt"] for request in requests]
     if len(prompts) < 2 or any(request.get("state") is not None for request in requests):
         return
@@ -477,13 +488,15 @@ class Endings:
         strings = [item for item in items if isinstance(item, str)]
         if len(tokens) + len(strings) < len(items) or "" in strings:
             raise ArgumentError(
-                f"generate: stop must be token ids or strings that are not empty, not {shorten(stop)}"
+                "generate: stop must be token ids or strings that are not empty, "
+                f"not {shorten(stop)}"
             )
         if strings and tokenizer_of(model) is None:
             raise ArgumentError("generate: this model has no tokenizer, so stop must be token ids")
         if strings and not tokens:
             tokens = own
-        # A special token leaves no trace in the decoded text, so its string is looked for as a token.
+        # A special token leaves no trace in the decoded text, so its string is looked for as a
+        # token.
         tokenizer = tokenizer_of(model)
         for string in strings:
             token = tokenizer.token_to_id(string)
@@ -492,7 +505,7 @@ class Endings:
         return cls(tokens, strings)
 
 
-# ---- text as it comes ----------------------------------------------------------------------------------
+# ---- text as it comes ---------------------------------------------------------------------------
 
 
 class Writer:
@@ -510,7 +523,8 @@ class Writer:
         self.stopped = False
 
     def push(self, tokens: list[int]) -> tuple[str, int | None]:
-        """The text that is certain now, and how many of the tokens to keep if a stop string came."""
+        """The text that is certain now, and how many of the tokens to keep if a stop string
+        came."""
         if self.stream is None:
             return "", None
         for i, token in enumerate(tokens):
@@ -589,7 +603,7 @@ def decode(
     return whole[len(before) :]
 
 
-# ---- results -------------------------------------------------------------------------------------------
+# ---- results ------------------------------------------------------------------------------------
 
 
 def as_generation(text: str, result: dict[str, Any], prompt: np.ndarray, state: Any) -> Generation:
@@ -608,7 +622,8 @@ def as_generation(text: str, result: dict[str, Any], prompt: np.ndarray, state: 
 
 
 def as_dicts(tokens: np.ndarray | None, values: np.ndarray | None) -> list[dict[int, float]] | None:
-    """One dict a row; rows without values (token -1) are empty. None where nothing was asked for."""
+    """One dict a row; rows without values (token -1) are empty. None where nothing was asked
+    for."""
     if tokens is None or values is None or tokens.ndim != 2:
         return None
     return [

@@ -1,4 +1,5 @@
-"""The engine: requests from many threads give what `generate` gives, and nobody's mistake stops the others."""
+"""The engine: requests from many threads give what `generate` gives, and nobody's mistake stops
+the others."""
 
 import threading
 

@@ -1,8 +1,9 @@
-"""Generation: the right tokens, the same in any company, and nothing left behind when it ends early.
+"""Generation: the right tokens, the same in any company, and nothing left behind when it ends
+early.
 
-"The same" means the same bits of every log-probability: a prompt alone, in a batch, in chunks, from a cached
-state and with other thread counts runs through the same roundings.  Against NumPy log-probabilities agree to
-1e-6: they are sums of float32 exponentials.
+"The same" means the same bits of every log-probability: a prompt alone, in a batch, in chunks,
+from a cached state and with other thread counts runs through the same roundings.  Against NumPy
+log-probabilities agree to 1e-6: they are sums of float32 exponentials.
 """
 
 import _thread
@@ -65,13 +66,13 @@ def same(a, b):
     )
 
 
-# ---- the right tokens --------------------------------------------------------------------------------------
+# ---- the right tokens ---------------------------------------------------------------------------
 
 
 def test_greedy_is_the_argmax_of_the_whole_text(model):
-    for prompt, found in zip(
-        some_prompts(1, 16, 37), run(model, some_prompts(1, 16, 37), {"max_new_tokens": 20})
-    ):
+    prompts = some_prompts(1, 16, 37)
+    results = run(model, prompts, {"max_new_tokens": 20})
+    for prompt, found in zip(prompts, results, strict=True):
         text = np.concatenate([prompt, found["tokens"]])
         assert (found["tokens"] == model.forward(text)[len(prompt) - 1 : -1].argmax(-1)).all()
         assert found["finish_reason"] == "length" and len(found["tokens"]) == 20
@@ -86,9 +87,9 @@ def test_sampling_draws_from_the_filtered_logits(model):
         "repetition_penalty": 1.3,
         "seed": 11,
     }
-    for prompt, found in zip(
-        some_prompts(3, 20), run(model, some_prompts(3, 20), {**options, "max_new_tokens": 25})
-    ):
+    prompts = some_prompts(3, 20)
+    results = run(model, prompts, {**options, "max_new_tokens": 25})
+    for prompt, found in zip(prompts, results, strict=True):
         text = np.concatenate([prompt, found["tokens"]])
         logits = model.forward(text)
         for i in range(len(prompt), len(text)):
@@ -135,7 +136,7 @@ def test_scores_in_chunks(hybrid):
             assert b["finish_reason"] == "length" and b["tokens"].size == 0
 
 
-# ---- the same in any company -------------------------------------------------------------------------------
+# ---- the same in any company --------------------------------------------------------------------
 
 
 def test_alone_and_in_batches(model):
@@ -167,7 +168,8 @@ def test_seeds(hybrid):
 
 
 def test_many_requests_through_few_places(hybrid):
-    """Continuous batching: results come in order whatever the lengths, and places are used again."""
+    """Continuous batching: results come in order whatever the lengths, and places are used
+    again."""
     rng = np.random.default_rng(5)
     requests = [
         {
@@ -218,7 +220,7 @@ def test_requests_that_arrive_later(hybrid):
     assert asked[0] is True and asked[1] is False and asked[-1] is True
 
 
-# ---- ends --------------------------------------------------------------------------------------------------
+# ---- ends ---------------------------------------------------------------------------------------
 
 
 def test_stop_tokens(model):
@@ -325,7 +327,7 @@ def test_memory_runs_out_anywhere(hybrid, nothing_left):
     del draft
 
 
-# ---- states ------------------------------------------------------------------------------------------------
+# ---- states -------------------------------------------------------------------------------------
 
 
 def test_prompt_cache(model):
@@ -447,13 +449,14 @@ def test_states_that_do_not_fit(hybrid):
         run(hybrid, [[1, 2]], {"draft_state": hybrid.state()})
 
 
-# ---- bad input ---------------------------------------------------------------------------------------------
+# ---- bad input ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
-        ({}, "no prompt"), ({"prompt": []}, "empty"), ({"prompt": [61]}, "61"), ({"prompt": [-1]}, "-1"),
+        ({}, "no prompt"), ({"prompt": []}, "empty"), ({"prompt": [61]}, "61"),
+        ({"prompt": [-1]}, "-1"),
         ({"prompt": [[1]]}, "one axis"), ({"prompt": "text"}, "integers"),
         ({"prompt": [2**40]}, "1099511627776"),
         ({"prompt": [1], "max_new_tokens": -1}, "max_new_tokens"),
@@ -462,8 +465,9 @@ def test_states_that_do_not_fit(hybrid):
         ({"prompt": [1], "temperature": np.nan}, "temper"),
         ({"prompt": [1], "draft_tokens": 16}, "draft_tokens"),
         ({"prompt": [1], "top_logprobs": 62}, "top_logprobs"),
-        ({"prompt": [1], "top_logprobs": -1}, "top_logprobs"), ({"prompt": [1], "stop": ["a"]}, "stop"),
-        ({"prompt": [1], "state": 5}, "state"), ({"prompt": [1], "topk": 5}, "unknown key"), (5, "dict"),
+        ({"prompt": [1], "top_logprobs": -1}, "top_logprobs"),
+        ({"prompt": [1], "stop": ["a"]}, "stop"), ({"prompt": [1], "state": 5}, "state"),
+        ({"prompt": [1], "topk": 5}, "unknown key"), (5, "dict"),
     ],
 )  # fmt: skip
 def test_error_messages(hybrid, request_, words):
@@ -479,7 +483,7 @@ def test_non_finite_weights():
         run(model, some_prompts(3, 4))
 
 
-# ---- mil.generate ------------------------------------------------------------------------------------------
+# ---- mil.generate -------------------------------------------------------------------------------
 
 PROMPTS = ["Once upon a time", "Lily and Tom went to the park.", "The"]
 
@@ -655,15 +659,15 @@ def test_chats(story):
     ("settings", "words"),
     [
         ({"prompts": [[]]}, "prompt 0 is empty"),
-        ({"prompts": ["a", [1, 2048]]}, "prompt 1 holds token 2048"), ({"prompts": [[1.5]]}, "prompt 0"),
-        ({"prompts": [None]}, "prompt 0"), ({"prompts": 5.0}, "prompt 0"),
+        ({"prompts": ["a", [1, 2048]]}, "prompt 1 holds token 2048"),
+        ({"prompts": [[1.5]]}, "prompt 0"), ({"prompts": [None]}, "prompt 0"), ({"prompts": 5.0}, "prompt 0"),
         ({"prompts": [[1], [[2]]]}, "prompt 1"), ({"stop": 1.5}, "stop"), ({"stop": [""]}, "stop"),
         ({"stop": [None]}, "stop"), ({"draft": "trigram"}, "draft"), ({"draft": 5}, "draft|model"),
         ({"draft_tokens": 0.5}, "draft_tokens"), ({"draft_tokens": 99}, "draft_tokens"),
         ({"temperature": -1}, "temper"), ({"temperature": float("nan")}, "temperature"),
         ({"max_new_tokens": -1}, "max_new_tokens"), ({"max_new_tokens": "ten"}, "max_new_tokens"),
-        ({"top_p": 0}, "top_p"), ({"states": [None, None]}, "states"), ({"max_batch": -3}, "max_batch"),
-        ({"model": "story-llama"}, "mil.load"),
+        ({"top_p": 0}, "top_p"), ({"states": [None, None]}, "states"),
+        ({"max_batch": -3}, "max_batch"), ({"model": "story-llama"}, "mil.load"),
     ],
 )  # fmt: skip
 def test_public_error_messages(story, settings, words):

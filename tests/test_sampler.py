@@ -1,8 +1,9 @@
-"""The sampler: filters against NumPy and transformers, random numbers against Philox's published vectors.
+"""The sampler: filters against NumPy and transformers, random numbers against Philox's published
+vectors.
 
-Weights are float32 exponentials of float32 exponents up to a few dozen, so probabilities agree with the float64
-reference to 1e-5 of themselves; which tokens survive a filter must agree exactly, except where a threshold falls
-on a token to float32 rounding, which the fixed seeds here avoid.
+Weights are float32 exponentials of float32 exponents up to a few dozen, so probabilities agree
+with the float64 reference to 1e-5 of themselves; which tokens survive a filter must agree exactly,
+except where a threshold falls on a token to float32 rounding, which the fixed seeds here avoid.
 """
 
 import numpy as np
@@ -41,7 +42,7 @@ def probabilities(logits, options, history=()):
     return weights.astype(np.float64) / total
 
 
-# ---- filters ---------------------------------------------------------------------------------------------
+# ---- filters ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 7, 300, 5000])
@@ -122,10 +123,10 @@ def test_non_finite_logits(wrong):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("temperature", -1.0), ("temperature", float("nan")), ("temperature", float("inf")), ("temperature", "hot"),
-        ("top_k", -1), ("top_k", 1.5), ("top_p", 0.0), ("top_p", 1.5), ("top_p", float("nan")),
-        ("min_p", -0.1), ("min_p", 1.1), ("repetition_penalty", 0.0), ("repetition_penalty", float("inf")),
-        ("seed", 1.5),
+        ("temperature", -1.0), ("temperature", float("nan")), ("temperature", float("inf")),
+        ("temperature", "hot"), ("top_k", -1), ("top_k", 1.5), ("top_p", 0.0), ("top_p", 1.5), ("top_p", float("nan")),
+        ("min_p", -0.1), ("min_p", 1.1), ("repetition_penalty", 0.0),
+        ("repetition_penalty", float("inf")), ("seed", 1.5),
     ],
 )  # fmt: skip
 def test_error_messages(name, value):
@@ -136,8 +137,8 @@ def test_error_messages(name, value):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.integers(1, 400), st.integers(0, 2**32), st.floats(0.05, 5), st.integers(0, 500), st.floats(0.01, 1),
-    st.floats(0, 1),
+    st.integers(1, 400), st.integers(0, 2**32), st.floats(0.05, 5), st.integers(0, 500),
+    st.floats(0.01, 1), st.floats(0, 1),
 )  # fmt: skip
 def test_any_filter_leaves_a_distribution(vocab, seed, temperature, top_k, top_p, min_p):
     logits = np.random.default_rng(seed).standard_normal(vocab).astype(np.float32).round(1)
@@ -156,7 +157,7 @@ def test_any_filter_leaves_a_distribution(vocab, seed, temperature, top_k, top_p
     )  # no kept token is less likely than a dropped one
 
 
-# ---- random numbers --------------------------------------------------------------------------------------
+# ---- random numbers -----------------------------------------------------------------------------
 
 
 def test_philox_vectors():
@@ -169,9 +170,8 @@ def test_philox_vectors():
         0xA20BC7C6,
         0x6D5451FD,
     )
-    assert _core.philox((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0)) == (
-        0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1,
-    )  # fmt: skip
+    pi = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0)
+    assert _core.philox(*pi) == (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)
 
 
 def test_uniform_numbers():

@@ -1,8 +1,9 @@
-"""Speculative decoding changes nothing but speed: greedy tokens equal, sampled tokens equally distributed.
+"""Speculative decoding changes nothing but speed: greedy tokens equal, sampled tokens equally
+distributed.
 
-The distribution is tested on whole continuations: 50,000 texts of four tokens from a small vocabulary, whose
-exact probabilities follow from the model's logits, must pass a chi-square test, and must fail it by far when the
-accept rule is broken on purpose.
+The distribution is tested on whole continuations: 50,000 texts of four tokens from a small
+vocabulary, whose exact probabilities follow from the model's logits, must pass a chi-square test,
+and must fail it by far when the accept rule is broken on purpose.
 """
 
 import itertools
@@ -46,13 +47,14 @@ def total(results, what):
     return sum(result["stats"][what] for result in results)
 
 
-# ---- greedy: equal -----------------------------------------------------------------------------------------
+# ---- greedy: equal ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("draft_kind", ["model", "ngram"])
 @pytest.mark.parametrize("kind", SPECULATED)
 def test_greedy_tokens_are_equal(kind, draft_kind):
-    """Over 200 prompts in all, every number of drafts, alone and seven at a time, across windows' ends."""
+    """Over 200 prompts in all, every number of drafts, alone and seven at a time, across windows'
+    ends."""
     model = build(KINDS[kind], seed=1)
     draft = perturbed(model, 0.2) if draft_kind == "model" else "ngram"
     lengths = np.random.default_rng(2).integers(1, 70, 18)
@@ -116,7 +118,7 @@ def test_penalised_greedy_tokens_are_equal():
         assert tokens(found) == expected and 0 < total(found, "accepted")
 
 
-# ---- sampled: equally distributed --------------------------------------------------------------------------
+# ---- sampled: equally distributed ---------------------------------------------------------------
 
 SMALL, LENGTH, SAMPLES = 5, 4, 50_000
 
@@ -139,7 +141,8 @@ def exact_distribution(model, prompt, options):
 
 
 def sampled_counts(model, draft, prompt, options, samples=SAMPLES, broken=0):
-    # The first token follows the prompt without a draft; one more than LENGTH lets a round draft all others.
+    # The first token follows the prompt without a draft; one more than LENGTH lets a round draft
+    # all others.
     request = {"prompt": prompt, **options, "max_new_tokens": LENGTH + 1}
     request |= {"draft_tokens": LENGTH - 1, "fixed_draft": True}
     counts = np.zeros((SMALL,) * LENGTH, np.int64)
@@ -153,8 +156,8 @@ def sampled_counts(model, draft, prompt, options, samples=SAMPLES, broken=0):
 
 @pytest.fixture(scope="module")
 def small():
-    """A model of five words, and a draft that is wrong about a third of the time. One thread: such a model has
-    less work than a team needs to meet."""
+    """A model of five words, and a draft that is wrong about a third of the time. One thread: such
+    a model has less work than a team needs to meet."""
     threads = _core.get_threads()
     _core.set_threads(1)
     model = build([{**KINDS["mamba2 hybrid"][0]}, KINDS["mamba2 hybrid"][1]], vocab=SMALL, seed=6)
@@ -195,7 +198,8 @@ def test_the_test_would_notice(small, broken, draft_kind):
 
 @pytest.mark.parametrize("draft_kind", ["model", "ngram"])
 def test_company_changes_nothing(draft_kind):
-    """Speculated samples, too, are the same alone and in a batch, with the number of drafts adapting."""
+    """Speculated samples, too, are the same alone and in a batch, with the number of drafts
+    adapting."""
     model = build(KINDS["both mixers"], seed=2)
     draft = perturbed(model, 0.3) if draft_kind == "model" else "ngram"
     prompts = [np.tile(p, 2) for p in some_prompts(4, 9, 16, 31, 2)]
@@ -208,7 +212,7 @@ def test_company_changes_nothing(draft_kind):
     )
 
 
-# ---- how many drafts ---------------------------------------------------------------------------------------
+# ---- how many drafts ----------------------------------------------------------------------------
 
 
 def test_number_of_drafts_follows_acceptance():
@@ -245,12 +249,13 @@ def test_ngrams():
     )
 
 
-# ---- states, vocabularies ----------------------------------------------------------------------------------
+# ---- states, vocabularies -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", SPECULATED)
 def test_states_after_speculation(kind):
-    """Speculation leaves states as if it had not been: later turns go on exactly, with both models' states."""
+    """Speculation leaves states as if it had not been: later turns go on exactly, with both
+    models' states."""
     model = build(KINDS[kind], seed=5)
     draft = perturbed(model, 0.2)
     [prompt] = some_prompts(27)

@@ -1,4 +1,5 @@
-"""Slow, obvious sampling filters in float64, and a chi-square test (SciPy is not among the dependencies)."""
+"""Slow, obvious sampling filters in float64, and a chi-square test (SciPy is not among the
+dependencies)."""
 
 import math
 
