@@ -367,31 +367,44 @@ check_args(const char *name, const mil_scan *a)
     return mil_check_rows(name, &a->rows, a->states != NULL);
 }
 
-mil_status
-mil_cpu_scan_forward(mil_context *context, const mil_scan *arguments)
+/* A team costs more than a small call's work, so that does without. `memory` is [threads, workspace]. */
+static void
+run_forward(const mil_scan *a, int threads, float *memory, int64_t workspace)
 {
-    const mil_scan *a = arguments;
-    MIL_TRY(check_args("scan_forward", a));
     const blocks cut = cut_blocks(a);
-    const int64_t tasks = a->rows.sequences * cut.count, workspace = 2 * a->state_dim * LANES;
-    const bool parallel = a->rows.rows * a->inner * a->state_dim >= GRAIN;
-    mil_arena_mark mark = mil_arena_get_mark(context->scratch);
-    float *memory;
-    MIL_TRY(MIL_PUSH(context->scratch, context->threads * workspace, float, &memory));
-#pragma omp parallel num_threads(context->threads) if (parallel)
+    const int64_t tasks = a->rows.sequences * cut.count, moving = a->states != NULL ? a->rows.sequences : 0;
+    if (threads == 1 || a->rows.rows * a->inner * a->state_dim < GRAIN) {
+        for (int64_t task = 0; task < tasks; task++) {
+            forward_block(a, &cut, task / cut.count, task % cut.count, memory);
+        }
+        for (int64_t sequence = 0; sequence < moving; sequence++) {
+            move_tails(a, sequence);
+        }
+        return;
+    }
+#pragma omp parallel num_threads(threads)
     {
         float *own = memory + omp_get_thread_num() * workspace;
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++) {
             forward_block(a, &cut, task / cut.count, task % cut.count, own);
         }
-        if (a->states != NULL) {
 #pragma omp for schedule(static)
-            for (int64_t sequence = 0; sequence < a->rows.sequences; sequence++) {
-                move_tails(a, sequence);
-            }
+        for (int64_t sequence = 0; sequence < moving; sequence++) {
+            move_tails(a, sequence);
         }
     }
+}
+
+mil_status
+mil_cpu_scan_forward(mil_context *context, const mil_scan *arguments)
+{
+    MIL_TRY(check_args("scan_forward", arguments));
+    const int64_t workspace = 2 * arguments->state_dim * LANES;
+    mil_arena_mark mark = mil_arena_get_mark(context->scratch);
+    float *memory;
+    MIL_TRY(MIL_PUSH(context->scratch, context->threads * workspace, float, &memory));
+    run_forward(arguments, context->threads, memory, workspace);
     mil_arena_rewind(context->scratch, mark);
     return MIL_OK;
 }

@@ -79,15 +79,22 @@ accumulate(int rows, bool wide, int64_t width, float (*acc)[LANES], int64_t coun
     }
 }
 
+/* As accumulate from zeros, for count of at least 1.  The first term is written apart because the
+ * compiler would make a slow string instruction of clearing acc; fused with zero it has the bits of a sum
+ * that began there. */
 MIL_INLINE void
-clear(int rows, float (*acc)[LANES])
+multiply(int rows, bool wide, int64_t width, float (*acc)[LANES], int64_t count, const float *c,
+         int64_t c_row, int64_t c_step, const float *v, int64_t v_step)
 {
     for (int r = 0; r < rows; r++) {
+        float coefficient = c[wide ? 0 : r * c_row];
+        const float *part = v + (wide ? r * LANES : 0);
 #pragma omp simd
-        for (int j = 0; j < LANES; j++) {
-            acc[r][j] = 0.0f;
+        for (int64_t j = 0; j < width; j++) {
+            acc[r][j] = mil_fma(coefficient, part[j], 0.0f);
         }
     }
+    accumulate(rows, wide, width, acc, count - 1, c + c_step, c_row, c_step, v + v_step, v_step);
 }
 
 /* Rows first .. length - 1 of an output that mixes a matrix and a triangle of weights:
@@ -167,10 +174,9 @@ MIL_INLINE void
 mix_tile(const mix *m, int rows, bool wide, int64_t width, int64_t i, int64_t column)
 {
     float acc[TILE][LANES];
-    clear(rows, acc);
     if (m->matrix != NULL) {
-        accumulate(rows, wide, width, acc, m->depth, m->a + i * m->depth, m->depth, 1, m->matrix + column,
-                   m->width);
+        multiply(rows, wide, width, acc, m->depth, m->a + i * m->depth, m->depth, 1, m->matrix + column,
+                 m->width);
         for (int r = 0; r < rows; r++) {
             int64_t row = wide ? i : i + r, at = column + (wide ? r * LANES : 0);
             float scale = m->scale[row];
@@ -182,6 +188,9 @@ mix_tile(const mix *m, int rows, bool wide, int64_t width, int64_t i, int64_t co
                 acc[r][j] *= scale;
             }
         }
+    }
+    else {
+        memset(acc, 0, sizeof acc);
     }
     add_triangle(m, rows, wide, width, i, column, acc);
     for (int r = 0; r < rows; r++) {
@@ -246,7 +255,7 @@ fold_tile(const fold *f, int rows, int64_t width, int64_t u, int64_t column)
     float acc[TILE][LANES];
     for (int r = 0; r < rows; r++) {
         if (f->from == NULL) {
-            clear(1, acc + r);
+            memset(acc[r], 0, sizeof acc[r]);
             continue;
         }
         const float *from = f->from + (u + r) * f->width + column;
@@ -302,18 +311,19 @@ typedef struct decays {
 MIL_INLINE void
 fill_decays(const window *w, decays *d)
 {
+    static const float unit[2 * WINDOW] = {[WINDOW] = 1.0f}; /* from WINDOW - i on: row i of the identity */
     float decay[WINDOW], running[WINDOW] = {0}, from_start = 1.0f, exponent = w->A * log2_e;
 #pragma omp simd
     for (int s = 0; s < WINDOW; s++) {
         decay[s] = mil_decayf(w->dt[s] * exponent);
     }
     for (int i = 0; i < WINDOW; i++) {
-        float factor = decay[i];
+        const float factor = decay[i], *diagonal = unit + WINDOW - i;
 #pragma omp simd
         for (int s = 0; s < WINDOW; s++) {
-            running[s] = s == i ? 1.0f : running[s] * factor;
-            d->within[i][s] = running[s];
+            running[s] = mil_fma(running[s], factor, diagonal[s]);
         }
+        memcpy(d->within[i], running, sizeof running);
         from_start *= factor;
         d->from_start[i] = from_start;
     }
@@ -342,12 +352,10 @@ multiply_transposed(int64_t first, int64_t length, int64_t depth, const float *a
 {
     int64_t i = first;
     for (; i + TILE <= length; i += TILE) {
-        clear(TILE, products + i);
-        accumulate(TILE, false, WINDOW, products + i, depth, a + i * depth, depth, 1, b_transposed, WINDOW);
+        multiply(TILE, false, WINDOW, products + i, depth, a + i * depth, depth, 1, b_transposed, WINDOW);
     }
     for (; i < length; i++) {
-        clear(1, products + i);
-        accumulate(1, false, WINDOW, products + i, depth, a + i * depth, 0, 1, b_transposed, WINDOW);
+        multiply(1, false, WINDOW, products + i, depth, a + i * depth, 0, 1, b_transposed, WINDOW);
     }
 }
 
@@ -649,44 +657,84 @@ move_tails(const mil_ssd *a, const float *dt, int64_t sequence)
     mil_tail_move(state->dt, a->heads, 0, 0, a->heads, &span, dt + span.row * a->heads, a->heads, span.past);
 }
 
+/* A forward call with all memory taken. */
+typedef struct forward_call {
+    const mil_ssd *arguments;
+    head_tasks cut;
+    int64_t tasks, workspace;
+    float *dt;     /* [rows, heads] */
+    float *memory; /* [threads, workspace] */
+} forward_call;
+
+static void
+fill_dt_row(const forward_call *call, int64_t row)
+{
+    const mil_ssd *a = call->arguments;
+    fill_dt(a, (const float *)a->dt + row * a->dt_stride, call->dt + row * a->heads, NULL);
+}
+
+static void
+run_task(const forward_call *call, int64_t task, int thread)
+{
+    const head_tasks *t = &call->cut;
+    int64_t index = task % t->per_sequence, offset = index % t->per_run * t->size;
+    forward_heads(call->arguments, call->dt, task / t->per_sequence, index / t->per_run * t->run + offset,
+                  smaller(t->run - offset, t->size), call->memory + thread * call->workspace);
+}
+
+/* A team costs more than a small call's work, so that does without. */
+static void
+run_forward(const forward_call *call, int threads)
+{
+    const mil_ssd *a = call->arguments;
+    const int64_t moving = a->states != NULL ? a->rows.sequences : 0;
+    if (threads == 1 || a->rows.rows * a->heads * a->head_dim * a->state_dim < GRAIN) {
+        for (int64_t row = 0; row < a->rows.rows; row++) {
+            fill_dt_row(call, row);
+        }
+        for (int64_t task = 0; task < call->tasks; task++) {
+            run_task(call, task, 0);
+        }
+        for (int64_t sequence = 0; sequence < moving; sequence++) {
+            move_tails(a, call->dt, sequence);
+        }
+        return;
+    }
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < a->rows.rows; row++) {
+            fill_dt_row(call, row);
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < call->tasks; task++) {
+            run_task(call, task, omp_get_thread_num());
+        }
+#pragma omp for schedule(static)
+        for (int64_t sequence = 0; sequence < moving; sequence++) {
+            move_tails(a, call->dt, sequence);
+        }
+    }
+}
+
 mil_status
 mil_cpu_ssd_forward(mil_context *context, const mil_ssd *arguments)
 {
     const mil_ssd *a = arguments;
     MIL_TRY(check_args("ssd_forward", a));
-    const head_tasks t = cut_heads(a, context->threads);
-    const int64_t tasks = t.per_sequence * a->rows.sequences, workspace = forward_workspace(a, t.size);
-    const bool parallel = a->rows.rows * a->heads * a->head_dim * a->state_dim >= GRAIN;
+    forward_call call = {.arguments = a, .cut = cut_heads(a, context->threads)};
+    call.tasks = call.cut.per_sequence * a->rows.sequences;
+    call.workspace = forward_workspace(a, call.cut.size);
     mil_arena_mark mark = mil_arena_get_mark(context->scratch);
-    float *dt, *memory;
-    MIL_TRY(MIL_PUSH(context->scratch, a->rows.rows * a->heads, float, &dt));
-    mil_status status = MIL_PUSH(context->scratch, context->threads * workspace, float, &memory);
-    if (status != MIL_OK) {
-        mil_arena_rewind(context->scratch, mark);
-        return status;
+    mil_status status = MIL_PUSH(context->scratch, a->rows.rows * a->heads, float, &call.dt);
+    if (status == MIL_OK) {
+        status = MIL_PUSH(context->scratch, context->threads * call.workspace, float, &call.memory);
     }
-#pragma omp parallel num_threads(context->threads) if (parallel)
-    {
-        float *own = memory + omp_get_thread_num() * workspace;
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < a->rows.rows; row++) {
-            fill_dt(a, (const float *)a->dt + row * a->dt_stride, dt + row * a->heads, NULL);
-        }
-#pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < tasks; task++) {
-            int64_t index = task % t.per_sequence, offset = index % t.per_run * t.size;
-            int64_t heads = t.run - offset < t.size ? t.run - offset : t.size;
-            forward_heads(a, dt, task / t.per_sequence, index / t.per_run * t.run + offset, heads, own);
-        }
-        if (a->states != NULL) {
-#pragma omp for schedule(static)
-            for (int64_t sequence = 0; sequence < a->rows.sequences; sequence++) {
-                move_tails(a, dt, sequence);
-            }
-        }
+    if (status == MIL_OK) {
+        run_forward(&call, context->threads);
     }
     mil_arena_rewind(context->scratch, mark);
-    return MIL_OK;
+    return status;
 }
 
 /* ---- backward ---------------------------------------------------------------------------------------- */
