@@ -63,3 +63,12 @@ __all__ = [
     "score",
     "sft",
 ]
+
+
+def __getattr__(name):
+    """Modules that are loaded when they are first asked for: mil.demo, mil.bench, mil.plot."""
+    if name in ("bench", "demo", "plot"):
+        import importlib
+
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -189,6 +189,8 @@ def read_documents(
         return documents_of_records(records, tokenizer, vocab, loss_on, skip_bad)
     if all(isinstance(item, (Sequence, np.ndarray)) for item in data):
         rows = [integer_row(item, f"data[{index}]") for index, item in enumerate(data)]
+        if len({len(row) for row in rows}) == 1:
+            return documents_of_array(np.stack(rows), vocab, "data")
         starts = np.cumsum([0, *map(len, rows)], dtype=np.int64)
         documents = Documents(np.concatenate(rows), starts)
         check_tokens(documents.tokens, starts, vocab, "data")

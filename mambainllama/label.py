@@ -44,7 +44,7 @@ def label(
     Parameters
     ----------
     teacher : model with a tokenizer
-        where the teacher has a chat template, else a text to go on with.
+    prompts : list of str or of chats, or a .jsonl(.gz) file of {"prompt": ...}, {"messages": ...},
         {"text": ...}. A chat is answered from its last user message on; a str is a user's message
         where the teacher has a chat template, else a text to continue.
     output : file to append records to, or None

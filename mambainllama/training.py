@@ -602,7 +602,7 @@ class Loop:
         """A progress bar on a terminal or in a notebook, silence elsewhere."""
         from tqdm.auto import tqdm
 
-        show = self.progress if self.progress is not None else sys.stderr.isatty()
+        show = self.progress if self.progress is not None else is_watched()
         with tqdm(
             total=self.total, initial=first, disable=not show, unit="step", leave=True
         ) as bar:
@@ -610,10 +610,15 @@ class Loop:
 
     def say(self, text: str) -> None:
         """A line above the progress bar; nothing where progress is off."""
-        if self.progress or (self.progress is None and sys.stderr.isatty()):
+        if self.progress or (self.progress is None and is_watched()):
             from tqdm.auto import tqdm
 
             tqdm.write(text, file=sys.stderr)
+
+
+def is_watched() -> bool:
+    """Whether somebody looks: a terminal, or a notebook."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
 def add_sums(into: dict[str, float], new: Mapping[str, float]) -> None:
