@@ -112,7 +112,7 @@ def main():
     parser.add_argument(
         "--run", type=Path, default=Path("teacher-run"), help="folder of checkpoints and metrics"
     )
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=4e-3)

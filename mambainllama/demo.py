@@ -29,7 +29,7 @@ from .model import Model, load
 
 __all__ = ["STUDENTS", "run", "teacher"]
 
-STEPS = 300
+STEPS = 400
 LENGTHS = (128, 512, 2048, 8192)
 MEMORY_AT = (2048, 16384)
 
@@ -132,6 +132,7 @@ class Demo:
             batch_size=8,
             sequence_length=256,
             learning_rate=4e-3,
+            muon_learning_rate=1e-2,
             min_learning_rate=0.1,
             warmup_steps=min(20, self.steps // 4),
             align_fraction=0.125,

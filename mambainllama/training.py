@@ -11,6 +11,7 @@ and which numbers to report.  The loop does the rest, and promises
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -353,7 +354,6 @@ class Loop:
         if self.folder is None:
             return 0
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             sweep(self.root)
             checkpoint = latest_checkpoint(self.root)
             if checkpoint is not None and resume:
@@ -419,6 +419,10 @@ class Loop:
     # -- steps --
 
     def run(self, resume: bool) -> History:
+        with only_run(self.folder):
+            return self.run_alone(resume)
+
+    def run_alone(self, resume: bool) -> History:
         first = self.start(resume)
         saved = first if self.last_good else None
         try:
@@ -624,6 +628,29 @@ def is_watched() -> bool:
 def add_sums(into: dict[str, float], new: Mapping[str, float]) -> None:
     for name, value in new.items():
         into[name] = into.get(name, 0.0) + value
+
+
+@contextmanager
+def only_run(folder: Path | None):
+    """Keeps a second process out of a run's folder; the lock dies with its holder."""
+    if folder is None:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise FileError(f"{folder}: {error.strerror or error}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StateError(
+                f"{folder}: another process is training in this folder; wait, or choose another"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 @contextmanager

@@ -5,6 +5,7 @@ with SIGKILL at random moments (so also while a checkpoint is written) and start
 resume=True.
 """
 
+import fcntl
 import json
 import os
 import random
@@ -219,6 +220,14 @@ def test_damaged_checkpoints_are_told(teacher_folder, tmp_path):
     (checkpoint / "trainer.json").write_text("{")
     with pytest.raises(mil.FormatError, match="damaged checkpoint"):
         small_run(teacher_folder, tmp_path, resume=True)
+
+
+def test_two_runs_in_one_folder(teacher_folder, tmp_path):
+    with open(tmp_path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(mil.StateError, match="another process is training in this folder"):
+            small_run(teacher_folder, tmp_path)
+    small_run(teacher_folder, tmp_path)
 
 
 def test_output_that_cannot_be_written(teacher_folder, tmp_path):
