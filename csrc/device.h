@@ -62,7 +62,8 @@ typedef struct mil_rows {
     const int64_t *offsets;  /* [sequences + 1] first row of each sequence; offsets[0] = 0 */
     const int64_t *past;     /* [sequences] tokens before these rows; NULL = none */
     const int64_t *boundary; /* [sequences] tokens folded into the states on entry; NULL = none */
-    const int64_t *device;   /* [3, sequences + 1] offsets, past and boundary again, where the device's kernels can
+    const int64_t
+        *device; /* [3, sequences + 1] offsets, past and boundary again, where the device's kernels can
                                 read them (model code uploads them once a pass); the CPU does not look */
 } mil_rows;
 
@@ -83,13 +84,15 @@ typedef struct mil_kv_cache {
 
 /* One sequence's mixer state in one layer, float32. Index of token t in a tail array: t - boundary. */
 typedef struct mil_mixer_state {
-    float *state; /* Mamba-2 [heads, state_dim, head_dim], Mamba-1 [state_dim, inner]: after `boundary` tokens */
-    float *conv;  /* [conv_width - 1 + MIL_TAIL, conv inputs] raw conv inputs; token t at t - boundary + conv_width - 1;
+    float *
+        state; /* Mamba-2 [heads, state_dim, head_dim], Mamba-1 [state_dim, inner]: after `boundary` tokens */
+    float *
+        conv; /* [conv_width - 1 + MIL_TAIL, conv inputs] raw conv inputs; token t at t - boundary + conv_width - 1;
                      zeros stand for tokens before the first */
-    float *x;     /* [MIL_TAIL, x_heads * head_dim] or [MIL_TAIL, inner / x_repeat]: rows as given */
-    float *B;     /* [MIL_TAIL, B_groups * state_dim] */
-    float *dt;    /* [MIL_TAIL, heads] or [MIL_TAIL, inner]: after bias, softplus and clamp */
-    float *current;          /* Mamba-1, may be NULL: the state after *current_tokens tokens, so that plain */
+    float *x;       /* [MIL_TAIL, x_heads * head_dim] or [MIL_TAIL, inner / x_repeat]: rows as given */
+    float *B;       /* [MIL_TAIL, B_groups * state_dim] */
+    float *dt;      /* [MIL_TAIL, heads] or [MIL_TAIL, inner]: after bias, softplus and clamp */
+    float *current; /* Mamba-1, may be NULL: the state after *current_tokens tokens, so that plain */
     int64_t *current_tokens; /* decoding need not replay the tail; used only where it equals `past` */
 } mil_mixer_state;
 
@@ -136,7 +139,7 @@ typedef struct mil_norm {
     const void *z; /* [rows, width] act or NULL */
     int64_t z_stride;
     bool norm_before_gate;
-    const float *weight; /* [width], or NULL: none */
+    const float *weight;   /* [width], or NULL: none */
     bool weight_per_group; /* weight is [group], shared by all groups (query and key norms of attention) */
     float eps;
     void *y; /* [rows, width] act; may be x (forward only) */
@@ -160,10 +163,10 @@ typedef struct mil_norm_grad {
 /* cos and sin of position * inv_freq, times scale: table [rows, rotary / 2, 2] float32. */
 typedef struct mil_rope_table {
     mil_rows rows;
-    int64_t rotary;             /* rotated part of head_dim, even */
-    const float *inv_freq;      /* host memory: [rotary / 2], or one such row a sequence */
-    int64_t inv_freq_stride;    /* 0: the same for all sequences */
-    float scale;                /* attention factor of YaRN and LongRoPE, else 1 */
+    int64_t rotary;          /* rotated part of head_dim, even */
+    const float *inv_freq;   /* host memory: [rotary / 2], or one such row a sequence */
+    int64_t inv_freq_stride; /* 0: the same for all sequences */
+    float scale;             /* attention factor of YaRN and LongRoPE, else 1 */
     float *table;
 } mil_rope_table;
 
@@ -362,9 +365,9 @@ typedef enum mil_kl_direction { MIL_KL_FORWARD = 0, MIL_KL_REVERSE = 1 } mil_kl_
  *   loss = scale * sum_r row_weight[r] * (kl_weight * temperature^2 * kl_r + ce_weight * ce_r)
  * Gradients are those of `loss`.  The sums below are unscaled, float64, in row order. */
 typedef struct mil_linear_loss {
-    int64_t rows, vocab;  /* rows of weight beyond vocab (padding) are left out */
-    int64_t hidden;       /* student */
-    const void *x;        /* [rows, hidden] act: after the final norm */
+    int64_t rows, vocab; /* rows of weight beyond vocab (padding) are left out */
+    int64_t hidden;      /* student */
+    const void *x;       /* [rows, hidden] act: after the final norm */
     int64_t x_stride;
     const void *weight; /* [vocab, hidden] of `dtype` */
     mil_dtype dtype;
@@ -477,11 +480,11 @@ struct mil_ops {
     mil_status (*muon)(mil_context *context, const mil_muon *arguments);
     mil_status (*sum_squares)(mil_context *context, const float *x, int64_t count, double *out);
     /* y += x over [rows, width] act. */
-    mil_status (*add)(mil_context *context, int64_t rows, int64_t width, const void *x, int64_t x_stride, void *y,
-                      int64_t y_stride);
+    mil_status (*add)(mil_context *context, int64_t rows, int64_t width, const void *x, int64_t x_stride,
+                      void *y, int64_t y_stride);
     /* y[i] = x[index[i]] over rows of [*, width] act. */
-    mil_status (*gather_rows)(mil_context *context, int64_t count, int64_t width, const int64_t *index, const void *x,
-                              int64_t x_stride, void *y, int64_t y_stride);
+    mil_status (*gather_rows)(mil_context *context, int64_t count, int64_t width, const int64_t *index,
+                              const void *x, int64_t x_stride, void *y, int64_t y_stride);
     /* float32 [rows, width] for the host from act, times scale. */
     mil_status (*to_host)(mil_context *context, int64_t rows, int64_t width, const void *x, int64_t x_stride,
                           float scale, float *y);

@@ -4,23 +4,60 @@ import numpy as np
 
 from mambainllama import _core
 
-ATTENTION = {"mixer": "attention", "heads": 4, "kv_heads": 2, "head_dim": 8, "rotary": 8, "intermediate": 24}
+ATTENTION = {
+    "mixer": "attention",
+    "heads": 4,
+    "kv_heads": 2,
+    "head_dim": 8,
+    "rotary": 8,
+    "intermediate": 24,
+}
 MAMBA1 = {  # as in a Mamba-1 hybrid of the same teacher
-    "mixer": "mamba1", "inner": 32, "state_dim": 4, "x_width": 16, "B_groups": 4, "C_groups": 8, "dt_rank": 3,
-    "conv_width": 4, "dt_bias_scale": 2.0, "intermediate": 24,
-}  # fmt: skip
+    "mixer": "mamba1",
+    "inner": 32,
+    "state_dim": 4,
+    "x_width": 16,
+    "B_groups": 4,
+    "C_groups": 8,
+    "dt_rank": 3,
+    "conv_width": 4,
+    "dt_bias_scale": 2.0,
+    "intermediate": 24,
+}
 MAMBA2 = {
-    "mixer": "mamba2", "heads": 4, "head_dim": 8, "inner": 32, "state_dim": 8, "x_width": 16, "B_groups": 2,
-    "C_groups": 4, "conv_width": 4, "norm_group": 8, "intermediate": 24,
-}  # fmt: skip
+    "mixer": "mamba2",
+    "heads": 4,
+    "head_dim": 8,
+    "inner": 32,
+    "state_dim": 8,
+    "x_width": 16,
+    "B_groups": 2,
+    "C_groups": 4,
+    "conv_width": 4,
+    "norm_group": 8,
+    "intermediate": 24,
+}
 ORIGINAL_MAMBA1 = {
-    "mixer": "mamba1", "inner": 48, "state_dim": 5, "B_groups": 1, "C_groups": 1, "dt_rank": 3, "conv_width": 4,
+    "mixer": "mamba1",
+    "inner": 48,
+    "state_dim": 5,
+    "B_groups": 1,
+    "C_groups": 1,
+    "dt_rank": 3,
+    "conv_width": 4,
     "x_proj": True,
-}  # fmt: skip
+}
 ORIGINAL_MAMBA2 = {
-    "mixer": "mamba2", "heads": 6, "head_dim": 8, "inner": 48, "state_dim": 10, "B_groups": 2, "C_groups": 2,
-    "conv_width": 3, "norm_group": 48,
-}  # fmt: skip
+    "mixer": "mamba2",
+    "heads": 6,
+    "head_dim": 8,
+    "inner": 48,
+    "state_dim": 10,
+    "B_groups": 2,
+    "C_groups": 2,
+    "conv_width": 3,
+    "norm_group": 48,
+}
 
 KINDS = {
     "transformer": [ATTENTION, ATTENTION],
@@ -32,8 +69,14 @@ KINDS = {
     "mamba1": [ORIGINAL_MAMBA1, ORIGINAL_MAMBA1],
     "falcon mamba": [{**ORIGINAL_MAMBA1, "bcdt_norm": True, "bcdt_eps": 1e-6}],
     "mamba2": [ORIGINAL_MAMBA2, ORIGINAL_MAMBA2],
-    "gate first": [{**ORIGINAL_MAMBA2, "norm_before_gate": True}, {**ORIGINAL_MAMBA2, "norm_group": 0}],
-    "plain mlp": [{**ATTENTION, "gated": False, "activation": "relu2"}, {**MAMBA2, "activation": "gelu_tanh"}],
+    "gate first": [
+        {**ORIGINAL_MAMBA2, "norm_before_gate": True},
+        {**ORIGINAL_MAMBA2, "norm_group": 0},
+    ],
+    "plain mlp": [
+        {**ATTENTION, "gated": False, "activation": "relu2"},
+        {**MAMBA2, "activation": "gelu_tanh"},
+    ],
 }
 
 

@@ -1,8 +1,9 @@
 """Whole models: logits and gradients against PyTorch in float64, and states bit for bit.
 
-Logits and gradients agree with the float64 judge to a few float32 roundings of the largest value: 2e-5 for
-logits, 1e-4 for gradients, whose sums run over every row.  States are held to equality, not closeness: one
-token at a time, in windows, in chunks, in a batch and after a rollback give the same bits.
+Logits and gradients agree with the float64 judge to a few float32 roundings of the largest value:
+2e-5 for logits, 1e-4 for gradients, whose sums run over every row.  States are held to equality,
+not closeness: one token at a time, in windows, in chunks, in a batch and after a rollback give the
+same bits.
 """
 
 import numpy as np
@@ -11,7 +12,9 @@ from core_models import KINDS, build
 
 from mambainllama import _core
 
-torch = pytest.importorskip("torch", reason="PyTorch is the judge of this test; it is not installed")
+torch = pytest.importorskip(
+    "torch", reason="PyTorch is the judge of this test; it is not installed"
+)
 import torch_model  # noqa: E402
 
 LOGITS, GRADIENTS = 2e-5, 1e-4
@@ -30,7 +33,7 @@ def relative(a, b):
     return np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).max() / np.abs(b).max()
 
 
-# ---- forward ------------------------------------------------------------------------------------------------
+# ---- forward -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fast", [False, True])
@@ -39,7 +42,7 @@ def test_logits_match_pytorch(model, fast):
     tokens, offsets = some_tokens(model, sum(lengths)), np.cumsum([0, *lengths])
     logits = model.forward(tokens, offsets, fast=fast)
     parameters = torch_model.tensors(model.parameters())
-    for start, end in zip(offsets, offsets[1:]):
+    for start, end in zip(offsets, offsets[1:], strict=False):
         expected = torch_model.forward(model.config, parameters, tokens[start:end]).numpy()
         assert relative(logits[start:end], expected) < LOGITS
 
@@ -48,7 +51,9 @@ def test_logits_match_pytorch(model, fast):
 def test_scales_and_separate_output(tied):
     model = build(KINDS["mamba2 hybrid"], tied=tied, embedding_scale=3.0, logit_scale=0.25)
     tokens = some_tokens(model, 20)
-    expected = torch_model.forward(model.config, torch_model.tensors(model.parameters()), tokens).numpy()
+    expected = torch_model.forward(
+        model.config, torch_model.tensors(model.parameters()), tokens
+    ).numpy()
     assert relative(model.forward(tokens), expected) < LOGITS
 
 
@@ -58,38 +63,50 @@ def test_captures(model):
     plain = model.forward(tokens)
     logits, captured = model.forward(tokens, capture=wanted)
     hidden, mixers = [], []
-    torch_model.forward(model.config, torch_model.tensors(model.parameters()), tokens, hidden, mixers)
-    for got, expected in zip(captured, hidden + mixers):
+    torch_model.forward(
+        model.config, torch_model.tensors(model.parameters()), tokens, hidden, mixers
+    )
+    for got, expected in zip(captured, hidden + mixers, strict=False):
         assert relative(got, expected.numpy()) < LOGITS
     assert relative(logits, plain) < 1e-6  # the mixer's sum is rounded once more
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_sixteen_bit_weights(dtype):
-    """The 16-bit model is the float32 model of its rounded weights but for the rounding of products' inputs."""
+    """A 16-bit model is the float32 model of its rounded weights, but that products round inputs."""
     for layers in KINDS.values():
         small = build(layers, dtype=dtype)
         tokens = some_tokens(small, 40)
         wide = {}
         for name, array in small.parameters().items():
-            wide[name] = (array.astype(np.uint32) << 16).view(np.float32) if array.dtype == np.uint16 else array
+            wide[name] = (
+                (array.astype(np.uint32) << 16).view(np.float32)
+                if array.dtype == np.uint16
+                else array
+            )
             wide[name] = np.ascontiguousarray(wide[name], np.float32)
         full = _core.Model(small.config, wide, {})
-        assert relative(small.forward(tokens), full.forward(tokens)) < (4e-2 if dtype == "bfloat16" else 6e-3)
+        assert relative(small.forward(tokens), full.forward(tokens)) < (
+            4e-2 if dtype == "bfloat16" else 6e-3
+        )
 
 
-# ---- states ----------------------------------------------------------------------------------------------------
+# ---- states ------------------------------------------------------------------------------------
 
 
 def split(tokens, sizes):
     edges = np.cumsum([0, *sizes])
     assert edges[-1] == len(tokens)
-    return [tokens[a:b] for a, b in zip(edges, edges[1:])]
+    return [tokens[a:b] for a, b in zip(edges, edges[1:], strict=False)]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sizes", [[1] * 75, [75], [16] * 4 + [11], [17, 5, 5, 1, 40, 7], [3, 14, 2, 30, 16, 10]], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [[1] * 75, [75], [16] * 4 + [11], [17, 5, 5, 1, 40, 7], [3, 14, 2, 30, 16, 10]],
+    ids=str,
+)
 def test_any_split_gives_the_same_bits(kind, dtype, sizes):
     model = build(KINDS[kind], dtype=dtype)
     tokens = some_tokens(model, 75)
@@ -98,7 +115,9 @@ def test_any_split_gives_the_same_bits(kind, dtype, sizes):
     parts = [model.forward(part, states=[state]) for part in split(tokens, sizes)]
     np.testing.assert_array_equal(np.concatenate(parts), whole)
     assert state.length == 75
-    if dtype == "float32":  # a 16-bit cache rounds keys and values, which a stateless forward does not
+    if (
+        dtype == "float32"
+    ):  # a 16-bit cache rounds keys and values, which a stateless forward does not
         np.testing.assert_array_equal(model.forward(tokens), whole)
 
 
@@ -108,13 +127,13 @@ def test_batch_gives_the_same_bits(model):
     places = [0, 5, 16, 31, 33]
     rows = [1, 5, 2, 16, 1]
     states, alone = [], []
-    for tokens, place, count in zip(streams, places, rows):
+    for tokens, place, count in zip(streams, places, rows, strict=False):
         state = model.state()
         if place:
             model.forward(tokens[:place], states=[state], rows="none")
         alone.append(model.forward(tokens[place : place + count], states=[state.copy()]))
         states.append(state)
-    packed = np.concatenate([t[p : p + n] for t, p, n in zip(streams, places, rows)])
+    packed = np.concatenate([t[p : p + n] for t, p, n in zip(streams, places, rows, strict=False)])
     together = model.forward(packed, np.cumsum([0, *rows]), states=states)
     np.testing.assert_array_equal(together, np.concatenate(alone))
 
@@ -209,15 +228,18 @@ def test_memory_does_not_grow(model):
     assert _core.memory() == before
 
 
-# ---- training ----------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------
 
 
 def judge(student, teacher, tokens, offsets, labels, weight, options):
     """The loss of one micro-step and its gradients, by autograd in float64."""
-    p, q = torch_model.tensors(student.parameters(), True), torch_model.tensors(teacher.parameters())
+    p, q = (
+        torch_model.tensors(student.parameters(), True),
+        torch_model.tensors(teacher.parameters()),
+    )
     loss, temperature = 0.0, options.get("temperature", 1.0)
     ours, theirs = [], []
-    for a, b in zip(offsets, offsets[1:]):
+    for a, b in zip(offsets, offsets[1:], strict=False):
         h, ht = [], []
         s = torch_model.forward(student.config, p, tokens[a:b], hidden=h)
         t = torch_model.forward(teacher.config, q, tokens[a:b], hidden=ht)
@@ -231,12 +253,27 @@ def judge(student, teacher, tokens, offsets, labels, weight, options):
         rows = torch.as_tensor(weight[a:b], dtype=torch.float64)
         label = torch.as_tensor(labels[a:b], dtype=torch.long)
         ce = -s.log_softmax(-1).gather(1, label.clamp(min=0)[:, None])[:, 0] * (label >= 0)
-        loss = loss + (rows * (options.get("kl_weight", 1.0) * temperature**2 * kl + options.get("ce_weight", 0.0) * ce)).sum()
+        loss = (
+            loss
+            + (
+                rows
+                * (
+                    options.get("kl_weight", 1.0) * temperature**2 * kl
+                    + options.get("ce_weight", 0.0) * ce
+                )
+            ).sum()
+        )
     loss = loss * options.get("scale", 1.0)
     layers = len(student.config["layers"])
     for i in range(layers if options.get("hidden_weight") else 0):
         x, target = (torch.cat([h[i] for h in every]) for every in (ours, theirs))
-        loss = loss + options["hidden_weight"] / layers * (x - target).square().sum() / target.square().sum()
+        loss = (
+            loss
+            + options["hidden_weight"]
+            / layers
+            * (x - target).square().sum()
+            / target.square().sum()
+        )
     loss.backward()
     return loss.item(), {name: t.grad.numpy() for name, t in p.items()}
 
@@ -264,7 +301,10 @@ def test_gradients_match_autograd(kind, options):
         trainer = _core.Trainer(student, teacher, checkpointing=checkpointing)
         sums = trainer.backward(tokens, offsets, labels=labels, row_weight=weight, **options)
         temperature = options.get("temperature", 1.0)
-        got = options.get("kl_weight", 1.0) * temperature**2 * sums["kl"] + options.get("ce_weight", 0.0) * sums["ce"]
+        got = (
+            options.get("kl_weight", 1.0) * temperature**2 * sums["kl"]
+            + options.get("ce_weight", 0.0) * sums["ce"]
+        )
         got = got * options.get("scale", 1.0) + options.get("hidden_weight", 0.0) * sums["hidden"]
         assert got == pytest.approx(loss, rel=1e-5)
         gradients = trainer.gradients()
@@ -278,7 +318,10 @@ def test_gradients_match_autograd(kind, options):
 def test_alignment_gradients_match_autograd(kind):
     student, teacher = build(KINDS[kind]), build(KINDS["transformer"], seed=3)
     tokens = some_tokens(student, 45)
-    p, q = torch_model.tensors(student.parameters(), True), torch_model.tensors(teacher.parameters())
+    p, q = (
+        torch_model.tensors(student.parameters(), True),
+        torch_model.tensors(teacher.parameters()),
+    )
     hidden, mixers = [], []
     torch_model.forward(teacher.config, q, tokens, hidden, mixers)
     inputs = [q["model.embed_tokens.weight"][torch.as_tensor(tokens, dtype=torch.long)], *hidden]
@@ -287,7 +330,9 @@ def test_alignment_gradients_match_autograd(kind):
     for i in converted:
         c, prefix = student.config["layers"][i], f"model.layers.{i}."
         own = {name[len(prefix) :]: t for name, t in p.items() if name.startswith(prefix)}
-        u = torch_model.rms_norm(inputs[i], own["input_layernorm.weight"], student.config["norm_eps"])
+        u = torch_model.rms_norm(
+            inputs[i], own["input_layernorm.weight"], student.config["norm_eps"]
+        )
         y = torch_model.MIXERS[c["mixer"]](u, own, c, student.config)
         loss = loss + (y - mixers[i]).square().sum() / mixers[i].square().sum() / len(converted)
     loss.backward()
@@ -371,14 +416,17 @@ def test_evaluate_equals_the_micro_step():
     assert sums["ce_rows"] == 49 and sums["kl_rows"] == 50
 
 
-# ---- bad arguments -----------------------------------------------------------------------------------------------
+# ---- bad arguments -----------------------------------------------------------------------------
 
 
 def test_messages():
     model = build(KINDS["mamba2 hybrid"])
     state = model.state()
     cases = [
-        (lambda: model.forward([3, 61]), "token 61 at position 1 of sequence 0 is outside the vocabulary of 61"),
+        (
+            lambda: model.forward([3, 61]),
+            "token 61 at position 1 of sequence 0 is outside the vocabulary of 61",
+        ),
         (lambda: model.forward([3, -1]), "token -1"),
         (lambda: model.forward([2**40]), "outside any vocabulary"),
         (lambda: model.forward([]), "sequence 0 is empty"),

@@ -1,6 +1,7 @@
 """Muon against its float64 reference, at wide, tall and stacked matrices, and what it promises.
 
-Five products of float32 amplify the rounding of the Gram matrix: 2e-5 of the largest entry is what is left.
+Five products of float32 amplify the rounding of the Gram matrix: 2e-5 of the largest entry is what
+is left.
 """
 
 import numpy as np
@@ -14,7 +15,14 @@ from mambainllama.errors import ShapeError
 
 @pytest.mark.parametrize(
     "shape, parts",
-    [((8, 8), None), ((5, 33), None), ((130, 7), None), ((1, 9), None), ((9, 1), None), ((30, 16), [16, 8, 5, 1])],
+    [
+        ((8, 8), None),
+        ((5, 33), None),
+        ((130, 7), None),
+        ((1, 9), None),
+        ((9, 1), None),
+        ((30, 16), [16, 8, 5, 1]),
+    ],
 )
 def test_steps_against_reference(shape, parts):
     rng = np.random.default_rng(0)

@@ -1,7 +1,7 @@
 """The whole model in PyTorch, slowly: a judge for logits and, through autograd, for gradients.
 
-Driven by the canonical configuration and parameter names (``_core.Model``), in float64, one token of the
-recurrences at a time, so that nothing here shares an algorithm with the C code.
+Driven by the canonical configuration and parameter names (``_core.Model``), in float64, one token
+of the recurrences at a time, so that nothing here shares an algorithm with the C code.
 """
 
 import math
@@ -28,9 +28,15 @@ def rotate(x, inv_freq, rotary):
 def attention(u, p, c, config):
     length, heads, dim = u.shape[0], c["heads"], c["head_dim"]
     kv_heads = c.get("kv_heads", heads)
-    q = F.linear(u, p["self_attn.q_proj.weight"], p.get("self_attn.q_proj.bias")).view(length, heads, dim)
-    k = F.linear(u, p["self_attn.k_proj.weight"], p.get("self_attn.k_proj.bias")).view(length, kv_heads, dim)
-    v = F.linear(u, p["self_attn.v_proj.weight"], p.get("self_attn.v_proj.bias")).view(length, kv_heads, dim)
+    q = F.linear(u, p["self_attn.q_proj.weight"], p.get("self_attn.q_proj.bias")).view(
+        length, heads, dim
+    )
+    k = F.linear(u, p["self_attn.k_proj.weight"], p.get("self_attn.k_proj.bias")).view(
+        length, kv_heads, dim
+    )
+    v = F.linear(u, p["self_attn.v_proj.weight"], p.get("self_attn.v_proj.bias")).view(
+        length, kv_heads, dim
+    )
     if "self_attn.q_norm.weight" in p:
         q = rms_norm(q, p["self_attn.q_norm.weight"], config["norm_eps"])
         k = rms_norm(k, p["self_attn.k_norm.weight"], config["norm_eps"])
@@ -59,7 +65,11 @@ def causal_conv(x, weight, bias):
 def repeat_groups(x, inner, group):
     """Runs of `group` channels, each repeated in a row until there are `inner` channels."""
     length, width = x.shape
-    return x.view(length, width // group, group).repeat_interleave(inner // width, dim=1).reshape(length, inner)
+    return (
+        x.view(length, width // group, group)
+        .repeat_interleave(inner // width, dim=1)
+        .reshape(length, inner)
+    )
 
 
 def mamba1(u, p, c, config):
@@ -71,7 +81,8 @@ def mamba1(u, p, c, config):
         if c.get("bcdt_norm"):
             names = ("dt_layernorm", "b_layernorm", "c_layernorm")
             low, B, C = (
-                rms_norm(t, p.get(f"mamba.{name}.weight"), c["bcdt_eps"]) for t, name in zip((low, B, C), names)
+                rms_norm(t, p.get(f"mamba.{name}.weight"), c["bcdt_eps"])
+                for t, name in zip((low, B, C), names, strict=False)
             )
     else:
         x = F.linear(u, p["mamba.in_proj_x.weight"])
@@ -82,7 +93,10 @@ def mamba1(u, p, c, config):
         z = F.linear(u, p["mamba.in_proj_z.weight"])
         B, C = F.linear(u, p["mamba.B_proj.weight"]), F.linear(u, p["mamba.C_proj.weight"])
         low = F.linear(u, p["mamba.dt_proj_down.weight"])
-    dt = F.linear(low, p["mamba.dt_proj.weight"]) + c.get("dt_bias_scale", 1) * p["mamba.dt_proj.bias"]
+    dt = (
+        F.linear(low, p["mamba.dt_proj.weight"])
+        + c.get("dt_bias_scale", 1) * p["mamba.dt_proj.bias"]
+    )
     dt = F.softplus(dt).clamp(c.get("dt_min", 0), c.get("dt_max", math.inf))
     A = -p["mamba.A_log"].exp()
     B = B.view(len(u), -1, n).repeat_interleave(inner // (B.shape[1] // n), dim=1)
@@ -91,7 +105,9 @@ def mamba1(u, p, c, config):
     for t in range(len(u)):
         state = (dt[t][:, None] * A).exp() * state + (dt[t] * x[t])[:, None] * B[t]
         y.append((state * C[t]).sum(-1) + p["mamba.D"] * x[t])
-    return F.linear(torch.stack(y) * F.silu(z), p["mamba.out_proj.weight"], p.get("mamba.out_proj.bias"))
+    return F.linear(
+        torch.stack(y) * F.silu(z), p["mamba.out_proj.weight"], p.get("mamba.out_proj.bias")
+    )
 
 
 def mamba2(u, p, c, config):
@@ -109,7 +125,9 @@ def mamba2(u, p, c, config):
     A = -p["mamba.A_log"].exp()
     state, rows = x.new_zeros(heads, dim, n), []
     for t in range(length):
-        state = (dt[t] * A).exp()[:, None, None] * state + dt[t][:, None, None] * x[t][:, :, None] * B[t][:, None, :]
+        state = (dt[t] * A).exp()[:, None, None] * state + dt[t][:, None, None] * x[t][
+            :, :, None
+        ] * B[t][:, None, :]
         rows.append((state * C[t][:, None, :]).sum(-1) + p["mamba.D"][:, None] * x[t])
     y = torch.stack(rows).reshape(length, inner)
     group = c.get("norm_group", 0)
@@ -117,7 +135,9 @@ def mamba2(u, p, c, config):
         y = y * F.silu(z)
     else:
         y = y if c.get("norm_before_gate") else y * F.silu(z)
-        y = rms_norm(y.view(length, -1, group), None, c.get("mixer_norm_eps", 1e-5)).reshape(length, inner)
+        y = rms_norm(y.view(length, -1, group), None, c.get("mixer_norm_eps", 1e-5)).reshape(
+            length, inner
+        )
         y = y * p["mamba.norm.weight"]
         y = y * F.silu(z) if c.get("norm_before_gate") else y
     return F.linear(y, p["mamba.out_proj.weight"], p.get("mamba.out_proj.bias"))
@@ -137,7 +157,9 @@ def mlp(u, p, c):
     up = F.linear(u, p["mlp.up_proj.weight"], p.get("mlp.up_proj.bias"))
     activation = ACTIVATIONS[c.get("activation", "silu")]
     if c.get("gated", True):
-        product = activation(F.linear(u, p["mlp.gate_proj.weight"], p.get("mlp.gate_proj.bias"))) * up
+        product = (
+            activation(F.linear(u, p["mlp.gate_proj.weight"], p.get("mlp.gate_proj.bias"))) * up
+        )
     else:
         product = activation(up)
     return F.linear(product, p["mlp.down_proj.weight"], p.get("mlp.down_proj.bias"))
@@ -145,17 +167,25 @@ def mlp(u, p, c):
 
 def tensors(parameters, requires_grad=False):
     """float64 tensors of a dict of NumPy arrays."""
-    return {name: torch.tensor(a, dtype=torch.float64, requires_grad=requires_grad) for name, a in parameters.items()}
+    return {
+        name: torch.tensor(a, dtype=torch.float64, requires_grad=requires_grad)
+        for name, a in parameters.items()
+    }
 
 
 def forward(config, parameters, tokens, hidden=None, mixers=None):
-    """Logits [length, vocab] of one sequence; appends states after each layer to `hidden`, mixers' outputs to `mixers`."""
+    """Logits [length, vocab] of one sequence.
+
+    Appends the residual stream after each layer to `hidden`, the mixers' outputs to `mixers`.
+    """
     x = parameters["model.embed_tokens.weight"][torch.as_tensor(tokens, dtype=torch.long)]
     x = x * config.get("embedding_scale", 1.0)
     for i, c in enumerate(config["layers"]):
         prefix = f"model.layers.{i}."
         p = {name[len(prefix) :]: t for name, t in parameters.items() if name.startswith(prefix)}
-        y = MIXERS[c["mixer"]](rms_norm(x, p["input_layernorm.weight"], config["norm_eps"]), p, c, config)
+        y = MIXERS[c["mixer"]](
+            rms_norm(x, p["input_layernorm.weight"], config["norm_eps"]), p, c, config
+        )
         if mixers is not None:
             mixers.append(y)
         x = x + y

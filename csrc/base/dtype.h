@@ -63,7 +63,7 @@ mil_f16_to_float(uint16_t half)
     uint32_t sign = (uint32_t)(half & 0x8000u) << 16;
     uint32_t magnitude = half & 0x7fffu;
     uint32_t normal = (magnitude << 13) + 0x38000000u;
-    uint32_t infinite = (magnitude << 13) | 0x7f800000u; /* infinity and NaN */
+    uint32_t infinite = (magnitude << 13) | 0x7f800000u;                          /* infinity and NaN */
     uint32_t subnormal = mil_float_to_bits((float)(int32_t)magnitude * 0x1p-24f); /* and zero; exact */
     uint32_t bits = magnitude < 0x0400u ? subnormal : normal;
     bits = magnitude >= 0x7c00u ? infinite : bits;

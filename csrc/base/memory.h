@@ -68,6 +68,7 @@ mil_arena_rewind(mil_arena *arena, mil_arena_mark mark);
 void
 mil_arena_release(mil_arena *arena); /* frees all; twice is safe */
 
-#define MIL_PUSH(arena, count, type, out) mil_arena_push((arena), (size_t)(count), sizeof(type), (void **)(out))
+#define MIL_PUSH(arena, count, type, out) \
+    mil_arena_push((arena), (size_t)(count), sizeof(type), (void **)(out))
 
 #endif

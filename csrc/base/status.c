@@ -26,12 +26,12 @@ const char *
 mil_status_words(mil_status code)
 {
     switch (code) {
-    case MIL_OK:
-        return "ok";
-#define MIL_STATUS_CASE(name, words, base)                                                         \
-    case name:                                                                                     \
+        case MIL_OK:
+            return "ok";
+#define MIL_STATUS_CASE(name, words, base) \
+    case name:                             \
         return words;
-        MIL_STATUS_LIST(MIL_STATUS_CASE)
+            MIL_STATUS_LIST(MIL_STATUS_CASE)
 #undef MIL_STATUS_CASE
     }
     return "unknown status";

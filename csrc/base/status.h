@@ -9,17 +9,17 @@
 #define MIL_BASE_STATUS_H
 
 /* X(code, words, Python base class beside mil.Error) */
-#define MIL_STATUS_LIST(X)                                                                         \
-    X(MIL_ERR_VALUE, "bad value", ValueError)                                                      \
-    X(MIL_ERR_SHAPE, "bad shape", ValueError)                                                      \
-    X(MIL_ERR_DTYPE, "bad dtype", TypeError)                                                       \
-    X(MIL_ERR_FORMAT, "bad file format", ValueError)                                               \
-    X(MIL_ERR_MEMORY, "out of memory", MemoryError)                                                \
-    X(MIL_ERR_IO, "input or output failed", OSError)                                               \
-    X(MIL_ERR_DEVICE, "device failed", RuntimeError)                                               \
-    X(MIL_ERR_UNSUPPORTED, "not supported", NotImplementedError)                                   \
-    X(MIL_ERR_STATE, "wrong state", RuntimeError)                                                  \
-    X(MIL_ERR_NONFINITE, "not finite", ArithmeticError)                                            \
+#define MIL_STATUS_LIST(X)                                       \
+    X(MIL_ERR_VALUE, "bad value", ValueError)                    \
+    X(MIL_ERR_SHAPE, "bad shape", ValueError)                    \
+    X(MIL_ERR_DTYPE, "bad dtype", TypeError)                     \
+    X(MIL_ERR_FORMAT, "bad file format", ValueError)             \
+    X(MIL_ERR_MEMORY, "out of memory", MemoryError)              \
+    X(MIL_ERR_IO, "input or output failed", OSError)             \
+    X(MIL_ERR_DEVICE, "device failed", RuntimeError)             \
+    X(MIL_ERR_UNSUPPORTED, "not supported", NotImplementedError) \
+    X(MIL_ERR_STATE, "wrong state", RuntimeError)                \
+    X(MIL_ERR_NONFINITE, "not finite", ArithmeticError)          \
     X(MIL_ERR_STOPPED, "stopped by the caller", RuntimeError)
 
 typedef enum mil_status {
@@ -52,33 +52,33 @@ const char *
 mil_status_words(mil_status code);
 
 /* Passes a failure up. */
-#define MIL_TRY(expression)                                                                        \
-    do {                                                                                           \
-        mil_status mil_try_status_ = (expression);                                                 \
-        if (mil_try_status_ != MIL_OK) {                                                           \
-            return mil_try_status_;                                                                \
-        }                                                                                          \
+#define MIL_TRY(expression)                        \
+    do {                                           \
+        mil_status mil_try_status_ = (expression); \
+        if (mil_try_status_ != MIL_OK) {           \
+            return mil_try_status_;                \
+        }                                          \
     } while (0)
 
 /* Passes a failure to the function's one cleanup label; the function has `mil_status status`. */
-#define MIL_GOTO(label, expression)                                                                \
-    do {                                                                                           \
-        status = (expression);                                                                     \
-        if (status != MIL_OK) {                                                                    \
-            goto label;                                                                            \
-        }                                                                                          \
+#define MIL_GOTO(label, expression) \
+    do {                            \
+        status = (expression);      \
+        if (status != MIL_OK) {     \
+            goto label;             \
+        }                           \
     } while (0)
 
 /* Our own mistakes only; what a caller can cause is a status. Gone from release builds. */
 #ifdef MIL_DEBUG
 #include <stdio.h>
 #include <stdlib.h>
-#define MIL_ASSERT(condition)                                                                      \
-    do {                                                                                           \
-        if (!(condition)) {                                                                        \
-            fprintf(stderr, "%s:%d: assertion failed: %s\n", __FILE__, __LINE__, #condition);      \
-            abort();                                                                               \
-        }                                                                                          \
+#define MIL_ASSERT(condition)                                                                 \
+    do {                                                                                      \
+        if (!(condition)) {                                                                   \
+            fprintf(stderr, "%s:%d: assertion failed: %s\n", __FILE__, __LINE__, #condition); \
+            abort();                                                                          \
+        }                                                                                     \
     } while (0)
 #else
 #define MIL_ASSERT(condition) ((void)0)

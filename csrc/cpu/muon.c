@@ -44,18 +44,22 @@ nesterov(const mil_muon *a, int64_t first, int64_t count, float *u)
 
 /* One step of the quintic: next = a X + P X (or X P), P = b A + c A A, A the Gram matrix of the shorter side. */
 static mil_status
-iterate(mil_context *context, int64_t rows, int64_t columns, const float *x, float *gram, float *polynomial, float *next)
+iterate(mil_context *context, int64_t rows, int64_t columns, const float *x, float *gram, float *polynomial,
+        float *next)
 {
     bool wide = rows <= columns;
     int64_t side = wide ? rows : columns, other = wide ? columns : rows;
     MIL_TRY(mil_cpu_gemm(context, !wide, wide, side, side, other, 1, x, columns, x, columns, 0, gram, side));
     memcpy(polynomial, gram, (size_t)(side * side) * sizeof(float));
-    MIL_TRY(mil_cpu_gemm(context, false, false, side, side, side, QUINTIC_C, gram, side, gram, side, QUINTIC_B, polynomial, side));
+    MIL_TRY(mil_cpu_gemm(context, false, false, side, side, side, QUINTIC_C, gram, side, gram, side,
+                         QUINTIC_B, polynomial, side));
     memcpy(next, x, (size_t)(rows * columns) * sizeof(float));
     if (wide) {
-        return mil_cpu_gemm(context, false, false, rows, columns, rows, 1, polynomial, side, x, columns, QUINTIC_A, next, columns);
+        return mil_cpu_gemm(context, false, false, rows, columns, rows, 1, polynomial, side, x, columns,
+                            QUINTIC_A, next, columns);
     }
-    return mil_cpu_gemm(context, false, false, rows, columns, columns, 1, x, columns, polynomial, side, QUINTIC_A, next, columns);
+    return mil_cpu_gemm(context, false, false, rows, columns, columns, 1, x, columns, polynomial, side,
+                        QUINTIC_A, next, columns);
 }
 
 static void
@@ -66,7 +70,8 @@ apply(const mil_muon *a, int64_t first, int64_t count, float scale, const float 
         float value = keep * a->master[first + i] - scale * x[i];
         a->master[first + i] = value;
         if (a->dtype != MIL_F32) {
-            ((uint16_t *)a->weight)[first + i] = a->dtype == MIL_BF16 ? mil_float_to_bf16(value) : mil_float_to_f16(value);
+            ((uint16_t *)a->weight)[first + i] =
+                a->dtype == MIL_BF16 ? mil_float_to_bf16(value) : mil_float_to_f16(value);
         }
     }
 }
@@ -109,8 +114,8 @@ mil_cpu_muon(mil_context *context, const mil_muon *arguments)
         sum += arguments->parts[i];
     }
     if (arguments->part_count > 0 && sum != arguments->rows) {
-        return mil_fail(MIL_ERR_SHAPE, "muon: the parts have %lld rows together; the matrix has %lld", (long long)sum,
-                        (long long)arguments->rows);
+        return mil_fail(MIL_ERR_SHAPE, "muon: the parts have %lld rows together; the matrix has %lld",
+                        (long long)sum, (long long)arguments->rows);
     }
     int64_t whole = arguments->rows, count = arguments->part_count > 0 ? arguments->part_count : 1;
     const int64_t *parts = arguments->part_count > 0 ? arguments->parts : &whole;

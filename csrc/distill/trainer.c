@@ -27,7 +27,8 @@ zeros(int64_t count, float **out)
 {
     *out = mil_alloc((size_t)count, sizeof(float));
     if (*out == NULL) {
-        return mil_fail(MIL_ERR_MEMORY, "trainer: out of memory for %lld more bytes of gradients, moments or masters",
+        return mil_fail(MIL_ERR_MEMORY,
+                        "trainer: out of memory for %lld more bytes of gradients, moments or masters",
                         (long long)count * 4);
     }
     memset(*out, 0, (size_t)count * sizeof(float));
@@ -60,7 +61,8 @@ init_parameter(mil_trainer *trainer, int64_t index)
 }
 
 mil_status
-mil_trainer_init(mil_trainer *trainer, mil_model *student, const mil_model *teacher, const bool *trainable, bool checkpointing)
+mil_trainer_init(mil_trainer *trainer, mil_model *student, const mil_model *teacher, const bool *trainable,
+                 bool checkpointing)
 {
     *trainer = (mil_trainer){.student = student, .teacher = teacher, .checkpointing = checkpointing};
     size_t count = (size_t)student->parameter_count;
@@ -121,7 +123,8 @@ mil_trainer_release(mil_trainer *trainer)
 static mil_status
 copy_rows(const mil_pass *pass, void *to, const void *from)
 {
-    size_t bytes = (size_t)(pass->rows.rows * pass->model->config.hidden) * mil_dtype_size(pass->context->ops->activation_dtype);
+    size_t bytes = (size_t)(pass->rows.rows * pass->model->config.hidden) *
+                   mil_dtype_size(pass->context->ops->activation_dtype);
     return pass->context->ops->copy(pass->context, to, from, bytes);
 }
 
@@ -154,13 +157,15 @@ typedef struct teacher_rows {
 } teacher_rows;
 
 static mil_status
-run_teacher(mil_context *context, const mil_model *teacher, const mil_micro_step *step, bool want_hidden, teacher_rows *out)
+run_teacher(mil_context *context, const mil_model *teacher, const mil_micro_step *step, bool want_hidden,
+            teacher_rows *out)
 {
     *out = (teacher_rows){0};
     if (teacher == NULL) {
         return MIL_OK;
     }
-    int64_t rows = step->offsets[step->sequences], hidden = teacher->config.hidden, layers = teacher->config.layer_count;
+    int64_t rows = step->offsets[step->sequences], hidden = teacher->config.hidden,
+            layers = teacher->config.layer_count;
     mil_capture *captures;
     MIL_TRY(MIL_PUSH(context->host, layers + 1, mil_capture, &captures));
     MIL_TRY(mil_act_push(context, rows, hidden, &out->final));
@@ -184,8 +189,8 @@ run_teacher(mil_context *context, const mil_model *teacher, const mil_micro_step
 }
 
 static mil_status
-output_loss(mil_context *context, const mil_model *student, const mil_model *teacher, mil_micro_step *step, const void *x,
-            const teacher_rows *target, void *grad_x, float *grad_weight)
+output_loss(mil_context *context, const mil_model *student, const mil_model *teacher, mil_micro_step *step,
+            const void *x, const teacher_rows *target, void *grad_x, float *grad_weight)
 {
     mil_linear_loss loss = {
         .rows = step->offsets[step->sequences],
@@ -252,7 +257,8 @@ match_rows(const mil_pass *pass, const void *x, const void *target, double weigh
 
 /* The final norm and the loss: value into step, the residual stream's gradient into grad. */
 static mil_status
-head_backward(mil_pass *pass, mil_trainer *trainer, mil_micro_step *step, const void *x, const teacher_rows *target, void *grad)
+head_backward(mil_pass *pass, mil_trainer *trainer, mil_micro_step *step, const void *x,
+              const teacher_rows *target, void *grad)
 {
     mil_context *context = pass->context;
     const mil_model *model = pass->model;
@@ -261,17 +267,7 @@ head_backward(mil_pass *pass, mil_trainer *trainer, mil_micro_step *step, const 
     void *u, *grad_u;
     MIL_TRY(mil_act_push(context, rows, hidden, &u));
     MIL_TRY(mil_act_push(context, rows, hidden, &grad_u));
-    mil_norm norm = {
-        .rows = rows,
-        .width = hidden,
-        .group = hidden,
-        .x = x,
-        .x_stride = hidden,
-        .weight = model->final_norm->data,
-        .eps = model->config.norm_eps,
-        .y = u,
-        .y_stride = hidden,
-    };
+    mil_norm norm = mil_stream_norm(pass, model->final_norm, rows, x, u);
     MIL_TRY(context->ops->norm_forward(context, &norm));
     float *grad_output = trainer->gradients.of[model->output - model->parameters];
     MIL_TRY(output_loss(context, model, trainer->teacher, step, u, target, grad_u, grad_output));
@@ -289,7 +285,8 @@ head_backward(mil_pass *pass, mil_trainer *trainer, mil_micro_step *step, const 
 }
 
 static mil_status
-layer_backward(mil_pass *pass, int64_t layer, layer_saved *saved, bool rerun, void *grad, mil_gradients *gradients)
+layer_backward(mil_pass *pass, int64_t layer, layer_saved *saved, bool rerun, void *grad,
+               mil_gradients *gradients)
 {
     mil_context *context = pass->context;
     mil_arena_mark mark = mil_arena_get_mark(context->scratch);
@@ -310,7 +307,8 @@ static mil_status
 end_to_end(mil_context *context, mil_trainer *trainer, mil_micro_step *step)
 {
     mil_model *model = trainer->student;
-    int64_t layers = model->config.layer_count, rows = step->offsets[step->sequences], hidden = model->config.hidden;
+    int64_t layers = model->config.layer_count, rows = step->offsets[step->sequences],
+            hidden = model->config.hidden;
     bool match_hidden = step->hidden_weight > 0;
     teacher_rows target;
     MIL_TRY(run_teacher(context, trainer->teacher, step, match_hidden, &target));
@@ -337,7 +335,8 @@ end_to_end(mil_context *context, mil_trainer *trainer, mil_micro_step *step)
     MIL_TRY(head_backward(&pass, trainer, step, stream[layers], &target, grad));
     for (int64_t i = layers - 1; i >= 0; i--) {
         if (match_hidden) {
-            MIL_TRY(match_rows(&pass, stream[i + 1], target.hidden[i], step->hidden_weight / (double)layers, grad, &step->hidden));
+            MIL_TRY(match_rows(&pass, stream[i + 1], target.hidden[i], step->hidden_weight / (double)layers,
+                               grad, &step->hidden));
         }
         MIL_TRY(layer_backward(&pass, i, &saved[i], trainer->checkpointing, grad, &trainer->gradients));
     }
@@ -363,7 +362,8 @@ end_to_end(mil_context *context, mil_trainer *trainer, mil_micro_step *step)
 
 /* One mixer on the teacher's hidden states: value added to step->align, parameter gradients added. */
 static mil_status
-align_layer(mil_pass *pass, mil_trainer *trainer, mil_micro_step *step, int64_t layer, const void *input, const void *target, double weight)
+align_layer(mil_pass *pass, mil_trainer *trainer, mil_micro_step *step, int64_t layer, const void *input,
+            const void *target, double weight)
 {
     mil_context *context = pass->context;
     int64_t rows = pass->rows.rows, hidden = pass->model->config.hidden;
@@ -388,7 +388,8 @@ static mil_status
 align(mil_context *context, mil_trainer *trainer, mil_micro_step *step)
 {
     const mil_model *student = trainer->student, *teacher = trainer->teacher;
-    int64_t layers = student->config.layer_count, rows = step->offsets[step->sequences], hidden = student->config.hidden;
+    int64_t layers = student->config.layer_count, rows = step->offsets[step->sequences],
+            hidden = student->config.hidden;
     mil_capture *captures;
     MIL_TRY(MIL_PUSH(context->host, 2 * layers, mil_capture, &captures));
     int64_t converted = 0;
@@ -404,7 +405,9 @@ align(mil_context *context, mil_trainer *trainer, mil_micro_step *step)
         converted++;
     }
     if (converted == 0) {
-        return mil_fail(MIL_ERR_VALUE, "trainer: no layer of the student differs from the teacher's; there is nothing to align");
+        return mil_fail(
+            MIL_ERR_VALUE,
+            "trainer: no layer of the student differs from the teacher's; there is nothing to align");
     }
     mil_forward forward = {
         .tokens = step->tokens,
@@ -435,9 +438,11 @@ check_step(const mil_model *student, const mil_model *teacher, const mil_micro_s
     if ((matches || step->kl_weight != 0) && teacher == NULL && !step->evaluate) {
         return mil_fail(MIL_ERR_VALUE, "trainer: KL, hidden-state and alignment losses need a teacher");
     }
-    if (matches && (teacher->config.layer_count != student->config.layer_count || teacher->config.hidden != student->config.hidden)) {
+    if (matches && (teacher->config.layer_count != student->config.layer_count ||
+                    teacher->config.hidden != student->config.hidden)) {
         return mil_fail(MIL_ERR_SHAPE,
-                        "trainer: matching hidden states needs the same layers and width; teacher %lld x %lld, student %lld x %lld",
+                        "trainer: matching hidden states needs the same layers and width; teacher %lld x "
+                        "%lld, student %lld x %lld",
                         (long long)teacher->config.layer_count, (long long)teacher->config.hidden,
                         (long long)student->config.layer_count, (long long)student->config.hidden);
     }
@@ -454,8 +459,8 @@ check_step(const mil_model *student, const mil_model *teacher, const mil_micro_s
     }
     for (int64_t i = 0; step->labels != NULL && i < step->offsets[step->sequences]; i++) {
         if (step->labels[i] >= vocab) {
-            return mil_fail(MIL_ERR_VALUE, "trainer: label %d at row %lld is outside the vocabulary of %lld", step->labels[i],
-                            (long long)i, (long long)vocab);
+            return mil_fail(MIL_ERR_VALUE, "trainer: label %d at row %lld is outside the vocabulary of %lld",
+                            step->labels[i], (long long)i, (long long)vocab);
         }
     }
     return MIL_OK;
@@ -519,7 +524,8 @@ gradient_norm(mil_context *context, const mil_trainer *trainer, double *norm)
     for (int64_t i = 0; i < trainer->student->parameter_count; i++) {
         if (trainer->gradients.of[i] != NULL) {
             double part;
-            MIL_TRY(context->ops->sum_squares(context, trainer->gradients.of[i], trainer->student->parameters[i].count, &part));
+            MIL_TRY(context->ops->sum_squares(context, trainer->gradients.of[i],
+                                              trainer->student->parameters[i].count, &part));
             sum += part;
         }
     }
@@ -561,7 +567,8 @@ stacked_parts(const mil_model *model, const mil_parameter *p, int64_t parts[5])
 }
 
 static mil_status
-apply_muon(mil_context *context, mil_trainer *trainer, const mil_optimizer_step *step, int64_t index, float grad_scale)
+apply_muon(mil_context *context, mil_trainer *trainer, const mil_optimizer_step *step, int64_t index,
+           float grad_scale)
 {
     const mil_parameter *p = &trainer->student->parameters[index];
     int64_t parts[5];
@@ -584,7 +591,8 @@ apply_muon(mil_context *context, mil_trainer *trainer, const mil_optimizer_step 
 }
 
 static mil_status
-apply_adamw(mil_context *context, mil_trainer *trainer, const mil_optimizer_step *step, int64_t index, float grad_scale)
+apply_adamw(mil_context *context, mil_trainer *trainer, const mil_optimizer_step *step, int64_t index,
+            float grad_scale)
 {
     const mil_parameter *p = &trainer->student->parameters[index];
     mil_adamw adamw = {
@@ -612,7 +620,8 @@ mil_trainer_apply(mil_context *context, mil_trainer *trainer, mil_optimizer_step
     MIL_TRY(gradient_norm(context, trainer, &step->grad_norm));
     if (!isfinite(step->grad_norm)) {
         MIL_TRY(clear_gradients(context, trainer));
-        return mil_fail(MIL_ERR_NONFINITE, "trainer: the gradient is not finite at step %lld; the weights were left as they are",
+        return mil_fail(MIL_ERR_NONFINITE,
+                        "trainer: the gradient is not finite at step %lld; the weights were left as they are",
                         (long long)trainer->step + 1);
     }
     bool clip = step->max_grad_norm > 0 && step->grad_norm > step->max_grad_norm;

@@ -56,7 +56,7 @@ typedef struct mil_optimizer_step {
     float vector_rate;   /* factor on learning_rate for vectors; 1 by custom */
     float muon_rate;     /* > 0: Muon with this learning rate on the layers' matrices, AdamW elsewhere */
     float muon_momentum;
-    double grad_norm;    /* out, before clipping */
+    double grad_norm; /* out, before clipping */
 } mil_optimizer_step;
 
 /* A gradient that is not finite is a MIL_ERR_NONFINITE and changes nothing but clears the gradients. */
@@ -65,6 +65,7 @@ mil_trainer_apply(mil_context *context, mil_trainer *trainer, mil_optimizer_step
 
 /* Losses without a trainer: student against teacher (may be NULL) on given rows. */
 mil_status
-mil_evaluate(mil_context *context, const mil_model *student, const mil_model *teacher, mil_micro_step *step) MIL_MUST_CHECK;
+mil_evaluate(mil_context *context, const mil_model *student, const mil_model *teacher,
+             mil_micro_step *step) MIL_MUST_CHECK;
 
 #endif

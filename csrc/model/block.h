@@ -17,18 +17,18 @@ typedef struct mil_pass {
 
 /* Activations of one mixer that its backward reads; memory from the context's arena. */
 typedef struct mil_mixer_saved {
-    void *u;                 /* [rows, hidden] normed input */
-    void *q, *k, *v;         /* attention, q and k after norm and RoPE */
-    void *q_raw, *k_raw;     /* before the q and k norms, where there are any */
-    float *log_sum_exp;      /* [rows, heads] */
-    void *projected;         /* Mamba-2 [rows, z|x|B|C|dt]; Mamba-1 [x | z] with x_proj */
-    void *x, *B, *C, *z;     /* Mamba-1: products of u (x before the convolution) */
-    void *conv;              /* [rows, conv channels] after convolution and silu */
-    void *x_projected;       /* Mamba-1 with x_proj: [rows, dt_rank | B | C] */
-    void *x_normed;          /* the same after the RMS norms */
-    void *dt_low, *dt;       /* Mamba-1: [rows, dt_rank], [rows, inner] */
-    void *scanned;           /* Mamba-2 [rows, inner] before the gated norm */
-    void *features;          /* [rows, inner] what the output product reads */
+    void *u;             /* [rows, hidden] normed input */
+    void *q, *k, *v;     /* attention, q and k after norm and RoPE */
+    void *q_raw, *k_raw; /* before the q and k norms, where there are any */
+    float *log_sum_exp;  /* [rows, heads] */
+    void *projected;     /* Mamba-2 [rows, z|x|B|C|dt]; Mamba-1 [x | z] with x_proj */
+    void *x, *B, *C, *z; /* Mamba-1: products of u (x before the convolution) */
+    void *conv;          /* [rows, conv channels] after convolution and silu */
+    void *x_projected;   /* Mamba-1 with x_proj: [rows, dt_rank | B | C] */
+    void *x_normed;      /* the same after the RMS norms */
+    void *dt_low, *dt;   /* Mamba-1: [rows, dt_rank], [rows, inner] */
+    void *scanned;       /* Mamba-2 [rows, inner] before the gated norm */
+    void *features;      /* [rows, inner] what the output product reads */
 } mil_mixer_saved;
 
 typedef struct mil_mlp_saved {
@@ -42,25 +42,32 @@ typedef struct mil_gradients {
 
 /* Sets up a pass: rows with past and boundary from the states, RoPE table in the arena. */
 mil_status
-mil_pass_begin(mil_pass *pass, mil_context *context, const mil_model *model, int64_t sequences, const int64_t *offsets,
-               mil_state *const *states, bool fast) MIL_MUST_CHECK;
+mil_pass_begin(mil_pass *pass, mil_context *context, const mil_model *model, int64_t sequences,
+               const int64_t *offsets, mil_state *const *states, bool fast) MIL_MUST_CHECK;
 
 /* The embedding rows of `tokens` (host memory) into x [rows, hidden]. */
 mil_status
 mil_embed(mil_pass *pass, const int32_t *tokens, void *x) MIL_MUST_CHECK;
 
+/* Arguments of the RMSNorm of rows of the residual stream: before mixers and MLPs, and the final one. */
+mil_norm
+mil_stream_norm(const mil_pass *pass, const mil_parameter *weight, int64_t rows, const void *x, void *y);
+
 /* y (+)= mixer(norm(x)). Fills `saved`. */
 mil_status
-mil_mixer_forward(mil_pass *pass, int64_t layer, const void *x, void *y, bool accumulate, mil_mixer_saved *saved) MIL_MUST_CHECK;
+mil_mixer_forward(mil_pass *pass, int64_t layer, const void *x, void *y, bool accumulate,
+                  mil_mixer_saved *saved) MIL_MUST_CHECK;
 /* grad_x (+)= d/dx of mixer(norm(x)) . grad_y; parameter gradients added. */
 mil_status
-mil_mixer_backward(mil_pass *pass, int64_t layer, const void *x, const mil_mixer_saved *saved, const void *grad_y,
-                   void *grad_x, bool accumulate, mil_gradients *gradients) MIL_MUST_CHECK;
+mil_mixer_backward(mil_pass *pass, int64_t layer, const void *x, const mil_mixer_saved *saved,
+                   const void *grad_y, void *grad_x, bool accumulate,
+                   mil_gradients *gradients) MIL_MUST_CHECK;
 mil_status
-mil_mlp_forward(mil_pass *pass, int64_t layer, const void *x, void *y, bool accumulate, mil_mlp_saved *saved) MIL_MUST_CHECK;
+mil_mlp_forward(mil_pass *pass, int64_t layer, const void *x, void *y, bool accumulate,
+                mil_mlp_saved *saved) MIL_MUST_CHECK;
 mil_status
-mil_mlp_backward(mil_pass *pass, int64_t layer, const void *x, const mil_mlp_saved *saved, const void *grad_y, void *grad_x,
-                 bool accumulate, mil_gradients *gradients) MIL_MUST_CHECK;
+mil_mlp_backward(mil_pass *pass, int64_t layer, const void *x, const mil_mlp_saved *saved, const void *grad_y,
+                 void *grad_x, bool accumulate, mil_gradients *gradients) MIL_MUST_CHECK;
 
 /* `elements` act values into an act array. */
 static inline void *

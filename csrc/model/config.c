@@ -16,8 +16,8 @@ static mil_status
 check_size(int64_t layer, const char *name, int64_t value, int64_t minimum)
 {
     if (value < minimum || value > MAX_SIZE) {
-        return mil_fail(MIL_ERR_VALUE, "model: layer %lld: %s = %lld is not between %lld and %lld", (long long)layer, name,
-                        (long long)value, (long long)minimum, (long long)MAX_SIZE);
+        return mil_fail(MIL_ERR_VALUE, "model: layer %lld: %s = %lld is not between %lld and %lld",
+                        (long long)layer, name, (long long)value, (long long)minimum, (long long)MAX_SIZE);
     }
     return MIL_OK;
 }
@@ -26,8 +26,8 @@ static mil_status
 check_multiple(int64_t layer, const char *name, int64_t value, const char *divisor_name, int64_t divisor)
 {
     if (value % divisor != 0) {
-        return mil_fail(MIL_ERR_VALUE, "model: layer %lld: %s = %lld is not a multiple of %s = %lld", (long long)layer, name,
-                        (long long)value, divisor_name, (long long)divisor);
+        return mil_fail(MIL_ERR_VALUE, "model: layer %lld: %s = %lld is not a multiple of %s = %lld",
+                        (long long)layer, name, (long long)value, divisor_name, (long long)divisor);
     }
     return MIL_OK;
 }
@@ -41,11 +41,14 @@ check_attention(int64_t layer, const mil_layer_config *c, const mil_rope_config 
     MIL_TRY(check_size(layer, "heads * head_dim", c->heads * c->head_dim, 1));
     MIL_TRY(check_multiple(layer, "heads", c->heads, "kv_heads", c->kv_heads));
     if (c->rotary != 0 && (c->rotary != rope->rotary || c->rotary > c->head_dim || c->rotary % 2 != 0)) {
-        return mil_fail(MIL_ERR_VALUE, "model: layer %lld: rotary = %lld does not fit head_dim = %lld and %lld rope frequencies",
-                        (long long)layer, (long long)c->rotary, (long long)c->head_dim, (long long)(rope->rotary / 2));
+        return mil_fail(
+            MIL_ERR_VALUE,
+            "model: layer %lld: rotary = %lld does not fit head_dim = %lld and %lld rope frequencies",
+            (long long)layer, (long long)c->rotary, (long long)c->head_dim, (long long)(rope->rotary / 2));
     }
     if (c->window < 0 || !isfinite(c->attention_scale)) {
-        return mil_fail(MIL_ERR_VALUE, "model: layer %lld: bad sliding window or attention scale", (long long)layer);
+        return mil_fail(MIL_ERR_VALUE, "model: layer %lld: bad sliding window or attention scale",
+                        (long long)layer);
     }
     return MIL_OK;
 }
@@ -59,22 +62,24 @@ check_mamba(int64_t layer, const mil_layer_config *c)
     MIL_TRY(check_size(layer, "B_groups", c->B_groups, 1));
     MIL_TRY(check_size(layer, "C_groups", c->C_groups, 1));
     MIL_TRY(check_size(layer, "inner * state_dim", c->inner * c->state_dim, 1));
-    MIL_TRY(check_size(layer, "(B_groups + C_groups) * state_dim", (c->B_groups + c->C_groups) * c->state_dim, 1));
+    MIL_TRY(check_size(layer, "(B_groups + C_groups) * state_dim", (c->B_groups + c->C_groups) * c->state_dim,
+                       1));
     MIL_TRY(check_multiple(layer, "inner", c->inner, "x_width", c->x_width));
     if (c->conv_width < 2 || c->conv_width > 8) {
-        return mil_fail(MIL_ERR_VALUE, "model: layer %lld: conv_width = %lld is not between 2 and 8", (long long)layer,
-                        (long long)c->conv_width);
+        return mil_fail(MIL_ERR_VALUE, "model: layer %lld: conv_width = %lld is not between 2 and 8",
+                        (long long)layer, (long long)c->conv_width);
     }
     if (!(c->dt_min >= 0) || !(c->dt_max > c->dt_min) || !isfinite(c->dt_bias_scale)) {
-        return mil_fail(MIL_ERR_VALUE, "model: layer %lld: dt limits %g to %g are not an interval", (long long)layer,
-                        (double)c->dt_min, (double)c->dt_max);
+        return mil_fail(MIL_ERR_VALUE, "model: layer %lld: dt limits %g to %g are not an interval",
+                        (long long)layer, (double)c->dt_min, (double)c->dt_max);
     }
     if (c->mixer == MIL_MAMBA2) {
         MIL_TRY(check_size(layer, "heads", c->heads, 1));
         MIL_TRY(check_size(layer, "head_dim", c->head_dim, 1));
         if (c->heads * c->head_dim != c->inner) {
-            return mil_fail(MIL_ERR_VALUE, "model: layer %lld: inner = %lld is not heads * head_dim = %lld * %lld",
-                            (long long)layer, (long long)c->inner, (long long)c->heads, (long long)c->head_dim);
+            return mil_fail(
+                MIL_ERR_VALUE, "model: layer %lld: inner = %lld is not heads * head_dim = %lld * %lld",
+                (long long)layer, (long long)c->inner, (long long)c->heads, (long long)c->head_dim);
         }
         MIL_TRY(check_multiple(layer, "x_width", c->x_width, "head_dim", c->head_dim));
         MIL_TRY(check_multiple(layer, "heads", c->heads, "B_groups", c->B_groups));
@@ -91,7 +96,8 @@ check_mamba(int64_t layer, const mil_layer_config *c)
     if (c->x_width != c->inner) { /* grouped heads: runs of state_dim channels are repeated */
         MIL_TRY(check_multiple(layer, "x_width", c->x_width, "state_dim", c->state_dim));
         if (c->x_proj) {
-            return mil_fail(MIL_ERR_VALUE, "model: layer %lld: x_proj needs x_width = inner", (long long)layer);
+            return mil_fail(MIL_ERR_VALUE, "model: layer %lld: x_proj needs x_width = inner",
+                            (long long)layer);
         }
     }
     return MIL_OK;
@@ -101,18 +107,22 @@ static mil_status
 check_config(const mil_model_config *config)
 {
     if (config->layer_count < 1 || config->layer_count > MAX_LAYERS) {
-        return mil_fail(MIL_ERR_VALUE, "model: %lld layers; 1 to %d are possible", (long long)config->layer_count, MAX_LAYERS);
+        return mil_fail(MIL_ERR_VALUE, "model: %lld layers; 1 to %d are possible",
+                        (long long)config->layer_count, MAX_LAYERS);
     }
     if (config->vocab < 1 || config->vocab > MAX_SIZE || config->hidden < 1 || config->hidden > MAX_SIZE) {
         return mil_fail(MIL_ERR_VALUE, "model: vocab = %lld and hidden = %lld must be between 1 and %lld",
                         (long long)config->vocab, (long long)config->hidden, (long long)MAX_SIZE);
     }
     const mil_rope_config *rope = &config->rope;
-    if (rope->rotary < 0 || rope->rotary % 2 != 0 || rope->rotary > MAX_SIZE || (rope->rotary > 0 && rope->inv_freq == NULL)) {
-        return mil_fail(MIL_ERR_VALUE, "model: rope: rotary = %lld is not an even size with frequencies", (long long)rope->rotary);
+    if (rope->rotary < 0 || rope->rotary % 2 != 0 || rope->rotary > MAX_SIZE ||
+        (rope->rotary > 0 && rope->inv_freq == NULL)) {
+        return mil_fail(MIL_ERR_VALUE, "model: rope: rotary = %lld is not an even size with frequencies",
+                        (long long)rope->rotary);
     }
     if (rope->long_after < 0 || (rope->dynamic_factor > 0 && (rope->rotary <= 2 || rope->long_after < 1))) {
-        return mil_fail(MIL_ERR_VALUE, "model: rope: scaling for long sequences needs their length and rotary > 2");
+        return mil_fail(MIL_ERR_VALUE,
+                        "model: rope: scaling for long sequences needs their length and rotary > 2");
     }
     for (int64_t i = 0; i < config->layer_count; i++) {
         const mil_layer_config *c = &config->layers[i];
@@ -150,7 +160,8 @@ mil_model_init(mil_model *model, const mil_model_config *config)
     *own = *config;
     own->layers = copy_array(config->layers, config->layer_count, sizeof *config->layers, &status);
     own->rope.inv_freq = copy_array(config->rope.inv_freq, config->rope.rotary / 2, sizeof(float), &status);
-    own->rope.long_inv_freq = copy_array(config->rope.long_inv_freq, config->rope.rotary / 2, sizeof(float), &status);
+    own->rope.long_inv_freq =
+        copy_array(config->rope.long_inv_freq, config->rope.rotary / 2, sizeof(float), &status);
     if (status == MIL_OK) {
         model->parameter_count = mil_list_parameters(own, NULL);
         model->parameters = mil_alloc((size_t)model->parameter_count, sizeof *model->parameters);
@@ -182,7 +193,8 @@ mil_model_bind(mil_model *model)
             continue;
         }
         if (!p->matrix && p->dtype != MIL_F32) {
-            return mil_fail(MIL_ERR_DTYPE, "model: %s must be float32, not %s", p->name, mil_dtype_name(p->dtype));
+            return mil_fail(MIL_ERR_DTYPE, "model: %s must be float32, not %s", p->name,
+                            mil_dtype_name(p->dtype));
         }
         if (p->layer >= 0) {
             model->layers[p->layer].p[p->id] = p;

@@ -19,13 +19,15 @@ mil_check_tokens(const mil_model *model, const int32_t *tokens, int64_t sequence
     }
     for (int64_t i = 0; i < sequences; i++) {
         if (offsets[i + 1] <= offsets[i]) {
-            return mil_fail(MIL_ERR_VALUE, "forward: sequence %lld is empty (offsets %lld to %lld)", (long long)i,
-                            (long long)offsets[i], (long long)offsets[i + 1]);
+            return mil_fail(MIL_ERR_VALUE, "forward: sequence %lld is empty (offsets %lld to %lld)",
+                            (long long)i, (long long)offsets[i], (long long)offsets[i + 1]);
         }
         for (int64_t t = offsets[i]; t < offsets[i + 1]; t++) {
             if (tokens[t] < 0 || tokens[t] >= model->config.vocab) {
-                return mil_fail(MIL_ERR_VALUE, "forward: token %d at position %lld of sequence %lld is outside the vocabulary of %lld",
-                                tokens[t], (long long)(t - offsets[i]), (long long)i, (long long)model->config.vocab);
+                return mil_fail(
+                    MIL_ERR_VALUE,
+                    "forward: token %d at position %lld of sequence %lld is outside the vocabulary of %lld",
+                    tokens[t], (long long)(t - offsets[i]), (long long)i, (long long)model->config.vocab);
             }
         }
     }
@@ -41,7 +43,8 @@ rope_frequencies(const mil_rope_config *rope, int64_t length, float *out)
     int64_t half = rope->rotary / 2;
     bool beyond = length > rope->long_after;
     if (rope->dynamic_factor > 0 && beyond) {
-        double stretch = (double)rope->dynamic_factor * (double)length / (double)rope->long_after - ((double)rope->dynamic_factor - 1);
+        double stretch = (double)rope->dynamic_factor * (double)length / (double)rope->long_after -
+                         ((double)rope->dynamic_factor - 1);
         double exponent = (double)rope->rotary / (double)(rope->rotary - 2);
         double base = (double)rope->theta * pow(stretch, exponent);
         for (int64_t i = 0; i < half; i++) {
@@ -68,7 +71,8 @@ push_rope_table(mil_pass *pass)
     MIL_TRY(MIL_PUSH(context->host, pass->rows.sequences * half, float, &frequencies));
     for (int64_t i = 0; i < pass->rows.sequences; i++) {
         int64_t past = pass->rows.past == NULL ? 0 : pass->rows.past[i];
-        rope_frequencies(rope, past + pass->rows.offsets[i + 1] - pass->rows.offsets[i], frequencies + i * half);
+        rope_frequencies(rope, past + pass->rows.offsets[i + 1] - pass->rows.offsets[i],
+                         frequencies + i * half);
     }
     mil_rope_table arguments = {
         .rows = pass->rows,
@@ -96,7 +100,8 @@ upload_rows(mil_pass *pass)
         memcpy(numbers + 2 * columns, rows->boundary, (size_t)rows->sequences * sizeof *numbers);
     }
     const void *device;
-    MIL_TRY(pass->context->ops->upload(pass->context, numbers, (size_t)(3 * columns) * sizeof *numbers, &device));
+    MIL_TRY(
+        pass->context->ops->upload(pass->context, numbers, (size_t)(3 * columns) * sizeof *numbers, &device));
     rows->device = device;
     return MIL_OK;
 }
@@ -107,7 +112,8 @@ mil_embed(mil_pass *pass, const int32_t *tokens, void *x)
 {
     const mil_model *model = pass->model;
     const void *uploaded;
-    MIL_TRY(pass->context->ops->upload(pass->context, tokens, (size_t)pass->rows.rows * sizeof *tokens, &uploaded));
+    MIL_TRY(pass->context->ops->upload(pass->context, tokens, (size_t)pass->rows.rows * sizeof *tokens,
+                                       &uploaded));
     mil_embedding embedding = {
         .rows = pass->rows.rows,
         .hidden = model->config.hidden,
@@ -123,8 +129,8 @@ mil_embed(mil_pass *pass, const int32_t *tokens, void *x)
 }
 
 mil_status
-mil_pass_begin(mil_pass *pass, mil_context *context, const mil_model *model, int64_t sequences, const int64_t *offsets,
-               mil_state *const *states, bool fast)
+mil_pass_begin(mil_pass *pass, mil_context *context, const mil_model *model, int64_t sequences,
+               const int64_t *offsets, mil_state *const *states, bool fast)
 {
     *pass = (mil_pass){
         .context = context,
@@ -146,7 +152,8 @@ mil_pass_begin(mil_pass *pass, mil_context *context, const mil_model *model, int
             MIL_TRY(mil_state_reserve(states[i], past[i] + offsets[i + 1] - offsets[i]));
             for (int64_t j = 0; j < i; j++) {
                 if (states[j] == states[i]) {
-                    return mil_fail(MIL_ERR_VALUE, "forward: sequences %lld and %lld share one state; fork it with copy()",
+                    return mil_fail(MIL_ERR_VALUE,
+                                    "forward: sequences %lld and %lld share one state; fork it with copy()",
                                     (long long)j, (long long)i);
                 }
             }
@@ -162,12 +169,14 @@ mil_pass_begin(mil_pass *pass, mil_context *context, const mil_model *model, int
 
 /* Copies `from` [rows, width] to every capture of this kind and layer. */
 static mil_status
-capture(const mil_pass *pass, const mil_forward *arguments, mil_capture_kind kind, int64_t layer, const void *from, int64_t width)
+capture(const mil_pass *pass, const mil_forward *arguments, mil_capture_kind kind, int64_t layer,
+        const void *from, int64_t width)
 {
     for (int64_t i = 0; i < arguments->capture_count; i++) {
         const mil_capture *wanted = &arguments->captures[i];
         if (wanted->kind == kind && (wanted->layer == layer || kind == MIL_CAPTURE_FINAL)) {
-            size_t bytes = (size_t)(pass->rows.rows * width) * mil_dtype_size(pass->context->ops->activation_dtype);
+            size_t bytes =
+                (size_t)(pass->rows.rows * width) * mil_dtype_size(pass->context->ops->activation_dtype);
             MIL_TRY(pass->context->ops->copy(pass->context, wanted->out, from, bytes));
         }
     }
@@ -178,7 +187,8 @@ static bool
 is_captured(const mil_forward *arguments, mil_capture_kind kind, int64_t layer)
 {
     for (int64_t i = 0; i < arguments->capture_count; i++) {
-        if (arguments->captures[i].kind == kind && (arguments->captures[i].layer == layer || kind == MIL_CAPTURE_FINAL)) {
+        if (arguments->captures[i].kind == kind &&
+            (arguments->captures[i].layer == layer || kind == MIL_CAPTURE_FINAL)) {
             return true;
         }
     }
@@ -232,18 +242,7 @@ run_layers(mil_pass *pass, const mil_forward *arguments, void *x)
 static mil_status
 final_norm(const mil_pass *pass, int64_t rows, const void *x, void *y)
 {
-    int64_t hidden = pass->model->config.hidden;
-    mil_norm norm = {
-        .rows = rows,
-        .width = hidden,
-        .group = hidden,
-        .x = x,
-        .x_stride = hidden,
-        .weight = pass->model->final_norm->data,
-        .eps = pass->model->config.norm_eps,
-        .y = y,
-        .y_stride = hidden,
-    };
+    mil_norm norm = mil_stream_norm(pass, pass->model->final_norm, rows, x, y);
     return pass->context->ops->norm_forward(pass->context, &norm);
 }
 
@@ -273,7 +272,8 @@ logits_block(const mil_pass *pass, const void *x, const int64_t *wanted, int64_t
         .fast = pass->fast,
     };
     MIL_TRY(context->ops->linear_forward(context, &product, 1));
-    MIL_TRY(context->ops->to_host(context, count, vocab, block, vocab, pass->model->config.logit_scale, logits));
+    MIL_TRY(
+        context->ops->to_host(context, count, vocab, block, vocab, pass->model->config.logit_scale, logits));
     mil_arena_rewind(context->scratch, mark);
     return MIL_OK;
 }
@@ -283,14 +283,16 @@ run_model(mil_context *context, const mil_model *model, const mil_forward *argum
 {
     int64_t rows = arguments->offsets[arguments->sequences], hidden = model->config.hidden;
     mil_pass pass;
-    MIL_TRY(mil_pass_begin(&pass, context, model, arguments->sequences, arguments->offsets, arguments->states, arguments->fast));
+    MIL_TRY(mil_pass_begin(&pass, context, model, arguments->sequences, arguments->offsets, arguments->states,
+                           arguments->fast));
     void *x;
     MIL_TRY(mil_act_push(context, rows, hidden, &x));
     MIL_TRY(mil_embed(&pass, arguments->tokens, x));
     MIL_TRY(run_layers(&pass, arguments, x));
     for (int64_t i = 0; i < arguments->logit_count; i += LOGIT_ROWS) {
         int64_t count = arguments->logit_count - i < LOGIT_ROWS ? arguments->logit_count - i : LOGIT_ROWS;
-        MIL_TRY(logits_block(&pass, x, arguments->logit_rows + i, count, arguments->logits + i * model->config.vocab));
+        MIL_TRY(logits_block(&pass, x, arguments->logit_rows + i, count,
+                             arguments->logits + i * model->config.vocab));
     }
     if (is_captured(arguments, MIL_CAPTURE_FINAL, 0)) {
         MIL_TRY(final_norm(&pass, rows, x, x));

@@ -37,7 +37,8 @@ gradient_of(const mil_pass *pass, const mil_gradients *gradients, const mil_para
 
 /* y = x W^T + bias, dense y. */
 static mil_linear
-product(const mil_pass *pass, const mil_parameter *weight, const mil_parameter *bias, const void *x, int64_t x_stride, void *y)
+product(const mil_pass *pass, const mil_parameter *weight, const mil_parameter *bias, const void *x,
+        int64_t x_stride, void *y)
 {
     return (mil_linear){
         .rows = pass->rows.rows,
@@ -56,7 +57,8 @@ product(const mil_pass *pass, const mil_parameter *weight, const mil_parameter *
 
 /* The output product of a mixer or MLP: y (+)= x W^T + bias into the residual stream. */
 static mil_status
-output_product(const mil_pass *pass, const mil_parameter *weight, const mil_parameter *bias, const void *x, void *y, bool accumulate)
+output_product(const mil_pass *pass, const mil_parameter *weight, const mil_parameter *bias, const void *x,
+               void *y, bool accumulate)
 {
     mil_linear out = product(pass, weight, bias, x, weight->shape[1], y);
     out.accumulate = accumulate;
@@ -65,9 +67,9 @@ output_product(const mil_pass *pass, const mil_parameter *weight, const mil_para
 
 /* Backward of product(): parameter gradients added, grad_x (NULL: not wanted) written or added to. */
 static mil_status
-product_backward(const mil_pass *pass, const mil_gradients *gradients, const mil_parameter *weight, const mil_parameter *bias,
-                 const void *x, int64_t x_stride, const void *grad_y, int64_t grad_y_stride, void *grad_x, int64_t grad_x_stride,
-                 bool accumulate)
+product_backward(const mil_pass *pass, const mil_gradients *gradients, const mil_parameter *weight,
+                 const mil_parameter *bias, const void *x, int64_t x_stride, const void *grad_y,
+                 int64_t grad_y_stride, void *grad_x, int64_t grad_x_stride, bool accumulate)
 {
     mil_linear_grad arguments = {
         .rows = pass->rows.rows,
@@ -88,13 +90,12 @@ product_backward(const mil_pass *pass, const mil_gradients *gradients, const mil
     return pass->context->ops->linear_backward(pass->context, &arguments);
 }
 
-/* The RMSNorm before a mixer or MLP. */
-static mil_norm
-block_norm(const mil_pass *pass, const mil_parameter *weight, const void *x, void *y)
+mil_norm
+mil_stream_norm(const mil_pass *pass, const mil_parameter *weight, int64_t rows, const void *x, void *y)
 {
     int64_t hidden = pass->model->config.hidden;
     return (mil_norm){
-        .rows = pass->rows.rows,
+        .rows = rows,
         .width = hidden,
         .group = hidden,
         .x = x,
@@ -107,12 +108,12 @@ block_norm(const mil_pass *pass, const mil_parameter *weight, const void *x, voi
 }
 
 static mil_status
-block_norm_backward(const mil_pass *pass, const mil_gradients *gradients, const mil_parameter *weight, const void *x,
-                    const void *grad_u, void *grad_x, bool accumulate)
+block_norm_backward(const mil_pass *pass, const mil_gradients *gradients, const mil_parameter *weight,
+                    const void *x, const void *grad_u, void *grad_x, bool accumulate)
 {
     int64_t hidden = pass->model->config.hidden;
     mil_norm_grad arguments = {
-        .forward = block_norm(pass, weight, x, NULL),
+        .forward = mil_stream_norm(pass, weight, pass->rows.rows, x, NULL),
         .grad_y = grad_u,
         .grad_y_stride = hidden,
         .grad_x = grad_x,
@@ -161,14 +162,16 @@ static mamba2_row
 mamba2_layout(const mil_layer_config *c)
 {
     int64_t conv = mil_conv_channels(c);
-    return (mamba2_row){.conv = conv, .xbc = c->inner, .dt = c->inner + conv, .width = c->inner + conv + c->heads};
+    return (mamba2_row){
+        .conv = conv, .xbc = c->inner, .dt = c->inner + conv, .width = c->inner + conv + c->heads};
 }
 
 /* ---- attention -------------------------------------------------------------------------------------- */
 
 /* RMS norm of each head of q or k (Qwen 3), from raw to normed. */
 static mil_norm
-head_norm(const mil_pass *pass, const mil_parameter *weight, int64_t heads, int64_t head_dim, const void *raw, void *normed)
+head_norm(const mil_pass *pass, const mil_parameter *weight, int64_t heads, int64_t head_dim, const void *raw,
+          void *normed)
 {
     return (mil_norm){
         .rows = pass->rows.rows,
@@ -204,7 +207,8 @@ rotate(const mil_pass *pass, const mil_layer_config *c, void *x, int64_t heads, 
 }
 
 static mil_attention
-attention_arguments(const mil_pass *pass, const mil_layer_config *c, const mil_mixer_saved *saved, const mil_kv_cache *caches)
+attention_arguments(const mil_pass *pass, const mil_layer_config *c, const mil_mixer_saved *saved,
+                    const mil_kv_cache *caches)
 {
     return (mil_attention){
         .rows = pass->rows,
@@ -285,8 +289,8 @@ attention_mixer_forward(mil_pass *pass, int64_t layer, mil_mixer_saved *saved)
 }
 
 static mil_status
-head_norm_backward(const mil_pass *pass, const mil_gradients *gradients, const mil_parameter *weight, int64_t heads,
-                   int64_t head_dim, const void *raw, void *grad)
+head_norm_backward(const mil_pass *pass, const mil_gradients *gradients, const mil_parameter *weight,
+                   int64_t heads, int64_t head_dim, const void *raw, void *grad)
 {
     if (weight == NULL) {
         return MIL_OK;
@@ -303,8 +307,8 @@ head_norm_backward(const mil_pass *pass, const mil_gradients *gradients, const m
 }
 
 static mil_status
-attention_mixer_backward(mil_pass *pass, int64_t layer, const mil_mixer_saved *saved, const void *grad_features, void *grad_u,
-                         mil_gradients *gradients)
+attention_mixer_backward(mil_pass *pass, int64_t layer, const mil_mixer_saved *saved,
+                         const void *grad_features, void *grad_u, mil_gradients *gradients)
 {
     mil_context *context = pass->context;
     const mil_layer *l = &pass->model->layers[layer];
@@ -329,20 +333,23 @@ attention_mixer_backward(mil_pass *pass, int64_t layer, const mil_mixer_saved *s
     MIL_TRY(context->ops->attention_backward(context, &attention));
     MIL_TRY(rotate(pass, c, grad_q, c->heads, true));
     MIL_TRY(rotate(pass, c, grad_k, c->kv_heads, true));
-    MIL_TRY(head_norm_backward(pass, gradients, l->p[MIL_P_Q_NORM], c->heads, c->head_dim, saved->q_raw, grad_q));
-    MIL_TRY(head_norm_backward(pass, gradients, l->p[MIL_P_K_NORM], c->kv_heads, c->head_dim, saved->k_raw, grad_k));
-    MIL_TRY(product_backward(pass, gradients, l->p[MIL_P_Q], l->p[MIL_P_Q_BIAS], saved->u, hidden, grad_q, q_width, grad_u,
-                             hidden, false));
-    MIL_TRY(product_backward(pass, gradients, l->p[MIL_P_K], l->p[MIL_P_K_BIAS], saved->u, hidden, grad_k, kv_width, grad_u,
-                             hidden, true));
-    return product_backward(pass, gradients, l->p[MIL_P_V], l->p[MIL_P_V_BIAS], saved->u, hidden, grad_v, kv_width, grad_u,
-                            hidden, true);
+    MIL_TRY(
+        head_norm_backward(pass, gradients, l->p[MIL_P_Q_NORM], c->heads, c->head_dim, saved->q_raw, grad_q));
+    MIL_TRY(head_norm_backward(pass, gradients, l->p[MIL_P_K_NORM], c->kv_heads, c->head_dim, saved->k_raw,
+                               grad_k));
+    MIL_TRY(product_backward(pass, gradients, l->p[MIL_P_Q], l->p[MIL_P_Q_BIAS], saved->u, hidden, grad_q,
+                             q_width, grad_u, hidden, false));
+    MIL_TRY(product_backward(pass, gradients, l->p[MIL_P_K], l->p[MIL_P_K_BIAS], saved->u, hidden, grad_k,
+                             kv_width, grad_u, hidden, true));
+    return product_backward(pass, gradients, l->p[MIL_P_V], l->p[MIL_P_V_BIAS], saved->u, hidden, grad_v,
+                            kv_width, grad_u, hidden, true);
 }
 
 /* ---- Mamba-2 ---------------------------------------------------------------------------------------- */
 
 static mil_conv1d
-mamba2_conv(const mil_pass *pass, const mil_layer *l, const mil_mixer_saved *saved, const mil_mixer_state *states)
+mamba2_conv(const mil_pass *pass, const mil_layer *l, const mil_mixer_saved *saved,
+            const mil_mixer_state *states)
 {
     mamba2_row row = mamba2_layout(&l->config);
     return (mil_conv1d){
@@ -363,7 +370,8 @@ mamba2_conv(const mil_pass *pass, const mil_layer *l, const mil_mixer_saved *sav
 }
 
 static mil_ssd
-mamba2_ssd(const mil_pass *pass, const mil_layer *l, const mil_mixer_saved *saved, const mil_mixer_state *states)
+mamba2_ssd(const mil_pass *pass, const mil_layer *l, const mil_mixer_saved *saved,
+           const mil_mixer_state *states)
 {
     const mil_layer_config *c = &l->config;
     mamba2_row row = mamba2_layout(c);
@@ -448,7 +456,8 @@ mamba2_mixer_forward(mil_pass *pass, int64_t layer, mil_mixer_saved *saved)
     mil_mixer_state *states;
     MIL_TRY(layer_mixer_states(pass, layer, &states));
 
-    mil_linear in = product(pass, l->p[MIL_P_IN], l->p[MIL_P_IN_BIAS], saved->u, pass->model->config.hidden, saved->projected);
+    mil_linear in = product(pass, l->p[MIL_P_IN], l->p[MIL_P_IN_BIAS], saved->u, pass->model->config.hidden,
+                            saved->projected);
     MIL_TRY(ops->linear_forward(context, &in, 1));
     mil_conv1d conv = mamba2_conv(pass, l, saved, states);
     MIL_TRY(ops->conv1d_forward(context, &conv));
@@ -463,8 +472,8 @@ mamba2_mixer_forward(mil_pass *pass, int64_t layer, mil_mixer_saved *saved)
 }
 
 static mil_status
-mamba2_mixer_backward(mil_pass *pass, int64_t layer, const mil_mixer_saved *saved, const void *grad_features, void *grad_u,
-                      mil_gradients *gradients)
+mamba2_mixer_backward(mil_pass *pass, int64_t layer, const mil_mixer_saved *saved, const void *grad_features,
+                      void *grad_u, mil_gradients *gradients)
 {
     mil_context *context = pass->context;
     const mil_ops *ops = context->ops;
@@ -530,8 +539,8 @@ mamba2_mixer_backward(mil_pass *pass, int64_t layer, const mil_mixer_saved *save
     };
     MIL_TRY(ops->conv1d_backward(context, &conv));
     int64_t hidden = pass->model->config.hidden;
-    return product_backward(pass, gradients, l->p[MIL_P_IN], l->p[MIL_P_IN_BIAS], saved->u, hidden, grad_projected, row.width,
-                            grad_u, hidden, false);
+    return product_backward(pass, gradients, l->p[MIL_P_IN], l->p[MIL_P_IN_BIAS], saved->u, hidden,
+                            grad_projected, row.width, grad_u, hidden, false);
 }
 
 /* ---- Mamba-1 ---------------------------------------------------------------------------------------- */
@@ -587,7 +596,8 @@ mamba1_saved_view(const mil_pass *pass, const mil_layer_config *c, const mil_mix
 }
 
 static mil_conv1d
-mamba1_conv(const mil_pass *pass, const mil_layer *l, const mil_mixer_saved *saved, const mil_mixer_state *states)
+mamba1_conv(const mil_pass *pass, const mil_layer *l, const mil_mixer_saved *saved,
+            const mil_mixer_state *states)
 {
     const mil_layer_config *c = &l->config;
     mamba1_view view = mamba1_saved_view(pass, c, saved);
@@ -610,7 +620,8 @@ mamba1_conv(const mil_pass *pass, const mil_layer *l, const mil_mixer_saved *sav
 }
 
 static mil_scan
-mamba1_scan(const mil_pass *pass, const mil_layer *l, const mil_mixer_saved *saved, const mil_mixer_state *states)
+mamba1_scan(const mil_pass *pass, const mil_layer *l, const mil_mixer_saved *saved,
+            const mil_mixer_state *states)
 {
     const mil_layer_config *c = &l->config;
     mamba1_view view = mamba1_saved_view(pass, c, saved);
@@ -673,7 +684,8 @@ bcdt_norms(const mil_pass *pass, const mil_layer *l, const mil_mixer_saved *save
 
 /* Original Mamba: [x | z] from u, convolution of x, then [dt | B | C] from x. */
 static mil_status
-mamba1_project_from_x(mil_pass *pass, const mil_layer *l, const mil_mixer_state *states, mil_mixer_saved *saved)
+mamba1_project_from_x(mil_pass *pass, const mil_layer *l, const mil_mixer_state *states,
+                      mil_mixer_saved *saved)
 {
     mil_context *context = pass->context;
     const mil_layer_config *c = &l->config;
@@ -684,7 +696,8 @@ mamba1_project_from_x(mil_pass *pass, const mil_layer *l, const mil_mixer_state 
     if (c->bcdt_norm) {
         MIL_TRY(mil_act_push(context, rows, mil_x_proj_width(c), &saved->x_normed));
     }
-    mil_linear in = product(pass, l->p[MIL_P_IN], l->p[MIL_P_IN_BIAS], saved->u, pass->model->config.hidden, saved->projected);
+    mil_linear in = product(pass, l->p[MIL_P_IN], l->p[MIL_P_IN_BIAS], saved->u, pass->model->config.hidden,
+                            saved->projected);
     MIL_TRY(context->ops->linear_forward(context, &in, 1));
     mil_conv1d conv = mamba1_conv(pass, l, saved, states);
     MIL_TRY(context->ops->conv1d_forward(context, &conv));
@@ -702,7 +715,8 @@ mamba1_project_from_x(mil_pass *pass, const mil_layer *l, const mil_mixer_state 
 
 /* Hybrids: x, B, C, z and dt_low all from u, then the convolution of x. */
 static mil_status
-mamba1_project_from_u(mil_pass *pass, const mil_layer *l, const mil_mixer_state *states, mil_mixer_saved *saved)
+mamba1_project_from_u(mil_pass *pass, const mil_layer *l, const mil_mixer_state *states,
+                      mil_mixer_saved *saved)
 {
     mil_context *context = pass->context;
     const mil_layer_config *c = &l->config;
@@ -736,7 +750,8 @@ mamba1_mixer_forward(mil_pass *pass, int64_t layer, mil_mixer_saved *saved)
     MIL_TRY(mil_act_push(context, rows, c->inner, &saved->features));
     mil_mixer_state *states;
     MIL_TRY(layer_mixer_states(pass, layer, &states));
-    MIL_TRY(c->x_proj ? mamba1_project_from_x(pass, l, states, saved) : mamba1_project_from_u(pass, l, states, saved));
+    MIL_TRY(c->x_proj ? mamba1_project_from_x(pass, l, states, saved)
+                      : mamba1_project_from_u(pass, l, states, saved));
     mamba1_view view = mamba1_saved_view(pass, c, saved);
     mil_linear dt = product(pass, l->p[MIL_P_DT], NULL, view.dt_low, view.dt_low_stride, saved->dt);
     MIL_TRY(context->ops->linear_forward(context, &dt, 1));
@@ -746,8 +761,8 @@ mamba1_mixer_forward(mil_pass *pass, int64_t layer, mil_mixer_saved *saved)
 
 /* Backward of [dt | B | C] = norms(x_proj(x)): from grad (in place) into grad_conv, added. */
 static mil_status
-mamba1_x_proj_backward(const mil_pass *pass, const mil_layer *l, const mil_mixer_saved *saved, void *grad, void *grad_conv,
-                       mil_gradients *gradients)
+mamba1_x_proj_backward(const mil_pass *pass, const mil_layer *l, const mil_mixer_saved *saved, void *grad,
+                       void *grad_conv, mil_gradients *gradients)
 {
     const mil_layer_config *c = &l->config;
     int64_t width = mil_x_proj_width(c);
@@ -769,13 +784,13 @@ mamba1_x_proj_backward(const mil_pass *pass, const mil_layer *l, const mil_mixer
             MIL_TRY(pass->context->ops->norm_backward(pass->context, &arguments));
         }
     }
-    return product_backward(pass, gradients, l->p[MIL_P_X_PROJ], NULL, saved->conv, c->inner, grad, width, grad_conv, c->inner,
-                            true);
+    return product_backward(pass, gradients, l->p[MIL_P_X_PROJ], NULL, saved->conv, c->inner, grad, width,
+                            grad_conv, c->inner, true);
 }
 
 static mil_status
-mamba1_mixer_backward(mil_pass *pass, int64_t layer, const mil_mixer_saved *saved, const void *grad_features, void *grad_u,
-                      mil_gradients *gradients)
+mamba1_mixer_backward(mil_pass *pass, int64_t layer, const mil_mixer_saved *saved, const void *grad_features,
+                      void *grad_u, mil_gradients *gradients)
 {
     mil_context *context = pass->context;
     const mil_layer *l = &pass->model->layers[layer];
@@ -821,8 +836,8 @@ mamba1_mixer_backward(mil_pass *pass, int64_t layer, const mil_mixer_saved *save
     };
     MIL_TRY(context->ops->scan_backward(context, &scan));
     mamba1_view view = mamba1_saved_view(pass, c, saved);
-    MIL_TRY(product_backward(pass, gradients, l->p[MIL_P_DT], NULL, view.dt_low, view.dt_low_stride, grad_dt, c->inner,
-                             grad.dt_low, grad.dt_low_stride, false));
+    MIL_TRY(product_backward(pass, gradients, l->p[MIL_P_DT], NULL, view.dt_low, view.dt_low_stride, grad_dt,
+                             c->inner, grad.dt_low, grad.dt_low_stride, false));
     if (c->x_proj) {
         MIL_TRY(mamba1_x_proj_backward(pass, l, saved, grad_x_projected, grad_conv, gradients));
     }
@@ -837,14 +852,15 @@ mamba1_mixer_backward(mil_pass *pass, int64_t layer, const mil_mixer_saved *save
     };
     MIL_TRY(context->ops->conv1d_backward(context, &conv));
     if (c->x_proj) {
-        return product_backward(pass, gradients, l->p[MIL_P_IN], l->p[MIL_P_IN_BIAS], saved->u, hidden, grad_projected,
-                                2 * c->inner, grad_u, hidden, false);
+        return product_backward(pass, gradients, l->p[MIL_P_IN], l->p[MIL_P_IN_BIAS], saved->u, hidden,
+                                grad_projected, 2 * c->inner, grad_u, hidden, false);
     }
     const mil_parameter_id ids[5] = {MIL_P_X, MIL_P_B, MIL_P_C, MIL_P_Z, MIL_P_DT_DOWN};
     const void *grads[5] = {grad.x, grad.B, grad.C, grad.z, grad.dt_low};
     for (int i = 0; i < 5; i++) {
         const mil_parameter *weight = l->p[ids[i]];
-        MIL_TRY(product_backward(pass, gradients, weight, NULL, saved->u, hidden, grads[i], weight->shape[0], grad_u, hidden, i > 0));
+        MIL_TRY(product_backward(pass, gradients, weight, NULL, saved->u, hidden, grads[i], weight->shape[0],
+                                 grad_u, hidden, i > 0));
     }
     return MIL_OK;
 }
@@ -861,23 +877,24 @@ output_parameters(const mil_layer *l, const mil_parameter **weight, const mil_pa
 }
 
 mil_status
-mil_mixer_forward(mil_pass *pass, int64_t layer, const void *x, void *y, bool accumulate, mil_mixer_saved *saved)
+mil_mixer_forward(mil_pass *pass, int64_t layer, const void *x, void *y, bool accumulate,
+                  mil_mixer_saved *saved)
 {
     const mil_layer *l = &pass->model->layers[layer];
     *saved = (mil_mixer_saved){0};
     MIL_TRY(mil_act_push(pass->context, pass->rows.rows, pass->model->config.hidden, &saved->u));
-    mil_norm norm = block_norm(pass, l->p[MIL_P_INPUT_NORM], x, saved->u);
+    mil_norm norm = mil_stream_norm(pass, l->p[MIL_P_INPUT_NORM], pass->rows.rows, x, saved->u);
     MIL_TRY(pass->context->ops->norm_forward(pass->context, &norm));
     switch (l->config.mixer) {
-    case MIL_ATTENTION:
-        MIL_TRY(attention_mixer_forward(pass, layer, saved));
-        break;
-    case MIL_MAMBA1:
-        MIL_TRY(mamba1_mixer_forward(pass, layer, saved));
-        break;
-    case MIL_MAMBA2:
-        MIL_TRY(mamba2_mixer_forward(pass, layer, saved));
-        break;
+        case MIL_ATTENTION:
+            MIL_TRY(attention_mixer_forward(pass, layer, saved));
+            break;
+        case MIL_MAMBA1:
+            MIL_TRY(mamba1_mixer_forward(pass, layer, saved));
+            break;
+        case MIL_MAMBA2:
+            MIL_TRY(mamba2_mixer_forward(pass, layer, saved));
+            break;
     }
     const mil_parameter *weight, *bias;
     output_parameters(l, &weight, &bias);
@@ -885,8 +902,8 @@ mil_mixer_forward(mil_pass *pass, int64_t layer, const void *x, void *y, bool ac
 }
 
 mil_status
-mil_mixer_backward(mil_pass *pass, int64_t layer, const void *x, const mil_mixer_saved *saved, const void *grad_y, void *grad_x,
-                   bool accumulate, mil_gradients *gradients)
+mil_mixer_backward(mil_pass *pass, int64_t layer, const void *x, const mil_mixer_saved *saved,
+                   const void *grad_y, void *grad_x, bool accumulate, mil_gradients *gradients)
 {
     mil_context *context = pass->context;
     const mil_layer *l = &pass->model->layers[layer];
@@ -898,17 +915,18 @@ mil_mixer_backward(mil_pass *pass, int64_t layer, const void *x, const mil_mixer
     MIL_TRY(mil_act_push(context, rows, features, &grad_features));
     const mil_parameter *weight, *bias;
     output_parameters(l, &weight, &bias);
-    MIL_TRY(product_backward(pass, gradients, weight, bias, saved->features, features, grad_y, hidden, grad_features, features, false));
+    MIL_TRY(product_backward(pass, gradients, weight, bias, saved->features, features, grad_y, hidden,
+                             grad_features, features, false));
     switch (l->config.mixer) {
-    case MIL_ATTENTION:
-        MIL_TRY(attention_mixer_backward(pass, layer, saved, grad_features, grad_u, gradients));
-        break;
-    case MIL_MAMBA1:
-        MIL_TRY(mamba1_mixer_backward(pass, layer, saved, grad_features, grad_u, gradients));
-        break;
-    case MIL_MAMBA2:
-        MIL_TRY(mamba2_mixer_backward(pass, layer, saved, grad_features, grad_u, gradients));
-        break;
+        case MIL_ATTENTION:
+            MIL_TRY(attention_mixer_backward(pass, layer, saved, grad_features, grad_u, gradients));
+            break;
+        case MIL_MAMBA1:
+            MIL_TRY(mamba1_mixer_backward(pass, layer, saved, grad_features, grad_u, gradients));
+            break;
+        case MIL_MAMBA2:
+            MIL_TRY(mamba2_mixer_backward(pass, layer, saved, grad_features, grad_u, gradients));
+            break;
     }
     MIL_TRY(block_norm_backward(pass, gradients, l->p[MIL_P_INPUT_NORM], x, grad_u, grad_x, accumulate));
     mil_arena_rewind(context->scratch, mark);
@@ -944,9 +962,10 @@ mil_mlp_forward(mil_pass *pass, int64_t layer, const void *x, void *y, bool accu
     MIL_TRY(mil_act_push(context, rows, hidden, &saved->u));
     MIL_TRY(mil_act_push(context, rows, c->intermediate, &saved->up));
     MIL_TRY(mil_act_push(context, rows, c->intermediate, &saved->product));
-    mil_norm norm = block_norm(pass, l->p[MIL_P_POST_NORM], x, saved->u);
+    mil_norm norm = mil_stream_norm(pass, l->p[MIL_P_POST_NORM], rows, x, saved->u);
     MIL_TRY(context->ops->norm_forward(context, &norm));
-    mil_linear products[2] = {product(pass, l->p[MIL_P_UP], l->p[MIL_P_UP_BIAS], saved->u, hidden, saved->up)};
+    mil_linear products[2] = {
+        product(pass, l->p[MIL_P_UP], l->p[MIL_P_UP_BIAS], saved->u, hidden, saved->up)};
     if (c->gated) {
         MIL_TRY(mil_act_push(context, rows, c->intermediate, &saved->gate));
         products[1] = product(pass, l->p[MIL_P_GATE], l->p[MIL_P_GATE_BIAS], saved->u, hidden, saved->gate);
@@ -958,8 +977,8 @@ mil_mlp_forward(mil_pass *pass, int64_t layer, const void *x, void *y, bool accu
 }
 
 mil_status
-mil_mlp_backward(mil_pass *pass, int64_t layer, const void *x, const mil_mlp_saved *saved, const void *grad_y, void *grad_x,
-                 bool accumulate, mil_gradients *gradients)
+mil_mlp_backward(mil_pass *pass, int64_t layer, const void *x, const mil_mlp_saved *saved, const void *grad_y,
+                 void *grad_x, bool accumulate, mil_gradients *gradients)
 {
     mil_context *context = pass->context;
     const mil_layer *l = &pass->model->layers[layer];
@@ -974,8 +993,8 @@ mil_mlp_backward(mil_pass *pass, int64_t layer, const void *x, const mil_mlp_sav
     if (c->gated) {
         MIL_TRY(mil_act_push(context, rows, width, &grad_up));
     }
-    MIL_TRY(product_backward(pass, gradients, l->p[MIL_P_DOWN], l->p[MIL_P_DOWN_BIAS], saved->product, width, grad_y, hidden,
-                             grad_product, width, false));
+    MIL_TRY(product_backward(pass, gradients, l->p[MIL_P_DOWN], l->p[MIL_P_DOWN_BIAS], saved->product, width,
+                             grad_y, hidden, grad_product, width, false));
     mil_glu_grad glu = {
         .forward = mlp_glu(pass, c, saved),
         .grad_y = grad_product,
@@ -987,11 +1006,11 @@ mil_mlp_backward(mil_pass *pass, int64_t layer, const void *x, const mil_mlp_sav
     };
     MIL_TRY(context->ops->glu_backward(context, &glu));
     const void *grad_of_up = c->gated ? grad_up : grad_gate;
-    MIL_TRY(product_backward(pass, gradients, l->p[MIL_P_UP], l->p[MIL_P_UP_BIAS], saved->u, hidden, grad_of_up, width, grad_u,
-                             hidden, false));
+    MIL_TRY(product_backward(pass, gradients, l->p[MIL_P_UP], l->p[MIL_P_UP_BIAS], saved->u, hidden,
+                             grad_of_up, width, grad_u, hidden, false));
     if (c->gated) {
-        MIL_TRY(product_backward(pass, gradients, l->p[MIL_P_GATE], l->p[MIL_P_GATE_BIAS], saved->u, hidden, grad_gate, width,
-                                 grad_u, hidden, true));
+        MIL_TRY(product_backward(pass, gradients, l->p[MIL_P_GATE], l->p[MIL_P_GATE_BIAS], saved->u, hidden,
+                                 grad_gate, width, grad_u, hidden, true));
     }
     MIL_TRY(block_norm_backward(pass, gradients, l->p[MIL_P_POST_NORM], x, grad_u, grad_x, accumulate));
     mil_arena_rewind(context->scratch, mark);

@@ -33,8 +33,8 @@ typedef struct mil_layer_config {
     int64_t x_width;            /* channels of x before they are repeated to inner */
     int64_t B_groups, C_groups; /* of state_dim each */
     bool repeat_before_conv;    /* Mamba-1 with x_width < inner: conv has inner channels (else x_width) */
-    bool x_proj;                /* Mamba-1: B, C, dt from x after the convolution (original Mamba); else from u */
-    bool bcdt_norm;             /* Mamba-1 with x_proj: RMS norms on dt, B, C (Falcon-Mamba, Jamba) */
+    bool x_proj;    /* Mamba-1: B, C, dt from x after the convolution (original Mamba); else from u */
+    bool bcdt_norm; /* Mamba-1 with x_proj: RMS norms on dt, B, C (Falcon-Mamba, Jamba) */
     float bcdt_eps;
     int64_t norm_group;    /* Mamba-2: columns of one group of the gated norm; 0 = no norm, gate only */
     bool norm_before_gate; /* Mamba-2 */
@@ -73,18 +73,47 @@ typedef struct mil_model_config {
 /* Name suffixes and shapes stand in parameters.c, in this order. */
 typedef enum mil_parameter_id {
     MIL_P_INPUT_NORM,
-    MIL_P_Q, MIL_P_Q_BIAS, MIL_P_K, MIL_P_K_BIAS, MIL_P_V, MIL_P_V_BIAS, MIL_P_O, MIL_P_O_BIAS,
-    MIL_P_Q_NORM, MIL_P_K_NORM,
-    MIL_P_X, MIL_P_B, MIL_P_C, MIL_P_Z,        /* Mamba-1 hybrids: one product each */
-    MIL_P_IN, MIL_P_IN_BIAS,                   /* Mamba-1 [x | z], Mamba-2 [z | x | B | C | dt] */
-    MIL_P_CONV, MIL_P_CONV_BIAS,
-    MIL_P_X_PROJ, MIL_P_DT_DOWN, MIL_P_DT, MIL_P_DT_BIAS,
-    MIL_P_DT_NORM, MIL_P_B_NORM, MIL_P_C_NORM,
-    MIL_P_A_LOG, MIL_P_D, MIL_P_MIXER_NORM, MIL_P_OUT, MIL_P_OUT_BIAS,
+    MIL_P_Q,
+    MIL_P_Q_BIAS,
+    MIL_P_K,
+    MIL_P_K_BIAS,
+    MIL_P_V,
+    MIL_P_V_BIAS,
+    MIL_P_O,
+    MIL_P_O_BIAS,
+    MIL_P_Q_NORM,
+    MIL_P_K_NORM,
+    MIL_P_X,
+    MIL_P_B,
+    MIL_P_C,
+    MIL_P_Z, /* Mamba-1 hybrids: one product each */
+    MIL_P_IN,
+    MIL_P_IN_BIAS, /* Mamba-1 [x | z], Mamba-2 [z | x | B | C | dt] */
+    MIL_P_CONV,
+    MIL_P_CONV_BIAS,
+    MIL_P_X_PROJ,
+    MIL_P_DT_DOWN,
+    MIL_P_DT,
+    MIL_P_DT_BIAS,
+    MIL_P_DT_NORM,
+    MIL_P_B_NORM,
+    MIL_P_C_NORM,
+    MIL_P_A_LOG,
+    MIL_P_D,
+    MIL_P_MIXER_NORM,
+    MIL_P_OUT,
+    MIL_P_OUT_BIAS,
     MIL_P_POST_NORM,
-    MIL_P_GATE, MIL_P_GATE_BIAS, MIL_P_UP, MIL_P_UP_BIAS, MIL_P_DOWN, MIL_P_DOWN_BIAS,
+    MIL_P_GATE,
+    MIL_P_GATE_BIAS,
+    MIL_P_UP,
+    MIL_P_UP_BIAS,
+    MIL_P_DOWN,
+    MIL_P_DOWN_BIAS,
     MIL_P_LAYER_COUNT,
-    MIL_P_EMBEDDING = MIL_P_LAYER_COUNT, MIL_P_FINAL_NORM, MIL_P_OUTPUT,
+    MIL_P_EMBEDDING = MIL_P_LAYER_COUNT,
+    MIL_P_FINAL_NORM,
+    MIL_P_OUTPUT,
     MIL_P_COUNT
 } mil_parameter_id;
 
@@ -139,9 +168,9 @@ typedef struct mil_layer_state {
 
 typedef struct mil_state {
     const mil_model *model;
-    int64_t length;   /* tokens seen */
-    int64_t boundary; /* tokens folded into the mixers' states */
-    int64_t capacity; /* tokens that the KV caches hold */
+    int64_t length;          /* tokens seen */
+    int64_t boundary;        /* tokens folded into the mixers' states */
+    int64_t capacity;        /* tokens that the KV caches hold */
     mil_layer_state *layers; /* [layer_count] */
     void *mixer_memory;      /* one block for all mixers, on the model's device like the caches */
     size_t mixer_bytes;
@@ -182,12 +211,12 @@ mil_state_read(mil_state *state, const mil_model *model, const void *image, int6
 
 /* Where a forward pass leaves copies of its inner activations (calibration, alignment, tests). */
 typedef enum mil_capture_kind {
-    MIL_CAPTURE_INPUT,     /* [rows, hidden] residual stream that enters the layer */
-    MIL_CAPTURE_NORMED,    /* [rows, hidden] the mixer's input u */
-    MIL_CAPTURE_FEATURES,  /* [rows, inner] what the mixer's output product reads */
-    MIL_CAPTURE_MIXER,     /* [rows, hidden] the mixer's output, before it is added */
-    MIL_CAPTURE_HIDDEN,    /* [rows, hidden] residual stream after the layer */
-    MIL_CAPTURE_FINAL      /* [rows, hidden] after the final norm (layer is ignored) */
+    MIL_CAPTURE_INPUT,    /* [rows, hidden] residual stream that enters the layer */
+    MIL_CAPTURE_NORMED,   /* [rows, hidden] the mixer's input u */
+    MIL_CAPTURE_FEATURES, /* [rows, inner] what the mixer's output product reads */
+    MIL_CAPTURE_MIXER,    /* [rows, hidden] the mixer's output, before it is added */
+    MIL_CAPTURE_HIDDEN,   /* [rows, hidden] residual stream after the layer */
+    MIL_CAPTURE_FINAL     /* [rows, hidden] after the final norm (layer is ignored) */
 } mil_capture_kind;
 
 typedef struct mil_capture {
@@ -199,7 +228,7 @@ typedef struct mil_capture {
 typedef struct mil_forward {
     const int32_t *tokens; /* [rows], host memory; checked by mil_check_tokens beforehand */
     int64_t sequences;
-    const int64_t *offsets; /* [sequences + 1] */
+    const int64_t *offsets;   /* [sequences + 1] */
     mil_state *const *states; /* [sequences] with room for their rows, or NULL: every sequence starts fresh */
     const int64_t *logit_rows; /* [logit_count] rows whose logits are wanted */
     int64_t logit_count;
@@ -211,7 +240,8 @@ typedef struct mil_forward {
 
 /* tokens are in [0, vocab) and offsets ascend from 0; the message names the first culprit. */
 mil_status
-mil_check_tokens(const mil_model *model, const int32_t *tokens, int64_t sequences, const int64_t *offsets) MIL_MUST_CHECK;
+mil_check_tokens(const mil_model *model, const int32_t *tokens, int64_t sequences,
+                 const int64_t *offsets) MIL_MUST_CHECK;
 
 /* Runs the model over packed rows; states advance by their rows (not on failure of the arguments). */
 mil_status

@@ -21,7 +21,8 @@ typedef struct sink {
 } sink;
 
 static void
-add(sink *to, mil_parameter_id id, const char *suffix, bool matrix, bool required, int64_t d0, int64_t d1, int64_t d2)
+add(sink *to, mil_parameter_id id, const char *suffix, bool matrix, bool required, int64_t d0, int64_t d1,
+    int64_t d2)
 {
     if (to->list != NULL) {
         mil_parameter *p = &to->list[to->count];
@@ -29,7 +30,9 @@ add(sink *to, mil_parameter_id id, const char *suffix, bool matrix, bool require
             .id = id,
             .layer = to->layer,
             .shape = {d0, d1, d2},
-            .dims = d2 > 0 ? 3 : d1 > 0 ? 2 : 1,
+            .dims = d2 > 0   ? 3
+                    : d1 > 0 ? 2
+                             : 1,
             .count = d0 * (d1 > 0 ? d1 : 1) * (d2 > 0 ? d2 : 1),
             .matrix = matrix,
             .required = required,
@@ -145,15 +148,15 @@ mil_list_parameters(const mil_model_config *config, mil_parameter *list)
         to.layer = i;
         vector(&to, MIL_P_INPUT_NORM, "input_layernorm.weight", REQUIRED, config->hidden);
         switch (c->mixer) {
-        case MIL_ATTENTION:
-            attention_parameters(&to, c, config->hidden);
-            break;
-        case MIL_MAMBA1:
-            mamba1_parameters(&to, c, config->hidden);
-            break;
-        case MIL_MAMBA2:
-            mamba2_parameters(&to, c, config->hidden);
-            break;
+            case MIL_ATTENTION:
+                attention_parameters(&to, c, config->hidden);
+                break;
+            case MIL_MAMBA1:
+                mamba1_parameters(&to, c, config->hidden);
+                break;
+            case MIL_MAMBA2:
+                mamba2_parameters(&to, c, config->hidden);
+                break;
         }
         if (c->intermediate > 0) {
             mlp_parameters(&to, c, config->hidden);

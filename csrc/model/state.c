@@ -161,7 +161,8 @@ mil_state_reserve(mil_state *state, int64_t capacity)
         return MIL_OK;
     }
     if (capacity > (int64_t)1 << 40) {
-        return mil_fail(MIL_ERR_VALUE, "state: a capacity of %lld tokens is beyond reason", (long long)capacity);
+        return mil_fail(MIL_ERR_VALUE, "state: a capacity of %lld tokens is beyond reason",
+                        (long long)capacity);
     }
     int64_t wanted = state->capacity + state->capacity / 2;
     wanted = capacity > wanted ? capacity : wanted;
@@ -192,7 +193,9 @@ mil_state_clear(mil_state *state)
     for (int64_t i = 0; i < state->model->config.layer_count; i++) {
         state->layers[i].current_tokens = 0;
     }
-    return state->mixer_bytes == 0 ? MIL_OK : state->model->ops->zero(&context, state->mixer_memory, state->mixer_bytes);
+    return state->mixer_bytes == 0
+               ? MIL_OK
+               : state->model->ops->zero(&context, state->mixer_memory, state->mixer_bytes);
 }
 
 static mil_status
@@ -231,7 +234,8 @@ mil_state_rollback(mil_state *state, int64_t count)
     /* Without mixers nothing is ever folded, and all tokens can go. */
     int64_t earliest = state->mixer_bytes > 0 ? state->boundary : 0;
     if (count < 0 || state->length - count < earliest) {
-        return mil_fail(MIL_ERR_STATE, "state: cannot take back %lld of %lld tokens; the last %lld can be taken back",
+        return mil_fail(MIL_ERR_STATE,
+                        "state: cannot take back %lld of %lld tokens; the last %lld can be taken back",
                         (long long)count, (long long)state->length, (long long)(state->length - earliest));
     }
     state->length -= count;
@@ -327,10 +331,11 @@ mil_state_read(mil_state *state, const mil_model *model, const void *image, int6
     if (memcmp(header.magic, image_magic, sizeof image_magic) != 0) {
         return mil_fail(MIL_ERR_FORMAT, "state: this is not a saved state");
     }
-    if (header.length < 0 || header.length > bytes || header.boundary < 0 || header.boundary % MIL_WINDOW != 0 ||
-        header.boundary > header.length || (header.mixer_bytes > 0 && header.length - header.boundary >= MIL_TAIL)) {
-        return mil_fail(MIL_ERR_FORMAT, "state: %lld tokens with boundary %lld cannot be", (long long)header.length,
-                        (long long)header.boundary);
+    if (header.length < 0 || header.length > bytes || header.boundary < 0 ||
+        header.boundary % MIL_WINDOW != 0 || header.boundary > header.length ||
+        (header.mixer_bytes > 0 && header.length - header.boundary >= MIL_TAIL)) {
+        return mil_fail(MIL_ERR_FORMAT, "state: %lld tokens with boundary %lld cannot be",
+                        (long long)header.length, (long long)header.boundary);
     }
     MIL_TRY(mil_state_init(state, model, header.length));
     state->length = header.length;

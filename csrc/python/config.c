@@ -125,8 +125,9 @@ finish(reader *r)
     if (r->found == PyDict_GET_SIZE(r->dict)) {
         return 0;
     }
-    core_raise_format(r->core, MIL_ERR_VALUE, "%s has %zd keys that are not known; the known ones are the fields in model.h",
-                      r->what, PyDict_GET_SIZE(r->dict) - r->found);
+    core_raise_format(r->core, MIL_ERR_VALUE,
+                      "%s has %zd keys that are not known; the known ones are the fields in model.h", r->what,
+                      PyDict_GET_SIZE(r->dict) - r->found);
     return -1;
 }
 
@@ -156,7 +157,8 @@ read_layer(core_state *core, PyObject *dict, const char *what, mil_layer_config 
     c->head_dim = get_int(&r, "head_dim", 0);
     c->window = get_int(&r, "window", 0);
     c->rotary = get_int(&r, "rotary", 0);
-    c->attention_scale = get_float(&r, "attention_scale", c->head_dim > 0 ? 1 / sqrt((double)c->head_dim) : 1);
+    c->attention_scale =
+        get_float(&r, "attention_scale", c->head_dim > 0 ? 1 / sqrt((double)c->head_dim) : 1);
     c->inner = get_int(&r, "inner", 0);
     c->state_dim = get_int(&r, "state_dim", 0);
     c->conv_width = get_int(&r, "conv_width", 4);
@@ -218,7 +220,8 @@ read_rope(core_state *core, PyObject *dict, mil_arena *arena, mil_rope_config *r
     }
     rope->rotary = get_int(&r, "rotary", 0);
     if (rope->rotary < 0 || rope->rotary % 2 != 0) {
-        core_raise_format(core, MIL_ERR_VALUE, "config: rope: rotary = %lld is not an even size", (long long)rope->rotary);
+        core_raise_format(core, MIL_ERR_VALUE, "config: rope: rotary = %lld is not an even size",
+                          (long long)rope->rotary);
         return -1;
     }
     rope->inv_freq = get_floats(&r, "inv_freq", rope->rotary / 2, arena);

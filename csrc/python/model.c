@@ -58,8 +58,8 @@ core_tokens(core_state *core, PyObject *object, const char *what)
     int32_t *to = core_data(tokens);
     for (int64_t i = 0; tokens != NULL && i < count; i++) {
         if (from[i] < INT32_MIN || from[i] > INT32_MAX) {
-            core_raise_format(core, MIL_ERR_VALUE, "%s: %lld at position %lld is outside any vocabulary", what,
-                              (long long)from[i], (long long)i);
+            core_raise_format(core, MIL_ERR_VALUE, "%s: %lld at position %lld is outside any vocabulary",
+                              what, (long long)from[i], (long long)i);
             Py_CLEAR(tokens);
             break;
         }
@@ -91,7 +91,8 @@ core_offsets(core_state *core, PyObject *object, int64_t rows)
         good = at[i] < at[i + 1];
     }
     if (!good) {
-        core_raise_format(core, MIL_ERR_VALUE, "offsets must ascend from 0 to the %lld tokens, one step a sequence, none empty",
+        core_raise_format(core, MIL_ERR_VALUE,
+                          "offsets must ascend from 0 to the %lld tokens, one step a sequence, none empty",
                           (long long)rows);
         Py_CLEAR(offsets);
     }
@@ -144,9 +145,10 @@ parameter_dtype(core_state *core, const core_array *array, const char *name, PyO
         *out = MIL_BF16;
     }
     else {
-        core_raise_format(core, MIL_ERR_DTYPE,
-                          "Model: %s is %s; expected float32, float16, or uint16 that dtypes calls \"bfloat16\"", name,
-                          array->dtype_name);
+        core_raise_format(
+            core, MIL_ERR_DTYPE,
+            "Model: %s is %s; expected float32, float16, or uint16 that dtypes calls \"bfloat16\"", name,
+            array->dtype_name);
         return -1;
     }
     return 0;
@@ -173,12 +175,15 @@ bind_parameter(core_state *core, core_model *self, mil_parameter *p, PyObject *o
     if (!matches) {
         char got[64] = "", expected[64] = "";
         for (int i = 0, at = 0; i < array->ndim && at < 48; i++) {
-            at += snprintf(got + at, sizeof got - (size_t)at, i ? ", %lld" : "%lld", (long long)array->shape[i]);
+            at += snprintf(got + at, sizeof got - (size_t)at, i ? ", %lld" : "%lld",
+                           (long long)array->shape[i]);
         }
         for (int i = 0, at = 0; i < p->dims && at < 48; i++) {
-            at += snprintf(expected + at, sizeof expected - (size_t)at, i ? ", %lld" : "%lld", (long long)p->shape[i]);
+            at += snprintf(expected + at, sizeof expected - (size_t)at, i ? ", %lld" : "%lld",
+                           (long long)p->shape[i]);
         }
-        core_raise_format(core, MIL_ERR_SHAPE, "Model: %s has shape (%s); the configuration says (%s)", p->name, got, expected);
+        core_raise_format(core, MIL_ERR_SHAPE, "Model: %s has shape (%s); the configuration says (%s)",
+                          p->name, got, expected);
         return -1;
     }
     p->data = array->data;
@@ -200,7 +205,8 @@ bind_parameters(core_state *core, core_model *self, PyObject *parameters, PyObje
         if (object == NULL || object == Py_None) {
             continue;
         }
-        if (PyDict_SetItemString(self->values, p->name, object) < 0 || bind_parameter(core, self, p, object, dtypes) < 0) {
+        if (PyDict_SetItemString(self->values, p->name, object) < 0 ||
+            bind_parameter(core, self, p, object, dtypes) < 0) {
             return -1;
         }
     }
@@ -228,8 +234,8 @@ model_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
     static char *names[] = {"config", "parameters", "dtypes", NULL};
     core_state *core = PyType_GetModuleState(type);
     PyObject *config, *parameters, *dtypes = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O!O!|O!:Model", names, &PyDict_Type, &config, &PyDict_Type, &parameters,
-                                     &PyDict_Type, &dtypes)) {
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O!O!|O!:Model", names, &PyDict_Type, &config,
+                                     &PyDict_Type, &parameters, &PyDict_Type, &dtypes)) {
         return NULL;
     }
     core_model *self = (core_model *)type->tp_alloc(type, 0);
@@ -268,9 +274,10 @@ specs_of(const mil_model *model)
         for (int d = 0; shape != NULL && d < p->dims; d++) {
             PyTuple_SET_ITEM(shape, d, PyLong_FromLongLong(p->shape[d]));
         }
-        PyObject *entry = shape == NULL ? NULL
-                                        : Py_BuildValue("sNOO", p->name, shape, p->matrix ? Py_True : Py_False,
-                                                        p->required ? Py_True : Py_False);
+        PyObject *entry = shape == NULL
+                              ? NULL
+                              : Py_BuildValue("sNOO", p->name, shape, p->matrix ? Py_True : Py_False,
+                                              p->required ? Py_True : Py_False);
         if (entry == NULL) {
             Py_CLEAR(list);
             break;
@@ -368,8 +375,8 @@ take_states(forward_call *call, PyObject *object)
         return -1;
     }
     if (PyTuple_GET_SIZE(call->states) != sequences) {
-        core_raise_format(call->core, MIL_ERR_SHAPE, "forward: %zd states for %lld sequences", PyTuple_GET_SIZE(call->states),
-                          (long long)sequences);
+        core_raise_format(call->core, MIL_ERR_SHAPE, "forward: %zd states for %lld sequences",
+                          PyTuple_GET_SIZE(call->states), (long long)sequences);
         return -1;
     }
     mil_state **states;
@@ -378,12 +385,14 @@ take_states(forward_call *call, PyObject *object)
         return -1;
     }
     for (int64_t i = 0; i < sequences; i++) {
-        core_sequence_state *state = core_as_state(call->core, PyTuple_GET_ITEM(call->states, i), "forward: an entry of states");
+        core_sequence_state *state =
+            core_as_state(call->core, PyTuple_GET_ITEM(call->states, i), "forward: an entry of states");
         if (state == NULL) {
             return -1;
         }
         if (state->busy) {
-            core_raise_format(call->core, MIL_ERR_STATE, "forward: state %lld is in use by another call", (long long)i);
+            core_raise_format(call->core, MIL_ERR_STATE, "forward: state %lld is in use by another call",
+                              (long long)i);
             return -1;
         }
         states[i] = &state->state;
@@ -409,11 +418,13 @@ take_rows(forward_call *call, PyObject *object)
     bool all = word != NULL && strcmp(word, "all") == 0, last = word != NULL && strcmp(word, "last") == 0;
     bool none = word != NULL && strcmp(word, "none") == 0;
     if (word != NULL && !all && !last && !none) {
-        core_raise_format(call->core, MIL_ERR_VALUE, "forward: rows = %R is not \"all\", \"last\", \"none\" or indices", object);
+        core_raise_format(call->core, MIL_ERR_VALUE,
+                          "forward: rows = %R is not \"all\", \"last\", \"none\" or indices", object);
         return -1;
     }
     int64_t count = all ? total : last ? sequences : 0;
-    call->rows = word == NULL ? integers(call->core, object, "forward: rows") : core_array_new(1, &count, CORE_I64, false);
+    call->rows = word == NULL ? integers(call->core, object, "forward: rows")
+                              : core_array_new(1, &count, CORE_I64, false);
     if (call->rows == NULL) {
         return -1;
     }
@@ -424,8 +435,8 @@ take_rows(forward_call *call, PyObject *object)
             index[i] = all ? i : offsets[i + 1] - 1;
         }
         else if (index[i] < 0 || index[i] >= total) {
-            core_raise_format(call->core, MIL_ERR_VALUE, "forward: row %lld is not among the %lld tokens", (long long)index[i],
-                              (long long)total);
+            core_raise_format(call->core, MIL_ERR_VALUE, "forward: row %lld is not among the %lld tokens",
+                              (long long)index[i], (long long)total);
             return -1;
         }
     }
@@ -444,7 +455,8 @@ take_capture(forward_call *call, PyObject *item, mil_capture *out)
     Py_ssize_t layer;
     if (!PyTuple_Check(item) || !PyArg_ParseTuple(item, "sn", &kind, &layer)) {
         PyErr_Clear();
-        core_raise_format(call->core, MIL_ERR_DTYPE, "forward: an entry of capture is %R; expected (kind, layer)", item);
+        core_raise_format(call->core, MIL_ERR_DTYPE,
+                          "forward: an entry of capture is %R; expected (kind, layer)", item);
         return -1;
     }
     const mil_model *model = &call->model->model;
@@ -454,7 +466,8 @@ take_capture(forward_call *call, PyObject *item, mil_capture *out)
     }
     if (found < 0 || layer < 0 || layer >= model->config.layer_count) {
         core_raise_format(call->core, MIL_ERR_VALUE,
-                          "forward: cannot capture (\"%s\", %zd); kinds are input, normed, features, mixer, hidden, final; the model has %lld layers",
+                          "forward: cannot capture (\"%s\", %zd); kinds are input, normed, features, mixer, "
+                          "hidden, final; the model has %lld layers",
                           kind, layer, (long long)model->config.layer_count);
         return -1;
     }
@@ -505,14 +518,15 @@ run_forward(forward_call *call)
     mil_context context;
     mil_status status;
     Py_BEGIN_ALLOW_THREADS
-    status = mil_check_tokens(&call->model->model, call->arguments.tokens, call->arguments.sequences, call->arguments.offsets);
-    if (status == MIL_OK) {
-        status = core_context_acquire(call->core, &mil_cpu_ops, &context);
+        status = mil_check_tokens(&call->model->model, call->arguments.tokens, call->arguments.sequences,
+                                  call->arguments.offsets);
         if (status == MIL_OK) {
-            status = mil_model_forward(&context, &call->model->model, &call->arguments);
-            core_context_release(call->core, &context);
+            status = core_context_acquire(call->core, &mil_cpu_ops, &context);
+            if (status == MIL_OK) {
+                status = mil_model_forward(&context, &call->model->model, &call->arguments);
+                core_context_release(call->core, &context);
+            }
         }
-    }
     Py_END_ALLOW_THREADS
     if (status != MIL_OK) {
         core_raise(call->core, status);
@@ -527,7 +541,8 @@ model_forward(PyObject *self, PyObject *args, PyObject *keywords)
     static char *names[] = {"tokens", "offsets", "states", "rows", "capture", "fast", NULL};
     PyObject *tokens, *offsets = NULL, *states = NULL, *rows = NULL, *capture = NULL, *result = NULL;
     int fast = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O|O$OOOp:forward", names, &tokens, &offsets, &states, &rows, &capture, &fast)) {
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O|O$OOOp:forward", names, &tokens, &offsets, &states,
+                                     &rows, &capture, &fast)) {
         return NULL;
     }
     forward_call call = {.core = core_state_of(self), .model = (core_model *)self};
@@ -540,9 +555,10 @@ model_forward(PyObject *self, PyObject *args, PyObject *keywords)
             .offsets = core_data(call.offsets),
             .fast = fast != 0,
         };
-        if (take_states(&call, states) == 0 && take_rows(&call, rows) == 0 && take_captures(&call, capture) == 0 &&
-            run_forward(&call) == 0) {
-            result = call.captured == NULL ? Py_NewRef(call.logits) : PyTuple_Pack(2, call.logits, call.captured);
+        if (take_states(&call, states) == 0 && take_rows(&call, rows) == 0 &&
+            take_captures(&call, capture) == 0 && run_forward(&call) == 0) {
+            result =
+                call.captured == NULL ? Py_NewRef(call.logits) : PyTuple_Pack(2, call.logits, call.captured);
         }
     }
     forward_release(&call);
@@ -632,7 +648,8 @@ state_copy(PyObject *self, PyObject *unused)
     }
     core_state *core = core_state_of(self);
     mil_status status = mil_state_copy(&to, from);
-    return status == MIL_OK ? core_wrap_state(core, ((core_sequence_state *)self)->owner, &to) : core_raise(core, status);
+    return status == MIL_OK ? core_wrap_state(core, ((core_sequence_state *)self)->owner, &to)
+                            : core_raise(core, status);
 }
 
 static PyObject *
@@ -664,7 +681,8 @@ state_save(PyObject *self, PyObject *unused)
 {
     (void)unused;
     mil_state *state = idle_state(self);
-    PyObject *image = state == NULL ? NULL : PyBytes_FromStringAndSize(NULL, (Py_ssize_t)mil_state_image_bytes(state));
+    PyObject *image =
+        state == NULL ? NULL : PyBytes_FromStringAndSize(NULL, (Py_ssize_t)mil_state_image_bytes(state));
     if (image != NULL) {
         mil_status status = mil_state_write(state, PyBytes_AS_STRING(image));
         if (status != MIL_OK) {
@@ -721,7 +739,8 @@ static PyMethodDef model_methods[] = {
     {"dtypes", model_dtypes, METH_NOARGS, "name -> \"float32\", \"bfloat16\" or \"float16\"."},
     {"forward", KEYWORD_METHOD(model_forward), "Logits (and captured activations) of packed rows of tokens."},
     {"state", KEYWORD_METHOD(model_state), "state(capacity=0): the empty State of one sequence."},
-    {"state_bytes", model_state_bytes, METH_O, "Bytes that the state of a sequence of that many tokens needs."},
+    {"state_bytes", model_state_bytes, METH_O,
+     "Bytes that the state of a sequence of that many tokens needs."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -759,7 +778,8 @@ static PyMethodDef state_methods[] = {
     {"rollback", state_rollback, METH_O, "rollback(count): take the last tokens back, exactly."},
     {"clear", state_clear, METH_NOARGS, "Back to no tokens."},
     {"save", state_save, METH_NOARGS, "The state as bytes."},
-    {"restore", state_restore, METH_VARARGS | METH_CLASS, "restore(model, image): a State from save()'s bytes."},
+    {"restore", state_restore, METH_VARARGS | METH_CLASS,
+     "restore(model, image): a State from save()'s bytes."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -773,7 +793,9 @@ static PyGetSetDef state_properties[] = {
 };
 
 static PyType_Slot state_slots[] = {
-    {Py_tp_doc, "The state of one sequence: KV caches, convolution windows, SSM states and tails. Made by Model.state()."},
+    {Py_tp_doc,
+     "The state of one sequence: KV caches, convolution windows, SSM states and tails. Made by "
+     "Model.state()."},
     {Py_tp_dealloc, state_dealloc},
     {Py_tp_traverse, state_traverse},
     {Py_tp_methods, state_methods},
@@ -784,7 +806,8 @@ static PyType_Slot state_slots[] = {
 static PyType_Spec state_spec = {
     .name = "mambainllama._core.State",
     .basicsize = sizeof(core_sequence_state),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE |
+             Py_TPFLAGS_DISALLOW_INSTANTIATION,
     .slots = state_slots,
 };
 

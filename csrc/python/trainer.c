@@ -8,8 +8,7 @@
 #include "distill/trainer.h"
 
 typedef struct core_trainer {
-    PyObject_HEAD
-    core_model *student, *teacher; /* strong; teacher may be NULL */
+    PyObject_HEAD core_model *student, *teacher; /* strong; teacher may be NULL */
     mil_trainer trainer;
     bool busy; /* while a call works on it without the GIL */
 } core_trainer;
@@ -64,12 +63,15 @@ choose_trainable(core_state *core, const core_model *student, PyObject *names, b
         trainable[i] = chosen == 1;
         found += trainable[i];
         if (trainable[i] && !array->writeable) {
-            core_raise_format(core, MIL_ERR_VALUE, "Trainer: %s is read-only; load the student with writeable parameters", p->name);
+            core_raise_format(core, MIL_ERR_VALUE,
+                              "Trainer: %s is read-only; load the student with writeable parameters",
+                              p->name);
             result = -1;
         }
     }
     if (result == 0 && set != NULL && found != PySet_GET_SIZE(set)) {
-        core_raise_format(core, MIL_ERR_VALUE, "Trainer: %zd of the %zd trainable names are not parameters of the student",
+        core_raise_format(core, MIL_ERR_VALUE,
+                          "Trainer: %zd of the %zd trainable names are not parameters of the student",
                           PySet_GET_SIZE(set) - found, PySet_GET_SIZE(set));
         result = -1;
     }
@@ -110,7 +112,8 @@ trainer_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
     core_state *core = PyType_GetModuleState(type);
     PyObject *student, *teacher = Py_None, *trainable = NULL;
     int checkpointing = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O|O$Op:Trainer", names, &student, &teacher, &trainable, &checkpointing)) {
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O|O$Op:Trainer", names, &student, &teacher, &trainable,
+                                     &checkpointing)) {
         return NULL;
     }
     if (core_as_model(core, student, "Trainer: student") == NULL ||
@@ -149,7 +152,8 @@ step_release(step_call *call)
 
 /* Reads (tokens, offsets=None, *, labels, row_weight, ...) behind `format`'s positional objects. */
 static int
-step_arrays(core_state *core, step_call *call, PyObject *tokens, PyObject *offsets, PyObject *labels, PyObject *row_weight)
+step_arrays(core_state *core, step_call *call, PyObject *tokens, PyObject *offsets, PyObject *labels,
+            PyObject *row_weight)
 {
     call->tokens = core_tokens(core, tokens, "tokens");
     if (call->tokens == NULL) {
@@ -167,14 +171,18 @@ step_arrays(core_state *core, step_call *call, PyObject *tokens, PyObject *offse
         }
     }
     if (row_weight != NULL && row_weight != Py_None) {
-        call->row_weight = PyArray_FROM_OTF(row_weight, NPY_FLOAT32, NPY_ARRAY_IN_ARRAY | NPY_ARRAY_FORCECAST);
+        call->row_weight =
+            PyArray_FROM_OTF(row_weight, NPY_FLOAT32, NPY_ARRAY_IN_ARRAY | NPY_ARRAY_FORCECAST);
         if (call->row_weight == NULL) {
             return -1;
         }
     }
     if ((call->labels != NULL && core_length(call->labels) != rows) ||
-        (call->row_weight != NULL && (PyArray_NDIM((PyArrayObject *)call->row_weight) != 1 || core_length(call->row_weight) != rows))) {
-        core_raise_format(core, MIL_ERR_SHAPE, "labels and row_weight need one entry for each of the %lld tokens", (long long)rows);
+        (call->row_weight != NULL &&
+         (PyArray_NDIM((PyArrayObject *)call->row_weight) != 1 || core_length(call->row_weight) != rows))) {
+        core_raise_format(core, MIL_ERR_SHAPE,
+                          "labels and row_weight need one entry for each of the %lld tokens",
+                          (long long)rows);
         return -1;
     }
     call->step.tokens = core_data(call->tokens);
@@ -190,7 +198,8 @@ read_direction(core_state *core, const char *word, mil_kl_direction *out)
 {
     *out = strcmp(word, "reverse") == 0 ? MIL_KL_REVERSE : MIL_KL_FORWARD;
     if (*out == MIL_KL_FORWARD && strcmp(word, "forward") != 0) {
-        core_raise_format(core, MIL_ERR_VALUE, "direction = \"%.40s\" is neither \"forward\" nor \"reverse\"", word);
+        core_raise_format(core, MIL_ERR_VALUE, "direction = \"%.40s\" is neither \"forward\" nor \"reverse\"",
+                          word);
         return -1;
     }
     return 0;
@@ -199,23 +208,25 @@ read_direction(core_state *core, const char *word, mil_kl_direction *out)
 static PyObject *
 step_results(const mil_micro_step *step)
 {
-    return Py_BuildValue("{sdsdsdsdsdsdsdsdsd}", "kl", step->kl, "ce", step->ce, "teacher_ce", step->teacher_ce, "kl_rows",
-                         step->kl_rows, "ce_rows", step->ce_rows, "agree", step->agree, "correct", step->correct, "hidden",
-                         step->hidden, "align", step->align);
+    return Py_BuildValue("{sdsdsdsdsdsdsdsdsd}", "kl", step->kl, "ce", step->ce, "teacher_ce",
+                         step->teacher_ce, "kl_rows", step->kl_rows, "ce_rows", step->ce_rows, "agree",
+                         step->agree, "correct", step->correct, "hidden", step->hidden, "align", step->align);
 }
 
 /* Runs `student` against `teacher` through the trainer, or without one (evaluation). */
 static PyObject *
-run_step(core_state *core, mil_trainer *trainer, const mil_model *student, const mil_model *teacher, mil_micro_step *step)
+run_step(core_state *core, mil_trainer *trainer, const mil_model *student, const mil_model *teacher,
+         mil_micro_step *step)
 {
     mil_context context;
     mil_status status;
     Py_BEGIN_ALLOW_THREADS
-    status = core_context_acquire(core, &mil_cpu_ops, &context);
-    if (status == MIL_OK) {
-        status = trainer != NULL ? mil_trainer_backward(&context, trainer, step) : mil_evaluate(&context, student, teacher, step);
-        core_context_release(core, &context);
-    }
+        status = core_context_acquire(core, &mil_cpu_ops, &context);
+        if (status == MIL_OK) {
+            status = trainer != NULL ? mil_trainer_backward(&context, trainer, step)
+                                     : mil_evaluate(&context, student, teacher, step);
+            core_context_release(core, &context);
+        }
     Py_END_ALLOW_THREADS
     return status == MIL_OK ? step_results(step) : core_raise(core, status);
 }
@@ -235,8 +246,9 @@ enter(core_state *core, core_trainer *self)
 static PyObject *
 trainer_backward(PyObject *object, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"tokens",    "offsets", "labels",        "row_weight",   "kl_weight", "ce_weight", "temperature",
-                            "direction", "scale",   "hidden_weight", "align_weight", "evaluate",  NULL};
+    static char *names[] = {"tokens",       "offsets",     "labels",    "row_weight", "kl_weight",
+                            "ce_weight",    "temperature", "direction", "scale",      "hidden_weight",
+                            "align_weight", "evaluate",    NULL};
     core_trainer *self = (core_trainer *)object;
     core_state *core = core_state_of(object);
     step_call call = {.step = {.kl_weight = 1, .temperature = 1, .scale = 1}};
@@ -245,9 +257,10 @@ trainer_backward(PyObject *object, PyObject *args, PyObject *keywords)
     int evaluate = 0;
     mil_micro_step *step = &call.step;
     step->kl_weight = self->teacher == NULL ? 0 : 1;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O|O$OOfffsfffp:backward", names, &tokens, &offsets, &labels, &row_weight,
-                                     &step->kl_weight, &step->ce_weight, &step->temperature, &direction, &step->scale,
-                                     &step->hidden_weight, &step->align_weight, &evaluate)) {
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O|O$OOfffsfffp:backward", names, &tokens, &offsets,
+                                     &labels, &row_weight, &step->kl_weight, &step->ce_weight,
+                                     &step->temperature, &direction, &step->scale, &step->hidden_weight,
+                                     &step->align_weight, &evaluate)) {
         return NULL;
     }
     step->evaluate = evaluate != 0;
@@ -263,17 +276,20 @@ trainer_backward(PyObject *object, PyObject *args, PyObject *keywords)
 static PyObject *
 core_evaluate(PyObject *module, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"student", "teacher", "tokens", "offsets", "labels", "row_weight", "temperature", "direction", NULL};
+    static char *names[] = {"student",    "teacher",     "tokens",    "offsets", "labels",
+                            "row_weight", "temperature", "direction", NULL};
     core_state *core = core_get_state(module);
     step_call call = {.step = {.kl_weight = 1, .ce_weight = 1, .temperature = 1, .scale = 1}};
     PyObject *student, *teacher, *tokens, *offsets = NULL, *labels = NULL, *row_weight = NULL, *result = NULL;
     const char *direction = "forward";
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOO|O$OOfs:evaluate", names, &student, &teacher, &tokens, &offsets, &labels,
-                                     &row_weight, &call.step.temperature, &direction)) {
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOO|O$OOfs:evaluate", names, &student, &teacher,
+                                     &tokens, &offsets, &labels, &row_weight, &call.step.temperature,
+                                     &direction)) {
         return NULL;
     }
     core_model *s = core_as_model(core, student, "evaluate: student");
-    core_model *t = teacher == Py_None || s == NULL ? NULL : core_as_model(core, teacher, "evaluate: teacher");
+    core_model *t =
+        teacher == Py_None || s == NULL ? NULL : core_as_model(core, teacher, "evaluate: teacher");
     if (s == NULL || (t == NULL && teacher != Py_None)) {
         return NULL;
     }
@@ -290,13 +306,20 @@ core_evaluate(PyObject *module, PyObject *args, PyObject *keywords)
 static PyObject *
 trainer_apply(PyObject *object, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"learning_rate", "betas", "eps", "weight_decay", "max_grad_norm", "vector_rate",
+    static char *names[] = {"learning_rate", "betas",         "eps",
+                            "weight_decay",  "max_grad_norm", "vector_rate",
                             "muon_rate",     "muon_momentum", NULL};
     core_trainer *self = (core_trainer *)object;
     core_state *core = core_state_of(object);
-    mil_optimizer_step step = {.beta1 = 0.9f, .beta2 = 0.95f, .eps = 1e-8f, .max_grad_norm = 1, .vector_rate = 1, .muon_momentum = 0.95f};
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "f|$(ff)ffffff:apply", names, &step.learning_rate, &step.beta1, &step.beta2,
-                                     &step.eps, &step.weight_decay, &step.max_grad_norm, &step.vector_rate, &step.muon_rate,
+    mil_optimizer_step step = {.beta1 = 0.9f,
+                               .beta2 = 0.95f,
+                               .eps = 1e-8f,
+                               .max_grad_norm = 1,
+                               .vector_rate = 1,
+                               .muon_momentum = 0.95f};
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "f|$(ff)ffffff:apply", names, &step.learning_rate,
+                                     &step.beta1, &step.beta2, &step.eps, &step.weight_decay,
+                                     &step.max_grad_norm, &step.vector_rate, &step.muon_rate,
                                      &step.muon_momentum)) {
         return NULL;
     }
@@ -306,11 +329,11 @@ trainer_apply(PyObject *object, PyObject *args, PyObject *keywords)
     mil_context context;
     mil_status status;
     Py_BEGIN_ALLOW_THREADS
-    status = core_context_acquire(core, &mil_cpu_ops, &context);
-    if (status == MIL_OK) {
-        status = mil_trainer_apply(&context, &self->trainer, &step);
-        core_context_release(core, &context);
-    }
+        status = core_context_acquire(core, &mil_cpu_ops, &context);
+        if (status == MIL_OK) {
+            status = mil_trainer_apply(&context, &self->trainer, &step);
+            core_context_release(core, &context);
+        }
     Py_END_ALLOW_THREADS
     self->busy = false;
     return status == MIL_OK ? PyFloat_FromDouble(step.grad_norm) : core_raise(core, status);
@@ -360,7 +383,8 @@ trainer_state(PyObject *object, PyObject *unused)
     for (int64_t i = 0; dict != NULL && i < trainer->student->parameter_count; i++) {
         const mil_parameter *p = &trainer->student->parameters[i];
         float *master = p->dtype == MIL_F32 ? NULL : trainer->master[i]; /* else it is the parameter itself */
-        if (add_view(object, dict, "m.", p, trainer->m[i]) < 0 || add_view(object, dict, "v.", p, trainer->v[i]) < 0 ||
+        if (add_view(object, dict, "m.", p, trainer->m[i]) < 0 ||
+            add_view(object, dict, "v.", p, trainer->v[i]) < 0 ||
             add_view(object, dict, "master.", p, master) < 0) {
             Py_CLEAR(dict);
         }
@@ -382,7 +406,8 @@ trainer_set_step(PyObject *object, PyObject *value, void *unused)
     int64_t step = value == NULL ? -1 : PyLong_AsLongLong(value);
     if (step < 0) {
         if (!PyErr_Occurred()) {
-            core_raise_format(core_state_of(object), MIL_ERR_VALUE, "Trainer: step is a number of optimizer steps, from 0");
+            core_raise_format(core_state_of(object), MIL_ERR_VALUE,
+                              "Trainer: step is a number of optimizer steps, from 0");
         }
         return -1;
     }
@@ -395,10 +420,13 @@ trainer_set_step(PyObject *object, PyObject *value, void *unused)
 #define KEYWORD_METHOD(function) (PyCFunction)(void (*)(void)) function, METH_VARARGS | METH_KEYWORDS
 
 static PyMethodDef trainer_methods[] = {
-    {"backward", KEYWORD_METHOD(trainer_backward), "One micro-step: losses, and gradients added. Returns sums."},
-    {"apply", KEYWORD_METHOD(trainer_apply), "Clip, AdamW, clear. Returns the gradient's norm before clipping."},
+    {"backward", KEYWORD_METHOD(trainer_backward),
+     "One micro-step: losses, and gradients added. Returns sums."},
+    {"apply", KEYWORD_METHOD(trainer_apply),
+     "Clip, AdamW, clear. Returns the gradient's norm before clipping."},
     {"gradients", trainer_gradients, METH_NOARGS, "name -> view of the gradient."},
-    {"state", trainer_state, METH_NOARGS, "\"m.name\", \"v.name\", \"master.name\" -> views, for checkpoints."},
+    {"state", trainer_state, METH_NOARGS,
+     "\"m.name\", \"v.name\", \"master.name\" -> views, for checkpoints."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -408,7 +436,9 @@ static PyGetSetDef trainer_properties[] = {
 };
 
 static PyType_Slot trainer_slots[] = {
-    {Py_tp_doc, "Trainer(student, teacher=None, *, trainable=None, checkpointing=False): gradients and AdamW of a student."},
+    {Py_tp_doc,
+     "Trainer(student, teacher=None, *, trainable=None, checkpointing=False): gradients and AdamW of a "
+     "student."},
     {Py_tp_new, trainer_new},
     {Py_tp_dealloc, trainer_dealloc},
     {Py_tp_traverse, trainer_traverse},
@@ -425,7 +455,8 @@ static PyType_Spec trainer_spec = {
 };
 
 static PyMethodDef functions[] = {
-    {"evaluate", KEYWORD_METHOD(core_evaluate), "Losses of a student, with or without a teacher, on packed rows. Returns sums."},
+    {"evaluate", KEYWORD_METHOD(core_evaluate),
+     "Losses of a student, with or without a teacher, on packed rows. Returns sums."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -433,7 +464,8 @@ int
 core_add_trainer_type(PyObject *module, core_state *state)
 {
     state->types[CORE_TYPE_TRAINER] = (PyTypeObject *)PyType_FromModuleAndSpec(module, &trainer_spec, NULL);
-    if (state->types[CORE_TYPE_TRAINER] == NULL || PyModule_AddType(module, state->types[CORE_TYPE_TRAINER]) < 0) {
+    if (state->types[CORE_TYPE_TRAINER] == NULL ||
+        PyModule_AddType(module, state->types[CORE_TYPE_TRAINER]) < 0) {
         return -1;
     }
     return PyModule_AddFunctions(module, functions);

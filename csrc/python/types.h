@@ -9,8 +9,7 @@
 
 /* A model over borrowed parameters. Immutable after its making, but for the parameters' values. */
 typedef struct core_model {
-    PyObject_HEAD
-    mil_model model;
+    PyObject_HEAD mil_model model;
     PyObject *config;   /* the dict it was made from */
     PyObject *values;   /* dict: name -> the caller's array object */
     core_array *arrays; /* [array_count] borrowed */
@@ -19,8 +18,7 @@ typedef struct core_model {
 
 /* One sequence's state. `busy` while a call without the GIL works on it. */
 typedef struct core_sequence_state {
-    PyObject_HEAD
-    core_model *owner; /* strong: the state reads its model's configuration */
+    PyObject_HEAD core_model *owner; /* strong: the state reads its model's configuration */
     mil_state state;
     bool busy;
 } core_sequence_state;

@@ -15,12 +15,14 @@ def orthogonalise(u, iterations=5):
     return x
 
 
-def step(master, grad, m, *, learning_rate, momentum=0.95, parts=None, weight_decay=0.0, grad_scale=1.0):
+def step(
+    master, grad, m, *, learning_rate, momentum=0.95, parts=None, weight_decay=0.0, grad_scale=1.0
+):
     """Returns master and m after the step."""
     g = grad * grad_scale
     m = momentum * m + g
     u = g + momentum * m
     edges = np.cumsum([0, *(parts if parts is not None else [len(u)])])
-    blocks = [u[a:b] for a, b in zip(edges, edges[1:])]
+    blocks = [u[a:b] for a, b in zip(edges, edges[1:], strict=False)]
     x = np.concatenate([0.2 * np.sqrt(max(block.shape)) * orthogonalise(block) for block in blocks])
     return master - learning_rate * (x + weight_decay * master), m
