@@ -73,7 +73,7 @@ def test_captures(model):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_sixteen_bit_weights(dtype):
-    """A 16-bit model is the float32 model of its rounded weights, but that products round inputs."""
+    """A 16-bit model is the float32 model of its rounded weights, but products round inputs."""
     for layers in KINDS.values():
         small = build(layers, dtype=dtype)
         tokens = some_tokens(small, 40)
