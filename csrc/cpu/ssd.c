@@ -37,6 +37,9 @@
  * forward.  H and G are kept in both orientations, so that every product runs along rows.  x, B and C may
  * be shared by several heads: their gradients are written a head and added up in the order of heads.
  *
+ * Workspace of backward: a state a window for each thread, which is state_dim * head_dim / MIL_WINDOW
+ * floats a token of the longest sequence, and heads * width floats a row for each shared x, B or C.
+ *
  * Source: Dao & Gu 2024 (arXiv 2405.21060), section 6; the tail is the project's own (docs).
  */
 #include "cpu/cpu.h"
