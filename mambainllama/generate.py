@@ -431,16 +431,16 @@ def check_draft(model: Any, draft: Any) -> Any:
         if words != their_words:
             odd = min(word for word, _ in words.items() ^ their_words.items())
             raise ArgumentError(
-                f"generate: the draft's tokenizer differs from the model's (in {odd!r}, for example); "
-                "a draft must share the model's tokenizer"
+                f"generate: the draft's tokenizer differs from the model's (in {odd!r}, "
+                "for example); a draft must share the model's tokenizer"
             )
         return core
     size, draft_size = core_of(model).config["vocab"], core.config["vocab"]
     known = ours or theirs
     if size != draft_size and (known is None or known.vocab_size > min(size, draft_size)):
         raise ArgumentError(
-            f"generate: the draft's vocabulary is {draft_size}, the model's {size}, and no tokenizer "
-            "says that the difference is padding; a draft must share the model's tokenizer"
+            f"generate: the draft's vocabulary is {draft_size}, the model's {size}, and no "
+            "tokenizer says that the rest is padding; a draft must share the model's tokenizer"
         )
     return core
 
@@ -450,6 +450,9 @@ def share_beginning(core: _core.Model, requests: list[dict[str, Any]]) -> None:
     that part is read once and each request starts from a copy of the state. The results are the
     same bits."""
     prompts = [request["prompt"] for request in requests]
+    rope = core.config.get("rope") or {}
+    if rope.get("long_inv_freq") is not None or rope.get("dynamic_factor"):
+        return  # positions of the beginning depend on the length of the whole
     if len(prompts) < 2 or any(request.get("state") is not None for request in requests):
         return
     shortest = min(map(len, prompts))

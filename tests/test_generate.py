@@ -660,7 +660,8 @@ def test_chats(story):
     [
         ({"prompts": [[]]}, "prompt 0 is empty"),
         ({"prompts": ["a", [1, 2048]]}, "prompt 1 holds token 2048"),
-        ({"prompts": [[1.5]]}, "prompt 0"), ({"prompts": [None]}, "prompt 0"), ({"prompts": 5.0}, "prompt 0"),
+        ({"prompts": [[1.5]]}, "prompt 0"), ({"prompts": [None]}, "prompt 0"),
+        ({"prompts": 5.0}, "prompt 0"),
         ({"prompts": [[1], [[2]]]}, "prompt 1"), ({"stop": 1.5}, "stop"), ({"stop": [""]}, "stop"),
         ({"stop": [None]}, "stop"), ({"draft": "trigram"}, "draft"), ({"draft": 5}, "draft|model"),
         ({"draft_tokens": 0.5}, "draft_tokens"), ({"draft_tokens": 99}, "draft_tokens"),

@@ -124,7 +124,8 @@ def test_non_finite_logits(wrong):
     ("name", "value"),
     [
         ("temperature", -1.0), ("temperature", float("nan")), ("temperature", float("inf")),
-        ("temperature", "hot"), ("top_k", -1), ("top_k", 1.5), ("top_p", 0.0), ("top_p", 1.5), ("top_p", float("nan")),
+        ("temperature", "hot"), ("top_k", -1), ("top_k", 1.5), ("top_p", 0.0),
+        ("top_p", 1.5), ("top_p", float("nan")),
         ("min_p", -0.1), ("min_p", 1.1), ("repetition_penalty", 0.0),
         ("repetition_penalty", float("inf")), ("seed", 1.5),
     ],

@@ -249,6 +249,35 @@ def test_ngrams():
     )
 
 
+@pytest.mark.parametrize("kind", ["long", "dynamic"])
+def test_frequencies_that_depend_on_the_length(kind):
+    """Greedy tokens stay equal where the rotary frequencies change in the middle of a text."""
+    rope = {"rotary": 8, "inv_freq": [1.0, 0.3, 0.1, 0.02], "long_after": 40, "theta": 50.0}
+    if kind == "long":
+        rope |= {"long_inv_freq": [0.5, 0.1, 0.03, 0.005], "scale": 1.2}
+    else:
+        rope |= {"dynamic_factor": 2.0}
+    model = build(KINDS["transformer"], seed=3, rope=rope)
+    prompts = some_prompts(5, 33, 39, 40, 60, 90)
+    expected = run(
+        model, prompts, {"max_new_tokens": 30, "repetition_penalty": 1.2}, prefill_rows=16
+    )
+    for prompt, found in zip(
+        prompts, expected, strict=True
+    ):  # a prompt has its whole length's frequencies
+        [logits] = model.forward(prompt, rows="last")
+        penalty = {"repetition_penalty": 1.2}
+        assert found["tokens"][0] == _core.sample(logits, penalty, history=prompt)[0]
+    options = {
+        "max_new_tokens": 30,
+        "repetition_penalty": 1.2,
+        "draft_tokens": 6,
+        "fixed_draft": True,
+    }
+    for draft in (perturbed(model, 0.1), "ngram"):
+        assert tokens(run(model, prompts, options, draft=draft)) == tokens(expected)
+
+
 # ---- states, vocabularies -----------------------------------------------------------------------
 
 

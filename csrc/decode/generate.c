@@ -290,10 +290,13 @@ add_prompt_rows(mil_engine *engine, mil_sequence *sequence, int64_t *left)
         most = most < fit ? most : fit;
     }
     int64_t rows = unread < most ? unread : most;
+    if (mil_rope_changes(&engine->options.model->config.rope)) {
+        rows = unread;
+    }
     if (rows == 0) {
         return MIL_OK;
     }
-    *left -= rows;
+    *left -= rows < *left ? rows : *left;
     bool first_token = rows == unread && request->max_new_tokens > 0;
     int64_t logits = request->prompt_logprobs ? rows : first_token ? 1 : 0;
     return mil_pack_add(engine, sequence, sequence->state, rows, logits);

@@ -131,8 +131,8 @@ swap(mil_candidate *a, mil_candidate *b)
 }
 
 /* Hoare's partition of low .. high (included) around the median of three, which keeps sorted input, the
- * common adversary, linear: low .. *left come before or equal the pivot, *right .. high after or equal; what lies
- * between is the pivot.  Both parts are smaller than the whole. */
+ * common adversary, linear: low .. *left come before or equal the pivot, *right .. high after or equal; what
+ * lies between is the pivot.  Both parts are smaller than the whole. */
 static void
 partition(mil_candidate *c, int64_t low, int64_t high, int64_t *left, int64_t *right)
 {

@@ -86,8 +86,8 @@ int32_t
 mil_distribution_draw_rest(const mil_distribution *p, const mil_distribution *q, int64_t vocab,
                            double uniform);
 
-/* log sum exp(logits): a token's log-probability under the model itself, before any filter, is its logit minus
- * this.  Of float32 exponentials, so right to about 1e-7. */
+/* log sum exp(logits): a token's log-probability under the model itself, before any filter, is its logit
+ * minus this.  Of float32 exponentials, so right to about 1e-7. */
 double
 mil_log_sum_exp(const float *logits, int64_t vocab);
 /* The `count` likeliest tokens, most likely first, ties in index order, and their logits minus log_sum_exp;

@@ -61,6 +61,14 @@ mil_sequence_mark(mil_sequence *sequence, int32_t token, int32_t change)
     }
 }
 
+/* Whether frequencies depend on a text's length (model.h). The prompt is then read in one pass, so that all
+ * of it has the frequencies of its whole length, as in transformers. */
+static inline bool
+mil_rope_changes(const mil_rope_config *rope)
+{
+    return rope->rotary > 0 && (rope->long_inv_freq != NULL || rope->dynamic_factor > 0.0f);
+}
+
 static inline bool
 mil_sequence_stops(const mil_sequence *sequence, int32_t token)
 {
@@ -95,8 +103,8 @@ mil_speculate_settle(const mil_engine *engine, mil_sequence *sequence, const flo
 
 /* ---- generate.c ------------------------------------------------------------------------------------- */
 
-/* Starts a pass; adds the next `rows` tokens of a sequence that `state` has not read, the last `logit_count` of
- * them with logits; runs it: a sequence's logits start at row first_logit of engine->pack.logits. */
+/* Starts a pass; adds the next `rows` tokens of a sequence that `state` has not read, the last `logit_count`
+ * of them with logits; runs it: a sequence's logits start at row first_logit of engine->pack.logits. */
 void
 mil_pack_begin(mil_engine *engine);
 mil_status

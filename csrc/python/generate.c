@@ -272,8 +272,8 @@ done:
     return failed;
 }
 
-/* A request that came by `more` and makes no sense is its sender's affair: on_finish gets the exception, and the
- * others go on. Anything but an exception of ours ends the call. */
+/* A request that came by `more` and makes no sense is its sender's affair: on_finish gets the exception, and
+ * the others go on. Anything but an exception of ours ends the call. */
 static int
 report_refusal(generate_call *call)
 {
