@@ -29,7 +29,7 @@ from .model import Model, load
 
 __all__ = ["STUDENTS", "run", "teacher"]
 
-STEPS = 400
+STEPS = 300
 LENGTHS = (128, 512, 2048, 8192)
 MEMORY_AT = (2048, 16384)
 
