@@ -47,6 +47,7 @@ def teacher_files():
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 def test_demo_end_to_end(texts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(corpus, "documents", lambda: (texts[0][:300], texts[1][:20]))
     monkeypatch.setattr(demo, "LENGTHS", (16, 64))
