@@ -49,7 +49,7 @@ def train_tokenizer(texts, folder):
     settings = {
         "bos_token": BEGIN,
         "eos_token": END,
-        "add_bos_token": True,
+        "add_bos_token": False,
         "model_max_length": 256,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -26,7 +26,12 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status."""
     parser = make_parser()
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes no list of words that options stand between: those behind them are left over.
+    if rest and (options.command != "generate" or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.prompts += rest
     try:
         if options.threads is not None:
             _core.set_threads(options.threads)
@@ -34,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Error as error:
         if options.debug:
             raise
-        print(f"mambainllama {options.command}: {one_line(error)}", file=sys.stderr)
+        # The core names its function first, which here is often the command.
+        words = one_line(error).removeprefix(f"{options.command}: ")
+        print(f"mambainllama {options.command}: {words}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         if options.debug:

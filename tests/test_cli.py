@@ -86,7 +86,13 @@ def test_help(command, capsys):
 
 
 def test_usage_errors_have_status_2(capsys):
-    for arguments in ([], ["destil"], ["info"], ["bench", "m", "--lengths", "a,b"]):
+    for arguments in (
+        [],
+        ["destil"],
+        ["info"],
+        ["generate", "m", "--prompt", "x"],
+        ["bench", "m", "--lengths", "a,b"],
+    ):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2
@@ -157,6 +163,8 @@ def test_generate(capsys, teacher, monkeypatch):
     options = ("--max-new-tokens", "8", "--draft", "ngram", "--stats")
     status, again, stats = run(capsys, "generate", teacher, "hello", *options)
     assert again == out and "tokens/s" in stats
+    _, behind, _ = run(capsys, "generate", teacher, "--max-new-tokens", "8", "hello")
+    assert behind == out
     rows = run_json(
         capsys, "generate", teacher, "hello", "other", "--max-new-tokens", "4", "--chat"
     )
