@@ -24,7 +24,7 @@ from .history import History
 from .label import label
 from .model import Model, load
 from .tokenizer import Tokenizer
-from .training import TrainingInterrupted
+from .training import TrainingConfig, TrainingInterrupted
 
 _blas.load()
 
@@ -49,6 +49,7 @@ __all__ = [
     "StateError",
     "StoppedError",
     "Tokenizer",
+    "TrainingConfig",
     "TrainingInterrupted",
     "UnsupportedError",
     "__version__",

@@ -525,13 +525,18 @@ class Loop:
         self.history.append(row)
         if self.metrics is None:
             return
-        try:
+        with self.writing_metrics():
             self.metrics.write(json.dumps(row) + "\n")
             self.metrics.flush()
+
+    @contextmanager
+    def writing_metrics(self):
+        try:
+            yield
         except OSError as error:
             raise FileError(
-                f"{self.folder / 'metrics.jsonl'}: {error.strerror}; last good checkpoint: "
-                f"{self.last_good}"
+                f"{self.folder / 'metrics.jsonl'}: {error.strerror}; "
+                f"last good checkpoint: {self.last_good}"
             ) from None
 
     # -- end --
@@ -541,7 +546,8 @@ class Loop:
             return done
         begin = time.perf_counter()
         if self.metrics is not None:
-            os.fsync(self.metrics.fileno())
+            with self.writing_metrics():
+                os.fsync(self.metrics.fileno())
         per_epoch = self.task.batches.steps_per_epoch
         record = {
             "step": done,
@@ -567,21 +573,11 @@ class Loop:
         return done
 
     def save_final(self) -> None:
-        """The trained model at run/model, replaced in one step as well."""
-        final, fresh = self.folder / "model", self.folder / ".writing-model"
-        import shutil
-
+        """The trained model at run/model."""
         try:
-            shutil.rmtree(fresh, ignore_errors=True)
-            self.task.save_model(fresh)
-            shutil.rmtree(final, ignore_errors=True)
-            os.rename(fresh, final)
-        except OSError as error:
-            shutil.rmtree(fresh, ignore_errors=True)
-            raise FileError(
-                f"{final}: {(error.strerror if error.errno else None) or error}; "
-                f"the trained model is in {self.last_good}"
-            ) from None
+            self.task.save_model(self.folder / "model")
+        except FileError as error:
+            raise FileError(f"{error}; the trained model is in {self.last_good}") from None
 
     def complaint(self, done: int, what: str) -> str:
         kept = (
