@@ -23,7 +23,10 @@
     X(test_operators_concurrently)   \
     X(test_model_life)               \
     X(test_model_without_memory)     \
-    X(test_model_hostile_images)
+    X(test_model_hostile_images)     \
+    X(test_decode_draws)             \
+    X(test_decode_speculation)       \
+    X(test_decode_without_memory)
 
 #define DECLARE(name) void name(void);
 TESTS(DECLARE)
