@@ -21,7 +21,7 @@ import checkpoints
 import numpy as np
 from checkpoints import LLAMA_1B, Shape
 from peers import Absent, Peer, interleave, start
-from report import Report, arguments, middle, ratio, spread
+from report import Report, arguments, middle, ratio, require_memory, spread
 
 OURS, TORCH, LLAMA_CPP, LIMIT = "mambainllama", "PyTorch eager", "llama.cpp", "memory"
 ELSEWHERE = "llama.cpp, the Llama"  # what it offers beside a hybrid, which it lacks
@@ -74,6 +74,7 @@ def measure(report: Report, model: str, shape: Shape) -> None:
     prompt = random.integers(0, shape.vocab, 32).tolist()
     wanted = wanted_peers(model, shape, options)
     pythons = {"llama_cpp": options.llama_python, "torch_eager": options.torch_python}
+    require_memory(len(wanted) * shape.weight_bytes)
     with contextlib.ExitStack() as stack:
         peers = start(stack, wanted, options.threads, pythons, report.absent)
         if OURS not in peers:

@@ -156,7 +156,7 @@ def serve(commands: dict[str, Callable[..., Any]]) -> None:
         try:
             answer = ["answer", commands[name](**arguments)]
         except ImportError as error:
-            answer = ["absent", f"{error} (python {sys.executable})"]
+            answer = ["absent", f"{error}; see benchmarks/README.md"]
         except Exception as error:
             import traceback
 

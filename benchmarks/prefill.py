@@ -14,7 +14,7 @@ import numpy as np
 from checkpoints import LLAMA_1B, Shape
 from decode import LIMIT, MODELS, OURS, compare, wanted_peers
 from peers import Absent, Peer, interleave, start
-from report import Report, arguments, middle, ratio, spread
+from report import Report, arguments, middle, ratio, require_memory, spread
 
 
 def main() -> int:
@@ -40,6 +40,7 @@ def measure(report: Report, model: str, shape: Shape, lengths: list[int]) -> Non
     wanted = wanted_peers(model, shape, options)
     del wanted[LIMIT]
     pythons = {"llama_cpp": options.llama_python, "torch_eager": options.torch_python}
+    require_memory(len(wanted) * shape.weight_bytes)
     with contextlib.ExitStack() as stack:
         peers = start(stack, wanted, options.threads, pythons, report.absent)
         if OURS not in peers:

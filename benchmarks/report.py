@@ -25,7 +25,7 @@ from checkpoints import cache_folder
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / "docs" / "benchmarks"
 
-__all__ = ["Report", "arguments", "middle", "ratio", "spread", "table"]
+__all__ = ["Report", "arguments", "middle", "ratio", "require_memory", "spread", "table"]
 
 
 # ---- statistics ----------------------------------------------------------------------------------
@@ -103,6 +103,25 @@ def load_average() -> float:
     return round(os.getloadavg()[0], 2)
 
 
+BUSY = "The machine was busy with other work: ratios mean something, speeds do not."
+
+
+def is_busy(load: float, cores: int) -> bool:
+    """Whether others use the machine, from the load average before a benchmark."""
+    return load > 0.5 * cores
+
+
+def require_memory(size: int) -> None:
+    """Ends the benchmark where `size` bytes are not to be had: swapping would be what it measures."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    if free < size:
+        raise SystemExit(
+            f"this needs {size / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are available; "
+            "ARGS=--no-peers or ARGS=--quick need less"
+        )
+
+
 def commit() -> str:
     """The commit, with a + where files differ from it."""
     try:
@@ -136,7 +155,8 @@ class Report:
 
     def __init__(self, name: str, title: str, options: argparse.Namespace):
         self.options, self.name = options, name
-        asked = sorted(f"{k}={v}" for k, v in vars(options).items() if k not in ("cache", "save"))
+        folders = ("cache", "llama_python", "torch_python")  # of this machine only
+        asked = {k: v for k, v in vars(options).items() if k not in (*folders, "save")}
         self.content: dict[str, Any] = {
             "benchmark": name,
             "title": title,
@@ -152,6 +172,8 @@ class Report:
         here = self.content["machine"]
         print(f"{title}\n{here['cpu']}, {here['cores']} cores, {options.threads} threads, ", end="")
         print(f"load average {self.content['load_before']}", flush=True)
+        if is_busy(self.content["load_before"], here["cores"]):
+            print(BUSY, flush=True)
 
     @property
     def absent(self) -> dict[str, str]:
@@ -223,6 +245,8 @@ def page(reports: Sequence[dict[str, Any]]) -> str:
             f"{here['threads']} threads, {here['memory_gib']} GiB; load average "
             f"{report['load_before']} before, {report['load_after']} after. {versions}.\n"
         )
+        if is_busy(report["load_before"], here["cores"]):
+            parts.append(f"{BUSY}\n")
         for section in report["sections"]:
             parts.append(f"{section['title']}\n\n{section['table']}\n")
             parts += [f"{note}\n" for note in section.get("notes", [])]

@@ -17,7 +17,7 @@ import checkpoints
 import numpy as np
 from checkpoints import LLAMA_1B, Shape
 from peers import Absent, Peer, interleave, start
-from report import Report, arguments, middle, ratio, spread
+from report import Report, arguments, middle, ratio, require_memory, spread
 
 OURS = "mambainllama"
 COUNTS = (1, 2, 3, 4, 5, 6, 8, 16)
@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=None, help="passes of each number of rows")
     options = parser.parse_args()
     options.rounds = options.rounds or (2 if options.quick else 4)
-    options.repeats = options.repeats or (3 if options.quick else 5)
+    options.repeats = options.repeats or 3
     shape = replace(LLAMA_1B, layers=4, vocab=32000) if options.quick else LLAMA_1B
     report = Report("rows", "Several rows at once, bfloat16 weights", options)
     measure(report, shape)
@@ -53,6 +53,7 @@ def measure(report: Report, shape: Shape) -> None:
         wanted["llama.cpp, Llama"] = ("llama_cpp", {"folder": str(llama), "gguf": str(gguf)})
         wanted["PyTorch eager, Llama"] = ("torch_eager", {"folder": str(llama)})
     pythons = {"llama_cpp": options.llama_python, "torch_eager": options.torch_python}
+    require_memory(len(wanted) * shape.weight_bytes)
     with contextlib.ExitStack() as stack:
         peers = start(stack, wanted, options.threads, pythons, report.absent)
         report.heard(peers)
