@@ -112,7 +112,7 @@ def is_busy(load: float, cores: int) -> bool:
 
 
 def require_memory(size: int) -> None:
-    """Ends the benchmark where `size` bytes are not to be had: swapping would be what it measures."""
+    """Ends the benchmark where `size` bytes are not free: it would measure swapping."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     if free < size:
