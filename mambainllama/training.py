@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -650,7 +650,7 @@ def only_run(folder: Path | None):
 
 
 @contextmanager
-def stop_signal():
+def stop_signal() -> Iterator[list[int]]:
     """A list that is no longer empty once Ctrl-C or SIGTERM came; a second Ctrl-C stops at once."""
     stopped: list[int] = []
     if threading.current_thread() is not threading.main_thread():
