@@ -42,6 +42,16 @@ def finish(figure: Any, path: str | os.PathLike | None) -> Any:
     return figure
 
 
+def log_ticks(ax: Any) -> None:
+    """A logarithmic axis labelled at 1, 2 and 5 of each decade."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter("{x:g}")
+
+
 def smooth(values: Sequence[float], window: int) -> list[float]:
     """Means over the last `window` values."""
     sums = [0.0]
@@ -93,10 +103,7 @@ def plot_history(histories: Any, path: str | os.PathLike | None = None) -> Any:
                 markerfacecolor="white",
                 label=f"{name}held out",
             )
-    ax.set_yscale("log")
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter("{x:g}")
-    ax.tick_params(axis="y", which="minor", labelsize=7)
+    log_ticks(ax)
     ax.set_xlim(left=0)
     ax.set_xlabel("training tokens (thousands)")
     ax.set_ylabel(f"{kind} (nats per token)")
@@ -147,8 +154,7 @@ def plot_speed(
         ax.set_xlabel("tokens in the sequence")
     left.set_ylim(bottom=0)
     left.set_ylabel("decoding speed (tokens/s, one sequence)")
-    right.set_yscale("log")
-    right.yaxis.set_major_formatter("{x:g}")
+    log_ticks(right)
     right.set_ylabel("memory of the sequence (MiB)")
     left.legend(frameon=False)
     return finish(figure, path)
