@@ -113,6 +113,19 @@ tsan: ## the C tests under ThreadSanitizer
 	@$(MAKE) --no-print-directory --silent -j$(JOBS) build/c-tsan/test
 	TSAN_OPTIONS=halt_on_error=1 build/c-tsan/test
 
+# The extension under sanitizers and the package's Python files, in a folder of their own: what is built in
+# place stays as it is. Interpreters leak by design, so leaks are looked for by `make asan` alone.
+FUZZ := build/fuzz
+FUZZ_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+
+.PHONY: fuzz
+fuzz: $(STAMPS)/venv ## damaged checkpoints by the thousand, under AddressSanitizer (docs/fuzzing.md)
+	@CC="$(CC)" CFLAGS="$(FUZZ_FLAGS)" LDFLAGS="$(FUZZ_FLAGS)" MIL_DEBUG=1 $(PY) setup.py --quiet \
+	    build_py --build-lib $(FUZZ) build_ext --build-lib $(FUZZ) --build-temp $(FUZZ)-objects
+	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" PYTHONPATH=$(FUZZ) OMP_NUM_THREADS=1 \
+	    ASAN_OPTIONS=detect_leaks=0,allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	    $(PY) tests/fuzz/fuzz_checkpoints.py $(ARGS)
+
 # ---- style --------------------------------------------------------------------------------------------
 
 C_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.c' 'csrc/*.h' 'tests/c/*.c' 'tests/c/*.h')

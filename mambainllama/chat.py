@@ -80,16 +80,27 @@ class ChatTemplate:
                 **{key: _plain(value) for key, value in variables.items()},
             )
         except jinja2.TemplateSyntaxError as error:
-            raise FormatError(f"{self.where}: line {error.lineno}: {error.message}") from None
+            raise FormatError(
+                f"{self.where}: line {error.lineno}: {_one_line(error.message)}"
+            ) from None
         except jinja2.TemplateError as error:
-            raise ArgumentError(f"{self.where}: it refuses these messages: {error}") from None
+            raise ArgumentError(
+                f"{self.where}: it refuses these messages: {_one_line(error)}"
+            ) from None
         except Exception as error:  # a stranger's program: whatever it does wrong is its own fault
             raise ArgumentError(
-                f"{self.where}: it fails on these messages: {type(error).__name__}: {error}"
+                f"{self.where}: it fails on these messages: {type(error).__name__}: "
+                f"{_one_line(error)}"
             ) from None
 
     def __repr__(self) -> str:
         return f"<ChatTemplate {', '.join(self.templates)} from {self.where}>"
+
+
+def _one_line(message: object) -> str:
+    """What a template says went wrong, as one line of bounded length."""
+    text = " ".join(str(message).split())
+    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def find_template(folder: str | os.PathLike, tokenizer_config: Mapping) -> ChatTemplate | None:

@@ -56,6 +56,9 @@ _FILE_DTYPES = {ours: theirs for theirs, ours in _WEIGHT_DTYPES.items()}
 
 _MAX_HEADER = 100_000_000  # the limit of the format
 _MAX_JSON = 100_000_000
+_MAX_DIGITS = 300  # of an integer: all of them then fit a float
+_MAX_RANK = 32  # of a tensor
+_MAX_NAME = 255  # bytes of a file's name
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SHARD_BYTES = 5_000_000_000
@@ -87,10 +90,19 @@ def _no_duplicates(pairs):
     return result
 
 
+def _integer(text):
+    """An integer of JSON text; none has hundreds of digits, and no float could hold them."""
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
 def parse_json(data: bytes, where: str) -> dict:
     """The JSON object in `data`; any other content, however deep or large, is a FormatError."""
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        value = json.loads(
+            data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_int=_integer
+        )
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise FormatError(
@@ -149,8 +161,8 @@ def _checked_tensor(
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
         raise fail(f"a dtype among {', '.join(_ITEM_BYTES)}", dtype)
-    if not _is_sizes(shape):
-        raise fail("a shape of non-negative integers", shape)
+    if not _is_sizes(shape) or len(shape) > _MAX_RANK:
+        raise fail(f"a shape of at most {_MAX_RANK} non-negative integers", shape)
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise fail("data_offsets [begin, end] with 0 <= begin <= end", offsets)
     begin, end = offsets
@@ -290,6 +302,7 @@ class Checkpoint:
                 or shard in ("", ".", "..")
                 or "\\" in shard
                 or "\0" in shard
+                or len(shard.encode("utf-8", "replace")) > _MAX_NAME
             ):
                 raise FormatError(
                     f"{index}: tensor {shorten(name)}: expected the name of a file in this folder, "
@@ -421,7 +434,7 @@ def _split_shards(tensors: Mapping[str, tuple[np.ndarray, str]], limit: int) -> 
 
 def _write_json(path: Path, value: Mapping) -> None:
     with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
+        json.dump(value, file, indent=2)  # in ASCII: a JSON string may hold what UTF-8 cannot
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())

@@ -48,7 +48,10 @@ class NotFoundError(FileError, FileNotFoundError):
 
 def shorten(value: object, limit: int = 80) -> str:
     """`value` on one line of at most `limit` characters, for messages that quote input."""
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except RecursionError:  # JSON may be nested almost as deeply as Python can follow
+        text = f"a {type(value).__name__} that is nested too deeply"
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

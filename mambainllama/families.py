@@ -336,7 +336,12 @@ def _original_mixer(kind: str, config: Keys, norms: bool) -> dict:
     if config.activation() != "silu":
         raise UnsupportedError(f"{config.where}: hidden_act of a Mamba mixer must be silu")
     hidden = config.size("hidden_size")
-    inner = int(config.number("expand", 2) * hidden)
+    wide = config.number("expand", 2) * hidden
+    if not 1 <= wide <= _MAX_SIZE:
+        raise FormatError(
+            f"{config.where}: expand * hidden_size: expected 1 to {_MAX_SIZE}, got {wide:g}"
+        )
+    inner = int(wide)
     common = {
         "mixer": kind,
         "inner": inner,

@@ -26,11 +26,12 @@ import math
 
 import numpy as np
 
-from .errors import FormatError, UnsupportedError, shorten
+from .errors import Error, FormatError, UnsupportedError, shorten
 
 __all__ = ["ROPE_TYPES", "canonical_rope", "rope_settings"]
 
 _F32 = np.float32
+_LONGEST = 1 << 40  # tokens: the core's limit of a state
 
 
 def rope_settings(config: dict, where: str, default_theta: float = 10000.0) -> dict:
@@ -79,6 +80,8 @@ class _Settings:
             or value <= above
         ):
             rope_type = self.settings["rope_type"]
+            if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
+                rope_type = shorten(rope_type)
             raise FormatError(
                 f"{self.where}: rope type {rope_type}: expected {key} > {above:g}, got "
                 f"{shorten(value)}"
@@ -234,7 +237,8 @@ def canonical_rope(config: dict, head_dim: int, where: str, default_theta: float
     """
     settings = rope_settings(config, where, default_theta)
     get = _Settings(settings, where)
-    rotary = int(head_dim * get.number("partial_rotary_factor"))
+    rotary = min(head_dim * get.number("partial_rotary_factor"), 2 * head_dim + 1)
+    rotary = int(rotary)  # what is too large stays too large, but has an end
     if rotary % 2 or not 0 < rotary <= head_dim:
         raise FormatError(
             f"{where}: RoPE needs an even rotary size up to head_dim = {head_dim}, got {rotary}"
@@ -245,8 +249,20 @@ def canonical_rope(config: dict, head_dim: int, where: str, default_theta: float
             f"{where}: rope type {shorten(kind)} is not supported; these are: "
             f"{', '.join(ROPE_TYPES)}"
         )
-    with np.errstate(all="ignore"):  # a result that is not finite is reported below
-        result = ROPE_TYPES[kind](get, rotary)
+    try:
+        with np.errstate(all="ignore"):  # a result that is not finite is reported below
+            result = ROPE_TYPES[kind](get, rotary)
+    except Error:
+        raise
+    except (ArithmeticError, ValueError) as error:  # logarithms and quotients of extreme numbers
+        raise FormatError(
+            f"{where}: rope type {kind}: the settings give no frequencies ({error})"
+        ) from None
+    if result.get("long_after", 0) > _LONGEST:
+        raise FormatError(
+            f"{where}: rope type {kind}: the trained length, {result['long_after']:g} tokens, is "
+            f"above {_LONGEST}"
+        )
     rope = {
         "inv_freq": None,
         "long_inv_freq": None,

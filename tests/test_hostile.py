@@ -91,7 +91,16 @@ HEADERS = {
     "newlines": (add("a\nb", {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}), "a\\nb"),
     "other-rank": (edit("shape", [80 * 48]), "shape"),
     "transposed": (edit("shape", [48, 80]), "[48, 80]"),
+    "many-dimensions": (edit("shape", [1] * 70 + [80, 48]), "at most 32"),
+    "many-large-sizes": (edit("shape", [10**290] * 20_000), "at most 32"),
+    "deep-entry": (lambda header, data: (deep_entry(header), data), "model"),
 }
+
+
+def deep_entry(header):
+    """JSON that Python's parser can follow, but its repr cannot."""
+    text = json.dumps(header)
+    return (text[:-1] + ', "deep": ' + "[" * 900 + "]" * 900 + "}").encode()
 
 
 @pytest.mark.parametrize("case", HEADERS)
@@ -188,6 +197,7 @@ def damage_index(folder, change):
         None,
         "a\\b",
         "a\0b",
+        "a" * 300,
     ],
 )
 def test_an_index_names_files_of_its_folder_only(name, tmp_path):
@@ -272,6 +282,15 @@ def test_index_of_another_model(tmp_path):
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "layer types"),
         ({"partial_rotary_factor": 9.0}, "rotary"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"rms_norm_eps": 10**400}, "401 digits"),
+        ({"rope_theta": 10**400}, "401 digits"),
+        ({"partial_rotary_factor": 1e308}, "rotary"),
+        ({"rope_scaling": {"type": "a\nb" * 500}, "partial_rotary_factor": -1}, "partial"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 1e-320}}, "yarn"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 1e300},
+         "trained length"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1] * 4, "long_factor": [1] * 4,
+                           "original_max_position_embeddings": 1e300}}, "trained length"),
     ],
 )  # fmt: skip
 def test_configurations(keys, word, tmp_path):
@@ -279,6 +298,23 @@ def test_configurations(keys, word, tmp_path):
     config = {**json.loads((folder / "config.json").read_text()), **keys}
     (folder / "config.json").write_text(json.dumps(config))
     refused(folder, "model", word)
+
+
+@pytest.mark.parametrize("expand", [1e308, -1, 0, 1e-9])
+def test_width_of_a_mixer(expand, tmp_path):
+    folder = tiny(tmp_path / "model", "mamba")
+    config = {**json.loads((folder / "config.json").read_text()), "expand": expand}
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(folder, "expand", kind=mil.FormatError)
+
+
+def test_saving_what_utf8_cannot_hold(tmp_path):
+    """A JSON string may hold half of a surrogate pair; it is saved as it was read."""
+    folder = tiny(tmp_path / "model", "llama")
+    config = {**json.loads((folder / "config.json").read_text()), "note": "\ud800 é"}
+    (folder / "config.json").write_text(json.dumps(config))
+    again = mil.load(mil.load(folder).save(tmp_path / "again"))
+    assert again.config.raw["note"] == "\ud800 é"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", "{", '{"a": 1, "a": 2}', "\ufeff{}", "nul"])
@@ -340,3 +376,51 @@ def test_damaged_tokenizer(name, shared, tmp_path):
     model = mil.load(folder)  # the weights are fine
     with pytest.raises(mil.FormatError, match=name):
         model.tokenizer  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{{ raise_exception('a\nb') }}", "{{ ('x' * 5000).y.z }}", "{{ messages['a\nb'].c }}"],
+)
+def test_chat_templates_complain_in_one_line(source):
+    with pytest.raises(mil.ArgumentError) as error:
+        mil.chat.ChatTemplate(source).render([{"role": "user", "content": "Hello"}])
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+# ---- states --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["llama", "mamba", "mamba2-groups", "bamba"],
+)
+def test_damaged_images_of_states(case, tmp_path, rng):
+    """Header, counters and lengths changed at random: restored, or refused in one line."""
+    model = mil.load(tiny(tmp_path / "model", case))
+    tokens = np.arange(20, dtype=np.int32)
+    state = model.state()
+    model.core.forward(tokens, states=[state])
+    image = state.save()
+    for _ in range(60):
+        bad = bytearray(image)
+        value = [0, 1, 16, 10**6, 2**31, 2**40, 2**62, 2**64 - 1][rng.integers(8)]
+        at = 8 * int(rng.integers(0, 10))
+        bad[at : at + 8] = struct.pack("<Q", value)
+        bad = bad[: rng.integers(0, len(bad))] if rng.random() < 0.2 else bad
+        try:
+            restored = type(state).restore(model.core, bytes(bad))
+        except mil.Error as error:
+            assert "\n" not in str(error)
+            continue
+        model.core.forward(tokens, states=[restored])
+
+
+def test_an_image_asks_for_no_more_memory_than_it_can_fill(tmp_path):
+    model = mil.load(tiny(tmp_path / "model", "llama"))
+    state = model.state()
+    model.core.forward(np.arange(20, dtype=np.int32), states=[state])
+    image = bytearray(state.save())
+    image[8:16] = struct.pack("<q", len(image) - 1)  # tokens: one for each byte
+    with pytest.raises(mil.FormatError, match="cannot be"):
+        type(state).restore(model.core, bytes(image))

@@ -331,7 +331,10 @@ mil_state_read(mil_state *state, const mil_model *model, const void *image, int6
     if (memcmp(header.magic, image_magic, sizeof image_magic) != 0) {
         return mil_fail(MIL_ERR_FORMAT, "state: this is not a saved state");
     }
-    if (header.length < 0 || header.length > bytes || header.boundary < 0 ||
+    /* More tokens than the image has bytes for would be memory asked for in vain. */
+    int64_t token_bytes = cache_bytes_per_token(model);
+    int64_t most = bytes / (token_bytes > 0 ? token_bytes : 1);
+    if (header.length < 0 || header.length > most || header.boundary < 0 ||
         header.boundary % MIL_WINDOW != 0 || header.boundary > header.length ||
         (header.mixer_bytes > 0 && header.length - header.boundary >= MIL_TAIL)) {
         return mil_fail(MIL_ERR_FORMAT, "state: %lld tokens with boundary %lld cannot be",
