@@ -414,9 +414,10 @@ def make_case(goods, seed, case):
     for _ in range(pick(rng, [1, 1, 1, 2, 3])):
         kind = list(DAMAGE)[rng.choice(len(DAMAGE), p=CHANCES)]
         kinds.append(kind)
-        if kind == "image" or not any(name.endswith(".safetensors") for name in files):
-            continue
         readable = {name: data for name, data in files.items() if data is not None}
+        names = " ".join(readable)
+        if kind == "image" or ".safetensors " not in names + " " or ".json" not in names:
+            continue
         before = set(readable)
         try:
             done.append(DAMAGE[kind][0](rng, readable))
