@@ -1,5 +1,5 @@
-/* The engine in C, where sanitizers see everything: plain and speculative generation agree, states included, and
- * with the n-th allocation failing, for every n, a failure says so and leaves nothing.
+/* The engine in C, where sanitizers see everything: plain and speculative generation agree, and with the n-th
+ * allocation failing, for every n, a failure says so and leaves nothing.
  *
  * The model has an attention and a Mamba-2 layer. What it generates is judged in tests/test_generate.py.
  */
