@@ -1,6 +1,6 @@
 """Types of the C core, by hand; stubtest compares the names with the built module (make lint).
 
-`Array` is what crosses without a copy: a NumPy array, a DLPack tensor or a buffer
+`_Array` is what crosses without a copy: a NumPy array, a DLPack tensor or a buffer
 (csrc/python/arrays.c).
 """
 
@@ -10,11 +10,11 @@ from typing import Any, Literal, TypeAlias, final
 import numpy as np
 import numpy.typing as npt
 
-Array: TypeAlias = Any
-Floats: TypeAlias = npt.NDArray[np.float32]
-MixerState: TypeAlias = dict[str, Array]
-Gradients: TypeAlias = dict[str, Floats]
-Out: TypeAlias = Mapping[str, Array | None] | None
+_Array: TypeAlias = Any
+_Floats: TypeAlias = npt.NDArray[np.float32]
+_MixerState: TypeAlias = dict[str, _Array]
+_Gradients: TypeAlias = dict[str, _Floats]
+_Out: TypeAlias = Mapping[str, _Array | None] | None
 
 WINDOW: int
 TAIL: int
@@ -51,225 +51,227 @@ def fail_after(allocations: int, /) -> None: ...
 
 def linear_forward(
     *,
-    x: Array,
-    weight: Array,
-    bias: Array | None = None,
+    x: _Array,
+    weight: _Array,
+    bias: _Array | None = None,
     dtype: str | None = None,
     accumulate: bool = False,
     fast: bool = False,
-    out: Array | None = None,
-) -> Floats: ...
+    out: _Array | None = None,
+) -> _Floats: ...
 def linear_group(
-    *, x: Array, weights: tuple[Array, ...], dtype: str | None = None, fast: bool = False
-) -> dict[str, Floats]: ...
+    *, x: _Array, weights: tuple[_Array, ...], dtype: str | None = None, fast: bool = False
+) -> dict[str, _Floats]: ...
 def linear_backward(
     *,
-    x: Array,
-    weight: Array,
-    grad_y: Array,
+    x: _Array,
+    weight: _Array,
+    grad_y: _Array,
     bias: bool = False,
     dtype: str | None = None,
     accumulate: bool = False,
-    out: Out = None,
-) -> Gradients: ...
+    out: _Out = None,
+) -> _Gradients: ...
 def norm_forward(
     *,
-    x: Array,
-    weight: Array | None = None,
-    z: Array | None = None,
+    x: _Array,
+    weight: _Array | None = None,
+    z: _Array | None = None,
     group: int | None = None,
     norm_before_gate: bool = False,
     weight_per_group: bool = False,
     eps: float = 1e-5,
-    out: Array | None = None,
-) -> Floats: ...
+    out: _Array | None = None,
+) -> _Floats: ...
 def norm_backward(
     *,
-    x: Array,
-    weight: Array | None,
-    grad_y: Array,
-    z: Array | None = None,
+    x: _Array,
+    weight: _Array | None,
+    grad_y: _Array,
+    z: _Array | None = None,
     group: int | None = None,
     norm_before_gate: bool = False,
     weight_per_group: bool = False,
     eps: float = 1e-5,
     accumulate: bool = False,
-    out: Out = None,
-) -> Gradients: ...
+    out: _Out = None,
+) -> _Gradients: ...
 def rope_table(
     *,
-    inv_freq: Array,
+    inv_freq: _Array,
     rows: int,
-    offsets: Array | None = None,
-    past: Array | None = None,
-    boundary: Array | None = None,
+    offsets: _Array | None = None,
+    past: _Array | None = None,
+    boundary: _Array | None = None,
     scale: float = 1.0,
-    out: Array | None = None,
-) -> Floats: ...
-def rope(*, x: Array, table: Array, inverse: bool = False, out: Array | None = None) -> Floats: ...
+    out: _Array | None = None,
+) -> _Floats: ...
+def rope(
+    *, x: _Array, table: _Array, inverse: bool = False, out: _Array | None = None
+) -> _Floats: ...
 def attention_forward(
     *,
-    q: Array,
-    k: Array | None = None,
-    v: Array | None = None,
-    caches: Sequence[tuple[Array, Array]] | None = None,
+    q: _Array,
+    k: _Array | None = None,
+    v: _Array | None = None,
+    caches: Sequence[tuple[_Array, _Array]] | None = None,
     cache_dtype: str | None = None,
-    offsets: Array | None = None,
-    past: Array | None = None,
-    boundary: Array | None = None,
+    offsets: _Array | None = None,
+    past: _Array | None = None,
+    boundary: _Array | None = None,
     scale: float = 1.0,
     window: int = 0,
     log_sum_exp: bool = False,
-    out: Array | None = None,
+    out: _Array | None = None,
 ) -> Any: ...
 def attention_backward(
     *,
-    q: Array,
-    k: Array,
-    v: Array,
-    y: Array,
-    log_sum_exp: Array,
-    grad_y: Array,
-    offsets: Array | None = None,
+    q: _Array,
+    k: _Array,
+    v: _Array,
+    y: _Array,
+    log_sum_exp: _Array,
+    grad_y: _Array,
+    offsets: _Array | None = None,
     scale: float = 1.0,
     window: int = 0,
-    out: Out = None,
-) -> Gradients: ...
+    out: _Out = None,
+) -> _Gradients: ...
 def kv_append(
     *,
-    k: Array,
-    v: Array,
-    caches: Sequence[tuple[Array, Array]],
+    k: _Array,
+    v: _Array,
+    caches: Sequence[tuple[_Array, _Array]],
     cache_dtype: str | None = None,
-    offsets: Array | None = None,
-    past: Array | None = None,
-    boundary: Array | None = None,
+    offsets: _Array | None = None,
+    past: _Array | None = None,
+    boundary: _Array | None = None,
 ) -> None: ...
 def conv1d_forward(
     *,
-    x: Array,
-    weight: Array,
-    bias: Array | None = None,
+    x: _Array,
+    weight: _Array,
+    bias: _Array | None = None,
     silu: bool = True,
     repeat: int = 1,
     repeat_group: int = 1,
-    offsets: Array | None = None,
-    past: Array | None = None,
-    boundary: Array | None = None,
-    states: Sequence[MixerState] | None = None,
-    out: Array | None = None,
-) -> Floats: ...
+    offsets: _Array | None = None,
+    past: _Array | None = None,
+    boundary: _Array | None = None,
+    states: Sequence[_MixerState] | None = None,
+    out: _Array | None = None,
+) -> _Floats: ...
 def conv1d_backward(
     *,
-    x: Array,
-    weight: Array,
-    bias: Array | None = None,
-    grad_y: Array,
+    x: _Array,
+    weight: _Array,
+    bias: _Array | None = None,
+    grad_y: _Array,
     silu: bool = True,
     repeat: int = 1,
     repeat_group: int = 1,
-    offsets: Array | None = None,
-    out: Out = None,
-) -> Gradients: ...
+    offsets: _Array | None = None,
+    out: _Out = None,
+) -> _Gradients: ...
 def scan_forward(
     *,
-    x: Array,
-    dt: Array,
-    B: Array,
-    C: Array,
-    A_log: Array,
-    D: Array,
-    dt_bias: Array,
-    z: Array | None = None,
+    x: _Array,
+    dt: _Array,
+    B: _Array,
+    C: _Array,
+    A_log: _Array,
+    D: _Array,
+    dt_bias: _Array,
+    z: _Array | None = None,
     dt_bias_scale: float = 1.0,
     dt_min: float = 0.0,
     dt_max: float = ...,
     x_repeat: int = 1,
     x_repeat_group: int = 1,
-    offsets: Array | None = None,
-    past: Array | None = None,
-    boundary: Array | None = None,
-    states: Sequence[MixerState] | None = None,
-    out: Array | None = None,
-) -> Floats: ...
+    offsets: _Array | None = None,
+    past: _Array | None = None,
+    boundary: _Array | None = None,
+    states: Sequence[_MixerState] | None = None,
+    out: _Array | None = None,
+) -> _Floats: ...
 def scan_backward(
     *,
-    x: Array,
-    dt: Array,
-    B: Array,
-    C: Array,
-    grad_y: Array,
-    A_log: Array,
-    D: Array,
-    dt_bias: Array,
-    z: Array | None = None,
+    x: _Array,
+    dt: _Array,
+    B: _Array,
+    C: _Array,
+    grad_y: _Array,
+    A_log: _Array,
+    D: _Array,
+    dt_bias: _Array,
+    z: _Array | None = None,
     dt_bias_scale: float = 1.0,
     dt_min: float = 0.0,
     dt_max: float = ...,
     x_repeat: int = 1,
     x_repeat_group: int = 1,
-    offsets: Array | None = None,
-    out: Out = None,
-) -> Gradients: ...
+    offsets: _Array | None = None,
+    out: _Out = None,
+) -> _Gradients: ...
 def ssd_forward(
     *,
-    x: Array,
-    dt: Array,
-    B: Array,
-    C: Array,
-    A_log: Array,
-    D: Array,
-    dt_bias: Array,
+    x: _Array,
+    dt: _Array,
+    B: _Array,
+    C: _Array,
+    A_log: _Array,
+    D: _Array,
+    dt_bias: _Array,
     dt_min: float = 0.0,
     dt_max: float = ...,
-    offsets: Array | None = None,
-    past: Array | None = None,
-    boundary: Array | None = None,
-    states: Sequence[MixerState] | None = None,
-    out: Array | None = None,
-) -> Floats: ...
+    offsets: _Array | None = None,
+    past: _Array | None = None,
+    boundary: _Array | None = None,
+    states: Sequence[_MixerState] | None = None,
+    out: _Array | None = None,
+) -> _Floats: ...
 def ssd_backward(
     *,
-    x: Array,
-    dt: Array,
-    B: Array,
-    C: Array,
-    grad_y: Array,
-    A_log: Array,
-    D: Array,
-    dt_bias: Array,
+    x: _Array,
+    dt: _Array,
+    B: _Array,
+    C: _Array,
+    grad_y: _Array,
+    A_log: _Array,
+    D: _Array,
+    dt_bias: _Array,
     dt_min: float = 0.0,
     dt_max: float = ...,
-    offsets: Array | None = None,
-    out: Out = None,
-) -> Gradients: ...
+    offsets: _Array | None = None,
+    out: _Out = None,
+) -> _Gradients: ...
 def glu_forward(
-    *, gate: Array, up: Array | None = None, activation: str = "silu", out: Array | None = None
-) -> Floats: ...
+    *, gate: _Array, up: _Array | None = None, activation: str = "silu", out: _Array | None = None
+) -> _Floats: ...
 def glu_backward(
-    *, gate: Array, up: Array | None, grad_y: Array, activation: str = "silu", out: Out = None
-) -> Gradients: ...
+    *, gate: _Array, up: _Array | None, grad_y: _Array, activation: str = "silu", out: _Out = None
+) -> _Gradients: ...
 def embedding_forward(
     *,
-    tokens: Array,
-    table: Array,
+    tokens: _Array,
+    table: _Array,
     scale: float = 1.0,
     dtype: str | None = None,
-    out: Array | None = None,
-) -> Floats: ...
+    out: _Array | None = None,
+) -> _Floats: ...
 def embedding_backward(
-    *, tokens: Array, grad_y: Array, vocab: int, scale: float = 1.0, out: Out = None
-) -> Gradients: ...
-def add(*, x: Array, y: Array, out: Array | None = None) -> Floats: ...
-def gather_rows(*, x: Array, index: Array, out: Array | None = None) -> Floats: ...
+    *, tokens: _Array, grad_y: _Array, vocab: int, scale: float = 1.0, out: _Out = None
+) -> _Gradients: ...
+def add(*, x: _Array, y: _Array, out: _Array | None = None) -> _Floats: ...
+def gather_rows(*, x: _Array, index: _Array, out: _Array | None = None) -> _Floats: ...
 def linear_loss(
     *,
-    x: Array,
-    weight: Array,
-    teacher_x: Array | None = None,
-    teacher_weight: Array | None = None,
-    labels: Array | None = None,
-    row_weight: Array | None = None,
+    x: _Array,
+    weight: _Array,
+    teacher_x: _Array | None = None,
+    teacher_weight: _Array | None = None,
+    labels: _Array | None = None,
+    row_weight: _Array | None = None,
     kl_weight: float | None = None,
     ce_weight: float = 0.0,
     temperature: float = 1.0,
@@ -281,18 +283,18 @@ def linear_loss(
     dtype: str | None = None,
     teacher_dtype: str | None = None,
     gradients: bool = True,
-    out: Out = None,
+    out: _Out = None,
 ) -> dict[str, Any]: ...
 def relative_mse(
-    *, x: Array, target: Array, weight: float = 1.0, out: Out = None
+    *, x: _Array, target: _Array, weight: float = 1.0, out: _Out = None
 ) -> dict[str, Any]: ...
 def adamw(
     *,
-    master: Array,
-    grad: Array,
-    m: Array,
-    v: Array,
-    weight: Array | None = None,
+    master: _Array,
+    grad: _Array,
+    m: _Array,
+    v: _Array,
+    weight: _Array | None = None,
     dtype: str | None = None,
     step: int,
     learning_rate: float,
@@ -304,18 +306,18 @@ def adamw(
 ) -> None: ...
 def muon(
     *,
-    master: Array,
-    grad: Array,
-    m: Array,
+    master: _Array,
+    grad: _Array,
+    m: _Array,
     learning_rate: float,
     momentum: float = 0.95,
-    parts: Array | None = None,
-    weight: Array | None = None,
+    parts: _Array | None = None,
+    weight: _Array | None = None,
     dtype: str | None = None,
     weight_decay: float = 0.0,
     grad_scale: float = 1.0,
 ) -> None: ...
-def sum_squares(*, x: Array) -> float: ...
+def sum_squares(*, x: _Array) -> float: ...
 
 # ---- models and states (model.c)
 # ------------------------------------------------------------------------
@@ -328,7 +330,7 @@ class Model:
     def __new__(
         cls,
         config: Mapping[str, Any],
-        parameters: Mapping[str, Array],
+        parameters: Mapping[str, _Array],
         dtypes: Mapping[str, str] = ...,
     ) -> Model: ...
     @classmethod
@@ -337,15 +339,15 @@ class Model:
     ) -> list[tuple[str, tuple[int, ...], bool, bool]]: ...
     @property
     def config(self) -> Any: ...
-    def parameters(self) -> dict[str, Array]: ...
+    def parameters(self) -> dict[str, _Array]: ...
     def dtypes(self) -> dict[str, str]: ...
     def forward(
         self,
-        tokens: Array,
-        offsets: Array | None = None,
+        tokens: _Array,
+        offsets: _Array | None = None,
         *,
         states: Sequence[State] | None = None,
-        rows: Array | None = None,
+        rows: _Array | None = None,
         capture: Sequence[tuple[str, int]] | None = None,
         fast: bool = False,
     ) -> Any: ...
@@ -394,11 +396,11 @@ class Trainer:
     def step(self, steps: int, /) -> None: ...
     def backward(
         self,
-        tokens: Array,
-        offsets: Array | None = None,
+        tokens: _Array,
+        offsets: _Array | None = None,
         *,
-        labels: Array | None = None,
-        row_weight: Array | None = None,
+        labels: _Array | None = None,
+        row_weight: _Array | None = None,
         kl_weight: float = ...,
         ce_weight: float = 0.0,
         temperature: float = 1.0,
@@ -420,17 +422,17 @@ class Trainer:
         muon_rate: float = 0.0,
         muon_momentum: float = 0.95,
     ) -> float: ...
-    def gradients(self) -> dict[str, Floats]: ...
-    def state(self) -> dict[str, Floats]: ...
+    def gradients(self) -> dict[str, _Floats]: ...
+    def state(self) -> dict[str, _Floats]: ...
 
 def evaluate(
     student: Model,
     teacher: Model | None,
-    tokens: Array,
-    offsets: Array | None = None,
+    tokens: _Array,
+    offsets: _Array | None = None,
     *,
-    labels: Array | None = None,
-    row_weight: Array | None = None,
+    labels: _Array | None = None,
+    row_weight: _Array | None = None,
     temperature: float = 1.0,
     direction: str = "forward",
 ) -> dict[str, float]: ...
@@ -453,10 +455,10 @@ def generate(
     _break_accept: int = 0,
 ) -> Any: ...
 def sample(
-    logits: Array, options: Mapping[str, Any], *, history: Array | None = None, position: int = 0
-) -> tuple[int, Floats, float]: ...
+    logits: _Array, options: Mapping[str, Any], *, history: _Array | None = None, position: int = 0
+) -> tuple[int, _Floats, float]: ...
 def philox(
     counter: tuple[int, int, int, int], key: tuple[int, int], /
 ) -> tuple[int, int, int, int]: ...
 def uniform(seed: int, position: int, stream: int, /) -> float: ...
-def ngram_propose(tokens: Array, longest: int, shortest: int, most: int, /) -> Any: ...
+def ngram_propose(tokens: _Array, longest: int, shortest: int, most: int, /) -> Any: ...
