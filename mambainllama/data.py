@@ -10,8 +10,9 @@ from this form:
   no padding and leaks nothing from one document into the next.
 - A run resumes at the exact example.  The order of rows is a function of (seed, epoch), and batch k
   of a function of that order: nothing has to be replayed or remembered.
-- Memory stays bounded.  Text is tokenised once into an unnamed temporary file that is mapped, not
-  read; what stays in memory is 8 bytes a document and 16 bytes a piece.
+- Memory stays bounded.  Files are read a record at a time; text is tokenised once into an unnamed
+  temporary file that is mapped, not read, and so is what `split` holds back.  What stays in memory
+  is 8 bytes a document and 16 bytes a piece.
 
 Token arrays are taken as they are, memory-mapped where they come from a .npy file.  Each of their
 rows is one row of a batch, not packed with others, so that `batch_size` counts what the user
@@ -35,6 +36,7 @@ import os
 import tempfile
 import zipfile
 import zlib
+from array import array as compact_array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +92,8 @@ class Documents:
         Whether several documents may share a row of a batch.
     skipped : int
         Bad records that were left out (`skip_bad`).
+    first_skipped : str
+        Place of the first of them, and what was wrong with it.
     """
 
     tokens: np.ndarray
@@ -97,6 +101,7 @@ class Documents:
     targets: np.ndarray | None = None
     packed: bool = True
     skipped: int = 0
+    first_skipped: str = ""
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -132,11 +137,22 @@ class Documents:
         return self._select(keep), self._select(~keep)
 
     def _select(self, keep: np.ndarray) -> Documents:
-        lengths = np.diff(self.starts)
-        of_token = np.repeat(keep, lengths)
-        starts = np.concatenate([[0], np.cumsum(lengths[keep])]).astype(np.int64)
-        targets = None if self.targets is None else self.targets[of_token]
-        return Documents(self.tokens[of_token], starts, targets, self.packed, self.skipped)
+        """The documents that `keep` marks, their tokens in a mapped file of their own."""
+        lengths = np.diff(self.starts)[keep]
+        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        tokens = self._gather(self.tokens, keep)
+        targets = None if self.targets is None else self._gather(self.targets, keep)
+        return Documents(tokens, starts, targets, self.packed, self.skipped, self.first_skipped)
+
+    def _gather(self, values: np.ndarray, keep: np.ndarray) -> np.ndarray:
+        """Those of `values` that lie in marked documents, copied run by run of neighbours."""
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], keep, [False]]).astype(np.int8)))
+        file = TokenFile(values.dtype)
+        for first, end in zip(edges[::2], edges[1::2], strict=True):
+            low, high = int(self.starts[first]), int(self.starts[end])
+            for begin in range(low, high, BLOCK):
+                file.add(values[begin : min(high, begin + BLOCK)])
+        return file.array()
 
 
 def read_documents(
@@ -153,7 +169,9 @@ def read_documents(
     ----------
     data : integer array (n, length); path or list of paths; list of records; list of token lists
         Paths: .npz or .npy of tokens, .jsonl or .jsonl.gz or parquet of ``{"text": ...}`` or
-        ``{"messages": [...]}``, .txt, or a folder of such files. Records are the same dictionaries.
+        ``{"messages": [...]}``, .txt, a folder of such files, or one that Hugging Face `datasets`
+        saved (`save_to_disk`). Records are the same dictionaries; a `datasets.Dataset` is a list of
+        records.
     tokenizer : Tokenizer, needed for text
     vocab : int
         Tokens must lie in [0, vocab).
@@ -176,6 +194,9 @@ def read_documents(
         return documents_of_array(np.asarray(data), vocab, "data")
     if isinstance(data, (str, os.PathLike)):
         data = [data]
+    if hasattr(data, "column_names"):
+        records = dataset_records(data, "data")
+        return documents_of_records(records, tokenizer, vocab, loss_on, skip_bad)
     if not isinstance(data, Sequence) or len(data) == 0:
         raise ArgumentError(
             f"data is {describe(data)}: expected a token array (n, length), a path, a list of "
@@ -244,10 +265,12 @@ def check_tokens(tokens: np.ndarray, starts: np.ndarray, vocab: int, where: str)
 
 
 def expand_paths(paths: Iterable[str | os.PathLike]) -> list[Path]:
-    """Existing files, folders replaced by the files in them."""
+    """Existing files, folders replaced by the files in them; folders of `datasets` stay."""
     files: list[Path] = []
     for path in map(Path, paths):
-        if path.is_dir():
+        if is_dataset_folder(path):
+            files.append(path)
+        elif path.is_dir():
             inside = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES))
             if not inside:
                 raise ArgumentError(f"{path}: no file in this folder ends in {', '.join(SUFFIXES)}")
@@ -323,6 +346,9 @@ def read_array(path: Path, vocab: int) -> Documents:
 
 def read_records(path: Path, skip_bad: bool) -> Iterator[tuple[str, Any]]:
     """(place, record) of a text file, one at a time; a BadRecord could not be read."""
+    if path.is_dir():
+        yield from dataset_records(open_dataset(path), str(path))
+        return
     if path.suffix == ".parquet":
         yield from read_parquet(path)
         return
@@ -395,18 +421,60 @@ def read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
         raise FormatError(f"{path}: not a parquet file ({str(error).splitlines()[0]})") from None
 
 
+# Columns of a data set that a record may need; all others stay on the disk.
+COLUMNS = ("messages", "text", "prompt", "chosen", "rejected")
+
+
+def is_dataset_folder(path: Path) -> bool:
+    """Whether Hugging Face `datasets` saved a data set here, or a dictionary of splits."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def open_dataset(path: Path) -> Any:
+    """The data set that `datasets.Dataset.save_to_disk` wrote; of several splits, "train"."""
+    try:
+        import datasets
+    except ImportError:
+        raise ArgumentError(
+            f"{path}: a data set of Hugging Face datasets, which is not installed: pip install "
+            "datasets, or convert it to .jsonl"
+        ) from None
+    try:
+        found = datasets.load_from_disk(str(path))
+    except Exception as error:  # it raises whatever its parts raise
+        words = " ".join(str(error).split())
+        raise FormatError(f"{path}: not a data set of Hugging Face datasets ({words})") from None
+    if isinstance(found, Mapping):
+        if "train" not in found:
+            names = ", ".join(sorted(found))
+            raise ArgumentError(f"{path}: holds the splits {names}: give the folder of one of them")
+        return found["train"]
+    return found
+
+
+def dataset_records(dataset: Any, where: str) -> Iterator[tuple[str, Any]]:
+    """(place, record) of a data set, read from its mapped files row by row."""
+    names = [name for name in COLUMNS if name in dataset.column_names]
+    if not names:
+        raise FormatError(
+            f"{where}: expected a column 'text' or 'messages', found {dataset.column_names}"
+        )
+    for row, record in enumerate(dataset.select_columns(names), start=1):
+        yield f"{where}: row {row}", record
+
+
 # ---- tokenising --------------------------------------------------------------------------------
 
 
 class TokenFile:
     """A growing array in an unnamed temporary file: memory stays bounded however much is added."""
 
-    def __init__(self, dtype: type):
+    def __init__(self, dtype: Any):
         self.dtype = np.dtype(dtype)
         self.file = tempfile.TemporaryFile(prefix="mambainllama-", buffering=1 << 20)  # noqa: SIM115
         self.count = 0
 
-    def add(self, values: Sequence) -> None:
+    def add(self, values: Any) -> None:
         try:
             self.file.write(np.asarray(values, self.dtype).tobytes())
         except OSError as error:
@@ -425,6 +493,8 @@ class TokenFile:
                 f"{tempfile.gettempdir()}: {error.strerror} while tokenising; set TMPDIR to a "
                 "larger disk"
             ) from None
+        if self.count == 0:
+            return np.empty(0, self.dtype)
         return np.memmap(self.file, self.dtype, "r", shape=(self.count,))
 
 
@@ -453,8 +523,8 @@ class DocumentWriter:
         self.tokenizer, self.vocab, self.skip_bad = tokenizer, vocab, skip_bad
         self.tokens = TokenFile(np.uint16 if vocab <= 1 << 16 else np.int32)
         self.targets = TokenFile(np.bool_) if answers_only else None
-        self.starts = [0]
-        self.skipped = 0
+        self.starts = compact_array("q", [0])
+        self.skipped, self.first_skipped = 0, ""
         self.place = "data"
         # Waiting records: place, segments, and whether the tokenizer adds its special tokens.
         self.block: list[tuple[str, Segments, bool]] = []
@@ -518,16 +588,21 @@ class DocumentWriter:
                 f"{place}: {error}; mend it, or skip such records with skip_bad"
             ) from None
         self.skipped += 1
+        self.first_skipped = self.first_skipped or f"{place}: {error}"
 
     def documents(self) -> Documents:
         self.flush()
         if len(self.starts) == 1:
-            raise FormatError(f"{self.place}: no usable record ({self.skipped} bad ones skipped)")
+            first = f"; the first is {self.first_skipped}" if self.skipped else ""
+            raise FormatError(
+                f"{self.place}: no usable record ({self.skipped} bad ones skipped{first})"
+            )
         return Documents(
             self.tokens.array(),
             np.array(self.starts, np.int64),
             self.targets.array() if self.targets is not None else None,
             skipped=self.skipped,
+            first_skipped=self.first_skipped,
         )
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -82,6 +83,54 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(ArgumentError, match="pip install pyarrow"):
         read_documents(tmp_path / "a.parquet", Bytes(), vocab=300)
+
+
+class SavedRows(list):
+    """As much of datasets.Dataset as is used."""
+
+    @property
+    def column_names(self):
+        return list(self[0])
+
+    def select_columns(self, names):
+        return SavedRows({name: row[name] for name in names} for row in self)
+
+
+def test_datasets_in_memory(texts):
+    rows = SavedRows({"text": text, "id": i} for i, text in enumerate(texts))
+    found = read_documents(rows, Bytes(), vocab=300)
+    listed = read_documents([{"text": t} for t in texts], Bytes(), vocab=300)
+    assert found.fingerprint() == listed.fingerprint()
+    with pytest.raises(FormatError, match="expected a column 'text' or 'messages', found .'id'"):
+        read_documents(SavedRows([{"id": 1}]), Bytes(), vocab=300)
+    with pytest.raises(FormatError, match="data: row 2: expected 'text'"):
+        read_documents(SavedRows([{"text": "fine"}, {"text": None}]), Bytes(), vocab=300)
+
+
+def test_folders_of_datasets(tmp_path, texts):
+    datasets = pytest.importorskip("datasets", reason="Hugging Face datasets is not installed")
+    rows = datasets.Dataset.from_dict({"text": texts, "id": list(range(len(texts)))})
+    rows.save_to_disk(str(tmp_path / "one"))
+    splits = datasets.DatasetDict({"train": rows, "test": rows.select([0])})
+    splits.save_to_disk(str(tmp_path / "two"))
+    datasets.DatasetDict({"test": rows}).save_to_disk(str(tmp_path / "three"))
+    listed = read_documents([{"text": t} for t in texts], Bytes(), vocab=300).fingerprint()
+    for path in (tmp_path / "one", tmp_path / "two", tmp_path / "two" / "train"):
+        assert read_documents(path, Bytes(), vocab=300).fingerprint() == listed
+    assert len(read_documents(tmp_path / "two" / "test", Bytes(), vocab=300)) == 1
+    with pytest.raises(ArgumentError, match="three: holds the splits test: give the folder of one"):
+        read_documents(tmp_path / "three", Bytes(), vocab=300)
+    (tmp_path / "one" / "state.json").write_text("{")
+    with pytest.raises(FormatError, match="one: not a data set") as caught:
+        read_documents(tmp_path / "one", Bytes(), vocab=300)
+    assert "\n" not in str(caught.value)
+
+
+def test_folders_of_datasets_without_the_library(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(ArgumentError, match="pip install datasets"):
+        read_documents(tmp_path, Bytes(), vocab=300)
 
 
 def test_answers_only_count_what_the_assistant_said():
@@ -206,6 +255,7 @@ def test_bad_records_are_told_by_line_or_skipped(tmp_path, line, words):
     assert str(caught.value).startswith(f"{path}:3: ") and "\n" not in str(caught.value)
     documents = read_documents(path, Bytes(), vocab=300, skip_bad=True)
     assert (len(documents), documents.skipped) == (2, 1)
+    assert documents.first_skipped.startswith(f"{path}:3: ")
 
 
 def test_bytes_that_are_not_text(tmp_path):
@@ -283,6 +333,30 @@ def test_memory_is_bounded(tmp_path, monkeypatch):
     path = write_lines(tmp_path / "a.jsonl", [{"text": "x" * 500} for _ in range(50)])
     documents = read_documents(path, Bytes(), vocab=300)
     assert isinstance(documents.tokens, np.memmap) and documents.tokens.dtype == np.uint16
+    rest, held = documents.split(0.1)
+    assert isinstance(rest.tokens, np.memmap) and isinstance(held.tokens, np.memmap)
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
+    """A file four times as large is read, packed and split in the same memory, but for offsets."""
+    monkeypatch.setattr(mil_data, "BLOCK_CHARACTERS", 1 << 13)
+    monkeypatch.setattr(mil_data, "BLOCK", 1 << 13)
+
+    def peak(records):
+        path = write_lines(tmp_path / f"{records}.jsonl.gz", [{"text": "x" * 900}] * records)
+        tracemalloc.start()
+        documents = read_documents(path, Bytes(), vocab=300, skip_bad=True)
+        documents.split(0.5)
+        Batches(documents, batch_size=4, sequence_length=64).step(3)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found, documents.tokens.nbytes
+
+    (small, _), (large, size) = peak(500), peak(2000)
+    pieces = 2000 * -(-902 // 64)
+    assert size > 3_500_000
+    # What may grow: some arrays of 8 bytes a piece while the rows are packed, and their order.
+    assert large - small < 100 * pieces * 3 // 4 < size
 
 
 def test_documents_pass_through():
