@@ -356,14 +356,17 @@ typedef struct mil_embedding_grad {
 
 /* ---- losses ----------------------------------------------------------------------------------------- */
 
-typedef enum mil_kl_direction { MIL_KL_FORWARD = 0, MIL_KL_REVERSE = 1 } mil_kl_direction;
+typedef enum mil_kl_direction { MIL_KL_FORWARD = 0, MIL_KL_REVERSE = 1, MIL_KL_JSD = 2 } mil_kl_direction;
 
 /* The output product fused with the loss, in blocks of rows, so that no [rows, vocab] array exists for the whole batch.
- * With s, t the softmax of (student, teacher logits) / temperature, for each row r with row_weight[r] > 0:
+ * With s, t the softmax of (student, teacher logits) / temperature, for each row r with row_weight[r] != 0:
  *   kl_r = sum t (log t - log s)  (forward: KL(t || s))  or  sum s (log s - log t)  (reverse)
+ *          or  mix KL(t || m) + (1 - mix) KL(s || m),  m = mix t + (1 - mix) s  (jsd)
  *   ce_r = -log softmax(student logits)[labels[r]]   where labels[r] >= 0 (temperature 1)
  *   loss = scale * sum_r row_weight[r] * (kl_weight * temperature^2 * kl_r + ce_weight * ce_r)
- * Gradients are those of `loss`.  The sums below are unscaled, float64, in row order. */
+ * Gradients are those of `loss`.  The sums below are unscaled, float64, in row order.
+ * In a teacher's place a row may have its stored likeliest tokens (top > 0, temperature 1): s and t are then
+ * distributions over those tokens and one bucket of all others (csrc/cpu/loss.c). */
 typedef struct mil_linear_loss {
     int64_t rows, vocab; /* rows of weight beyond vocab (padding) are left out */
     int64_t hidden;      /* student */
@@ -378,15 +381,20 @@ typedef struct mil_linear_loss {
     const void *teacher_weight; /* [vocab, teacher_hidden] */
     mil_dtype teacher_dtype;
     float teacher_logit_scale;
-    const int32_t *labels;   /* [rows], negative = none; NULL = none at all */
-    const float *row_weight; /* [rows]; NULL = all 1 */
+    int64_t top;               /* 0: none; else, with teacher_hidden = 0: */
+    const int32_t *top_tokens; /* [rows, top], different ones */
+    const float *top_logprobs; /* [rows, top + 1]: of those tokens, last of all others together */
+    const int32_t *labels;     /* [rows], negative = none; NULL = none at all */
+    const float *row_weight;   /* [rows], of either sign; NULL = all 1 */
     float kl_weight, ce_weight, temperature, scale;
     mil_kl_direction direction;
+    float mix;    /* of MIL_KL_JSD, between 0 and 1 */
     void *grad_x; /* [rows, hidden] act, or NULL: evaluate only */
     int64_t grad_x_stride;
     float *grad_weight; /* [vocab, hidden], added to; NULL: frozen */
+    double *row_ce;     /* [rows] ce_r, 0 where there is none; host memory, or NULL */
     struct {
-        double kl, ce, teacher_ce; /* sums of row_weight * value; kl at `temperature` */
+        double kl, ce, teacher_ce; /* sums of row_weight * value; kl at `temperature`; teacher_ce not with top */
         double kl_rows, ce_rows;   /* sums of row_weight over the rows that counted */
         double agree, correct;     /* sums of row_weight: student's argmax = teacher's; = label */
     } sums;                        /* out, host memory */

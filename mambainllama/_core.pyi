@@ -277,6 +277,9 @@ def linear_loss(
     temperature: float = 1.0,
     scale: float = 1.0,
     direction: str = "forward",
+    mix: float = 0.5,
+    top_tokens: _Array | None = None,
+    top_logprobs: _Array | None = None,
     logit_scale: float = 1.0,
     teacher_logit_scale: float = 1.0,
     vocab: int | None = None,
@@ -409,6 +412,13 @@ class Trainer:
         hidden_weight: float = 0.0,
         align_weight: float = 0.0,
         evaluate: bool = False,
+        mix: float = 0.5,
+        top_tokens: _Array | None = None,
+        top_logprobs: _Array | None = None,
+        reference: _Array | None = None,
+        beta: float = 0.1,
+        label_smoothing: float = 0.0,
+        length_normalized: bool = False,
     ) -> dict[str, float]: ...
     def apply(
         self,
@@ -435,7 +445,8 @@ def evaluate(
     row_weight: _Array | None = None,
     temperature: float = 1.0,
     direction: str = "forward",
-) -> dict[str, float]: ...
+    rows: bool = False,
+) -> dict[str, Any]: ...
 
 # ---- generation (generate.c)
 # ----------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def get_threads():
     return _core.get_threads()
 
 
-def _integers(name, value, dtype):
+def _integers(name, value, dtype, axes=1):
     """`value` as a contiguous integer array; it is small, so converting is worth a copy."""
     if value is None:
         return None
@@ -107,8 +107,8 @@ def _integers(name, value, dtype):
         array = np.asarray(value)
     except Exception as error:
         raise DtypeError(f"{name} cannot be read as an array of integers: {error}") from error
-    if array.ndim != 1:
-        raise ShapeError(f"{name} has {array.ndim} axes; expected one")
+    if array.ndim != axes:
+        raise ShapeError(f"{name} has {array.ndim} axes; expected {'one' if axes == 1 else axes}")
     if array.dtype.kind not in "iu":
         raise DtypeError(f"{name} has dtype {array.dtype}; expected integers")
     limits = np.iinfo(dtype)
@@ -859,6 +859,9 @@ def linear_loss(
     temperature=1.0,
     scale=1.0,
     direction="forward",
+    mix=0.5,
+    top_tokens=None,
+    top_logprobs=None,
     logit_scale=1.0,
     teacher_logit_scale=1.0,
     vocab=None,
@@ -872,6 +875,7 @@ def linear_loss(
     With s and t the softmax of student's and teacher's logits over temperature, for each row r::
 
         kl_r = sum t (log t - log s)   ("forward")   or   sum s (log s - log t)   ("reverse")
+               or   mix KL(t || m) + (1 - mix) KL(s || m),  m = mix t + (1 - mix) s   ("jsd")
         ce_r = -log softmax(student logits)[labels[r]]   where labels[r] >= 0, at temperature 1
         loss = scale * sum_r row_weight[r] * (kl_weight * temperature**2 * kl_r + ce_weight * ce_r)
 
@@ -884,7 +888,10 @@ def linear_loss(
     teacher_weight : float32, bfloat16 or float16 [vocab or more, teacher_hidden]
     labels : integers [rows], negative = none; optional
     row_weight : float32 [rows], optional
-        A row of weight 0 is left out.
+        A row of weight 0 is left out; weights may be negative.
+    top_tokens, top_logprobs : int32 [rows, k] and float32 [rows, k + 1], optional
+        In a teacher's place: its likeliest tokens and their log-probabilities, the last column of
+        all other tokens together. s and t are then distributions over k + 1 buckets.
     kl_weight : float
         Default 1 with a teacher, else 0.
     vocab : int
@@ -903,6 +910,7 @@ def linear_loss(
     References
     ----------
     Hinton et al. 2015, "Distilling the knowledge in a neural network" (temperature).
+    Agarwal et al. 2024, "On-policy distillation of language models", equation 1 (jsd).
     """
     return _core.linear_loss(
         x=x,
@@ -916,6 +924,9 @@ def linear_loss(
         temperature=temperature,
         scale=scale,
         direction=direction,
+        mix=mix,
+        top_tokens=_integers("linear_loss: top_tokens", top_tokens, np.int32, axes=2),
+        top_logprobs=top_logprobs,
         logit_scale=logit_scale,
         teacher_logit_scale=teacher_logit_scale,
         vocab=vocab,

@@ -22,10 +22,18 @@ BASE = {
     "weights": True,
     "padding": 0,
 }
+INTEGERS = ("labels", "top_tokens")
 OPTIONS = {"kl_weight": 0.7, "ce_weight": 0.3, "scale": 0.25}
 CHANGES = [
     ({}, {}),
     ({}, {"direction": "reverse"}),
+    ({}, {"direction": "jsd"}),
+    ({}, {"direction": "jsd", "mix": 0.05, "temperature": 2.0}),
+    ({"signed": True}, {}),
+    ({"top": 5}, {}),
+    ({"top": 5}, {"direction": "reverse", "ce_weight": 0.0}),
+    ({"top": 8, "labels": False}, {"direction": "jsd", "mix": 0.3, "logit_scale": 0.4}),
+    ({"top": 301, "signed": True}, {}),
     ({}, {"temperature": 2.5}),
     ({}, {"temperature": 0.5, "direction": "reverse"}),
     ({}, {"logit_scale": 0.3, "teacher_logit_scale": 1.7}),
@@ -56,18 +64,28 @@ def make(case, dtype=np.float32, spread=1.0):
         "x": rng.normal(size=(rows, case["hidden"])),
         "weight": rng.normal(size=(stored, case["hidden"])) / case["hidden"] ** 0.5 * spread,
     }
-    if case["teacher_hidden"]:
+    top = case.get("top", 0)
+    if top:
+        teacher = rng.normal(size=(rows, vocab)) * 2 * spread
+        ranked = np.argsort(-teacher, axis=1)
+        inputs["top_tokens"] = ranked[:, :top].astype(np.int32)
+        logs = np.take_along_axis(reference.log_softmax(teacher), ranked, axis=1)
+        others = np.exp(logs[:, top:]).sum(axis=1, keepdims=True)
+        with np.errstate(divide="ignore"):
+            inputs["top_logprobs"] = np.concatenate([logs[:, :top], np.log(others)], axis=1)
+    elif case["teacher_hidden"]:
         inputs["teacher_x"] = rng.normal(size=(rows, case["teacher_hidden"]))
         inputs["teacher_weight"] = rng.normal(size=(stored, case["teacher_hidden"])) * 0.3 * spread
     if case["labels"]:
         inputs["labels"] = np.where(rng.random(rows) < 0.3, -100, rng.integers(0, vocab, rows))
     if case["weights"]:
-        inputs["row_weight"] = rng.integers(0, 3, rows).astype(np.float64)
-    return {n: a if n == "labels" else a.astype(dtype) for n, a in inputs.items()}
+        least = -2 if case.get("signed") else 0
+        inputs["row_weight"] = rng.integers(least, 3, rows).astype(np.float64)
+    return {n: a if n in INTEGERS else a.astype(dtype) for n, a in inputs.items()}
 
 
 def doubles(inputs):
-    return {n: a if n == "labels" else a.astype(np.float64) for n, a in inputs.items()}
+    return {n: a if n in INTEGERS else a.astype(np.float64) for n, a in inputs.items()}
 
 
 def assert_equals_reference(got, expected):
@@ -80,12 +98,13 @@ def assert_equals_reference(got, expected):
         np.testing.assert_allclose(got[name] / size, expected[name] / size, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("direction", ["forward", "reverse"])
-def test_reference_backward_is_the_gradient(direction):
-    inputs = make(
-        BASE | {"rows": 5, "vocab": 9, "hidden": 3, "teacher_hidden": 4, "padding": 1}, np.float64
-    )
-    options = OPTIONS | {"direction": direction, "temperature": 1.7, "logit_scale": 1.3, "vocab": 9}
+@pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("top", [0, 3])
+def test_reference_backward_is_the_gradient(direction, top):
+    small = {"rows": 5, "vocab": 9, "hidden": 3, "teacher_hidden": 4, "padding": 1, "top": top}
+    inputs = make(BASE | small | {"signed": True}, np.float64)
+    options = OPTIONS | {"direction": direction, "mix": 0.2, "logit_scale": 1.3, "vocab": 9}
+    options["temperature"] = 1.0 if top else 1.7
     grads = reference.linear_loss(**inputs, **options)
     check(
         lambda: reference.linear_loss(**inputs, **options)["loss"],
@@ -170,13 +189,41 @@ def test_nothing_to_learn_from():
 def test_same_model_has_no_divergence():
     inputs = make(BASE)
     inputs |= {"teacher_x": inputs["x"], "teacher_weight": inputs["weight"]}
-    for direction in ("forward", "reverse"):
+    for direction in ("forward", "reverse", "jsd"):
         got = ops.linear_loss(**inputs, kl_weight=1.0, ce_weight=0.0, direction=direction)
-        assert got["kl"] == 0 and got["agree"] == got["kl_rows"]
+        assert got["kl"] == pytest.approx(0, abs=1e-5) and got["agree"] == got["kl_rows"]
+        assert direction == "jsd" or got["kl"] == 0
         assert np.abs(got["grad_x"]).max() < 1e-6
 
 
-@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_stored_tokens_bound_the_divergence():
+    """More stored tokens tell more of it; all of them tell all."""
+    whole = make(BASE | {"top": 301, "labels": False})
+    teacher = np.full((37, 301), -np.inf)
+    np.put_along_axis(teacher, whole["top_tokens"], whole["top_logprobs"][:, :301], axis=1)
+    student = reference.log_softmax(whole["x"].astype(np.float64) @ whole["weight"].T)
+    exact = whole["row_weight"] @ (np.exp(teacher) * (teacher - student)).sum(axis=1)
+    found = []
+    for top in (1, 4, 30, 300, 301):
+        inputs = make(BASE | {"top": top, "labels": False})
+        found.append(ops.linear_loss(**inputs, gradients=False)["kl"])
+    assert sorted(found) == found
+    assert found[-1] == pytest.approx(exact, rel=1e-6)
+    assert found[-2] == pytest.approx(exact, rel=1e-6)  # one token in the bucket is told apart
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
+def test_extreme_stored_tokens_stay_finite(direction):
+    """The stored tokens hold all probability for one side, next to none for the other."""
+    inputs = make(BASE | {"top": 4, "labels": False}, spread=1e4)
+    got = ops.linear_loss(**inputs, direction=direction)
+    assert np.isfinite(got["kl"]) and got["kl"] > 0
+    assert np.isfinite(got["grad_x"]).all() and np.isfinite(got["grad_weight"]).all()
+    inputs["top_logprobs"][2, 1] = np.nan
+    assert np.isnan(ops.linear_loss(**inputs, direction=direction)["kl"])
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_extreme_logits_stay_finite(direction, temperature):
     """Logits of about 1e4: nearly every probability underflows."""
@@ -184,8 +231,10 @@ def test_extreme_logits_stay_finite(direction, temperature):
     options = OPTIONS | {"direction": direction, "temperature": temperature}
     got = ops.linear_loss(**inputs, **options)
     expected = reference.linear_loss(**doubles(inputs), **options)
+    # A divergence of 1e4 nats hides the logits' own rounding, 1e-3; one bounded by log 2 does not.
+    close = 1e-3 if direction == "jsd" else 1e-5
     for name in ("kl", "ce"):
-        assert got[name] == pytest.approx(expected[name], rel=1e-5)
+        assert got[name] == pytest.approx(expected[name], rel=close)
     assert np.isfinite(got["grad_x"]).all() and np.isfinite(got["grad_weight"]).all()
 
 
@@ -226,6 +275,19 @@ def test_error_messages():
     inputs = make(BASE)
     with pytest.raises(ArgumentError, match="temperature"):
         ops.linear_loss(**inputs, **OPTIONS, temperature=0.0)
+    with pytest.raises(ArgumentError, match="mix = 1; expected"):
+        ops.linear_loss(**inputs, **OPTIONS, direction="jsd", mix=1.0)
+    stored = make(BASE | {"top": 3})
+    with pytest.raises(ArgumentError, match="taken at temperature 1"):
+        ops.linear_loss(**stored, temperature=2.0)
+    with pytest.raises(ValueError, match="top_logprobs has 3 columns; expected 4"):
+        ops.linear_loss(**(stored | {"top_logprobs": stored["top_logprobs"][:, :3].copy()}))
+    with pytest.raises(ArgumentError, match="give both"):
+        ops.linear_loss(**(stored | {"top_logprobs": None}))
+    row = int(np.argmax(stored["row_weight"] != 0))
+    stored["top_tokens"][row, 2] = stored["top_tokens"][row, 0]
+    with pytest.raises(ArgumentError, match=rf"top_tokens\[{row}, 2\] = \d+; it stands there twice"):
+        ops.linear_loss(**stored)
     inputs["labels"][3] = 301
     with pytest.raises(ValueError, match="labels"):
         ops.linear_loss(**inputs, **OPTIONS)

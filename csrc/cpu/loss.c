@@ -4,7 +4,18 @@
  * ls = log softmax(z_student / T), lt = log softmax(z_teacher / T) over the vocabulary, for each row
  *   forward  kl = sum exp(lt) (lt - ls)     d kl / d z = (exp(ls) - exp(lt)) / T
  *   reverse  kl = sum exp(ls) (ls - lt)     d kl / d z = exp(ls) (ls - lt - kl) / T
+ *   jsd      with a = mix, lm = log(a exp(lt) + (1 - a) exp(ls)), g = (1 - a) (ls - lm), G = sum exp(ls) g
+ *            kl = a sum exp(lt) (lt - lm) + G      d kl / d z = exp(ls) (g - G) / T
+ *            (Agarwal et al. 2024, "On-policy distillation", equation 1; a -> 0 and 1 turn to the two above,
+ *            divided by a and 1 - a)
  *   ce = -log softmax(z_student)[label]     d ce / d z = softmax(z_student) - 1[label]
+ *
+ * With stored likeliest tokens (top > 0) the vocabulary is cut into buckets: each of the `top` tokens alone,
+ * and R, all others together, s_R = sum over R of s.  The same three divergences are taken between s and t
+ * over the buckets.  None of them can tell tokens of R apart, so their gradients keep the student's own
+ * shares s_j / s_R there: with d_b the derivative by a bucket's logit as above, d kl / d z_j = d_R s_j / s_R.
+ * Both are lower bounds of the divergence over the whole vocabulary (data processing), tight as t_R -> 0.
+ * log s_R is the log-sum-exp over R itself: 1 - sum of the rest would have no digits where s_R is small.
  *
  * Why in blocks: logits of 8 sequences of 2048 tokens over 128,256 tokens are 8.4 GB for each of student,
  * teacher and gradient, far more than the model's activations.  A block of rows needs two arrays of
@@ -131,24 +142,75 @@ divergence(int64_t count, distribution p, distribution q)
     return sum;
 }
 
-/* What a row's gradient is made of; kl and ce_factor are for the reverse direction and for rows with a
- * label. */
+/* log m - ls and log m - lt of the mixture m = mix t + (1 - mix) s, without leaving logs: with d = lt - ls it is
+ * log(1 - mix) + log(1 + mix / (1 - mix) e^d). */
+typedef struct mixture {
+    float mix, log_rest, log_odds; /* log(1 - mix), log(mix / (1 - mix)) */
+} mixture;
+
+static mixture
+get_mixture(float mix)
+{
+    double rest = 1.0 - (double)mix;
+    return (mixture){mix, (float)log(rest), (float)log((double)mix / rest)};
+}
+
+/* log m - ls */
+MIL_INLINE float
+mixture_above(mixture m, float difference)
+{
+    return m.log_rest + mil_softplusf(difference + m.log_odds);
+}
+
+/* sum t (lt - lm) */
+MIL_VECTORISE static double
+divergence_of_teacher(int64_t count, distribution student, distribution teacher, mixture m)
+{
+    double sum = 0;
+    SUM_IN_ORDER(count,
+                 mil_expf(log_probability(&teacher, i)) *
+                     (log_probability(&teacher, i) - log_probability(&student, i) -
+                      mixture_above(m, log_probability(&teacher, i) - log_probability(&student, i))),
+                 sum);
+    return sum;
+}
+
+/* sum s (ls - lm) */
+MIL_VECTORISE static double
+divergence_of_student(int64_t count, distribution student, distribution teacher, mixture m)
+{
+    double sum = 0;
+    SUM_IN_ORDER(count,
+                 mil_expf(log_probability(&student, i)) *
+                     -mixture_above(m, log_probability(&teacher, i) - log_probability(&student, i)),
+                 sum);
+    return sum;
+}
+
+/* What a row's gradient is made of. `centre` is what exp(ls) must not gain or lose in sum: the kl in the
+ * reverse direction, G for jsd; ce_factor is for rows with a label. */
 typedef struct row_gradient {
     distribution student, teacher; /* at the temperature */
     distribution plain;            /* student at temperature 1 */
-    float kl, kl_factor, ce_factor;
+    mixture m;
+    float centre, kl_factor, ce_factor;
 } row_gradient;
 
 /* grad may be the student's logits. The flags are constants after inlining. */
 MIL_INLINE void
-write_gradient(bool with_kl, bool reverse, bool with_ce, int64_t count, row_gradient g, float *grad)
+write_gradient(bool with_kl, mil_kl_direction direction, bool with_ce, int64_t count, row_gradient g,
+               float *grad)
 {
 #pragma omp simd
     for (int64_t i = 0; i < count; i++) {
         float sum = 0;
         if (with_kl) {
             float ls = log_probability(&g.student, i), lt = log_probability(&g.teacher, i), s = mil_expf(ls);
-            sum = g.kl_factor * (reverse ? s * (ls - lt - g.kl) : s - mil_expf(lt));
+            float slope = direction == MIL_KL_FORWARD ? s - mil_expf(lt)
+                          : direction == MIL_KL_REVERSE
+                              ? s * (ls - lt - g.centre)
+                              : s * (-(1 - g.m.mix) * mixture_above(g.m, lt - ls) - g.centre);
+            sum = g.kl_factor * slope;
         }
         if (with_ce) {
             sum += g.ce_factor * mil_expf(log_probability(&g.plain, i));
@@ -157,27 +219,36 @@ write_gradient(bool with_kl, bool reverse, bool with_ce, int64_t count, row_grad
     }
 }
 
+MIL_INLINE void
+gradient_in_direction(mil_kl_direction direction, bool with_ce, int64_t count, row_gradient g, float *grad)
+{
+    if (with_ce) {
+        write_gradient(true, direction, true, count, g, grad);
+    }
+    else {
+        write_gradient(true, direction, false, count, g, grad);
+    }
+}
+
 MIL_VECTORISE static void
 gradient_of_row(mil_kl_direction direction, int64_t count, row_gradient g, float *grad)
 {
-    bool with_kl = g.kl_factor != 0, with_ce = g.ce_factor != 0, reverse = direction == MIL_KL_REVERSE;
-    if (with_kl && with_ce && reverse) {
-        write_gradient(true, true, true, count, g, grad);
+    bool with_kl = g.kl_factor != 0, with_ce = g.ce_factor != 0;
+    if (with_kl && direction == MIL_KL_FORWARD) {
+        gradient_in_direction(MIL_KL_FORWARD, with_ce, count, g, grad);
     }
-    else if (with_kl && with_ce) {
-        write_gradient(true, false, true, count, g, grad);
-    }
-    else if (with_kl && reverse) {
-        write_gradient(true, true, false, count, g, grad);
+    else if (with_kl && direction == MIL_KL_REVERSE) {
+        gradient_in_direction(MIL_KL_REVERSE, with_ce, count, g, grad);
     }
     else if (with_kl) {
-        write_gradient(true, false, false, count, g, grad);
+        gradient_in_direction(MIL_KL_JSD, with_ce, count, g, grad);
     }
     else if (with_ce) {
-        write_gradient(false, false, true, count, g, grad);
+        write_gradient(false, MIL_KL_FORWARD, true, count, g, grad);
     }
     else {
-        write_gradient(false, false, false, count, g, grad); /* a row without label where only labels count */
+        /* a row without label where only labels count */
+        write_gradient(false, MIL_KL_FORWARD, false, count, g, grad);
     }
 }
 
@@ -201,6 +272,25 @@ get_plain(int64_t count, const distribution *d)
     return d->inverse_t == 1.0f ? *d : get_distribution(count, d->z, d->maximum, 1.0f);
 }
 
+/* The divergence of g->student and g->teacher; fills in what its gradient needs. */
+static double
+divergence_of_row(const mil_linear_loss *a, row_gradient *g)
+{
+    int64_t vocab = a->vocab;
+    if (a->direction == MIL_KL_FORWARD) {
+        return divergence(vocab, g->teacher, g->student);
+    }
+    if (a->direction == MIL_KL_REVERSE) {
+        double kl = divergence(vocab, g->student, g->teacher);
+        g->centre = (float)kl;
+        return kl;
+    }
+    g->m = get_mixture(a->mix);
+    double centre = (1.0 - a->mix) * divergence_of_student(vocab, g->student, g->teacher, g->m);
+    g->centre = (float)centre;
+    return a->mix * divergence_of_teacher(vocab, g->student, g->teacher, g->m) + centre;
+}
+
 /* Sums of one row; its gradient over `z` where want_gradient. teacher_z is NULL without a teacher. */
 static row_sums
 loss_of_row(const mil_linear_loss *a, int64_t row, float *z, const float *teacher_z, bool want_gradient)
@@ -219,9 +309,7 @@ loss_of_row(const mil_linear_loss *a, int64_t row, float *z, const float *teache
         float teacher_maximum = find_maximum(vocab, teacher_z);
         sums.agree = best == find_first(vocab, teacher_z, teacher_maximum);
         g.teacher = get_distribution(vocab, teacher_z, teacher_maximum, inverse_t);
-        sums.kl = a->direction == MIL_KL_REVERSE ? divergence(vocab, g.student, g.teacher)
-                                                 : divergence(vocab, g.teacher, g.student);
-        g.kl = (float)sums.kl;
+        sums.kl = divergence_of_row(a, &g);
         g.kl_factor = a->scale * weight * a->kl_weight * a->temperature; /* T^2 / T */
     }
     if (label >= 0) {
@@ -239,6 +327,165 @@ loss_of_row(const mil_linear_loss *a, int64_t row, float *z, const float *teache
         if (label >= 0) {
             z[label] -= g.ce_factor;
         }
+    }
+    return sums;
+}
+
+/* ---- one row against stored likeliest tokens ------------------------------------------------------------- */
+
+enum {
+    MOST_TOP = 1024
+}; /* stored tokens a row: what lies beyond is next to nothing, and this fits a stack */
+
+/* Smaller stored log-probabilities count as this: infinitely unlikely would be infinitely wrong. */
+#define LEAST_LOG (-100.0)
+
+/* Buckets 0 to top - 1 are the row's stored tokens, bucket `top` is R, if any token is left for it. */
+typedef struct buckets {
+    int64_t count;                /* top, + 1 with R */
+    const int32_t *tokens;        /* [top] */
+    double student[MOST_TOP + 1]; /* log s */
+    double teacher[MOST_TOP + 1]; /* log t, sums to 1 */
+    double slope[MOST_TOP + 1];   /* d kl / d logit of the bucket */
+} buckets;
+
+static double
+log_sum(int64_t count, const double *logs)
+{
+    double maximum = -INFINITY, sum = 0;
+    for (int64_t i = 0; i < count; i++) {
+        maximum = logs[i] > maximum ? logs[i] : maximum;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        sum += exp(logs[i] - maximum);
+    }
+    return maximum + log(sum);
+}
+
+/* log-sum-exp of the logits outside the stored tokens, whose own are taken out for the while; -inf: none left. */
+static double
+log_sum_of_rest(int64_t vocab, float *z, int64_t top, const int32_t *tokens)
+{
+    float kept[MOST_TOP];
+    for (int64_t k = 0; k < top; k++) {
+        kept[k] = z[tokens[k]];
+        z[tokens[k]] = -INFINITY;
+    }
+    double sum = -INFINITY;
+    if (top < vocab) {
+        float maximum = find_maximum(vocab, z);
+        sum = maximum + log(sum_exponentials(vocab, z, maximum, 1.0f));
+    }
+    for (int64_t k = 0; k < top; k++) {
+        z[tokens[k]] = kept[k];
+    }
+    return sum;
+}
+
+/* Fills both distributions; returns the log-sum-exp of all the student's logits. */
+static double
+fill_buckets(const mil_linear_loss *a, int64_t row, float *z, buckets *b)
+{
+    int64_t top = a->top;
+    const float *stored = a->top_logprobs + row * (top + 1);
+    b->tokens = a->top_tokens + row * top;
+    b->count = top < a->vocab ? top + 1 : top;
+    b->student[top] = log_sum_of_rest(a->vocab, z, top, b->tokens);
+    for (int64_t k = 0; k < top; k++) {
+        b->student[k] = z[b->tokens[k]];
+    }
+    for (int64_t k = 0; k < b->count; k++) {
+        /* NaN stays NaN: a damaged label must not pass for an unlikely token. */
+        b->teacher[k] = stored[k] < LEAST_LOG ? LEAST_LOG : stored[k];
+    }
+    double all = log_sum(b->count, b->student), teacher_all = log_sum(b->count, b->teacher);
+    for (int64_t k = 0; k < b->count; k++) {
+        b->student[k] -= all;
+        b->teacher[k] -= teacher_all;
+    }
+    return all;
+}
+
+/* The divergence over the buckets, and its slopes. */
+static double
+divergence_of_buckets(const mil_linear_loss *a, buckets *b)
+{
+    double kl = 0, centre = 0;
+    for (int64_t k = 0; k < b->count; k++) {
+        double ls = b->student[k], lt = b->teacher[k], s = exp(ls), t = exp(lt);
+        if (a->direction == MIL_KL_FORWARD) {
+            kl += t * (lt - ls);
+            b->slope[k] = s - t;
+            continue;
+        }
+        double lm = a->direction == MIL_KL_REVERSE
+                        ? lt
+                        : log_sum(2, (double[2]){log(a->mix) + lt, log1p(-a->mix) + ls});
+        double share = a->direction == MIL_KL_REVERSE ? 1.0 : 1.0 - a->mix;
+        kl += share * s * (ls - lm) + (1.0 - share) * t * (lt - lm);
+        centre += share * s * (ls - lm);
+        b->slope[k] = share * (ls - lm);
+    }
+    for (int64_t k = 0; k < b->count && a->direction != MIL_KL_FORWARD; k++) {
+        b->slope[k] = exp(b->student[k]) * (b->slope[k] - centre);
+    }
+    return kl;
+}
+
+/* z = kl_factor * its share in R + ce_factor * softmax(z); `all` and `rest` are log-sum-exps above `maximum`. */
+MIL_VECTORISE static void
+gradient_of_rest(int64_t count, float *z, float maximum, float all, float rest, float kl_factor,
+                 float ce_factor)
+{
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) {
+        float above = z[i] - maximum;
+        z[i] = kl_factor * mil_expf(above - rest) + ce_factor * mil_expf(above - all);
+    }
+}
+
+/* As loss_of_row, with buckets in the teacher's place. */
+static row_sums
+loss_of_labelled_row(const mil_linear_loss *a, int64_t row, float *z, bool want_gradient)
+{
+    int64_t vocab = a->vocab, top = a->top;
+    int32_t label = a->labels != NULL ? a->labels[row] : -1;
+    float weight = a->row_weight != NULL ? a->row_weight[row] : 1.0f;
+    row_sums sums = {.weight = weight, .has_label = label >= 0};
+    buckets b;
+    float maximum = find_maximum(vocab, z);
+    int64_t best = find_first(vocab, z, maximum), likeliest = 0;
+    double all = fill_buckets(a, row, z, &b);
+    sums.kl = divergence_of_buckets(a, &b);
+    for (int64_t k = 1; k < top; k++) {
+        likeliest = b.teacher[k] > b.teacher[likeliest] ? k : likeliest;
+    }
+    sums.agree = best == b.tokens[likeliest];
+    float kl_factor = a->scale * weight * a->kl_weight, ce_factor = 0;
+    if (label >= 0) {
+        sums.ce = all - (double)z[label];
+        sums.correct = best == label;
+        ce_factor = a->scale * weight * a->ce_weight;
+    }
+    if (!want_gradient) {
+        return sums;
+    }
+    float rest = 0, rest_factor = 0;
+    if (b.count > top) {
+        rest = (float)(b.student[top] + all - maximum);
+        rest_factor = kl_factor * (float)b.slope[top];
+    }
+    /* Stored tokens are not of R, where their exponentials may overflow: they are written after, from here. */
+    double shares[MOST_TOP];
+    for (int64_t k = 0; k < top; k++) {
+        shares[k] = kl_factor * b.slope[k] + ce_factor * exp(b.student[k]);
+    }
+    gradient_of_rest(vocab, z, maximum, (float)(all - maximum), rest, rest_factor, ce_factor);
+    for (int64_t k = 0; k < top; k++) {
+        z[b.tokens[k]] = (float)shares[k];
+    }
+    if (label >= 0) {
+        z[label] -= ce_factor;
     }
     return sums;
 }
@@ -334,8 +581,43 @@ typedef struct loss_pass {
 static bool
 row_counts(const mil_linear_loss *a, int64_t row)
 {
-    bool weighted = a->row_weight == NULL || a->row_weight[row] > 0.0f;
-    return weighted && (a->teacher_hidden > 0 || (a->labels != NULL && a->labels[row] >= 0));
+    bool weighted = a->row_weight == NULL || a->row_weight[row] != 0.0f;
+    return weighted && (a->teacher_hidden > 0 || a->top > 0 || (a->labels != NULL && a->labels[row] >= 0));
+}
+
+/* Stored tokens of the rows that count: in the vocabulary, each only once (two would be taken out twice). */
+static mil_status
+check_top(const mil_linear_loss *a)
+{
+    if (a->top == 0) {
+        return MIL_OK;
+    }
+    int64_t most = a->vocab < MOST_TOP ? a->vocab : MOST_TOP;
+    if (a->top < 0 || a->top > most || a->teacher_hidden > 0) {
+        return mil_fail(MIL_ERR_VALUE,
+                        "linear_loss: top = %lld; expected 1 to %lld, and no teacher beside it",
+                        (long long)a->top, (long long)most);
+    }
+    if (a->temperature != 1.0f) {
+        return mil_fail(MIL_ERR_VALUE,
+                        "linear_loss: temperature = %g; stored likeliest tokens were taken at temperature 1",
+                        (double)a->temperature);
+    }
+    for (int64_t row = 0; row < a->rows; row++) {
+        const int32_t *tokens = a->top_tokens + row * a->top;
+        for (int64_t k = 0; row_counts(a, row) && k < a->top; k++) {
+            bool again = false;
+            for (int64_t i = 0; i < k; i++) {
+                again |= tokens[i] == tokens[k];
+            }
+            if (tokens[k] < 0 || tokens[k] >= a->vocab || again) {
+                return mil_fail(MIL_ERR_VALUE, "linear_loss: top_tokens[%lld, %lld] = %d; %s", (long long)row,
+                                (long long)k, (int)tokens[k],
+                                again ? "it stands there twice" : "it is outside the vocabulary");
+            }
+        }
+    }
+    return MIL_OK;
 }
 
 static mil_status
@@ -349,6 +631,11 @@ check_args(const mil_linear_loss *a)
         return mil_fail(MIL_ERR_VALUE, "linear_loss: temperature = %g; expected a positive number",
                         (double)a->temperature);
     }
+    if (a->direction == MIL_KL_JSD && !(a->mix > 0.0f && a->mix < 1.0f)) {
+        return mil_fail(MIL_ERR_VALUE, "linear_loss: mix = %g; expected a number between 0 and 1",
+                        (double)a->mix);
+    }
+    MIL_TRY(check_top(a));
     for (int64_t row = 0; a->labels != NULL && row < a->rows; row++) {
         if (a->labels[row] >= a->vocab) {
             return mil_fail(MIL_ERR_VALUE, "linear_loss: labels[%lld] = %d; vocab is %lld", (long long)row,
@@ -388,6 +675,9 @@ find_active_rows(loss_pass *p)
 {
     mil_linear_loss *a = p->a;
     for (int64_t row = 0; row < a->rows; row++) {
+        if (a->row_ce != NULL) {
+            a->row_ce[row] = 0;
+        }
         if (row_counts(a, row)) {
             p->index[p->active++] = row;
         }
@@ -403,7 +693,7 @@ add_sums(mil_linear_loss *a, const row_sums *s)
     a->sums.kl += s->weight * s->kl;
     a->sums.ce += s->weight * s->ce;
     a->sums.teacher_ce += s->weight * s->teacher_ce;
-    a->sums.kl_rows += a->teacher_hidden > 0 ? s->weight : 0;
+    a->sums.kl_rows += a->teacher_hidden > 0 || a->top > 0 ? s->weight : 0;
     a->sums.ce_rows += s->has_label ? s->weight : 0;
     a->sums.agree += s->agree ? s->weight : 0;
     a->sums.correct += s->correct ? s->weight : 0;
@@ -429,10 +719,15 @@ run_block(mil_context *context, loss_pass *p, int64_t first, int64_t count)
 #pragma omp parallel for num_threads(context->threads) schedule(dynamic) if (count * a->vocab >= GRAIN)
     for (int64_t i = 0; i < count; i++) {
         const float *teacher_z = a->teacher_hidden > 0 ? p->teacher_z + i * a->vocab : NULL;
-        p->sums[i] = loss_of_row(a, index[i], p->z + i * a->vocab, teacher_z, p->want_gradient);
+        float *z = p->z + i * a->vocab;
+        p->sums[i] = a->top > 0 ? loss_of_labelled_row(a, index[i], z, p->want_gradient)
+                                : loss_of_row(a, index[i], z, teacher_z, p->want_gradient);
     }
     for (int64_t i = 0; i < count; i++) {
         add_sums(a, &p->sums[i]);
+        if (a->row_ce != NULL) {
+            a->row_ce[index[i]] = p->sums[i].ce;
+        }
     }
 
     /* 3  Gradients of x and of the weight. */

@@ -4,6 +4,9 @@
  *   student forward, keeping what backward reads -> fused output product and loss -> gradient of the rows
  *   backward layer by layer, last first; the residual stream's gradient is one array added to in place
  *
+ * Preference pairs take the loss twice: once for the log-probabilities, once for the gradient that they decide
+ * (preference.c).
+ *
  * With checkpointing only each layer's input is kept ([rows, hidden] a layer), and its forward runs once more in
  * backward: about a third more work for memory of one layer's activations instead of all.
  */
@@ -208,6 +211,11 @@ output_loss(mil_context *context, const mil_model *student, const mil_model *tea
         .temperature = step->temperature,
         .scale = step->scale,
         .direction = step->direction,
+        .mix = step->mix,
+        .top = step->top,
+        .top_tokens = step->top_tokens,
+        .top_logprobs = step->top_logprobs,
+        .row_ce = step->row_ce,
         .grad_x = grad_x,
         .grad_x_stride = student->config.hidden,
         .grad_weight = grad_weight,
@@ -229,6 +237,34 @@ output_loss(mil_context *context, const mil_model *student, const mil_model *tea
     step->ce_rows = loss.sums.ce_rows;
     step->agree = loss.sums.agree;
     step->correct = loss.sums.correct;
+    return MIL_OK;
+}
+
+/* As output_loss, of preference pairs. A NULL grad_x evaluates only. */
+static mil_status
+pairs_loss(mil_context *context, const mil_model *student, mil_micro_step *step, const void *x, void *grad_x,
+           float *grad_weight)
+{
+    int64_t rows = step->offsets[step->sequences];
+    mil_arena_mark mark = mil_arena_get_mark(context->host);
+    double *row_ce;
+    float *row_factor;
+    MIL_TRY(MIL_PUSH(context->host, rows, double, &row_ce));
+    MIL_TRY(MIL_PUSH(context->host, rows, float, &row_factor));
+    mil_micro_step read = *step;
+    read.row_ce = row_ce;
+    MIL_TRY(output_loss(context, student, NULL, &read, x, NULL, NULL, NULL));
+    mil_preference_loss(step, row_ce, row_factor);
+    if (grad_x != NULL) {
+        mil_micro_step write = *step;
+        write.row_weight = row_factor;
+        write.ce_weight = 1;
+        MIL_TRY(output_loss(context, student, NULL, &write, x, NULL, grad_x, grad_weight));
+    }
+    step->ce = read.ce;
+    step->ce_rows = read.ce_rows;
+    step->correct = read.correct;
+    mil_arena_rewind(context->host, mark);
     return MIL_OK;
 }
 
@@ -270,7 +306,12 @@ head_backward(mil_pass *pass, mil_trainer *trainer, mil_micro_step *step, const 
     mil_norm norm = mil_stream_norm(pass, model->final_norm, rows, x, u);
     MIL_TRY(context->ops->norm_forward(context, &norm));
     float *grad_output = trainer->gradients.of[model->output - model->parameters];
-    MIL_TRY(output_loss(context, model, trainer->teacher, step, u, target, grad_u, grad_output));
+    if (step->preference != NULL) {
+        MIL_TRY(pairs_loss(context, model, step, u, grad_u, grad_output));
+    }
+    else {
+        MIL_TRY(output_loss(context, model, trainer->teacher, step, u, target, grad_u, grad_output));
+    }
     mil_norm_grad norm_grad = {
         .forward = norm,
         .grad_y = grad_u,
@@ -432,11 +473,35 @@ align(mil_context *context, mil_trainer *trainer, mil_micro_step *step)
 /* ---- public ----------------------------------------------------------------------------------------------- */
 
 static mil_status
+check_pairs(const mil_model *teacher, const mil_micro_step *step)
+{
+    const mil_preference *p = step->preference;
+    if (teacher != NULL || step->labels == NULL || step->sequences % 2 != 0 || step->top > 0) {
+        return mil_fail(MIL_ERR_VALUE,
+                        "trainer: preference pairs need labels, two sequences a pair, and no teacher");
+    }
+    if (!(p->beta > 0) || !(p->label_smoothing >= 0 && p->label_smoothing <= 0.5)) {
+        return mil_fail(MIL_ERR_VALUE,
+                        "trainer: beta = %g, label_smoothing = %g; expected above 0, and from 0 to 0.5",
+                        p->beta, p->label_smoothing);
+    }
+    return MIL_OK;
+}
+
+static mil_status
 check_step(const mil_model *student, const mil_model *teacher, const mil_micro_step *step)
 {
     bool matches = step->hidden_weight > 0 || step->align_weight > 0;
-    if ((matches || step->kl_weight != 0) && teacher == NULL && !step->evaluate) {
+    bool compares = matches || (step->kl_weight != 0 && step->top == 0);
+    if (compares && teacher == NULL && !step->evaluate && step->preference == NULL) {
         return mil_fail(MIL_ERR_VALUE, "trainer: KL, hidden-state and alignment losses need a teacher");
+    }
+    if (step->top > 0 && teacher != NULL) {
+        return mil_fail(MIL_ERR_VALUE,
+                        "trainer: stored likeliest tokens stand in a teacher's place, give one of both");
+    }
+    if (step->preference != NULL) {
+        MIL_TRY(check_pairs(teacher, step));
     }
     if (matches && (teacher->config.layer_count != student->config.layer_count ||
                     teacher->config.hidden != student->config.hidden)) {
@@ -471,6 +536,11 @@ clear_results(mil_micro_step *step)
 {
     step->kl = step->ce = step->teacher_ce = step->kl_rows = step->ce_rows = 0;
     step->agree = step->correct = step->hidden = step->align = 0;
+    mil_preference *p = step->preference;
+    if (p != NULL) {
+        p->loss = p->margin = p->chosen_reward = p->rejected_reward = 0;
+        p->chosen_logprob = p->rejected_logprob = p->correct = 0;
+    }
 }
 
 static mil_status
@@ -478,6 +548,9 @@ evaluate(mil_context *context, const mil_model *student, const mil_model *teache
 {
     teacher_rows own, target;
     MIL_TRY(run_teacher(context, student, step, false, &own));
+    if (step->preference != NULL) {
+        return pairs_loss(context, student, step, own.final, NULL, NULL);
+    }
     MIL_TRY(run_teacher(context, teacher, step, false, &target));
     return output_loss(context, student, teacher, step, own.final, &target, NULL, NULL);
 }

@@ -26,6 +26,16 @@ mil_trainer_init(mil_trainer *trainer, mil_model *student, const mil_model *teac
 void
 mil_trainer_release(mil_trainer *trainer);
 
+/* Pairs of answers in place of the other losses: sequence 2 i is the chosen one of pair i, 2 i + 1 the rejected one.
+ * labels and row_weight (zero or not) tell which rows belong to the answers. Gradients are those of scale * loss. */
+typedef struct mil_preference {
+    const double *reference; /* [sequences] log-probabilities of the answers under the reference model */
+    double beta, label_smoothing;
+    bool length_normalized; /* log-probabilities are means over tokens, the reference's too */
+    /* out: sums over pairs */
+    double loss, margin, chosen_reward, rejected_reward, chosen_logprob, rejected_logprob, correct;
+} mil_preference;
+
 typedef struct mil_micro_step {
     const int32_t *tokens; /* [rows] */
     int64_t sequences;
@@ -34,7 +44,14 @@ typedef struct mil_micro_step {
     const float *row_weight; /* [rows] or NULL = all 1 */
     float kl_weight, ce_weight, temperature;
     mil_kl_direction direction;
+    float mix;   /* of MIL_KL_JSD */
     float scale; /* of the loss, see mil_linear_loss */
+    /* stored likeliest tokens in a teacher's place, see mil_linear_loss */
+    int64_t top;
+    const int32_t *top_tokens;  /* [rows, top] */
+    const float *top_logprobs;  /* [rows, top + 1] */
+    mil_preference *preference; /* or NULL */
+    double *row_ce;             /* [rows] or NULL: cross-entropy of each row that counts, 0 elsewhere */
     /* hidden_weight * mean over layers of the relative squared error of hidden states after each layer */
     float hidden_weight;
     /* > 0: instead of all the above, align_weight * mean over converted layers of the relative squared
@@ -45,6 +62,11 @@ typedef struct mil_micro_step {
     double kl, ce, teacher_ce, kl_rows, ce_rows, agree, correct; /* as mil_linear_loss.sums */
     double hidden, align;                                        /* unweighted means */
 } mil_micro_step;
+
+/* Fills the sums of step->preference, and row_factor [rows]: what weight each row's cross-entropy has in the
+ * gradient (csrc/distill/preference.c). row_ce is [rows]. */
+void
+mil_preference_loss(mil_micro_step *step, const double *row_ce, float *row_factor);
 
 mil_status
 mil_trainer_backward(mil_context *context, mil_trainer *trainer, mil_micro_step *step) MIL_MUST_CHECK;

@@ -248,11 +248,28 @@ embedding_backward(PyObject *module, PyObject *const *args, Py_ssize_t count, Py
 
 /* ---- losses -------------------------------------------------------------------------------------------- */
 
+/* Stored likeliest tokens in a teacher's place, if given. */
+static void
+bind_top(core_call *call, mil_linear_loss *a)
+{
+    int64_t entries = 0;
+    if (call_has(call, "top_tokens") != call_has(call, "top_logprobs")) {
+        call_fail(call, MIL_ERR_VALUE, "linear_loss: top_tokens and top_logprobs belong together: give both");
+    }
+    a->top_tokens = call_int32(call, "top_tokens", false, "rows top", &a->rows, &a->top);
+    a->top_logprobs = call_optional(call, "top_logprobs", NULL, "rows entries", &a->rows, &entries);
+    if (!call->failed && a->top_logprobs != NULL && entries != a->top + 1) {
+        call_fail(call, MIL_ERR_SHAPE,
+                  "linear_loss: top_logprobs has %lld columns; expected %lld: the tokens and all others",
+                  (long long)entries, (long long)a->top + 1);
+    }
+}
+
 /* Returns the rows of weight, padding beyond the vocabulary included. */
 static int64_t
 bind_loss(core_call *call, mil_linear_loss *a)
 {
-    static const char *const directions[] = {"forward", "reverse", NULL};
+    static const char *const directions[] = {"forward", "reverse", "jsd", NULL};
     int64_t stored = 0, teacher_stored = 0;
     a->x = call_input(call, "x", &a->x_stride, "rows hidden", &a->rows, &a->hidden);
     a->weight = call_weight(call, "weight", "dtype", &a->dtype, "vocab hidden", &stored, &a->hidden);
@@ -278,16 +295,19 @@ bind_loss(core_call *call, mil_linear_loss *a)
     a->labels = call_int32(call, "labels", false, "rows", &a->rows);
     check_tokens(call, "labels", a->labels, a->rows, a->vocab, true);
     a->row_weight = call_optional(call, "row_weight", NULL, "rows", &a->rows);
-    a->kl_weight = (float)call_float(call, "kl_weight", a->teacher_x != NULL ? 1.0 : 0.0);
+    bind_top(call, a);
+    bool compares = a->teacher_x != NULL || a->top > 0;
+    a->kl_weight = (float)call_float(call, "kl_weight", compares ? 1.0 : 0.0);
     a->ce_weight = (float)call_float(call, "ce_weight", 0.0);
     a->temperature = (float)call_float(call, "temperature", 1.0);
     a->scale = (float)call_float(call, "scale", 1.0);
     a->direction = (mil_kl_direction)call_choice(call, "direction", MIL_KL_FORWARD, directions);
+    a->mix = (float)call_float(call, "mix", 0.5);
     if (!call->failed && !(a->temperature > 0.0f)) {
         call_fail(call, MIL_ERR_VALUE, "linear_loss: temperature = %d; expected more than 0",
                   (int)a->temperature);
     }
-    if (!call->failed && a->kl_weight != 0.0f && a->teacher_x == NULL) {
+    if (!call->failed && a->kl_weight != 0.0f && !compares) {
         call_fail(call, MIL_ERR_VALUE, "linear_loss: kl_weight is not 0, but teacher_x is missing");
     }
     return stored;

@@ -138,7 +138,9 @@ trainer_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 /* Python's arguments of one micro-step, and the arrays that back them. */
 typedef struct step_call {
     mil_micro_step step;
-    PyObject *tokens, *offsets, *labels, *row_weight; /* strong */
+    mil_preference preference;
+    PyObject *tokens, *offsets, *labels, *row_weight;         /* strong */
+    PyObject *top_tokens, *top_logprobs, *reference, *row_ce; /* strong */
 } step_call;
 
 static void
@@ -148,6 +150,10 @@ step_release(step_call *call)
     Py_XDECREF(call->offsets);
     Py_XDECREF(call->labels);
     Py_XDECREF(call->row_weight);
+    Py_XDECREF(call->top_tokens);
+    Py_XDECREF(call->top_logprobs);
+    Py_XDECREF(call->reference);
+    Py_XDECREF(call->row_ce);
 }
 
 /* Reads (tokens, offsets=None, *, labels, row_weight, ...) behind `format`'s positional objects. */
@@ -193,21 +199,111 @@ step_arrays(core_state *core, step_call *call, PyObject *tokens, PyObject *offse
     return 0;
 }
 
+static bool
+is_given(PyObject *object)
+{
+    return object != NULL && object != Py_None;
+}
+
+/* An array of `type` in C order and of `dims` axes, or NULL with an exception. */
+static PyArrayObject *
+take_array(core_state *core, PyObject *object, int type, int dims, const char *name)
+{
+    PyObject *array = PyArray_FROM_OTF(object, type, NPY_ARRAY_IN_ARRAY | NPY_ARRAY_FORCECAST);
+    if (array != NULL && PyArray_NDIM((PyArrayObject *)array) != dims) {
+        core_raise_format(core, MIL_ERR_SHAPE, "%s needs %d axes, it has %d", name, dims,
+                          PyArray_NDIM((PyArrayObject *)array));
+        Py_CLEAR(array);
+    }
+    return (PyArrayObject *)array;
+}
+
+/* Stored likeliest tokens, if any: [rows, top] and [rows, top + 1]. */
+static int
+step_top(core_state *core, step_call *call, PyObject *tokens, PyObject *logprobs)
+{
+    if (is_given(tokens) != is_given(logprobs)) {
+        core_raise_format(core, MIL_ERR_VALUE, "top_tokens and top_logprobs belong together: give both");
+        return -1;
+    }
+    if (!is_given(tokens)) {
+        return 0;
+    }
+    PyArrayObject *ids = take_array(core, tokens, NPY_INT32, 2, "top_tokens");
+    call->top_tokens = (PyObject *)ids;
+    PyArrayObject *values = ids == NULL ? NULL : take_array(core, logprobs, NPY_FLOAT32, 2, "top_logprobs");
+    call->top_logprobs = (PyObject *)values;
+    if (values == NULL) {
+        return -1;
+    }
+    int64_t rows = core_length(call->tokens), top = PyArray_DIM(ids, 1);
+    if (PyArray_DIM(ids, 0) != rows || PyArray_DIM(values, 0) != rows || PyArray_DIM(values, 1) != top + 1) {
+        core_raise_format(core, MIL_ERR_SHAPE,
+                          "top_tokens and top_logprobs must be [%lld, top] and [%lld, top + 1]",
+                          (long long)rows, (long long)rows);
+        return -1;
+    }
+    call->step.top = top;
+    call->step.top_tokens = PyArray_DATA(ids);
+    call->step.top_logprobs = PyArray_DATA(values);
+    return 0;
+}
+
+/* Preference pairs, where the reference model's log-probabilities are given. */
+static int
+step_preference(core_state *core, step_call *call, PyObject *reference, int length_normalized)
+{
+    if (!is_given(reference)) {
+        return 0;
+    }
+    PyArrayObject *array = take_array(core, reference, NPY_FLOAT64, 1, "reference");
+    call->reference = (PyObject *)array;
+    if (array == NULL) {
+        return -1;
+    }
+    if (PyArray_DIM(array, 0) != call->step.sequences) {
+        core_raise_format(core, MIL_ERR_SHAPE, "reference needs one entry for each of the %lld sequences",
+                          (long long)call->step.sequences);
+        return -1;
+    }
+    call->preference.reference = PyArray_DATA(array);
+    call->preference.length_normalized = length_normalized != 0;
+    call->step.preference = &call->preference;
+    call->step.kl_weight = 0;
+    return 0;
+}
+
 static int
 read_direction(core_state *core, const char *word, mil_kl_direction *out)
 {
-    *out = strcmp(word, "reverse") == 0 ? MIL_KL_REVERSE : MIL_KL_FORWARD;
-    if (*out == MIL_KL_FORWARD && strcmp(word, "forward") != 0) {
-        core_raise_format(core, MIL_ERR_VALUE, "direction = \"%.40s\" is neither \"forward\" nor \"reverse\"",
-                          word);
-        return -1;
+    static const char *const words[] = {"forward", "reverse", "jsd"};
+    for (int i = 0; i < 3; i++) {
+        if (strcmp(word, words[i]) == 0) {
+            *out = (mil_kl_direction)i;
+            return 0;
+        }
     }
-    return 0;
+    core_raise_format(core, MIL_ERR_VALUE, "direction = \"%.40s\" is not \"forward\", \"reverse\" or \"jsd\"",
+                      word);
+    return -1;
+}
+
+static PyObject *
+pair_results(const mil_preference *p, const mil_micro_step *step)
+{
+    return Py_BuildValue("{sdsdsdsdsdsdsdsdsdsd}", "loss", p->loss, "margin", p->margin, "chosen_reward",
+                         p->chosen_reward, "rejected_reward", p->rejected_reward, "chosen_logprob",
+                         p->chosen_logprob, "rejected_logprob", p->rejected_logprob, "pairs_correct",
+                         p->correct, "pairs", (double)(step->sequences / 2), "ce", step->ce, "ce_rows",
+                         step->ce_rows);
 }
 
 static PyObject *
 step_results(const mil_micro_step *step)
 {
+    if (step->preference != NULL) {
+        return pair_results(step->preference, step);
+    }
     return Py_BuildValue("{sdsdsdsdsdsdsdsdsd}", "kl", step->kl, "ce", step->ce, "teacher_ce",
                          step->teacher_ce, "kl_rows", step->kl_rows, "ce_rows", step->ce_rows, "agree",
                          step->agree, "correct", step->correct, "hidden", step->hidden, "align", step->align);
@@ -246,26 +342,49 @@ enter(core_state *core, core_trainer *self)
 static PyObject *
 trainer_backward(PyObject *object, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"tokens",       "offsets",     "labels",    "row_weight", "kl_weight",
-                            "ce_weight",    "temperature", "direction", "scale",      "hidden_weight",
-                            "align_weight", "evaluate",    NULL};
+    static char *names[] = {"tokens",
+                            "offsets",
+                            "labels",
+                            "row_weight",
+                            "kl_weight",
+                            "ce_weight",
+                            "temperature",
+                            "direction",
+                            "scale",
+                            "hidden_weight",
+                            "align_weight",
+                            "evaluate",
+                            "mix",
+                            "top_tokens",
+                            "top_logprobs",
+                            "reference",
+                            "beta",
+                            "label_smoothing",
+                            "length_normalized",
+                            NULL};
     core_trainer *self = (core_trainer *)object;
     core_state *core = core_state_of(object);
-    step_call call = {.step = {.kl_weight = 1, .temperature = 1, .scale = 1}};
-    PyObject *tokens, *offsets = NULL, *labels = NULL, *row_weight = NULL, *result = NULL;
+    step_call call = {.step = {.kl_weight = 1, .temperature = 1, .scale = 1, .mix = 0.5f},
+                      .preference = {.beta = 0.1}};
+    PyObject *tokens, *offsets = NULL, *labels = NULL, *row_weight = NULL, *top_tokens = NULL,
+                      *top_logprobs = NULL, *reference = NULL, *result = NULL;
     const char *direction = "forward";
-    int evaluate = 0;
+    int evaluate = 0, length_normalized = 0;
+    mil_preference *pairs = &call.preference;
     mil_micro_step *step = &call.step;
     step->kl_weight = self->teacher == NULL ? 0 : 1;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O|O$OOfffsfffp:backward", names, &tokens, &offsets,
-                                     &labels, &row_weight, &step->kl_weight, &step->ce_weight,
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O|O$OOfffsfffpfOOOddp:backward", names, &tokens,
+                                     &offsets, &labels, &row_weight, &step->kl_weight, &step->ce_weight,
                                      &step->temperature, &direction, &step->scale, &step->hidden_weight,
-                                     &step->align_weight, &evaluate)) {
+                                     &step->align_weight, &evaluate, &step->mix, &top_tokens, &top_logprobs,
+                                     &reference, &pairs->beta, &pairs->label_smoothing, &length_normalized)) {
         return NULL;
     }
     step->evaluate = evaluate != 0;
     if (read_direction(core, direction, &step->direction) == 0 &&
-        step_arrays(core, &call, tokens, offsets, labels, row_weight) == 0 && enter(core, self) == 0) {
+        step_arrays(core, &call, tokens, offsets, labels, row_weight) == 0 &&
+        step_top(core, &call, top_tokens, top_logprobs) == 0 &&
+        step_preference(core, &call, reference, length_normalized) == 0 && enter(core, self) == 0) {
         result = run_step(core, &self->trainer, NULL, NULL, step);
         self->busy = false;
     }
@@ -273,18 +392,29 @@ trainer_backward(PyObject *object, PyObject *args, PyObject *keywords)
     return result;
 }
 
+/* An array for each row's cross-entropy, where it is wanted. */
+static int
+step_rows(step_call *call, bool wanted)
+{
+    npy_intp rows = (npy_intp)core_length(call->tokens);
+    call->row_ce = wanted ? PyArray_ZEROS(1, &rows, NPY_FLOAT64, 0) : NULL;
+    call->step.row_ce = core_data(call->row_ce);
+    return wanted && call->row_ce == NULL ? -1 : 0;
+}
+
 static PyObject *
 core_evaluate(PyObject *module, PyObject *args, PyObject *keywords)
 {
     static char *names[] = {"student",    "teacher",     "tokens",    "offsets", "labels",
-                            "row_weight", "temperature", "direction", NULL};
+                            "row_weight", "temperature", "direction", "rows",    NULL};
     core_state *core = core_get_state(module);
-    step_call call = {.step = {.kl_weight = 1, .ce_weight = 1, .temperature = 1, .scale = 1}};
+    step_call call = {.step = {.kl_weight = 1, .ce_weight = 1, .temperature = 1, .scale = 1, .mix = 0.5f}};
+    int rows = 0;
     PyObject *student, *teacher, *tokens, *offsets = NULL, *labels = NULL, *row_weight = NULL, *result = NULL;
     const char *direction = "forward";
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOO|O$OOfs:evaluate", names, &student, &teacher,
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOO|O$OOfsp:evaluate", names, &student, &teacher,
                                      &tokens, &offsets, &labels, &row_weight, &call.step.temperature,
-                                     &direction)) {
+                                     &direction, &rows)) {
         return NULL;
     }
     core_model *s = core_as_model(core, student, "evaluate: student");
@@ -294,8 +424,12 @@ core_evaluate(PyObject *module, PyObject *args, PyObject *keywords)
         return NULL;
     }
     if (read_direction(core, direction, &call.step.direction) == 0 &&
-        step_arrays(core, &call, tokens, offsets, labels, row_weight) == 0) {
+        step_arrays(core, &call, tokens, offsets, labels, row_weight) == 0 &&
+        step_rows(&call, rows != 0) == 0) {
         result = run_step(core, NULL, &s->model, t == NULL ? NULL : &t->model, &call.step);
+    }
+    if (result != NULL && rows != 0 && PyDict_SetItemString(result, "row_ce", call.row_ce) < 0) {
+        Py_CLEAR(result);
     }
     step_release(&call);
     return result;
