@@ -23,12 +23,14 @@ from .generate import Generation, GenerationStats, Score, generate, score
 from .history import History
 from .label import label
 from .model import Model, load
+from .stepwise import AlignConfig, StepwiseConfig, align, stepwise
 from .tokenizer import Tokenizer
 from .training import TrainingConfig, TrainingInterrupted
 
 _blas.load()
 
 __all__ = [
+    "AlignConfig",
     "ArgumentError",
     "DeviceError",
     "DistillConfig",
@@ -47,12 +49,14 @@ __all__ = [
     "SftConfig",
     "ShapeError",
     "StateError",
+    "StepwiseConfig",
     "StoppedError",
     "Tokenizer",
     "TrainingConfig",
     "TrainingInterrupted",
     "UnsupportedError",
     "__version__",
+    "align",
     "convert",
     "distill",
     "errors",
@@ -63,6 +67,7 @@ __all__ = [
     "ops",
     "score",
     "sft",
+    "stepwise",
 ]
 
 

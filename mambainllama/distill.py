@@ -75,9 +75,11 @@ class DistillConfig(TrainingConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.kl_weight == 0 and self.ce_weight == 0 and self.align_fraction < 1:
+        weights = (self.kl_weight, self.ce_weight, self.hidden_weight)
+        if not any(weights) and self.align_fraction < 1:
             raise ArgumentError(
-                "DistillConfig: kl_weight and ce_weight are both 0: nothing would be learnt"
+                f"{type(self).__name__}: kl_weight, ce_weight and hidden_weight are all 0: "
+                "nothing would be learnt"
             )
 
 
@@ -302,6 +304,15 @@ class DistillTask(Task):
             "eval_perplexity": found.perplexity,
             "eval_teacher_perplexity": found.teacher_perplexity,
             "eval_agreement": found.agreement,
+        }
+
+    def notes(self) -> dict[str, Any]:
+        documents = self.batches.documents
+        if not documents.skipped:
+            return {}
+        return {
+            "skipped_records": documents.skipped,
+            "first_skipped_record": documents.first_skipped,
         }
 
     # -- what a checkpoint holds --

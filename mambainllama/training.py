@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -263,6 +263,10 @@ class Task:
         """Metrics on validation data, or None where there are none."""
         return None
 
+    def notes(self) -> dict[str, Any]:
+        """What the metrics should say once, at step 0."""
+        return {}
+
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on: settings, data, models."""
         raise NotImplementedError
@@ -368,30 +372,13 @@ class Loop:
         return 0
 
     def set_aside(self) -> None:
-        """Moves an older run in the folder to previous-N: nothing is overwritten."""
-        old = [self.folder / name for name in ("checkpoints", "metrics.jsonl", "model", "run.json")]
-        old = [path for path in old if path.exists()]
-        if not any(path.name in ("checkpoints", "model") for path in old):
-            return
-        number = 1
-        while (self.folder / f"previous-{number}").exists():
-            number += 1
-        aside = self.folder / f"previous-{number}"
-        aside.mkdir()
-        for path in old:
-            path.rename(aside / path.name)
-        self.say(f"moved an earlier run to {aside}")
+        aside = set_aside(self.folder, ("checkpoints", "model"), ("metrics.jsonl", "run.json"))
+        if aside is not None:
+            self.say(f"moved an earlier run to {aside}")
 
     def resume(self, checkpoint: Path) -> int:
         record = read_record(checkpoint)
-        then, now = record["identity"], self.identity()
-        for name in [*now, *(name for name in then if name not in now)]:
-            if then.get(name) != now.get(name):
-                raise StateError(
-                    f"{checkpoint}: cannot resume: {name} was {shorten(then.get(name))}, is "
-                    f"{shorten(now.get(name))} now; use what the run began with, or another "
-                    "output_dir"
-                )
+        check_identity(checkpoint, record["identity"], self.identity())
         restore(checkpoint, self.task.tensors())
         self.task.trainer.step = step = record["step"]
         self.sums, self.tokens = record["sums"], record["tokens"]
@@ -428,7 +415,7 @@ class Loop:
         try:
             with stop_signal() as stopped, self.bar(first) as bar:
                 if first == 0:
-                    self.log(0, self.evaluation(0))
+                    self.log(0, {**self.task.notes(), **self.evaluation(0)})
                 self.clock = time.perf_counter()
                 for step in range(first, self.total):
                     self.step(step, bar)
@@ -614,6 +601,35 @@ class Loop:
             from tqdm.auto import tqdm
 
             tqdm.write(text, file=sys.stderr)
+
+
+def set_aside(folder: Path, results: Iterable[str], companions: Iterable[str] = ()) -> Path | None:
+    """Moves an older run in a folder to previous-N, where it has results: nothing is overwritten.
+
+    Returns where it went, or None.
+    """
+    results = list(results)
+    if not any((folder / name).exists() for name in results):
+        return None
+    number = 1
+    while (folder / f"previous-{number}").exists():
+        number += 1
+    aside = folder / f"previous-{number}"
+    aside.mkdir()
+    for name in (*results, *companions):
+        if (folder / name).exists():
+            (folder / name).rename(aside / name)
+    return aside
+
+
+def check_identity(where: Any, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuses to go on with other settings, data or models than a run began with."""
+    for name in [*now, *(name for name in then if name not in now)]:
+        if then.get(name) != now.get(name):
+            raise StateError(
+                f"{where}: cannot resume: {name} was {shorten(then.get(name))}, is "
+                f"{shorten(now.get(name))} now; use what the run began with, or another output_dir"
+            )
 
 
 def is_watched() -> bool:
