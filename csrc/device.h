@@ -109,7 +109,8 @@ typedef struct mil_linear {
     void *y;           /* [rows, out] act */
     int64_t y_stride;
     bool accumulate;
-    bool fast; /* training: any reduction order, x not rounded */
+    bool fast;         /* training: any reduction order, x not rounded */
+    bool float_output; /* y is float32 whatever act is (logits); not with accumulate */
 } mil_linear;
 
 /* Either gradient may be NULL. Reduction order is free, as with `fast`. */
@@ -394,10 +395,11 @@ typedef struct mil_linear_loss {
     float *grad_weight; /* [vocab, hidden], added to; NULL: frozen */
     double *row_ce;     /* [rows] ce_r, 0 where there is none; host memory, or NULL */
     struct {
-        double kl, ce, teacher_ce; /* sums of row_weight * value; kl at `temperature`; teacher_ce not with top */
-        double kl_rows, ce_rows;   /* sums of row_weight over the rows that counted */
-        double agree, correct;     /* sums of row_weight: student's argmax = teacher's; = label */
-    } sums;                        /* out, host memory */
+        double kl, ce,
+            teacher_ce; /* sums of row_weight * value; kl at `temperature`; teacher_ce not with top */
+        double kl_rows, ce_rows; /* sums of row_weight over the rows that counted */
+        double agree, correct;   /* sums of row_weight: student's argmax = teacher's; = label */
+    } sums;                      /* out, host memory */
 } mil_linear_loss;
 
 /* Mean squared error of hidden states relative to the target's mean square, with gradient:
@@ -444,7 +446,8 @@ typedef struct mil_muon {
 
 /* ---- the table -------------------------------------------------------------------------------------- */
 
-#define MIL_OPS_VERSION 1
+#define MIL_OPS_VERSION 2
+#define MIL_OPS_CAPSULE "mambainllama.ops" /* name of a PyCapsule that holds a table */
 
 struct mil_ops {
     uint32_t version; /* MIL_OPS_VERSION: _core refuses a table of another build */
@@ -452,8 +455,16 @@ struct mil_ops {
     const char *name; /* "cpu", "cuda" */
     mil_dtype activation_dtype;
     bool keeps_current; /* uses mil_mixer_state.current */
+    int device;         /* which of several devices of this kind */
 
-    /* Memory of the device. copy works between host and device in either direction, in stream order. */
+    /* A call's queue of work: open sets context->stream and makes the device the calling thread's, finish waits
+     * for all that was queued, close gives the queue back. NULL where operators return when they are done (CPU). */
+    mil_status (*open)(mil_context *context);
+    mil_status (*finish)(mil_context *context);
+    void (*close)(mil_context *context);
+
+    /* Memory of the device. copy works between host and device in either direction, in stream order; what it
+     * writes into host memory is there when it returns. Without a stream (NULL) all of it is done on return. */
     mil_status (*alloc)(mil_context *context, size_t bytes, void **out);
     void (*free)(mil_context *context, void *pointer);
     mil_status (*copy)(mil_context *context, void *to, const void *from, size_t bytes);
@@ -490,12 +501,13 @@ struct mil_ops {
     /* y += x over [rows, width] act. */
     mil_status (*add)(mil_context *context, int64_t rows, int64_t width, const void *x, int64_t x_stride,
                       void *y, int64_t y_stride);
-    /* y[i] = x[index[i]] over rows of [*, width] act. */
+    /* y[i] = x[index[i]] over rows of [*, width] act; index is on the device (see upload). */
     mil_status (*gather_rows)(mil_context *context, int64_t count, int64_t width, const int64_t *index,
                               const void *x, int64_t x_stride, void *y, int64_t y_stride);
-    /* float32 [rows, width] for the host from act, times scale. */
-    mil_status (*to_host)(mil_context *context, int64_t rows, int64_t width, const void *x, int64_t x_stride,
-                          float scale, float *y);
+    /* y [rows, width] float32, on the device, = scale * x, which is of `dtype`: act or float32. y may be x where that is
+     * dense float32. */
+    mil_status (*widen)(mil_context *context, int64_t rows, int64_t width, mil_dtype dtype, const void *x,
+                        int64_t x_stride, float scale, float *y);
 };
 
 extern const mil_ops mil_cpu_ops;

@@ -335,6 +335,7 @@ class Model:
         config: Mapping[str, Any],
         parameters: Mapping[str, _Array],
         dtypes: Mapping[str, str] = ...,
+        table: object | None = None,
     ) -> Model: ...
     @classmethod
     def parameter_specs(

@@ -17,8 +17,9 @@ import numpy as np
 
 from . import _core
 from .checkpoint import Checkpoint, parse_json, read_companions, write_folder
+from .devices import check_device, operator_table
 from .dtypes import check_dtype, convert
-from .errors import ArgumentError, DeviceError, ShapeError, shorten
+from .errors import ArgumentError, ShapeError, shorten
 from .families import Description, describe, match_tensors
 from .hub import find_folder
 from .tokenizer import Tokenizer
@@ -81,8 +82,13 @@ class Model:
         companions: Mapping[str, bytes] | None = None,
         name: str = "",
         folder: Path | None = None,
+        device: str = "cpu",
     ):
-        self.core = _core.Model(description.canonical, parameters, dtypes)
+        table = None
+        if device != "cpu":
+            table = operator_table(device, dtypes["model.embed_tokens.weight"])
+        self.core = _core.Model(description.canonical, parameters, dtypes, table)
+        self._device = device
         self.name = name
         self._description = description
         self._raw, self._mamba_config = dict(config), mamba_config and dict(mamba_config)
@@ -120,8 +126,8 @@ class Model:
 
     @property
     def device(self) -> str:
-        """Where it computes: "cpu"."""
-        return "cpu"
+        """Where it computes: "cpu", "cuda:0" and so on."""
+        return self._device
 
     @property
     def dtype(self) -> str:
@@ -384,18 +390,6 @@ def _integers(tokens: np.ndarray) -> np.ndarray:
 # ---- loading -------------------------------------------------------------------------------------
 
 
-def check_device(device: str) -> str:
-    """The device's name; "auto" is the best that this build has."""
-    kind = str(device).partition(":")[0].lower()
-    if kind in ("auto", "cpu"):
-        return "cpu"
-    if kind in ("cuda", "gpu"):
-        raise DeviceError(
-            f'device {shorten(device)}: CUDA is not in this build; use device="cpu" (or "auto")'
-        )
-    raise ArgumentError(f'device {shorten(device)} is not known; use "auto" or "cpu"')
-
-
 def load(
     path_or_hub_id, device: str = "auto", dtype: str = "auto", *, revision: str | None = None
 ) -> Model:
@@ -407,7 +401,8 @@ def load(
         A folder with config.json and model.safetensors (or shards), or "owner/name" on the Hugging
         Face Hub.
     device
-        "auto" or "cpu".
+        "cpu", "cuda" (the first GPU), or "cuda:1" and so on. "auto" is the CPU: training and
+        conversion run there only, so a GPU has to be asked for.
     dtype
         "float32", "bfloat16" or "float16" for the matrices, or "auto": as they are stored. Vectors
         (norms, biases, convolutions, A_log, D, dt biases) are always float32 in memory.
@@ -436,7 +431,7 @@ def load(
     --------
     >>> model = mil.load("my-model", dtype="bfloat16")    # doctest: +SKIP
     """
-    check_device(device)
+    device = check_device(device)
     dtype = check_dtype(dtype)
     folder = find_folder(path_or_hub_id, revision)
     checkpoint = Checkpoint(folder)
@@ -463,4 +458,5 @@ def load(
         if os.path.isdir(os.fspath(path_or_hub_id))
         else str(path_or_hub_id),
         folder=folder,
+        device=device,
     )

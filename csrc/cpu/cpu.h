@@ -80,8 +80,8 @@ mil_status
 mil_cpu_gather_rows(mil_context *context, int64_t count, int64_t width, const int64_t *index, const void *x,
                     int64_t x_stride, void *y, int64_t y_stride);
 mil_status
-mil_cpu_to_host(mil_context *context, int64_t rows, int64_t width, const void *x, int64_t x_stride,
-                float scale, float *y);
+mil_cpu_widen(mil_context *context, int64_t rows, int64_t width, mil_dtype dtype, const void *x,
+              int64_t x_stride, float scale, float *y);
 
 /* ---- shared between families (linear.c) -------------------------------------------------------------- */
 

@@ -1,8 +1,8 @@
-/* Small operators over rows: residual addition, row gathering, copies for the host.
+/* Small operators over rows: residual addition, row gathering, float32 copies.
  *
  *   add           y[r, c] += x[r, c]
  *   gather_rows   y[i, c] = x[index[i], c]
- *   to_host       y[r, c] = scale * x[r, c]
+ *   widen         y[r, c] = scale * x[r, c]
  *
  * Each moves its bytes once and computes next to nothing, so the only decisions are to split rows between
  * threads when there is enough to move, and to stay in the calling thread when there is not: waking a team
@@ -47,9 +47,10 @@ mil_cpu_gather_rows(mil_context *context, int64_t count, int64_t width, const in
 }
 
 mil_status
-mil_cpu_to_host(mil_context *context, int64_t rows, int64_t width, const void *x, int64_t x_stride,
-                float scale, float *y)
+mil_cpu_widen(mil_context *context, int64_t rows, int64_t width, mil_dtype dtype, const void *x,
+              int64_t x_stride, float scale, float *y)
 {
+    (void)dtype; /* float32: there is no other activation type here */
     const float *from = x;
 #pragma omp parallel for num_threads(context->threads) schedule(static) if (rows * width >= GRAIN)
     for (int64_t row = 0; row < rows; row++) {

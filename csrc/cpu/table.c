@@ -87,5 +87,5 @@ const mil_ops mil_cpu_ops = {
     .sum_squares = mil_cpu_sum_squares,
     .add = mil_cpu_add,
     .gather_rows = mil_cpu_gather_rows,
-    .to_host = mil_cpu_to_host,
+    .widen = mil_cpu_widen,
 };

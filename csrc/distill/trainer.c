@@ -68,6 +68,10 @@ mil_trainer_init(mil_trainer *trainer, mil_model *student, const mil_model *teac
                  bool checkpointing)
 {
     *trainer = (mil_trainer){.student = student, .teacher = teacher, .checkpointing = checkpointing};
+    if (student->ops != &mil_cpu_ops || (teacher != NULL && teacher->ops != &mil_cpu_ops)) {
+        return mil_fail(MIL_ERR_DEVICE,
+                        "training runs on the CPU: load student and teacher with device=\"cpu\"");
+    }
     size_t count = (size_t)student->parameter_count;
     float ***tables[4] = {&trainer->gradients.of, &trainer->m, &trainer->v, &trainer->master};
     mil_status status = MIL_OK;
@@ -441,8 +445,8 @@ align(mil_context *context, mil_trainer *trainer, mil_micro_step *step)
         mil_capture *pair = &captures[2 * converted];
         pair[0] = (mil_capture){.kind = MIL_CAPTURE_INPUT, .layer = i};
         pair[1] = (mil_capture){.kind = MIL_CAPTURE_MIXER, .layer = i};
-        MIL_TRY(mil_act_push(context, rows, hidden, &pair[0].out));
-        MIL_TRY(mil_act_push(context, rows, hidden, &pair[1].out));
+        MIL_TRY(MIL_PUSH(context->scratch, rows * hidden, float, &pair[0].out));
+        MIL_TRY(MIL_PUSH(context->scratch, rows * hidden, float, &pair[1].out));
         converted++;
     }
     if (converted == 0) {

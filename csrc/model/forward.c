@@ -139,6 +139,12 @@ mil_pass_begin(mil_pass *pass, mil_context *context, const mil_model *model, int
         .states = states,
         .fast = fast,
     };
+    if (model->ops != context->ops) {
+        return mil_fail(
+            MIL_ERR_DEVICE, "forward: the model lives on %s:%d as %s, the call runs on %s:%d as %s",
+            model->ops->name, model->ops->device, mil_dtype_name(model->ops->activation_dtype),
+            context->ops->name, context->ops->device, mil_dtype_name(context->ops->activation_dtype));
+    }
     if (states != NULL) {
         int64_t *past, *boundary;
         MIL_TRY(MIL_PUSH(context->host, sequences, int64_t, &past));
@@ -172,12 +178,18 @@ static mil_status
 capture(const mil_pass *pass, const mil_forward *arguments, mil_capture_kind kind, int64_t layer,
         const void *from, int64_t width)
 {
+    mil_context *context = pass->context;
     for (int64_t i = 0; i < arguments->capture_count; i++) {
         const mil_capture *wanted = &arguments->captures[i];
         if (wanted->kind == kind && (wanted->layer == layer || kind == MIL_CAPTURE_FINAL)) {
-            size_t bytes =
-                (size_t)(pass->rows.rows * width) * mil_dtype_size(pass->context->ops->activation_dtype);
-            MIL_TRY(pass->context->ops->copy(pass->context, wanted->out, from, bytes));
+            mil_arena_mark mark = mil_arena_get_mark(context->scratch);
+            float *wide;
+            MIL_TRY(MIL_PUSH(context->scratch, pass->rows.rows * width, float, &wide));
+            MIL_TRY(context->ops->widen(context, pass->rows.rows, width, context->ops->activation_dtype, from,
+                                        width, 1.0f, wide));
+            MIL_TRY(context->ops->copy(context, wanted->out, wide,
+                                       (size_t)(pass->rows.rows * width) * sizeof *wide));
+            mil_arena_rewind(context->scratch, mark);
         }
     }
     return MIL_OK;
@@ -254,10 +266,13 @@ logits_block(const mil_pass *pass, const void *x, const int64_t *wanted, int64_t
     const mil_parameter *output = pass->model->output;
     int64_t hidden = pass->model->config.hidden, vocab = pass->model->config.vocab;
     mil_arena_mark mark = mil_arena_get_mark(context->scratch);
-    void *picked, *block;
+    void *picked;
+    const void *index;
+    float *block;
     MIL_TRY(mil_act_push(context, count, hidden, &picked));
-    MIL_TRY(mil_act_push(context, count, vocab, &block));
-    MIL_TRY(context->ops->gather_rows(context, count, hidden, wanted, x, hidden, picked, hidden));
+    MIL_TRY(MIL_PUSH(context->scratch, count * vocab, float, &block));
+    MIL_TRY(context->ops->upload(context, wanted, (size_t)count * sizeof *wanted, &index));
+    MIL_TRY(context->ops->gather_rows(context, count, hidden, index, x, hidden, picked, hidden));
     MIL_TRY(final_norm(pass, count, picked, picked));
     mil_linear product = {
         .rows = count,
@@ -270,10 +285,14 @@ logits_block(const mil_pass *pass, const void *x, const int64_t *wanted, int64_t
         .y = block,
         .y_stride = vocab,
         .fast = pass->fast,
+        .float_output = true,
     };
     MIL_TRY(context->ops->linear_forward(context, &product, 1));
-    MIL_TRY(
-        context->ops->to_host(context, count, vocab, block, vocab, pass->model->config.logit_scale, logits));
+    if (pass->model->config.logit_scale != 1.0f) {
+        MIL_TRY(context->ops->widen(context, count, vocab, MIL_F32, block, vocab,
+                                    pass->model->config.logit_scale, block));
+    }
+    MIL_TRY(context->ops->copy(context, logits, block, (size_t)(count * vocab) * sizeof *logits));
     mil_arena_rewind(context->scratch, mark);
     return MIL_OK;
 }

@@ -222,7 +222,7 @@ typedef enum mil_capture_kind {
 typedef struct mil_capture {
     mil_capture_kind kind;
     int64_t layer;
-    void *out; /* act, on the device, caller's */
+    float *out; /* [rows, width], caller's, of the host or the device */
 } mil_capture;
 
 typedef struct mil_forward {

@@ -101,6 +101,20 @@ core_offsets(core_state *core, PyObject *object, int64_t rows)
 
 /* ---- Model ------------------------------------------------------------------------------------------------ */
 
+/* Parameters on a device are the model's own copies. */
+static void
+free_device_parameters(mil_model *model)
+{
+    if (model->ops == NULL || model->ops == &mil_cpu_ops) {
+        return;
+    }
+    mil_context context = {.ops = model->ops};
+    for (int64_t i = 0; i < model->parameter_count; i++) {
+        model->ops->free(&context, model->parameters[i].data);
+        model->parameters[i].data = NULL;
+    }
+}
+
 static void
 model_dealloc(PyObject *self)
 {
@@ -111,6 +125,7 @@ model_dealloc(PyObject *self)
         core_array_release(&model->arrays[i]);
     }
     mil_free(model->arrays);
+    free_device_parameters(&model->model);
     mil_model_release(&model->model);
     Py_XDECREF(model->config);
     Py_XDECREF(model->values);
@@ -154,6 +169,32 @@ parameter_dtype(core_state *core, const core_array *array, const char *name, PyO
     return 0;
 }
 
+/* Copies a parameter's values into memory of the model's device. */
+static int
+upload_parameter(core_state *core, core_model *self, mil_parameter *p, const void *values)
+{
+    const mil_ops *ops = self->model.ops;
+    if (p->matrix && p->dtype != ops->activation_dtype) {
+        core_raise_format(core, MIL_ERR_DTYPE, "Model: %s is %s, but this device table computes in %s",
+                          p->name, mil_dtype_name(p->dtype), mil_dtype_name(ops->activation_dtype));
+        return -1;
+    }
+    size_t bytes = (size_t)p->count * mil_dtype_size(p->dtype);
+    mil_status status;
+    Py_BEGIN_ALLOW_THREADS
+        mil_context context = {.ops = ops};
+        status = ops->alloc(&context, bytes, &p->data);
+        if (status == MIL_OK) {
+            status = ops->copy(&context, p->data, values, bytes);
+        }
+    Py_END_ALLOW_THREADS
+    if (status != MIL_OK) {
+        core_raise(core, status);
+        return -1;
+    }
+    return 0;
+}
+
 static int
 bind_parameter(core_state *core, core_model *self, mil_parameter *p, PyObject *object, PyObject *dtypes)
 {
@@ -186,8 +227,14 @@ bind_parameter(core_state *core, core_model *self, mil_parameter *p, PyObject *o
                           p->name, got, expected);
         return -1;
     }
-    p->data = array->data;
-    return parameter_dtype(core, array, p->name, dtypes, &p->dtype);
+    if (parameter_dtype(core, array, p->name, dtypes, &p->dtype) < 0) {
+        return -1;
+    }
+    if (self->model.ops == &mil_cpu_ops) {
+        p->data = array->data;
+        return 0;
+    }
+    return upload_parameter(core, self, p, array->data);
 }
 
 static int
@@ -210,7 +257,6 @@ bind_parameters(core_state *core, core_model *self, PyObject *parameters, PyObje
             return -1;
         }
     }
-    self->model.ops = &mil_cpu_ops;
     mil_status status = mil_model_bind(&self->model);
     if (status != MIL_OK) {
         core_raise(core, status);
@@ -228,14 +274,34 @@ bind_parameters(core_state *core, core_model *self, PyObject *parameters, PyObje
     return 0;
 }
 
+/* The table in another module's capsule, the CPU's for None, or NULL with an exception. */
+static const mil_ops *
+read_table(core_state *core, PyObject *capsule)
+{
+    if (capsule == NULL || capsule == Py_None) {
+        return &mil_cpu_ops;
+    }
+    const mil_ops *ops = PyCapsule_GetPointer(capsule, MIL_OPS_CAPSULE);
+    if (ops != NULL && (ops->version != MIL_OPS_VERSION || ops->size != sizeof *ops)) {
+        core_raise_format(core, MIL_ERR_DEVICE,
+                          "the device's operators are of another build than _core; build both again");
+        return NULL;
+    }
+    return ops;
+}
+
 static PyObject *
 model_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"config", "parameters", "dtypes", NULL};
+    static char *names[] = {"config", "parameters", "dtypes", "table", NULL};
     core_state *core = PyType_GetModuleState(type);
-    PyObject *config, *parameters, *dtypes = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O!O!|O!:Model", names, &PyDict_Type, &config,
-                                     &PyDict_Type, &parameters, &PyDict_Type, &dtypes)) {
+    PyObject *config, *parameters, *dtypes = NULL, *table = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O!O!|O!O:Model", names, &PyDict_Type, &config,
+                                     &PyDict_Type, &parameters, &PyDict_Type, &dtypes, &table)) {
+        return NULL;
+    }
+    const mil_ops *ops = read_table(core, table);
+    if (ops == NULL) {
         return NULL;
     }
     core_model *self = (core_model *)type->tp_alloc(type, 0);
@@ -255,6 +321,7 @@ model_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
     mil_arena_release(&arena);
     if (result == 0) {
         self->config = Py_NewRef(config);
+        self->model.ops = ops;
         result = bind_parameters(core, self, parameters, dtypes);
     }
     if (result < 0) {
@@ -521,7 +588,7 @@ run_forward(forward_call *call)
         status = mil_check_tokens(&call->model->model, call->arguments.tokens, call->arguments.sequences,
                                   call->arguments.offsets);
         if (status == MIL_OK) {
-            status = core_context_acquire(call->core, &mil_cpu_ops, &context);
+            status = core_context_acquire(call->core, call->model->model.ops, &context);
             if (status == MIL_OK) {
                 status = mil_model_forward(&context, &call->model->model, &call->arguments);
                 core_context_release(call->core, &context);
@@ -757,7 +824,10 @@ static PyGetSetDef model_properties[] = {
 };
 
 static PyType_Slot model_slots[] = {
-    {Py_tp_doc, "Model(config, parameters, dtypes={}): a model over borrowed arrays."},
+    {Py_tp_doc,
+     "Model(config, parameters, dtypes={}, table=None): a model over borrowed arrays, or over copies of them "
+     "on "
+     "the device whose operators `table` holds."},
     {Py_tp_new, model_new},
     {Py_tp_dealloc, model_dealloc},
     {Py_tp_traverse, model_traverse},

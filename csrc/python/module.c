@@ -11,6 +11,7 @@
 #endif
 #include <unistd.h>
 
+#include "base/host.h"
 #include "cpu/blas.h"
 #include "cpu/features.h"
 #include "python/errors.h"
@@ -18,13 +19,33 @@
 
 /* ---- contexts ------------------------------------------------------------------------------------------ */
 
+/* A device's memory for an arena (memory.h: mil_allocator); the owner is the device's table. */
+static void *
+allocate_on_device(void *owner, size_t bytes)
+{
+    mil_context context = {.ops = owner};
+    void *memory;
+    return context.ops->alloc(&context, bytes, &memory) == MIL_OK ? memory : NULL;
+}
+
+static void
+free_on_device(void *owner, void *memory)
+{
+    mil_context context = {.ops = owner};
+    context.ops->free(&context, memory);
+}
+
 mil_status
 core_context_acquire(core_state *state, const mil_ops *ops, mil_context *context)
 {
     PyThread_acquire_lock(state->lock, WAIT_LOCK);
-    core_scratch *scratch = state->idle;
+    core_scratch **place = &state->idle;
+    while (*place != NULL && (*place)->ops != ops) {
+        place = &(*place)->next;
+    }
+    core_scratch *scratch = *place;
     if (scratch != NULL) {
-        state->idle = scratch->next;
+        *place = scratch->next;
     }
     PyThread_release_lock(state->lock);
     if (scratch == NULL) {
@@ -32,17 +53,35 @@ core_context_acquire(core_state *state, const mil_ops *ops, mil_context *context
         if (scratch == NULL) {
             return mil_fail(MIL_ERR_MEMORY, "out of memory: %zu bytes for a call", sizeof *scratch);
         }
-        *scratch = (core_scratch){0};
+        *scratch = (core_scratch){
+            .ops = ops,
+            .allocator = {.alloc = allocate_on_device,
+                          .free = free_on_device,
+                          .owner = (void *)(uintptr_t)ops},
+        };
+        scratch->arena.allocator = ops == &mil_cpu_ops ? NULL : &scratch->allocator;
     }
-    *context = (mil_context){
-        .ops = ops, .scratch = &scratch->arena, .host = &scratch->host, .threads = state->threads};
-    return MIL_OK;
+    *context = (mil_context){.ops = ops,
+                             .scratch = &scratch->arena,
+                             .host = &scratch->host,
+                             .threads = state->threads,
+                             .stream = scratch->stream};
+    mil_status status = ops->open == NULL ? MIL_OK : ops->open(context);
+    scratch->stream = context->stream;
+    if (status != MIL_OK) {
+        core_context_release(state, context);
+    }
+    return status;
 }
 
 void
 core_context_release(core_state *state, mil_context *context)
 {
     core_scratch *scratch = (core_scratch *)((char *)context->scratch - offsetof(core_scratch, arena));
+    if (context->ops->finish != NULL && context->stream != NULL) {
+        mil_status unfinished = context->ops->finish(context); /* a device that failed says so again */
+        (void)unfinished;
+    }
     mil_arena_rewind(&scratch->arena, (mil_arena_mark){0});
     mil_arena_rewind(&scratch->host, (mil_arena_mark){0});
     PyThread_acquire_lock(state->lock, WAIT_LOCK);
@@ -64,6 +103,10 @@ trim_pool(core_state *state)
         core_scratch *next = scratch->next;
         mil_arena_release(&scratch->arena);
         mil_arena_release(&scratch->host);
+        if (scratch->ops->close != NULL) {
+            mil_context context = {.ops = scratch->ops, .stream = scratch->stream};
+            scratch->ops->close(&context);
+        }
         mil_free(scratch);
         scratch = next;
     }
@@ -216,6 +259,27 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+/* ---- for other extension modules -------------------------------------------------------------------- */
+
+static const mil_host host = {
+    .version = MIL_HOST_VERSION,
+    .size = sizeof(mil_host),
+    .fail = mil_fail,
+    .message = mil_message,
+    .arena_push = mil_arena_push,
+    .arena_get_mark = mil_arena_get_mark,
+    .arena_rewind = mil_arena_rewind,
+};
+
+static int
+add_host(PyObject *module)
+{
+    PyObject *capsule = PyCapsule_New((void *)(uintptr_t)&host, MIL_HOST_CAPSULE, NULL);
+    int result = capsule == NULL ? -1 : PyModule_AddObjectRef(module, "_host", capsule);
+    Py_XDECREF(capsule);
+    return result;
+}
+
 /* ---- initialisation ------------------------------------------------------------------------------------ */
 
 int
@@ -247,7 +311,7 @@ module_exec(PyObject *module)
     state->threads = default_threads();
     if (core_add_errors(module, state) < 0 || core_add_ops(module) < 0 ||
         core_add_model_types(module, state) < 0 || core_add_trainer_type(module, state) < 0 ||
-        core_add_generate(module) < 0) {
+        core_add_generate(module) < 0 || add_host(module) < 0) {
         return -1;
     }
     mil_status status = mil_cpu_check_level(); /* MAMBAINLLAMA_CPU misspelt: say so at once */

@@ -25,6 +25,9 @@
  * share one and a repeated call finds its memory already there. */
 typedef struct core_scratch {
     struct core_scratch *next;
+    const mil_ops *ops; /* of this device only */
+    mil_allocator allocator;
+    void *stream;
     mil_arena arena, host;
 } core_scratch;
 

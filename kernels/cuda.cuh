@@ -1,0 +1,290 @@
+/* What every kernel file shares: element types, vector access, reductions, and launches.
+ *
+ * Activations are of one type a table: float (to compare with the CPU), __nv_bfloat16 or __half.  Kernels are
+ * templates over it; all arithmetic is float32.  A launch goes through mil_launch, which marks it as a
+ * programmatic dependent of the kernel before it on the stream: its blocks may start while that one drains.
+ * Therefore EVERY kernel calls mil_wait() in every block before it touches memory that another kernel writes or
+ * reads (weights, which nobody writes, may be fetched before), and may call mil_trigger() once its own share of
+ * the chip is no longer needed by others.  Before sm_90 both are nothing and launches are ordinary ones.
+ *
+ * Kernels depend on no host value that changes from token to token (numbers of past tokens, boundaries): they
+ * read those from rows.device, and grids are sized from what is constant, so that a decoding step can be
+ * captured in a CUDA graph and replayed.
+ */
+#ifndef MIL_KERNELS_CUDA_CUH
+#define MIL_KERNELS_CUDA_CUH
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+extern "C" {
+#include "device.h"
+}
+
+#define MIL_WARP 32
+#define MIL_ALL_LANES 0xffffffffu
+
+/* ---- errors and launches ------------------------------------------------------------------------------- */
+
+/* A CUDA failure as a status, in one line. */
+static inline mil_status
+mil_cuda_status(cudaError_t error, const char *what)
+{
+    if (error == cudaSuccess) {
+        return MIL_OK;
+    }
+    (void)cudaGetLastError(); /* what is not sticky must not be found by the next call */
+    return mil_fail(error == cudaErrorMemoryAllocation ? MIL_ERR_MEMORY : MIL_ERR_DEVICE, "CUDA: %s: %s",
+                    what, cudaGetErrorString(error));
+}
+
+#define MIL_CUDA_TRY(expression) MIL_TRY(mil_cuda_status((expression), #expression))
+
+static inline cudaStream_t
+mil_stream(const mil_context *context)
+{
+    return (cudaStream_t)context->stream;
+}
+
+static inline int64_t
+mil_ceil_div(int64_t a, int64_t b)
+{
+    return (a + b - 1) / b;
+}
+
+/* Launches `kernel<<<grid, block, shared>>>(arguments...)` on the context's stream as a programmatic dependent. */
+template <typename... Parameters, typename... Arguments>
+static inline mil_status
+mil_launch(mil_context *context, const char *name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+           size_t shared, Arguments... arguments)
+{
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0) {
+        return MIL_OK;
+    }
+    if (shared > 48 * 1024) {
+        MIL_TRY(
+            mil_cuda_status(cudaFuncSetAttribute((const void *)kernel,
+                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared),
+                            name));
+    }
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared;
+    config.stream = mil_stream(context);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    return mil_cuda_status(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
+}
+
+/* ---- within a kernel --------------------------------------------------------------------------------------- */
+
+/* Everything that kernels before this one on the stream wrote is visible from here on. */
+static __device__ __forceinline__ void
+mil_wait()
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/* Lets the next kernel's blocks start where there is room. They still wait for this grid to end. */
+static __device__ __forceinline__ void
+mil_trigger()
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+/* Sum over a warp's lanes, the same bits in every lane; a fixed tree. */
+static __device__ __forceinline__ float
+mil_warp_sum(float value)
+{
+#pragma unroll
+    for (int step = MIL_WARP / 2; step > 0; step /= 2) {
+        value += __shfl_xor_sync(MIL_ALL_LANES, value, step);
+    }
+    return value;
+}
+
+static __device__ __forceinline__ float
+mil_warp_max(float value)
+{
+#pragma unroll
+    for (int step = MIL_WARP / 2; step > 0; step /= 2) {
+        value = fmaxf(value, __shfl_xor_sync(MIL_ALL_LANES, value, step));
+    }
+    return value;
+}
+
+/* Sum over a block of a multiple of 32 threads, the same bits in every thread; `partial` has 32 floats of shared
+ * memory, free for use again after the call. */
+static __device__ __forceinline__ float
+mil_block_sum(float value, float *partial)
+{
+    int lane = threadIdx.x % MIL_WARP, warp = threadIdx.x / MIL_WARP, warps = blockDim.x / MIL_WARP;
+    value = mil_warp_sum(value);
+    if (lane == 0) {
+        partial[warp] = value;
+    }
+    __syncthreads();
+    value = mil_warp_sum(lane < warps ? partial[lane] : 0.0f);
+    __syncthreads();
+    return value;
+}
+
+static __device__ __forceinline__ float
+mil_sigmoid(float x)
+{
+    return 1.0f / (1.0f + __expf(-x));
+}
+
+static __device__ __forceinline__ float
+mil_silu(float x)
+{
+    return x / (1.0f + __expf(-x));
+}
+
+/* log(1 + e^x) without overflow; x itself above 20, as everywhere in Mamba. */
+static __device__ __forceinline__ float
+mil_softplus(float x)
+{
+    return x > 20.0f ? x : log1pf(expf(x));
+}
+
+/* ---- element types ------------------------------------------------------------------------------------------ */
+
+static __device__ __forceinline__ float
+mil_float(float x)
+{
+    return x;
+}
+
+static __device__ __forceinline__ float
+mil_float(__nv_bfloat16 x)
+{
+    return __bfloat162float(x);
+}
+
+static __device__ __forceinline__ float
+mil_float(__half x)
+{
+    return __half2float(x);
+}
+
+template <typename T>
+static __device__ __forceinline__ T
+mil_round(float x);
+
+template <>
+__device__ __forceinline__ float
+mil_round<float>(float x)
+{
+    return x;
+}
+
+template <>
+__device__ __forceinline__ __nv_bfloat16
+mil_round<__nv_bfloat16>(float x)
+{
+    return __float2bfloat16_rn(x);
+}
+
+template <>
+__device__ __forceinline__ __half
+mil_round<__half>(float x)
+{
+    return __float2half_rn(x);
+}
+
+/* `N` elements that move as one access of N * sizeof(T) bytes; N is a power of two, at most 16 bytes. */
+template <typename T, int N>
+struct alignas(N * sizeof(T)) mil_vector {
+    T at[N];
+};
+
+/* Elements in 16 bytes. */
+template <typename T>
+constexpr int mil_lanes = 16 / (int)sizeof(T);
+
+/* N elements from `from` as float32. */
+template <int N, typename T>
+static __device__ __forceinline__ void
+mil_load(const T *from, float (&out)[N])
+{
+    mil_vector<T, N> v = *reinterpret_cast<const mil_vector<T, N> *>(from);
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        out[i] = mil_float(v.at[i]);
+    }
+}
+
+template <int N, typename T>
+static __device__ __forceinline__ void
+mil_store(T *to, const float (&in)[N])
+{
+    mil_vector<T, N> v;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        v.at[i] = mil_round<T>(in[i]);
+    }
+    *reinterpret_cast<mil_vector<T, N> *>(to) = v;
+}
+
+/* Whether rows at `pointer`, `stride` elements apart, can be read in steps of 16 bytes. */
+template <typename T>
+static inline bool
+mil_is_aligned(const void *pointer, int64_t stride)
+{
+    return (uintptr_t)pointer % 16 == 0 && stride % mil_lanes<T> == 0;
+}
+
+/* The widest vector, 16 bytes at most, in which rows of `width` elements of all these arrays can move: the
+ * kernel templates are instantiated for that and for 1. */
+
+/* ---- packed rows (mil_rows.device) ---------------------------------------------------------------------------- */
+
+struct mil_device_rows {
+    int sequences;
+    const int64_t *offsets, *past, *boundary; /* [sequences + 1], the last two with one entry too many */
+};
+
+static inline mil_device_rows
+mil_rows_of(const mil_rows &rows)
+{
+    int64_t columns = rows.sequences + 1;
+    return {(int)rows.sequences, rows.device, rows.device + columns, rows.device + 2 * columns};
+}
+
+/* The sequence that holds a row, by halving. */
+static __device__ __forceinline__ int
+mil_sequence_of(const mil_device_rows &rows, int64_t row)
+{
+    int low = 0, high = rows.sequences;
+    while (high - low > 1) {
+        int middle = (low + high) / 2;
+        if (rows.offsets[middle] <= row) {
+            low = middle;
+        }
+        else {
+            high = middle;
+        }
+    }
+    return low;
+}
+
+/* ---- one instance a type ---------------------------------------------------------------------------------------- */
+
+/* Calls `function<T>(arguments...)` for the table's activation type. */
+#define MIL_FOR_ACT(context, function, ...)                                               \
+    ((context)->ops->activation_dtype == MIL_BF16  ? function<__nv_bfloat16>(__VA_ARGS__) \
+     : (context)->ops->activation_dtype == MIL_F16 ? function<__half>(__VA_ARGS__)        \
+                                                   : function<float>(__VA_ARGS__))
+
+#endif

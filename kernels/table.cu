@@ -1,0 +1,92 @@
+/* The operator tables of CUDA devices: one for each activation type and device.
+ *
+ * Members that are missing (NULL) are the backward operators, losses and optimizers: training runs on the CPU.
+ */
+#include "cuda.cuh"
+#include "table.h"
+
+#include <stdio.h>
+
+#define MOST_DEVICES 16
+
+static mil_ops tables[MOST_DEVICES][3];
+
+static mil_ops
+table_of(mil_dtype activation_dtype, int device)
+{
+    mil_ops ops = {};
+    ops.version = MIL_OPS_VERSION;
+    ops.size = sizeof(mil_ops);
+    ops.name = "cuda";
+    ops.activation_dtype = activation_dtype;
+    ops.device = device;
+    ops.open = mil_cuda_open;
+    ops.finish = mil_cuda_finish;
+    ops.close = mil_cuda_close;
+    ops.alloc = mil_cuda_alloc;
+    ops.free = mil_cuda_free;
+    ops.copy = mil_cuda_copy;
+    ops.zero = mil_cuda_zero;
+    ops.upload = mil_cuda_upload;
+    ops.linear_forward = mil_cuda_linear_forward;
+    ops.norm_forward = mil_cuda_norm_forward;
+    ops.rope_table = mil_cuda_rope_table;
+    ops.rope = mil_cuda_rope;
+    ops.attention_forward = mil_cuda_attention_forward;
+    ops.kv_append = mil_cuda_kv_append;
+    ops.conv1d_forward = mil_cuda_conv1d_forward;
+    ops.scan_forward = mil_cuda_scan_forward;
+    ops.ssd_forward = mil_cuda_ssd_forward;
+    ops.glu_forward = mil_cuda_glu_forward;
+    ops.embedding_forward = mil_cuda_embedding_forward;
+    ops.add = mil_cuda_add;
+    ops.gather_rows = mil_cuda_gather_rows;
+    ops.widen = mil_cuda_widen;
+    return ops;
+}
+
+mil_status
+mil_cuda_device_count(int *count)
+{
+    *count = 0;
+    if (cudaGetDeviceCount(count) != cudaSuccess) {
+        (void)cudaGetLastError();
+        *count = 0;
+    }
+    return MIL_OK;
+}
+
+mil_status
+mil_cuda_describe(int device, mil_cuda_device_info *out)
+{
+    cudaDeviceProp properties;
+    MIL_CUDA_TRY(cudaSetDevice(device));
+    MIL_CUDA_TRY(cudaGetDeviceProperties(&properties, device));
+    snprintf(out->name, sizeof out->name, "%s", properties.name);
+    out->major = properties.major;
+    out->minor = properties.minor;
+    out->multiprocessors = properties.multiProcessorCount;
+    MIL_CUDA_TRY(cudaMemGetInfo(&out->free_memory, &out->memory));
+    return MIL_OK;
+}
+
+mil_status
+mil_cuda_table(mil_dtype activation_dtype, int device, const mil_ops **out)
+{
+    int count = 0;
+    cudaError_t error = cudaGetDeviceCount(&count);
+    *out = NULL;
+    if (error != cudaSuccess || count == 0) {
+        (void)cudaGetLastError();
+        return mil_fail(MIL_ERR_DEVICE, "device \"cuda\": no usable GPU here (%s); use device=\"cpu\"",
+                        error == cudaSuccess ? "none found" : cudaGetErrorString(error));
+    }
+    if (device < 0 || device >= count || device >= MOST_DEVICES) {
+        return mil_fail(MIL_ERR_DEVICE, "device \"cuda:%d\": this machine has cuda:0 to cuda:%d", device,
+                        count - 1);
+    }
+    mil_ops *table = &tables[device][activation_dtype];
+    *table = table_of(activation_dtype, device); /* the same bytes whoever writes them */
+    *out = table;
+    return MIL_OK;
+}

@@ -1,0 +1,16 @@
+/* Products with few rows (see thin_product.cu), as linear.cu calls them. */
+#ifndef MIL_KERNELS_THIN_PRODUCT_CUH
+#define MIL_KERNELS_THIN_PRODUCT_CUH
+
+#include "cuda.cuh"
+
+#define MIL_THIN_ROWS 16    /* most rows; a row's bits do not depend on how many there are */
+#define MIL_THIN_PRODUCTS 6 /* most products of one launch */
+
+/* Whether the kernels can read these operands: types agree, rows start at multiples of 16 bytes. */
+bool
+mil_thin_product_fits(const mil_context *context, const mil_linear *product);
+mil_status
+mil_thin_product(mil_context *context, const mil_linear *products, int64_t count);
+
+#endif

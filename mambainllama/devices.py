@@ -1,0 +1,97 @@
+"""Devices: their names, and the operator tables that the C core computes with.
+
+The CPU's operators are part of the core. Those of CUDA devices live in the extension module
+`_cuda`, which is built where a CUDA toolkit is found and imported only when a CUDA device is asked
+for, so that a machine without one neither needs nor notices it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import sys
+from functools import cache
+from pathlib import Path
+
+from .errors import ArgumentError, DeviceError, shorten
+
+__all__ = ["check_device", "cuda_devices", "operator_table"]
+
+_DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}  # mil_dtype
+
+
+@cache
+def _cuda():
+    """The module `_cuda`; DeviceError with the reason where there is none."""
+    if importlib.util.find_spec("mambainllama._cuda") is None:
+        raise DeviceError(
+            'device "cuda": this build has no CUDA operators; install a CUDA 12.6+ toolkit (nvcc) '
+            'and reinstall mambainllama with MAMBAINLLAMA_CUDA=1, or use device="cpu"'
+        )
+    _preload_cublas()
+    try:
+        from . import _cuda
+    except ImportError as error:
+        raise DeviceError(
+            f'device "cuda": the CUDA operators do not load ({error}); use device="cpu"'
+        ) from None
+    return _cuda
+
+
+def _preload_cublas() -> None:
+    """Loads cuBLASLt of the nvidia-cublas wheel, where there is one: it is then found by name."""
+    for entry in sys.path:
+        for folder in ("nvidia/cu13/lib", "nvidia/cublas/lib"):
+            for library in sorted(Path(entry, folder).glob("libcublasLt.so.*"), reverse=True):
+                try:
+                    ctypes.CDLL(os.fspath(library), mode=ctypes.RTLD_LOCAL)
+                    return
+                except OSError:
+                    continue
+
+
+def cuda_devices() -> list[dict]:
+    """Name, compute capability, multiprocessors, and bytes of memory (all and free) of each CUDA
+    device; empty where there are none or this build has no CUDA operators."""
+    try:
+        return _cuda().devices()
+    except DeviceError:
+        return []
+
+
+def check_device(device: str) -> str:
+    """The full name of a device: "cpu", or "cuda:0" and so on.
+
+    "auto" is "cpu": training and conversion run there only, so a GPU has to be asked for.
+
+    Raises
+    ------
+    DeviceError
+        A CUDA device that this build or machine does not have; the message says which and why.
+    ArgumentError
+        A name that is no device.
+    """
+    kind, colon, number = str(device).lower().partition(":")
+    if kind == "auto" and not colon:
+        return "cpu"
+    if kind == "cpu" and not colon:
+        return "cpu"
+    if kind not in ("cuda", "gpu") or (colon and not number.isdecimal()):
+        raise ArgumentError(
+            f'device {shorten(device)} is not known; use "auto", "cpu", "cuda" or "cuda:1"'
+        )
+    index = int(number) if colon else 0
+    operator_table(f"cuda:{index}", "float32")  # fails where there is no such device
+    return f"cuda:{index}"
+
+
+def operator_table(device: str, dtype: str):
+    """The capsule of a device's operators for models of `dtype`; None for the CPU's, which are
+    built into the core."""
+    if device == "cpu":
+        return None
+    try:
+        return _cuda().table(_DTYPE_CODES[dtype], int(device.partition(":")[2]))
+    except RuntimeError as error:
+        raise DeviceError(str(error)) from None
