@@ -23,6 +23,7 @@ from .generate import Generation, GenerationStats, Score, generate, score
 from .history import History
 from .label import label
 from .model import Model, load
+from .preference import DPOConfig, dpo
 from .stepwise import AlignConfig, StepwiseConfig, align, stepwise
 from .tokenizer import Tokenizer
 from .training import TrainingConfig, TrainingInterrupted
@@ -32,6 +33,7 @@ _blas.load()
 __all__ = [
     "AlignConfig",
     "ArgumentError",
+    "DPOConfig",
     "DeviceError",
     "DistillConfig",
     "DtypeError",
@@ -59,6 +61,7 @@ __all__ = [
     "align",
     "convert",
     "distill",
+    "dpo",
     "errors",
     "evaluate",
     "generate",

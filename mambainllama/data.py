@@ -124,9 +124,12 @@ class Documents:
                 digest.update(np.ascontiguousarray(array[begin : begin + step]).tobytes())
         return digest.hexdigest()[:16]
 
-    def split(self, fraction: float) -> tuple[Documents, Documents]:
-        """(the rest, an evenly spaced `fraction` of the documents), for validation."""
-        count = len(self)
+    def split(self, fraction: float, together: int = 1) -> tuple[Documents, Documents]:
+        """(the rest, an evenly spaced `fraction` of the documents), for validation.
+
+        `together` neighbours stay together.
+        """
+        count = len(self) // together
         held = round(count * fraction)
         if held < 1 or held >= count:
             raise ArgumentError(
@@ -134,6 +137,7 @@ class Documents:
             )
         keep = np.ones(count, bool)
         keep[(np.arange(held) * count) // held] = False
+        keep = np.repeat(keep, together)
         return self._select(keep), self._select(~keep)
 
     def _select(self, keep: np.ndarray) -> Documents:
@@ -344,13 +348,18 @@ def read_array(path: Path, vocab: int) -> Documents:
     return Documents(tokens, starts)
 
 
-def read_records(path: Path, skip_bad: bool) -> Iterator[tuple[str, Any]]:
-    """(place, record) of a text file, one at a time; a BadRecord could not be read."""
+def read_records(
+    path: Path, skip_bad: bool, columns: Sequence[str] = ("messages", "text")
+) -> Iterator[tuple[str, Any]]:
+    """(place, record) of a text file, one at a time; a BadRecord could not be read.
+
+    Of a parquet file, the `columns` that it has are read.
+    """
     if path.is_dir():
         yield from dataset_records(open_dataset(path), str(path))
         return
     if path.suffix == ".parquet":
-        yield from read_parquet(path)
+        yield from read_parquet(path, columns)
         return
     try:
         opener = gzip.open if path.suffix == ".gz" else open
@@ -397,7 +406,7 @@ def text_record(lines: list[bytes]) -> Any:
         return BadRecord(f"not UTF-8 ({error.reason})")
 
 
-def read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+def read_parquet(path: Path, wanted: Sequence[str]) -> Iterator[tuple[str, Any]]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -407,13 +416,14 @@ def read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
         ) from None
     try:
         table = pyarrow.parquet.ParquetFile(path)
-        columns = [name for name in ("text", "messages") if name in table.schema_arrow.names]
+        columns = [name for name in wanted if name in table.schema_arrow.names]
         if not columns:
             raise FormatError(
-                f"{path}: expected a column 'text' or 'messages', found {table.schema_arrow.names}"
+                f"{path}: expected a column {' or '.join(map(repr, wanted))}, found "
+                f"{table.schema_arrow.names}"
             )
         row = 0
-        for block in table.iter_batches(batch_size=256, columns=columns[:1]):
+        for block in table.iter_batches(batch_size=256, columns=columns):
             for record in block.to_pylist():
                 row += 1
                 yield f"{path}: row {row}", record
@@ -533,7 +543,7 @@ class DocumentWriter:
     def add(self, place: str, record: Any) -> None:
         self.place = place
         try:
-            segments, plain = segments_of(record, self.tokenizer)
+            segments, plain = self.segments(record)
         except BadRecord as error:
             self.refuse(place, error)
             return
@@ -541,6 +551,9 @@ class DocumentWriter:
         self.characters += sum(len(text) for text, _ in segments)
         if len(self.block) >= BLOCK_RECORDS or self.characters >= BLOCK_CHARACTERS:
             self.flush()
+
+    def segments(self, record: Any) -> tuple[Segments, bool]:
+        return segments_of(record, self.tokenizer)
 
     def flush(self) -> None:
         """Tokenises and writes the waiting records."""
@@ -679,6 +692,8 @@ class Batch:
     row_weight : float32 array [n] or None (all 1)
     rows : int
         Rows of the batch in the user's sense (array rows, or packed rows).
+    numbers : int64 array [rows] or None
+        Which of all rows these are.
     """
 
     tokens: np.ndarray
@@ -686,6 +701,7 @@ class Batch:
     labels: np.ndarray
     row_weight: np.ndarray | None
     rows: int
+    numbers: np.ndarray | None = None
 
     @property
     def counted(self) -> float:

@@ -251,6 +251,13 @@ class Task:
     batches: Batches
     trainer: _core.Trainer
 
+    def prepare(self, folder: Path | None, resume: bool) -> None:
+        """What has to be done before the first step; the folder is this run's alone."""
+
+    def draw(self, step: int) -> list[Batch]:
+        """The micro-batches of optimizer step `step`: a function of its number and the weights."""
+        return self.batches.step(step)
+
     def accumulate(self, step: int, total: int, batch: Batch, window: Window) -> dict[str, float]:
         """Adds one micro-batch to the gradients; returns sums that `report` understands."""
         raise NotImplementedError
@@ -410,6 +417,7 @@ class Loop:
             return self.run_alone(resume)
 
     def run_alone(self, resume: bool) -> History:
+        self.task.prepare(self.folder, resume)
         first = self.start(resume)
         saved = first if self.last_good else None
         try:
@@ -445,7 +453,7 @@ class Loop:
             step, self.total, self.warmup, config.schedule, config.min_learning_rate
         )
         rate = config.learning_rate * factor
-        batches = self.task.batches.step(step)
+        batches = self.task.draw(step)
         window = Window.of(batches)
         sums: dict[str, float] = {"steps": 1.0}
         for batch in batches:
