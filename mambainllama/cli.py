@@ -94,6 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
         add_label,
         add_distill,
         add_sft,
+        add_dpo,
         add_generate,
         add_chat,
         add_eval,
@@ -488,7 +489,7 @@ def add_sft(commands: Any, common: Any) -> None:
     )
     parser.add_argument("model", help="folder or Hub id")
     parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="training files")
-    parser.add_argument("--validation", metavar="FILE", help="held-out file")
+    parser.add_argument("--validation", metavar="FILE", help="held-out file, or a share: 0.02")
     parser.add_argument("--output", default="run", help="folder of metrics, checkpoints and model")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     parser.add_argument(
@@ -497,30 +498,90 @@ def add_sft(commands: Any, common: Any) -> None:
 
 
 def run_sft(options: argparse.Namespace) -> None:
+    from .distill import SftConfig, sft
+
+    config = settings_of(options, SftConfig)
+    history = sft(
+        load_model(options, options.model),
+        options.data,
+        config,
+        options.output,
+        options.resume,
+        validation=share_or_file(options.validation),
+        progress=False if options.json else None,
+    )
+    show_run(options, history)
+
+
+def settings_of(options: argparse.Namespace, kind: Any) -> Any:
+    """A configuration of class `kind` from --seed and --set KEY=VALUE."""
     from dataclasses import fields
 
-    from .distill import SftConfig, sft
     from .recipe import closest, parse_override
 
-    known = [field.name for field in fields(SftConfig)]
+    known = [field.name for field in fields(kind)]
     settings: dict[str, Any] = {"seed": options.seed}
     for text in options.set:
-        _, key, value = parse_override(f"sft.{text}")
+        _, key, value = parse_override(f"{options.command}.{text}")
         if key not in known:
             raise ArgumentError(f"--set: unknown setting {key!r}{closest(key, known)}")
         settings[key] = value
-    model = load_model(options, options.model)
-    history = sft(
-        model,
-        options.data,
-        SftConfig(**settings),
-        options.output,
-        options.resume,
-        validation=options.validation,
-        progress=False if options.json else None,
-    )
+    return kind(**settings)
+
+
+def show_run(options: argparse.Namespace, history: Any) -> None:
     facts = {"output": options.output, **history.final}
     show(options, facts, f"{history!r}\ntrained model: {Path(options.output) / 'model'}")
+
+
+def add_dpo(commands: Any, common: Any) -> None:
+    parser = add_command(
+        commands,
+        common,
+        "dpo",
+        run_dpo,
+        "train a model on pairs of a chosen and a rejected answer",
+        "mambainllama dpo my-hybrid --data pairs.jsonl.gz --output run --set beta=0.1",
+    )
+    parser.add_argument("model", help="folder or Hub id, after supervised fine-tuning")
+    parser.add_argument(
+        "--data", nargs="+", required=True, metavar="FILE", help="{prompt, chosen, rejected} files"
+    )
+    parser.add_argument("--validation", metavar="FILE", help="held-out pairs, or a share: 0.02")
+    parser.add_argument(
+        "--reference", help="compare with this model (default: the model as it is at the start)"
+    )
+    parser.add_argument("--output", default="run", help="folder of metrics, checkpoints and model")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of mil.DPOConfig"
+    )
+
+
+def run_dpo(options: argparse.Namespace) -> None:
+    from .preference import DPOConfig, dpo
+
+    config = settings_of(options, DPOConfig)
+    history = dpo(
+        load_model(options, options.model),
+        options.data,
+        config,
+        options.output,
+        options.resume,
+        reference=None if options.reference is None else load_model(options, options.reference),
+        validation=share_or_file(options.validation),
+        progress=False if options.json else None,
+    )
+    show_run(options, history)
+
+
+def share_or_file(text: str | None) -> Any:
+    """Validation data: a number between 0 and 1 is a share of the data."""
+    try:
+        share = float(text or "")
+    except ValueError:
+        return text
+    return share if 0 < share < 1 else text
 
 
 # ---- generate and chat -------------------------------------------------------------------------
