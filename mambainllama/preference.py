@@ -225,7 +225,7 @@ class PairWriter(DocumentWriter):
     """Collects pairs, tokenises a block of them at once, and writes two documents for each."""
 
     def __init__(self, tokenizer: Any, vocab: int, config: DPOConfig):
-        super().__init__(tokenizer, vocab, loss_on="answers", skip_bad=config.skip_bad)
+        super().__init__(tokenizer, vocab, answers_only=True, skip_bad=config.skip_bad)
         self.length, self.prompt_length = config.sequence_length, config.prompt_length
         # What the tokenizer puts before every text.
         opening = tokenizer.encode("")
