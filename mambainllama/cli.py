@@ -347,7 +347,7 @@ def add_distill(commands: Any, common: Any) -> None:
         common,
         "distill",
         run_distill,
-        "distil a student as a recipe says",
+        "make a student as a recipe says, through all its stages",
         "mambainllama distill recipe.toml --set distill.epochs=2",
     )
     parser.add_argument("recipe", help="TOML file; see recipes/ and mambainllama/recipe.py")
@@ -357,7 +357,7 @@ def add_distill(commands: Any, common: Any) -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the newest checkpoint in the output folder",
+        help="go on at the stage and step where the run in the output folder stopped",
     )
     parser.add_argument(
         "--set",
@@ -367,74 +367,65 @@ def add_distill(commands: Any, common: Any) -> None:
         help="override one setting of the recipe",
     )
     parser.add_argument(
-        "--check", action="store_true", help="check the recipe and its files, then stop"
+        "--check", action="store_true", help="say what the recipe would do, then stop"
+    )
+    parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out bad records of the data and count them, instead of stopping at the first",
     )
 
 
 def run_distill(options: argparse.Namespace) -> None:
-    from .distill import distill
+    from .pipeline import check_recipe, run_recipe
     from .recipe import read_recipe
 
     overrides = list(options.set)
     if options.seed:
-        overrides.append(f"distill.seed={options.seed}")
+        overrides.append(f"training.seed={options.seed}")
+    if options.skip_bad:
+        overrides.append("training.skip_bad=true")
     recipe = read_recipe(options.recipe, overrides)
-    folder = options.output or recipe.output["folder"]
-    teacher, student = models_of(options, recipe)
     if options.check:
-        show(
-            options, {"recipe": options.recipe, "ok": True}, f"{options.recipe}: fine; {student!r}"
-        )
+        facts = check_recipe(recipe, options.device, options.dtype)
+        show(options, facts, plan_words(facts))
         return
-    say(options, f"teacher {teacher!r}\nstudent {student!r}")
-    history = distill(
-        student,
-        teacher,
-        recipe.data["files"],
-        recipe.config,
-        folder,
+    results = run_recipe(
+        recipe,
+        options.output,
         options.resume,
-        validation=recipe.data.get("validation"),
+        device=options.device,
+        dtype=options.dtype,
         progress=False if options.json else None,
+        say=lambda text: say(options, text),
     )
-    final = history.final
+    folder = Path(results["output"])
+    facts = {"output": results["output"], "stages": [stage_facts(r) for r in results["stages"]]}
     show(
         options,
-        {"output": str(folder), **final},
-        f"{history!r}\ntrained model: {Path(folder) / 'model'}",
+        {**facts, **results["stages"][-1].get("final", {})},
+        f"trained model: {folder / 'model'}\nreport: {folder / 'report.html'}",
     )
 
 
-def models_of(options: argparse.Namespace, recipe: Any) -> tuple[Any, Any]:
-    """A recipe's teacher and student; the student converted where it is not there yet."""
-    from .convert import convert
-    from .model import load
+def stage_facts(row: dict[str, Any]) -> dict[str, Any]:
+    """A stage's figures; what it said and was told stands in results.json."""
+    names = ("stage", "steps", "tokens", "seconds", "tokens_per_second", "peak_memory_bytes")
+    facts = {name: row[name] for name in names if name in row}
+    if "kept" in row:
+        facts["kept"] = {name: row["kept"][name] for name in ("likelihood", "generation")}
+    return facts
 
-    def dtype(section):
-        return section.get("dtype", options.dtype)
 
-    teacher = load(recipe.teacher["model"], device=options.device, dtype=dtype(recipe.teacher))
-    settings = recipe.student
-    if "trained" in settings:
-        return teacher, load(settings["trained"], device=options.device, dtype=dtype(settings))
-    source = teacher
-    if "model" in settings or "dtype" in settings:
-        source = load(
-            settings.get("model", recipe.teacher["model"]),
-            device=options.device,
-            dtype=dtype(settings),
-        )
-    words = {k: settings[k] for k in ("mixer", "attention_layers", "init", "seed") if k in settings}
-    calibration = None
-    if words.get("init", "auto") != "paper":
-        calibration = calibration_tokens(
-            source,
-            recipe.data["files"],
-            settings.get("calibration_rows", 128),
-            settings.get("calibration_length", 256),
-            words.get("seed", 0),
-        )
-    return teacher, convert(source, calibration=calibration, **words)
+def plan_words(facts: dict[str, Any]) -> str:
+    """What a recipe would do."""
+    lines = [f"{facts['recipe']}: fine", f"stages: {', '.join(facts['stages'])}"]
+    if facts["student"]:
+        lines.append(f"student: {facts['student']}")
+    lines.append(f"output: {facts['output']}")
+    if facts["missing"]:
+        lines.append(f"not here yet: {', '.join(facts['missing'])}")
+    return "\n".join(lines)
 
 
 # ---- label and sft -----------------------------------------------------------------------------

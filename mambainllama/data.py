@@ -180,7 +180,8 @@ def read_documents(
     vocab : int
         Tokens must lie in [0, vocab).
     loss_on : "all" or "answers"
-        With "answers", only the assistant's tokens of ``messages`` are learnt.
+        With "answers", only the assistant's tokens of ``messages`` are learnt. ("marked" takes what
+        "all" takes, and marks answers as "answers" does: to measure, not to learn.)
     skip_bad : bool
         Leave bad records out and count them instead of stopping at the first.
 
@@ -189,7 +190,7 @@ def read_documents(
     mil.FormatError, mil.FileError, mil.ArgumentError, mil.ShapeError
         One line with file and line, or array row and column.
     """
-    if loss_on not in ("all", "answers"):
+    if loss_on not in ("all", "answers", "marked"):
         raise ArgumentError(f"loss_on={shorten(loss_on)}: expected 'all' or 'answers'")
     if isinstance(data, Documents):
         check_tokens(data.tokens, data.starts, vocab, "data")
@@ -516,7 +517,9 @@ def documents_of_records(
         raise ArgumentError(
             "data is text, but the model has no tokenizer: give token arrays instead"
         )
-    writer = DocumentWriter(tokenizer, vocab, loss_on == "answers", skip_bad)
+    writer = DocumentWriter(
+        tokenizer, vocab, loss_on == "answers", skip_bad, marked=loss_on == "marked"
+    )
     for place, record in records:
         writer.add(place, record)
     return writer.documents()
@@ -529,10 +532,19 @@ Segments = list[tuple[str, bool]]
 class DocumentWriter:
     """Collects records, tokenises a block of them at once, and writes the tokens to a file."""
 
-    def __init__(self, tokenizer: Any, vocab: int, answers_only: bool, skip_bad: bool):
+    def __init__(
+        self,
+        tokenizer: Any,
+        vocab: int,
+        answers_only: bool,
+        skip_bad: bool,
+        *,
+        marked: bool = False,
+    ):
         self.tokenizer, self.vocab, self.skip_bad = tokenizer, vocab, skip_bad
+        self.answers_only = answers_only
         self.tokens = TokenFile(np.uint16 if vocab <= 1 << 16 else np.int32)
-        self.targets = TokenFile(np.bool_) if answers_only else None
+        self.targets = TokenFile(np.bool_) if answers_only or marked else None
         self.starts = compact_array("q", [0])
         self.skipped, self.first_skipped = 0, ""
         self.place = "data"
@@ -589,7 +601,7 @@ class DocumentWriter:
         if self.targets is not None:
             learnt = [flag for run, flag in runs for _ in run]
             learnt += [True] * (len(ids) - len(learnt))
-            if not any(learnt):
+            if self.answers_only and not any(learnt):
                 raise BadRecord("no assistant message to learn from")
             self.targets.add(learnt)
         self.tokens.add(ids)

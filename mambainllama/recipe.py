@@ -1,4 +1,7 @@
-"""Recipes: one TOML file that says what to distil, from what, with what, and where to.
+"""Recipes: one TOML file that says what to distil, from what, through which stages, and where to.
+
+    title = "Half the attention"      # of the report
+    extends = "base.toml"             # or several: what is not said here is theirs
 
     [teacher]
     model = "../teacher"              # folder or Hub id
@@ -12,15 +15,27 @@
     files = ["chats.jsonl.gz"]
     validation = 0.02                 # a share to hold back, or files
 
-    [distill]                         # mil.DistillConfig
-    learning_rate = 2e-3
+    [training]                        # for every stage that trains; a stage may say otherwise
     sequence_length = 512
+
+    [distill]                         # a stage: the settings of mil.DistillConfig
+    learning_rate = 2e-3
+
+    [sft]                             # another one, on data of its own
+    files = ["answers.jsonl"]
+
+    [report]                          # what is measured after each stage
+    prompts = 32
 
     [output]
     folder = "run"
 
-Paths are relative to the recipe.  Every key is checked: a misspelt one is refused with the name
-that it may have meant, because a setting that is silently ignored costs a run.
+Each section that names a stage runs it; the stages and their order are those of `stages.STAGES`:
+label, convert, stepwise, align, distill, sft, on_policy, dpo.  ``stages = ["sft", "distill"]`` at
+the top chooses among them, in that order.  A recipe without any stage distils.
+
+Paths are relative to the file that names them.  Every key is checked: a misspelt one is refused
+with the name that it may have meant, because a setting that is silently ignored costs a run.
 """
 
 from __future__ import annotations
@@ -32,12 +47,22 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .distill import DistillConfig
 from .errors import ArgumentError, FileError, FormatError, NotFoundError, shorten
+from .stages import STAGES, Stage
+from .training import TrainingConfig
 
-__all__ = ["Recipe", "read_recipe"]
+__all__ = ["Recipe", "StageSettings", "read_recipe"]
 
-KEYS = {
+TOP = ("title", "extends", "stages")
+REPORT = {
+    # Key: (kind, least, what it is when not said).
+    "tokens": (int, 2, 32_768),
+    "prompts": (int, 0, 24),
+    "samples": (int, 0, 6),
+    "max_new_tokens": (int, 1, 64),
+    "every_stage": (bool, None, True),
+}
+KEYS: dict[str, tuple[str, ...]] = {
     "teacher": ("model", "dtype"),
     "student": (
         "model",
@@ -51,10 +76,38 @@ KEYS = {
         "calibration_length",
     ),
     "data": ("files", "validation"),
-    "distill": tuple(field.name for field in fields(DistillConfig)),
-    "output": ("folder",),
+    "training": tuple(field.name for field in fields(TrainingConfig)),
+    **{name: stage.keys for name, stage in STAGES.items() if name != "convert"},
+    "report": ("files", *REPORT),
+    "output": ("folder", "keep_checkpoints"),
 }
-REQUIRED = {"teacher": ("model",), "data": ("files",)}
+
+# Keys that hold a path or a list of paths, in any section.
+MODELS = ("model", "trained")
+FILES = ("files", "validation")
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """One stage of a recipe.
+
+    Attributes
+    ----------
+    stage : Stage
+    config : TrainingConfig or None
+        Of a stage that trains.
+    options : dict
+        What the section says beside that: `files`, `validation`, and all of a stage that does not
+        train.
+    """
+
+    stage: Stage
+    config: TrainingConfig | None
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.stage.name
 
 
 @dataclass(frozen=True)
@@ -63,50 +116,138 @@ class Recipe:
 
     Attributes
     ----------
-    teacher, student, data, output : dict
+    path : Path
+    title : str
+    teacher, student, data, report, output : dict
         The file's sections, paths made absolute.
-    config : DistillConfig
+    stages : list of StageSettings
+        In the order in which they run.
     """
 
+    path: Path
+    title: str
     teacher: dict[str, Any]
     student: dict[str, Any]
     data: dict[str, Any]
+    report: dict[str, Any]
     output: dict[str, Any]
-    config: DistillConfig
+    stages: list[StageSettings]
+
+    def __getitem__(self, name: str) -> StageSettings:
+        """The stage with this name."""
+        for settings in self.stages:
+            if settings.name == name:
+                return settings
+        raise KeyError(name)
+
+
+# ---- reading -----------------------------------------------------------------------------------
 
 
 def read_recipe(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Recipe:
-    """Reads and checks a recipe; `overrides` are "section.key=value" with TOML values."""
+    """Reads and checks a recipe; `overrides` are "section.key=value" with TOML values.
+
+    Raises
+    ------
+    mil.ArgumentError, mil.FormatError, mil.FileError, mil.NotFoundError
+        One line with the file, the section and the key.
+    """
     path = Path(path)
+    content = read_content(path, ())
+    for text in overrides:
+        section, key, value = parse_override(text)
+        said = {key: value} if section == "" else {section: {key: value}}
+        check_keys(said, "--set")
+        merge(content, absolute(said, path))
+    where = str(path)
+    sections = {name: dict(content.get(name, {})) for name in KEYS}
+    check_student(sections["student"], where)
+    if "model" not in sections["teacher"]:
+        raise ArgumentError(f"{where}: [teacher] needs 'model'")
+    output = sections["output"]
+    output.setdefault("folder", str(path.parent / "run"))
+    title = content.get("title", path.stem)
+    if not isinstance(title, str):
+        raise ArgumentError(f"{where}: title: expected text, got {shorten(title)}")
+    recipe = Recipe(
+        path,
+        title,
+        sections["teacher"],
+        sections["student"],
+        sections["data"],
+        report_settings(sections["report"], where),
+        output,
+        [
+            stage_settings(STAGES[name], sections, where)
+            for name in stage_names(content, sections["student"], where)
+        ],
+    )
+    check_data(recipe)
+    return recipe
+
+
+def read_content(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """A recipe file's sections over those of the recipes that it extends, paths made absolute."""
+    if path.resolve() in above:
+        raise ArgumentError(f"{path}: extends itself")
     try:
         content = parse_toml(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
-        raise NotFoundError(f"{path}: no such recipe") from None
+        by = f" (extended by {above[-1]})" if above else ""
+        raise NotFoundError(f"{path}: no such recipe{by}") from None
     except UnicodeDecodeError:
         raise FormatError(f"{path}: not a text file") from None
     except OSError as error:
         raise FileError(f"{path}: {error.strerror}") from None
-    for text in overrides:
-        section, key, value = parse_override(text)
-        content.setdefault(section, {})[key] = value
     check_keys(content, str(path))
-    sections = {name: dict(content.get(name, {})) for name in KEYS}
-    for section, key in (("teacher", "model"), ("student", "model"), ("student", "trained")):
-        if key in sections[section]:
-            sections[section][key] = beside(
-                path, sections[section][key], f"{path}: [{section}] {key}"
-            )
-    data = sections["data"]
-    data["files"] = file_list(path, data["files"], "files")
-    if not isinstance(data.get("validation", 0.5), float):
-        data["validation"] = file_list(path, data["validation"], "validation")
-    output = sections["output"]
-    output["folder"] = str(path.parent / output.get("folder", "run"))
-    try:
-        config = DistillConfig(**sections["distill"])
-    except ArgumentError as error:
-        raise ArgumentError(f"{path}: [distill] {str(error).partition(': ')[2]}") from None
-    return Recipe(sections["teacher"], sections["student"], data, output, config)
+    bases = content.pop("extends", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ArgumentError(f"{path}: extends: expected a recipe or a list, got {shorten(bases)}")
+    whole: dict[str, Any] = {}
+    for base in bases:
+        merge(whole, read_content(path.parent / base, (*above, path.resolve())))
+    return merge(whole, absolute(content, path))
+
+
+def merge(into: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds keys to sections; what is said anew replaces what was said."""
+    for name, value in new.items():
+        if isinstance(value, Mapping):
+            into.setdefault(name, {}).update(value)
+        else:
+            into[name] = value
+    # A trained student and one to be converted exclude each other: the later word counts.
+    student, said = into.get("student", {}), new.get("student", {})
+    if "trained" in said:
+        into["student"] = {k: v for k, v in student.items() if k in ("trained", "dtype")}
+        into["student"].update(said)
+    elif "trained" in student and {"mixer", "attention_layers", "model"} & set(said):
+        del student["trained"]
+    return into
+
+
+def absolute(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The same sections with paths as seen from the recipe."""
+    found: dict[str, Any] = {}
+    for section, keys in content.items():
+        if not isinstance(keys, Mapping):
+            found[section] = keys
+            continue
+        found[section] = dict(keys)
+        for key, value in keys.items():
+            what = f"{path}: [{section}] {key}"
+            if key in MODELS:
+                found[section][key] = beside(path, value, what)
+            elif key in FILES and not (key == "validation" and isinstance(value, float)):
+                found[section][key] = file_list(path, value, what)
+            elif (section, key) == ("label", "prompts"):
+                [found[section][key]] = file_list(path, value, what)
+            elif (section, key) == ("output", "folder"):
+                if not isinstance(value, str) or not value:
+                    raise ArgumentError(f"{what}: expected a folder, got {shorten(value)}")
+                found[section][key] = str(path.parent / value)
+    return found
 
 
 def parse_toml(text: str, where: str) -> dict[str, Any]:
@@ -126,8 +267,11 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
 
 
 def parse_override(text: str) -> tuple[str, str, Any]:
+    """(section, key, value) of "section.key=value"; the section of "stages=..." is ""."""
     name, equals, value = text.partition("=")
     section, dot, key = name.strip().partition(".")
+    if section in TOP and not dot:
+        section, dot, key = "", ".", section
     if not equals or not dot or not key:
         raise ArgumentError(
             f"--set {shorten(text)}: expected section.key=value, as in distill.epochs=2"
@@ -139,11 +283,37 @@ def parse_override(text: str) -> tuple[str, str, Any]:
     return section, key, parsed
 
 
+def beside(recipe: Path, value: Any, what: str) -> str:
+    """A path as seen from the recipe, where there is one; else the words as they are (a Hub id)."""
+    if not isinstance(value, str) or not value:
+        raise ArgumentError(f"{what}: expected a path or a name, got {shorten(value)}")
+    path = recipe.parent / value
+    return str(path) if path.exists() or value.startswith((".", "/")) else value
+
+
+def file_list(recipe: Path, value: Any, what: str) -> list[str]:
+    values = [value] if isinstance(value, str) else value
+    if (
+        not isinstance(values, list)
+        or not values
+        or not all(isinstance(v, str) and v for v in values)
+    ):
+        raise ArgumentError(f"{what}: expected a file or a list of files, got {shorten(value)}")
+    return [str(recipe.parent / name) for name in values]
+
+
+# ---- checking ----------------------------------------------------------------------------------
+
+
 def check_keys(content: Mapping[str, Any], where: str) -> None:
-    """Every section and key is known, and the required ones are there."""
+    """Every section and key is known."""
     for section, keys in content.items():
+        if section in TOP and not isinstance(keys, Mapping):
+            continue
         if section not in KEYS:
-            raise ArgumentError(f"{where}: unknown section [{section}]{closest(section, KEYS)}")
+            raise ArgumentError(
+                f"{where}: unknown section [{section}]{closest(section, [*KEYS, *TOP])}"
+            )
         if not isinstance(keys, Mapping):
             raise ArgumentError(f"{where}: [{section}] must be a table of settings")
         for key in keys:
@@ -151,17 +321,6 @@ def check_keys(content: Mapping[str, Any], where: str) -> None:
                 raise ArgumentError(
                     f"{where}: unknown key {key!r} in [{section}]{closest(key, KEYS[section])}"
                 )
-    for section, keys in REQUIRED.items():
-        for key in keys:
-            if key not in content.get(section, {}):
-                raise ArgumentError(f"{where}: [{section}] needs {key!r}")
-    student = content.get("student", {})
-    if "trained" in student and len(student) > 1 + ("dtype" in student):
-        extra = next(key for key in student if key not in ("trained", "dtype"))
-        raise ArgumentError(
-            f"{where}: [student] has both 'trained' and {extra!r}: a trained student is not "
-            "converted"
-        )
 
 
 def closest(word: str, words: Iterable[str]) -> str:
@@ -170,22 +329,84 @@ def closest(word: str, words: Iterable[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(words)}"
 
 
-def beside(recipe: Path, value: Any, what: str) -> str:
-    """A path as seen from the recipe, where there is one; else the words as they are (a Hub id)."""
-    if not isinstance(value, str) or not value:
-        raise ArgumentError(f"{what}: expected a path or a name, got {shorten(value)}")
-    path = recipe.parent / value
-    return str(path) if path.exists() else value
-
-
-def file_list(recipe: Path, value: Any, key: str) -> list[str]:
-    values = [value] if isinstance(value, str) else value
-    if (
-        not isinstance(values, list)
-        or not values
-        or not all(isinstance(v, str) and v for v in values)
-    ):
+def check_student(student: Mapping[str, Any], where: str) -> None:
+    if "trained" in student and len(student) > 1 + ("dtype" in student):
+        extra = next(key for key in student if key not in ("trained", "dtype"))
         raise ArgumentError(
-            f"{recipe}: [data] {key}: expected a file or a list of files, got {shorten(value)}"
+            f"{where}: [student] has both 'trained' and {extra!r}: a trained student is not "
+            "converted"
         )
-    return [str(recipe.parent / name) for name in values]
+
+
+def stage_names(content: Mapping[str, Any], student: Mapping[str, Any], where: str) -> list[str]:
+    """Which stages run, in order."""
+    trained = "trained" in student
+    if "stages" in content:
+        names = content["stages"]
+        if not isinstance(names, list) or not names or len(set(map(str, names))) < len(names):
+            raise ArgumentError(
+                f"{where}: stages: expected a list of different stages, got {shorten(names)}"
+            )
+        for name in names:
+            if name not in STAGES:
+                raise ArgumentError(
+                    f"{where}: stages: unknown stage {name!r}{closest(str(name), STAGES)}"
+                )
+        makers = [name for name in names if name in ("convert", "stepwise")]
+        if not trained and not makers:
+            first = 1 if names[0] == "label" else 0
+            return [*names[:first], "convert", *names[first:]]
+    else:
+        names = [name for name in STAGES if name in content] or ["distill"]
+        if "stepwise" not in names and not trained:
+            names = [name for name in STAGES if name in (*names, "convert")]
+    if trained and "convert" in names:
+        raise ArgumentError(f"{where}: stages: a trained student is not converted")
+    return list(names)
+
+
+def stage_settings(stage: Stage, sections: Mapping[str, Any], where: str) -> StageSettings:
+    """A stage's settings, those of [training] where it says nothing itself."""
+    said = dict(sections.get(stage.name, {}))
+    if stage.config is None:
+        for key in stage.required:
+            if key not in said:
+                raise ArgumentError(f"{where}: [{stage.name}] needs {key!r}")
+        return StageSettings(stage, None, said)
+    known = {field.name for field in fields(stage.config)}
+    options = {key: said.pop(key) for key in list(said) if key not in known}
+    for key in stage.required:
+        if key not in options:
+            raise ArgumentError(f"{where}: [{stage.name}] needs {key!r}")
+    common = {key: value for key, value in sections["training"].items() if key in known}
+    try:
+        config = stage.config(**{**common, **said})
+    except ArgumentError as error:
+        words = str(error).partition(": ")[2]
+        raise ArgumentError(f"{where}: [{stage.name}] {words}") from None
+    return StageSettings(stage, config, options)
+
+
+def report_settings(said: Mapping[str, Any], where: str) -> dict[str, Any]:
+    found = {key: default for key, (_, _, default) in REPORT.items()}
+    for key, value in said.items():
+        if key in REPORT:
+            kind, least, _ = REPORT[key]
+            if type(value) is not kind or (least is not None and value < least):
+                words = "true or false" if kind is bool else f"a whole number of at least {least}"
+                raise ArgumentError(f"{where}: [report] {key}={shorten(value)}: expected {words}")
+        found[key] = value
+    return found
+
+
+def check_data(recipe: Recipe) -> None:
+    """Every stage that trains has data: its own, a teacher's answers, or those of all."""
+    labelled = False
+    for settings in recipe.stages:
+        labelled |= settings.name == "label"
+        if settings.config is None or settings.options.get("files") or labelled:
+            continue
+        if "files" not in recipe.data:
+            raise ArgumentError(
+                f"{recipe.path}: [{settings.name}] has no data: [data] needs 'files'"
+            )

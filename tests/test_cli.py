@@ -19,7 +19,7 @@ from tiny_models import write_llama
 import mambainllama as mil
 from mambainllama.cli import main, make_parser
 from mambainllama.conversation import Conversation
-from mambainllama.recipe import KEYS, read_recipe
+from mambainllama.recipe import read_recipe
 
 COMMANDS = (
     "info",
@@ -201,7 +201,8 @@ def test_distill_runs_a_recipe(capsys, teacher, tokens, tmp_path):
     found = run_json(capsys, "distill", path, "--set", "distill.learning_rate=1e-3")
     assert found["step"] == 2 and "eval_kl" in found
     assert mil.load(tmp_path / "out" / "model").config.mixer == "mamba2"
-    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (tmp_path / "out" / "report.html").read_text().startswith("<!doctype html>")
+    record = json.loads((tmp_path / "out" / "distill" / "run.json").read_text())
     assert record["learning_rate"] == 1e-3
     again = run_json(capsys, "distill", path, "--set", "distill.learning_rate=1e-3", "--resume")
     assert again == found
@@ -255,16 +256,10 @@ def test_recipes_that_lack_something(tmp_path):
         read_recipe(path)
     path.write_text('[teacher]\nmodel = "a/b"\n[data]\nfiles = ["x.npy"]\n')
     recipe = read_recipe(path, ["distill.epochs=3", "student.mixer=mamba1"])
-    assert recipe.config.epochs == 3 and recipe.student["mixer"] == "mamba1"
+    assert recipe["distill"].config.epochs == 3 and recipe.student["mixer"] == "mamba1"
     assert recipe.teacher["model"] == "a/b" and recipe.data["files"] == [str(tmp_path / "x.npy")]
     with pytest.raises(mil.ArgumentError, match="expected section.key=value"):
         read_recipe(path, ["epochs=3"])
-
-
-def test_shipped_recipes_are_valid():
-    for path in sorted(Path(mil.__file__).parents[1].glob("recipes/*.toml")):
-        read_recipe(path)
-    assert set(KEYS) == {"teacher", "student", "data", "distill", "output"}
 
 
 def test_label_then_fine_tune(capsys, teacher, tmp_path):
