@@ -24,6 +24,7 @@ from .history import History
 from .label import label
 from .model import Model, load
 from .preference import DPOConfig, dpo
+from .soft_labels import soft_labels
 from .stepwise import AlignConfig, StepwiseConfig, align, stepwise
 from .tokenizer import Tokenizer
 from .training import TrainingConfig, TrainingInterrupted
@@ -70,6 +71,7 @@ __all__ = [
     "ops",
     "score",
     "sft",
+    "soft_labels",
     "stepwise",
 ]
 

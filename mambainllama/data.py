@@ -79,6 +79,23 @@ class BadRecord(Exception):
 
 
 @dataclass(frozen=True)
+class SoftTargets:
+    """A teacher's likeliest tokens at the tokens that count (soft_labels.py).
+
+    Attributes
+    ----------
+    index : int64 array [total]
+        For each token, which row below holds what the teacher expected after it; -1: none.
+    tokens : integer array [rows, top]
+    logprobs : float16 array [rows, top + 1], the last of all other tokens together
+    """
+
+    index: np.ndarray
+    tokens: np.ndarray
+    logprobs: np.ndarray
+
+
+@dataclass(frozen=True)
 class Documents:
     """Tokenised documents, end to end.
 
@@ -94,6 +111,8 @@ class Documents:
         Bad records that were left out (`skip_bad`).
     first_skipped : str
         Place of the first of them, and what was wrong with it.
+    soft : SoftTargets or None
+        What a teacher expected at each token.
     """
 
     tokens: np.ndarray
@@ -102,6 +121,7 @@ class Documents:
     packed: bool = True
     skipped: int = 0
     first_skipped: str = ""
+    soft: SoftTargets | None = None
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -112,7 +132,10 @@ class Documents:
     def fingerprint(self) -> str:
         """A short hash of all tokens and borders: equal data give equal training."""
         digest = hashlib.sha256()
-        for array in (self.starts, self.tokens, self.targets):
+        arrays = [self.starts, self.tokens, self.targets]
+        if self.soft is not None:
+            arrays += [self.soft.index, self.soft.tokens, self.soft.logprobs]
+        for array in arrays:
             if array is None:
                 continue
             digest.update(f"{array.dtype.str}{array.shape}".encode())
@@ -146,7 +169,13 @@ class Documents:
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         tokens = self._gather(self.tokens, keep)
         targets = None if self.targets is None else self._gather(self.targets, keep)
-        return Documents(tokens, starts, targets, self.packed, self.skipped, self.first_skipped)
+        soft = None
+        if self.soft is not None:
+            index = self._gather(self.soft.index, keep)
+            soft = SoftTargets(index, self.soft.tokens, self.soft.logprobs)
+        return Documents(
+            tokens, starts, targets, self.packed, self.skipped, self.first_skipped, soft
+        )
 
     def _gather(self, values: np.ndarray, keep: np.ndarray) -> np.ndarray:
         """Those of `values` that lie in marked documents, copied run by run of neighbours."""
@@ -173,9 +202,9 @@ def read_documents(
     ----------
     data : integer array (n, length); path or list of paths; list of records; list of token lists
         Paths: .npz or .npy of tokens, .jsonl or .jsonl.gz or parquet of ``{"text": ...}`` or
-        ``{"messages": [...]}``, .txt, a folder of such files, or one that Hugging Face `datasets`
-        saved (`save_to_disk`). Records are the same dictionaries; a `datasets.Dataset` is a list of
-        records.
+        ``{"messages": [...]}``, .txt, a folder of such files, one that `mil.soft_labels` wrote, or
+        one that Hugging Face `datasets` saved (`save_to_disk`). Records are the same dictionaries;
+        a `datasets.Dataset` is a list of records.
     tokenizer : Tokenizer, needed for text
     vocab : int
         Tokens must lie in [0, vocab).
@@ -209,6 +238,10 @@ def read_documents(
             "of records such as {'text': ...} or {'messages': [...]}"
         )
     if all(isinstance(item, (str, os.PathLike)) for item in data):
+        from .soft_labels import is_labels, read_labels
+
+        if all(map(is_labels, data)):
+            return read_labels(list(data), tokenizer, vocab)
         return documents_of_files(expand_paths(data), tokenizer, vocab, loss_on, skip_bad)
     if all(isinstance(item, Mapping) for item in data):
         records = ((f"data[{index}]", record) for index, record in enumerate(data))
@@ -706,6 +739,9 @@ class Batch:
         Rows of the batch in the user's sense (array rows, or packed rows).
     numbers : int64 array [rows] or None
         Which of all rows these are.
+    top_tokens : int32 array [n, top] or None
+    top_logprobs : float32 array [n, top + 1] or None
+        A teacher's likeliest next tokens, where they are stored; rows without them weigh nothing.
     """
 
     tokens: np.ndarray
@@ -714,6 +750,8 @@ class Batch:
     row_weight: np.ndarray | None
     rows: int
     numbers: np.ndarray | None = None
+    top_tokens: np.ndarray | None = None
+    top_logprobs: np.ndarray | None = None
 
     @property
     def counted(self) -> float:
@@ -826,7 +864,22 @@ class Batches:
             labels[begin : begin + length - 1] = tokens[begin + 1 : begin + length]
             if weight is not None:
                 weight[begin : begin + length - 1] = targets[start + 1 : start + length]
-        return Batch(tokens, offsets, labels, weight, len(rows))
+        soft = self.documents.soft
+        if soft is None:
+            return Batch(tokens, offsets, labels, weight, len(rows), np.asarray(rows))
+        index = np.concatenate(
+            [soft.index[at : at + n] for at, n in zip(starts, lengths, strict=True)]
+        )
+        index[offsets[1:] - 1] = -1  # the last token of a piece has no next one in it
+        weight = (index >= 0).astype(np.float32) * (1 if weight is None else weight)
+        top = soft.tokens.shape[1]
+        top_tokens = np.tile(np.arange(top, dtype=np.int32), (len(index), 1))
+        top_logprobs = np.zeros((len(index), top + 1), np.float32)
+        top_tokens[index >= 0] = soft.tokens[index[index >= 0]]
+        top_logprobs[index >= 0] = soft.logprobs[index[index >= 0]]
+        return Batch(
+            tokens, offsets, labels, weight, len(rows), np.asarray(rows), top_tokens, top_logprobs
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         """All micro-batches of the first epoch."""

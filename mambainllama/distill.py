@@ -5,11 +5,13 @@ The loss of an optimizer step is, with means over its counted tokens,
     kl_weight * T^2 * mean KL(teacher || student at temperature T) + ce_weight * mean CE(next token)
     + hidden_weight * mean over layers of |h_student - h_teacher|^2 / |h_teacher|^2
 
-Two choices are worth knowing before the first run:
+Three choices are worth knowing before the first run:
 
 - `align_fraction`: the first part of the steps trains each mixer alone to give what the attention
   that it replaced gives on the teacher's own activations. All layers learn at once, none waits for
   the ones below it to be right, and the KL that follows starts from a model that already works.
+- `on_policy`: at a share of the steps the student writes the text and the teacher corrects it, so
+  that the student meets its own mistakes. Worth it at the end of a training, when its text is text.
 - `reduction="reference"` repeats the published code, whose KL is divided by rows and not by tokens:
   at 2,048 tokens it weighs 2,048 times as much beside the CE as the number in its recipe says.
 
@@ -35,9 +37,21 @@ from . import _core
 from .data import Batch, Batches, Documents, read_documents
 from .errors import ArgumentError
 from .evaluate import comparison, perplexity_of, run_batches
+from .generate import Endings
 from .history import History
+from .on_policy import is_on_policy, sample_continuations
 from .pairs import core_of, shared_vocabulary
-from .training import RULES, Task, TrainingConfig, Window, number, one_of, train
+from .training import (
+    RULES,
+    Task,
+    TrainingConfig,
+    Window,
+    add_sums,
+    number,
+    one_of,
+    train,
+    whole,
+)
 
 __all__ = ["DistillConfig", "SftConfig", "distill", "sft"]
 
@@ -50,8 +64,11 @@ class DistillConfig(TrainingConfig):
     ----------
     kl_weight, ce_weight : float
         Weights of the two losses; both are means over tokens, in nats.
-    direction : "forward" or "reverse"
-        KL(teacher || student), or KL(student || teacher).
+    direction : "forward", "reverse" or "jsd"
+        KL(teacher || student); KL(student || teacher); or between both, the generalised
+        Jensen-Shannon divergence jsd_mix KL(teacher || m) + (1 - jsd_mix) KL(student || m) from
+        m = jsd_mix teacher + (1 - jsd_mix) student.
+    jsd_mix : float
     temperature : float
         Divides both logits before the KL, which is multiplied by its square.
     reduction : "token" or "reference"
@@ -62,6 +79,15 @@ class DistillConfig(TrainingConfig):
         Weight of matching the residual stream after each layer.
     align_fraction : float
         Share of the steps, at the start, that match each mixer's output to the attention's instead.
+    on_policy : float
+        Share of the other steps, drawn at random, on continuations that the student samples itself;
+        they count the divergence only (see mambainllama/on_policy.py).
+    on_policy_tokens : int
+        Tokens that it samples at most.
+    on_policy_temperature : float
+        Of the sampling.
+    on_policy_prompt : int
+        Tokens that it starts from in texts without answers; at most half of the text.
     """
 
     kl_weight: float = 1.0
@@ -72,6 +98,11 @@ class DistillConfig(TrainingConfig):
     train: str = "all"
     hidden_weight: float = 0.0
     align_fraction: float = 0.0
+    jsd_mix: float = 0.5
+    on_policy: float = 0.0
+    on_policy_tokens: int = 128
+    on_policy_temperature: float = 1.0
+    on_policy_prompt: int = 32
 
     def __post_init__(self):
         super().__post_init__()
@@ -94,12 +125,20 @@ class SftConfig(TrainingConfig):
 RULES.update(
     kl_weight=(number(0), "a number of at least 0"),
     ce_weight=(number(0), "a number of at least 0"),
-    direction=one_of("forward", "reverse"),
+    direction=one_of("forward", "reverse", "jsd"),
     temperature=(number(0, open_low=True), "a number above 0"),
     reduction=one_of("token", "reference"),
     train=one_of("all", "mixers"),
     hidden_weight=(number(0), "a number of at least 0"),
     align_fraction=(number(0, 1), "a share of the steps, from 0 to 1"),
+    jsd_mix=(
+        lambda mix: number(0, 1, open_low=True)(mix) and mix < 1,
+        "a number between 0 and 1",
+    ),
+    on_policy=(number(0, 1), "a share of the steps, from 0 to 1"),
+    on_policy_tokens=(whole(1), "a whole number of at least 1"),
+    on_policy_temperature=(number(0, open_low=True), "a number above 0"),
+    on_policy_prompt=(whole(1), "a whole number of at least 1"),
 )
 
 
@@ -120,6 +159,7 @@ def distill(
     ----------
     student : model from `mil.convert` or `mil.load`
     teacher : model with the same tokenizer; may be larger than the one the student was made from
+        None where `data` is a folder of `mil.soft_labels`, which a teacher left behind.
     data : integer array (n, length), or files, or records
         See `mambainllama.data.read_documents`. Every row of an array is one row of a batch; text is
         tokenised and packed into rows of `sequence_length`, documents kept apart.
@@ -151,9 +191,34 @@ def distill(
     config = DistillConfig() if config is None else config
     if not isinstance(config, DistillConfig):
         raise ArgumentError(f"config: expected mil.DistillConfig, got {type(config).__name__}")
-    ours, theirs = shared_vocabulary(student, teacher)
+    if teacher is None:
+        ours, theirs = core_of(student), None
+    else:
+        ours, theirs = shared_vocabulary(student, teacher)
     task = DistillTask(student, ours, theirs, data, validation, config)
+    if teacher is None:
+        check_labelled(task, config)
     return train(task, output_dir, resume=resume, progress=progress)
+
+
+def check_labelled(task: DistillTask, config: DistillConfig) -> None:
+    """Without a teacher there must be its labels, and nothing that needs itself."""
+    if not task.labelled:
+        raise ArgumentError(
+            "distill: teacher is None, and data holds no soft labels: make them with "
+            "mil.soft_labels, or give the teacher"
+        )
+    for name, without in (
+        ("temperature", 1.0),
+        ("hidden_weight", 0.0),
+        ("align_fraction", 0.0),
+        ("on_policy", 0.0),
+    ):
+        if getattr(config, name) != without:
+            raise ArgumentError(
+                f"DistillConfig: {name}={getattr(config, name)} needs a teacher; soft labels hold "
+                "its distributions at temperature 1 only"
+            )
 
 
 def sft(
@@ -182,7 +247,7 @@ def sft(
 
 
 class DistillTask(Task):
-    """KL and CE on batches of tokens; without a teacher, CE alone."""
+    """KL and CE on batches of tokens; without a teacher or its soft labels, CE alone."""
 
     def __init__(
         self,
@@ -194,7 +259,6 @@ class DistillTask(Task):
         config: TrainingConfig,
     ):
         self.model, self.student, self.teacher, self.config = model, student, teacher, config
-        self.kl_weight = getattr(config, "kl_weight", 0.0) if teacher is not None else 0.0
         self.ce_weight = getattr(config, "ce_weight", 1.0)
         self.temperature = getattr(config, "temperature", 1.0)
         self.direction = getattr(config, "direction", "forward")
@@ -204,6 +268,9 @@ class DistillTask(Task):
         self.names = trainable_names(student, getattr(config, "train", "all"))
 
         documents = self.read(data)
+        distills = isinstance(config, DistillConfig)
+        self.labelled = distills and teacher is None and documents.soft is not None
+        self.kl_weight = config.kl_weight if distills and (teacher or self.labelled) else 0.0
         held: Documents | None = None
         if isinstance(validation, float):
             documents, held = documents.split(validation)
@@ -239,6 +306,29 @@ class DistillTask(Task):
 
     # -- losses --
 
+    def draw(self, step: int, total: int) -> list[Batch]:
+        batches = self.batches.step(step)
+        if not self.samples(step, total):
+            return batches
+        config = self.config
+        return sample_continuations(
+            self.student,
+            batches,
+            stop=Endings.of(self.model, None).tokens,
+            prompt_length=config.on_policy_prompt,
+            new_tokens=config.on_policy_tokens,
+            sequence_length=config.sequence_length,
+            temperature=config.on_policy_temperature,
+            seed=config.seed,
+            step=step,
+        )
+
+    def samples(self, step: int, total: int) -> bool:
+        """Whether a step is on-policy."""
+        share = getattr(self.config, "on_policy", 0.0)
+        aligned = step < round(self.align_fraction * total)
+        return not aligned and is_on_policy(self.config.seed, step, share)
+
     def accumulate(self, step: int, total: int, batch: Batch, window: Window) -> dict[str, float]:
         # The core scales every row alike. The CE counts fewer rows than the KL (a document's last
         # token has no successor), so its weight makes up for that: each loss is a mean of its own.
@@ -247,27 +337,44 @@ class DistillTask(Task):
             sums = self.trainer.backward(batch.tokens, batch.offsets, align_weight=share)
             return {"align": sums["align"] * share, "align_steps": share}
         labelled = max(1.0, window.labelled)
-        if self.teacher is None:
+        if self.teacher is None and not self.labelled:
             rows, ce_weight = labelled, self.ce_weight
         else:
             rows = float(window.rows) if self.per_row else max(1.0, window.counted)
             ce_weight = self.ce_weight * rows / labelled
-        sums = self.trainer.backward(
-            batch.tokens,
-            batch.offsets,
-            labels=batch.labels,
-            row_weight=batch.row_weight,
+        on_policy = self.samples(step, total)
+        sums = self.run(
+            batch,
             kl_weight=self.kl_weight,
-            ce_weight=ce_weight,
-            temperature=self.temperature,
-            direction=self.direction,
+            ce_weight=0.0 if on_policy else ce_weight,  # nobody said that the samples are right
             scale=1.0 / rows,
             hidden_weight=self.hidden_weight * share,
         )
+        if on_policy:
+            return {
+                "on_policy_kl": sums["kl"],
+                "on_policy_rows": batch.rows if self.per_row else sums["kl_rows"],
+                "on_policy_tokens": sums["kl_rows"],
+                "hidden": sums["hidden"] * share,
+                "on_policy_steps": share,
+            }
         kept = {
             k: sums[k] for k in ("kl", "ce", "teacher_ce", "kl_rows", "ce_rows", "agree", "correct")
         }
         return {**kept, "hidden": sums["hidden"] * share, "loss_steps": share, "rows": batch.rows}
+
+    def run(self, batch: Batch, **options: Any) -> dict[str, float]:
+        """One pass of the trainer over a batch, with what all passes have in common."""
+        common = {
+            "labels": batch.labels,
+            "row_weight": batch.row_weight,
+            "temperature": self.temperature,
+            "direction": self.direction,
+            "mix": getattr(self.config, "jsd_mix", 0.5),
+        }
+        if self.labelled:
+            common |= {"top_tokens": batch.top_tokens, "top_logprobs": batch.top_logprobs}
+        return self.trainer.backward(batch.tokens, batch.offsets, **{**common, **options})
 
     def report(self, sums: Mapping[str, float]) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -281,17 +388,25 @@ class DistillTask(Task):
             found["ce"] = sums["ce"] / sums["ce_rows"]
             found["accuracy"] = sums["correct"] / sums["ce_rows"]
             loss += self.ce_weight * found["ce"]
-        if self.hidden_weight and sums.get("loss_steps"):
-            found["hidden"] = sums["hidden"] / sums["loss_steps"]
+        plain, sampled = sums.get("loss_steps", 0.0), sums.get("on_policy_steps", 0.0)
+        if sampled:
+            found["on_policy_kl"] = sums["on_policy_kl"] / sums["on_policy_tokens"]
+            mean = sums["on_policy_kl"] / sums["on_policy_rows"]
+            other = self.kl_weight * self.temperature**2 * mean
+            loss = (plain * loss + sampled * other) / (plain + sampled)
+        if self.hidden_weight and plain + sampled:
+            found["hidden"] = sums["hidden"] / (plain + sampled)
             loss += self.hidden_weight * found["hidden"]
         if sums.get("align_steps"):
             found["align"] = sums["align"] / sums["align_steps"]
-            loss = loss if sums.get("loss_steps") else found["align"]
+            loss = loss if plain + sampled else found["align"]
         return {"loss": loss, **found}
 
     def evaluate(self) -> dict[str, float] | None:
         if self.held is None:
             return None
+        if self.labelled and self.held.documents.soft is not None:
+            return self.evaluate_labelled()
         sums = run_batches(self.student, self.teacher, self.held, self.config.eval_batches)
         if self.teacher is None:
             return {
@@ -304,6 +419,18 @@ class DistillTask(Task):
             "eval_perplexity": found.perplexity,
             "eval_teacher_perplexity": found.teacher_perplexity,
             "eval_agreement": found.agreement,
+        }
+
+    def evaluate_labelled(self) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        for index, batch in enumerate(self.held):
+            if index == self.config.eval_batches:
+                break
+            add_sums(sums, self.run(batch, direction="forward", evaluate=True))
+        return {
+            "eval_kl": sums["kl"] / sums["kl_rows"],
+            "eval_perplexity": perplexity_of(sums["ce"], sums["ce_rows"]),
+            "eval_agreement": sums["agree"] / sums["kl_rows"],
         }
 
     def notes(self) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 Sequence-level distillation trains a student on what its teacher says: this makes that text, in the
 form that `mil.sft` and `mil.distill` read.  Every finished block of answers is appended to the file
-at once, and a run that was stopped goes on behind the last whole line.
+at once, and a run that was stopped goes on behind the last whole line.  With `top_logprobs` the
+teacher's likeliest tokens at each answered token are stored beside it (soft_labels.py), so that
+distillation needs the teacher no more.
 
 >>> rows = mil.label(teacher, ["What is a list?"], "answers.jsonl")      # doctest: +SKIP
 >>> mil.sft(student, "answers.jsonl")                                    # doctest: +SKIP
@@ -19,6 +21,7 @@ from typing import Any
 from .data import BadRecord, expand_paths, read_records
 from .errors import ArgumentError, FileError, FormatError, StateError
 from .generate import generate
+from .soft_labels import soft_labels
 
 __all__ = ["label"]
 
@@ -37,6 +40,8 @@ def label(
     top_p: float = 1.0,
     seed: int = 0,
     max_batch: int = 16,
+    top_logprobs: int = 0,
+    sequence_length: int = 2048,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
     """The teacher's answers to prompts, as training records.
@@ -52,6 +57,9 @@ def label(
         Keep what `output` holds, and answer the prompts behind it.
     max_new_tokens, temperature, top_k, top_p, seed, max_batch
         As for `mil.generate`; the prompt with number i draws with seed + i.
+    top_logprobs, sequence_length
+        Above 0, `mil.soft_labels` then stores so many likeliest tokens for the answers in `output`,
+        in a folder beside it: answers.labels for answers.jsonl.
 
     Returns
     -------
@@ -77,6 +85,8 @@ def label(
         done = keep_whole_lines(path)
         if done > len(asked):
             raise StateError(f"{path}: holds {done} answers, but there are {len(asked)} prompts")
+    if top_logprobs and path is None:
+        raise ArgumentError("label: top_logprobs are stored beside `output`: give a file")
     rows: list[dict[str, Any]] = []
     for first in bar(range(done, len(asked), BLOCK), progress):
         block = asked[first : first + BLOCK]
@@ -94,14 +104,32 @@ def label(
         if path is not None:
             append(path, new)
         rows += new
+    if top_logprobs:
+        soft_labels(
+            teacher,
+            path,
+            labels_beside(path),
+            top=top_logprobs,
+            sequence_length=sequence_length,
+            loss_on="answers",
+            skip_bad=True,
+            resume=resume,
+            max_batch=max_batch,
+            progress=progress,
+        )
     return rows
+
+
+def labels_beside(path: Path) -> Path:
+    """The folder of soft labels of a file: answers.labels for answers.jsonl."""
+    return path.with_name(f"{path.name.removesuffix('.jsonl')}.labels")
 
 
 def records_of(prompts: Any) -> Iterator[tuple[str, Any]]:
     """(place, prompt) of a list or of a file."""
     if isinstance(prompts, (str, os.PathLike)):
         for path in expand_paths([prompts]):
-            yield from read_records(path, False)
+            yield from read_records(path, False, ("messages", "prompt", "text"))
     elif isinstance(prompts, Sequence):
         for index, prompt in enumerate(prompts):
             yield f"prompts[{index}]", prompt

@@ -254,8 +254,9 @@ class Task:
     def prepare(self, folder: Path | None, resume: bool) -> None:
         """What has to be done before the first step; the folder is this run's alone."""
 
-    def draw(self, step: int) -> list[Batch]:
-        """The micro-batches of optimizer step `step`: a function of its number and the weights."""
+    def draw(self, step: int, total: int) -> list[Batch]:
+        """The micro-batches of optimizer step `step` of `total`: a function of its number and the
+        weights."""
         return self.batches.step(step)
 
     def accumulate(self, step: int, total: int, batch: Batch, window: Window) -> dict[str, float]:
@@ -453,7 +454,7 @@ class Loop:
             step, self.total, self.warmup, config.schedule, config.min_learning_rate
         )
         rate = config.learning_rate * factor
-        batches = self.task.draw(step)
+        batches = self.task.draw(step, self.total)
         window = Window.of(batches)
         sums: dict[str, float] = {"steps": 1.0}
         for batch in batches:
