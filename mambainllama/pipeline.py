@@ -150,10 +150,19 @@ class Run:
             for name, mark in now["files"].items():
                 check_file(self.folder, name, then["files"].get(name, mark), mark)
             now = {**then, "files": {**now["files"], **then["files"]}}
+            self.check_done()
         else:
             self.set_aside()
             now["begun"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         write_text(path, json.dumps(now, indent=1) + "\n")
+
+    def check_done(self) -> None:
+        """Refuses changed settings of stages that are done before anything is touched."""
+        before: str | None = None
+        for settings in self.recipe.stages:
+            if not self.is_done(settings, before):
+                break
+            before = settings.name if settings.stage.makes_student else before
 
     def set_aside(self) -> None:
         stages = [name for name in STAGES if (self.folder / name).is_dir()]
@@ -488,7 +497,7 @@ def training_figures(history: History) -> dict[str, Any]:
     """Sums over a stage's history, however often it was interrupted."""
     final = history.final
     seconds = sum(row.get("seconds", 0.0) for row in history)
-    figures = {
+    figures: dict[str, Any] = {
         "steps": final["step"],
         "tokens": final["tokens"],
         "training_seconds": round(seconds, 3),

@@ -494,8 +494,19 @@ def cost_section(stages: Sequence[Mapping[str, Any]]) -> str:
     return (
         f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
         "</table></div><p class=note>Time is that of training steps, over all starts of an "
-        "interrupted run. Peak memory is the process's until then.</p>"
+        "interrupted run. Peak memory is the process's until then.</p>" + skipped_note(stages)
     )
+
+
+def skipped_note(stages: Sequence[Mapping[str, Any]]) -> str:
+    """What bad records were left out, stage by stage."""
+    notes = [
+        f"{text(row['stage'])}: {figure(row['final']['skipped_records'])} bad records were left "
+        f"out, the first: {text(row['final'].get('first_skipped_record', ''))}"
+        for row in stages
+        if row.get("final", {}).get("skipped_records")
+    ]
+    return f"<p class=note>{'<br>'.join(notes)}</p>" if notes else ""
 
 
 def settings_section(results: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> str:
