@@ -1,0 +1,148 @@
+/* Where a sequence's tokens are in a mixer call, and how several blocks move its tails on (csrc/cpu/tail.h says
+ * what a tail is).
+ *
+ * Blocks of one sequence share columns of its tails: the heads of a group read the same B.  Rows of this call are
+ * read from the activations and appended where no token was, so any one block may write them.  Only a fold moves
+ * rows that other blocks may still be reading; then the last block to have read them does it.  The blocks count
+ * themselves in the tail's last row, which never holds a token: between calls it is 0.
+ */
+#ifndef MIL_KERNELS_TAIL_CUH
+#define MIL_KERNELS_TAIL_CUH
+
+#include "cuda.cuh"
+
+/* ---- states of the sequences --------------------------------------------------------------------------------- */
+
+/* Sequences of one launch: their states travel as kernel parameters, so that nothing is uploaded. */
+#define MIL_SEQUENCES 64
+
+struct mil_states {
+    bool given; /* else every sequence begins here and leaves nothing */
+    float *state[MIL_SEQUENCES], *conv[MIL_SEQUENCES], *x[MIL_SEQUENCES], *B[MIL_SEQUENCES], *dt[MIL_SEQUENCES];
+};
+
+/* The states of sequences `first` .. `first` + `count`. */
+static inline mil_states
+mil_states_of(const mil_mixer_state *states, int64_t first, int64_t count)
+{
+    mil_states s = {};
+    s.given = states != NULL;
+    for (int64_t i = 0; s.given && i < count; i++) {
+        const mil_mixer_state *from = states + first + i;
+        s.state[i] = from->state;
+        s.conv[i] = from->conv;
+        s.x[i] = from->x;
+        s.B[i] = from->B;
+        s.dt[i] = from->dt;
+    }
+    return s;
+}
+
+/* The most rows that one of the sequences brings: host numbers, constant within a graph. */
+static inline int64_t
+mil_longest(const mil_rows &rows, int64_t first, int64_t count)
+{
+    int64_t longest = 0;
+    for (int64_t i = first; i < first + count; i++) {
+        int64_t length = rows.offsets[i + 1] - rows.offsets[i];
+        longest = length > longest ? length : longest;
+    }
+    return longest;
+}
+
+/* ---- spans ---------------------------------------------------------------------------------------------------- */
+
+struct mil_span {
+    int64_t row;                   /* first row of this call */
+    int64_t past, boundary, after; /* tokens before the rows; in the states on entry; in the states on return */
+    int64_t count;
+    int before; /* tokens in the tails on entry: past - boundary */
+};
+
+/* Sequence `index` of the whole call. */
+static __device__ __forceinline__ mil_span
+mil_span_of(const mil_device_rows &rows, int64_t index)
+{
+    mil_span span;
+    int64_t end = rows.offsets[index + 1];
+    span.row = rows.offsets[index];
+    span.past = rows.past[index];
+    span.boundary = rows.boundary[index];
+    span.count = end - span.row;
+    span.after = span.count > MIL_WINDOW ? end - span.row + span.past : span.past; /* mil_boundary_after */
+    span.after -= span.after % MIL_WINDOW;
+    span.before = (int)(span.past - span.boundary);
+    return span;
+}
+
+/* ---- tails ---------------------------------------------------------------------------------------------------- */
+
+/* Whether this block is the last of `sharers` that call this with the same slot; the same answer in every thread.
+ * What the others read before their calls they have read. */
+static __device__ __forceinline__ bool
+mil_is_last(float *slot, unsigned sharers)
+{
+    __shared__ unsigned arrived;
+    __syncthreads();
+    if (sharers == 1) {
+        return true;
+    }
+    if (threadIdx.x == 0) {
+        __threadfence();
+        arrived = atomicInc((unsigned *)slot, sharers - 1); /* back to 0 with the last */
+        __threadfence();
+    }
+    __syncthreads();
+    bool last = arrived == sharers - 1;
+    __syncthreads();
+    return last;
+}
+
+/* `columns` columns of a tail of `width` from `column` on, as one block moves them; `value` (row of this call,
+ * column from 0) gives the new rows. */
+template <typename Value>
+static __device__ __forceinline__ void
+mil_tail_move(float *tail, int64_t width, int64_t column, int columns, const mil_span &span, Value value)
+{
+    int64_t shift = span.after - span.boundary, kept = span.past - span.after;
+    float *at = tail + column;
+    if (shift > 0 && kept > 0) { /* by at least a window, and fewer rows than that: no row is read and written */
+        for (int i = threadIdx.x; i < (int)kept * columns; i += blockDim.x) {
+            int row = i / columns, j = i % columns;
+            at[row * width + j] = at[(row + shift) * width + j];
+        }
+        __syncthreads();
+    }
+    int64_t first = span.after > span.past ? span.after : span.past;
+    int fresh = (int)(span.past + span.count - first) * columns;
+    for (int i = threadIdx.x; i < fresh; i += blockDim.x) {
+        int row = i / columns, j = i % columns;
+        at[(first - span.after + row) * width + j] = value(first - span.past + row, j);
+    }
+}
+
+/* The same for columns that `sharers` blocks read: every one of them calls this; `owner` is true in one of them. */
+template <typename Value>
+static __device__ __forceinline__ void
+mil_tail_share(float *tail, int64_t width, int64_t column, int columns, const mil_span &span, unsigned sharers,
+               bool owner, Value value)
+{
+    bool moves = owner;
+    if (span.after != span.boundary) {
+        moves = mil_is_last(tail + (MIL_TAIL - 1) * width + column, sharers);
+    }
+    if (moves) {
+        mil_tail_move(tail, width, column, columns, span, value);
+    }
+}
+
+/* dt after bias, softplus and clamp. */
+static __device__ __forceinline__ float
+mil_time_step(float raw, float least, float most)
+{
+    float value = mil_softplus(raw); /* comparisons, not fminf: a NaN stays one */
+    value = value < least ? least : value;
+    return value > most ? most : value;
+}
+
+#endif
