@@ -23,6 +23,7 @@ from .generate import Generation, GenerationStats, Score, generate, score
 from .history import History
 from .label import label
 from .model import Model, load
+from .pipeline import run_recipe
 from .preference import DPOConfig, dpo
 from .soft_labels import soft_labels
 from .stepwise import AlignConfig, StepwiseConfig, align, stepwise
@@ -69,6 +70,7 @@ __all__ = [
     "label",
     "load",
     "ops",
+    "run_recipe",
     "score",
     "sft",
     "soft_labels",
