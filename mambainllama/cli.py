@@ -442,17 +442,46 @@ def add_label(commands: Any, common: Any) -> None:
     )
     parser.add_argument("model", help="folder or Hub id of the teacher")
     parser.add_argument("prompts", help=".jsonl(.gz) of {prompt}, {messages} or {text}")
-    parser.add_argument("output", help=".jsonl file to write")
+    parser.add_argument("output", help=".jsonl file to write; with --as-is a folder")
     parser.add_argument("--resume", action="store_true", help="go on behind what OUTPUT holds")
     parser.add_argument("--max-new-tokens", type=int, default=1024)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--max-batch", type=int, default=16, help="prompts that run at once")
+    parser.add_argument(
+        "--top-logprobs",
+        type=int,
+        default=0,
+        metavar="K",
+        help="store the K likeliest tokens at each answered token, to distil without the teacher",
+    )
+    parser.add_argument(
+        "--as-is",
+        action="store_true",
+        help="answer nothing: store the K likeliest tokens (default 32) for PROMPTS as they are",
+    )
+    parser.add_argument("--sequence-length", type=int, default=2048, help="longer texts are cut")
 
 
 def run_label(options: argparse.Namespace) -> None:
     from .label import label
+    from .soft_labels import soft_labels
 
+    if options.as_is:
+        top = options.top_logprobs or 32
+        folder = soft_labels(
+            load_model(options, options.model),
+            options.prompts,
+            options.output,
+            top=top,
+            sequence_length=options.sequence_length,
+            resume=options.resume,
+            max_batch=options.max_batch,
+            progress=not options.json and sys.stderr.isatty(),
+        )
+        facts = {"output": str(folder), "top_logprobs": top}
+        show(options, facts, f"{folder}: {top} likeliest tokens at every token")
+        return
     rows = label(
         load_model(options, options.model),
         options.prompts,
@@ -463,6 +492,8 @@ def run_label(options: argparse.Namespace) -> None:
         top_p=options.top_p,
         seed=options.seed,
         max_batch=options.max_batch,
+        top_logprobs=options.top_logprobs,
+        sequence_length=options.sequence_length,
         progress=not options.json and sys.stderr.isatty(),
     )
     facts = {"output": options.output, "answers": len(rows)}

@@ -85,6 +85,7 @@ def label(
         done = keep_whole_lines(path)
         if done > len(asked):
             raise StateError(f"{path}: holds {done} answers, but there are {len(asked)} prompts")
+        check_prompts(path, asked)
     if top_logprobs and path is None:
         raise ArgumentError("label: top_logprobs are stored beside `output`: give a file")
     rows: list[dict[str, Any]] = []
@@ -188,6 +189,26 @@ def keep_whole_lines(path: Path) -> int:
     if whole < path.stat().st_size:
         os.truncate(path, whole)
     return lines
+
+
+def check_prompts(path: Path, asked: list[Any]) -> None:
+    """The answers there must be those of these prompts."""
+    with open(path, encoding="utf-8") as file:
+        for number, (line, prompt) in enumerate(zip(file, asked, strict=False), start=1):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            same = isinstance(row, Mapping) and (
+                str(row.get("text", "")).startswith(prompt)
+                if isinstance(prompt, str)
+                else isinstance(row.get("messages"), list) and row["messages"][:-1] == prompt
+            )
+            if not same:
+                raise StateError(
+                    f"{path}:{number}: cannot resume: this is not an answer to prompt {number}; "
+                    "use the prompts that it began with, or another file"
+                )
 
 
 def bar(blocks: range, progress: bool) -> Any:

@@ -27,6 +27,7 @@ COMMANDS = (
     "label",
     "distill",
     "sft",
+    "dpo",
     "generate",
     "chat",
     "eval",
@@ -273,6 +274,32 @@ def test_label_then_fine_tune(capsys, teacher, tmp_path):
     assert final["step"] == 1 and mil.load(output / "model").num_parameters
     status, _, error = run(capsys, "sft", teacher, *options, "--set", "learnig_rate=1")
     assert status == 2 and "did you mean 'learning_rate'?" in error
+
+
+def test_preferences(capsys, teacher, tmp_path):
+    pairs, output = tmp_path / "pairs.jsonl", tmp_path / "run"
+    rows = [{"prompt": f"say {n}", "chosen": "yes", "rejected": "no"} for n in range(8)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--data", pairs, "--output", output, "--set", "learning_rate=1e-3")
+    final = run_json(capsys, "dpo", teacher, *options, "--validation", "0.25")
+    assert final["step"] == 2 and "eval_margin" in final
+    assert (output / "reference" / "pairs.f64").exists()
+    assert run_json(capsys, "dpo", teacher, *options, "--reference", teacher)["accuracy"] >= 0
+    status, _, error = run(capsys, "dpo", teacher, *options, "--set", "bata=1")
+    assert status == 2 and "did you mean 'beta'?" in error
+
+
+def test_labels_without_answers(capsys, teacher, tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"text {n}"}) + "\n" for n in range(4)))
+    labels = tmp_path / "texts.labels"
+    found = run_json(capsys, "label", teacher, texts, labels, "--as-is", "--top-logprobs", "5")
+    assert found == {"output": str(labels), "top_logprobs": 5}
+    answers = tmp_path / "answers.jsonl"
+    run_json(
+        capsys, "label", teacher, texts, answers, "--max-new-tokens", "4", "--top-logprobs", "3"
+    )
+    assert (tmp_path / "answers.labels" / "labels.json").exists()
 
 
 # ---- chats

@@ -42,6 +42,8 @@ def test_a_stopped_run_goes_on(teacher, tmp_path, monkeypatch):
         label(teacher, PROMPTS, part)
     rest = label(teacher, PROMPTS, part, resume=True, max_new_tokens=4, temperature=0.9)
     assert rest == whole[4:] and part.read_text() == "".join(lines)
+    with pytest.raises(mil.StateError, match=r"part\.jsonl:2: cannot resume: .* prompt 2"):
+        label(teacher, [PROMPTS[0], "another", *PROMPTS[2:]], part, resume=True)
     with pytest.raises(mil.StateError, match="holds 7 answers"):
         label(teacher, PROMPTS[:2], part, resume=True)
 
