@@ -82,7 +82,8 @@ typedef struct mil_kv_cache {
     int64_t capacity;
 } mil_kv_cache;
 
-/* One sequence's mixer state in one layer, float32. Index of token t in a tail array: t - boundary. */
+/* One sequence's mixer state in one layer, float32. Index of token t in a tail array: t - boundary. The last row of
+ * x, B and dt is never a token's: it is 0 between calls, and CUDA's blocks count themselves there. */
 typedef struct mil_mixer_state {
     float *
         state; /* Mamba-2 [heads, state_dim, head_dim], Mamba-1 [state_dim, inner]: after `boundary` tokens */
@@ -444,6 +445,65 @@ typedef struct mil_muon {
     float learning_rate, momentum, weight_decay, grad_scale;
 } mil_muon;
 
+/* ---- sampling --------------------------------------------------------------------------------------- */
+
+/* How one row is sampled; the meaning and order of the filters are those of decode/sampler.h. */
+typedef struct mil_sample_options {
+    float temperature; /* 0 = greedy */
+    float top_p;       /* in (0, 1], 1 = off */
+    float min_p;       /* in [0, 1], 0 = off */
+    int64_t top_k;     /* 0 = off */
+    uint64_t seed;
+} mil_sample_options;
+
+/* A filtered distribution over a row of logits without an array for it: token i with score s has the weight
+ * w = exp((s - best_score) * inverse) where s >= least_score and (w > least_weight, or w = least_weight and
+ * i <= last), else 0.  Where `certain`, all of it is on `best`. */
+typedef struct mil_filter {
+    double total; /* sum of weights */
+    float best_score, inverse, least_score, least_weight;
+    int32_t best, last;
+    int32_t certain;
+} mil_filter;
+
+/* The streams of random numbers, as in decode/sampler.h. */
+typedef enum mil_sample_stream { MIL_SAMPLE_TARGET = 0, MIL_SAMPLE_DRAFT = 1, MIL_SAMPLE_ACCEPT = 2 } mil_sample_stream;
+
+/* Draws a token for each row of logits: a function of logits, options and (seed, position, stream). All pointers are
+ * of the device. */
+typedef struct mil_sample {
+    int64_t rows, vocab; /* vocab at most 2^19 */
+    const float *logits; /* [rows, vocab] */
+    int64_t logits_stride;
+    const mil_sample_options *options; /* [rows] */
+    const int64_t *position;           /* [rows] of the token that is drawn, in its text */
+    mil_sample_stream stream;
+    int32_t *token;     /* [rows] or NULL: no draw */
+    int32_t *bad;       /* [rows] 1 where a logit is NaN or infinite, else 0 */
+    mil_filter *filter; /* [rows] or NULL */
+} mil_sample;
+
+/* Verdicts on drafts (decode/speculate.c has the rule).  Sequence i has rows offsets[i] .. offsets[i + 1] of logits, those
+ * after its last token and after each of its drafts; drafts[r] is the draft that row r decides.  Draft j stands with
+ * probability min(1, p(x) / q(x)); the first that does not is replaced from max(0, p - q), and after the last one
+ * that stands comes a draw from p.  All pointers are of the device. */
+typedef struct mil_accept {
+    int64_t sequences, vocab;
+    const int64_t *offsets; /* [sequences + 1] */
+    const float *logits;    /* [rows, vocab] */
+    int64_t logits_stride;
+    const mil_filter *filter;          /* [rows] of these logits: mil_sample */
+    const mil_sample_options *options; /* [sequences]; only seed is read */
+    const int64_t *position;           /* [sequences] of the first draft */
+    const int32_t *drafts;             /* [rows]; of each sequence all but the last are read */
+    const int32_t *drafted;            /* [sequences] drafts at hand, at most rows - 1; NULL: rows - 1 */
+    const float *draft_logits;         /* [rows, draft_vocab] that drafts were drawn from; NULL: each was certain */
+    int64_t draft_logits_stride, draft_vocab;
+    const mil_filter *draft_filter; /* [rows] */
+    int32_t *accepted;              /* [sequences] out: drafts that stand */
+    int32_t *tokens;                /* [rows] out: of each sequence those drafts and the one token after them */
+} mil_accept;
+
 /* ---- the table -------------------------------------------------------------------------------------- */
 
 #define MIL_OPS_VERSION 2
@@ -508,6 +568,9 @@ struct mil_ops {
      * dense float32. */
     mil_status (*widen)(mil_context *context, int64_t rows, int64_t width, mil_dtype dtype, const void *x,
                         int64_t x_stride, float scale, float *y);
+    /* Optional: tokens from logits without the host. */
+    mil_status (*sample)(mil_context *context, const mil_sample *arguments);
+    mil_status (*accept)(mil_context *context, const mil_accept *arguments);
 };
 
 extern const mil_ops mil_cpu_ops;

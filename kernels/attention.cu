@@ -19,12 +19,10 @@
  * float32 arithmetic, of the same bits for any grouping of rows for the same reason.
  */
 #include "attention.cuh"
+#include "cluster.cuh"
 #include "table.h"
 
-#include <cooperative_groups.h>
 #include <limits.h>
-
-namespace groups = cooperative_groups;
 
 /* ---- appending to caches -------------------------------------------------------------------------------------------- */
 
@@ -299,23 +297,21 @@ merge_lanes(decode_memory<D, MT> *memory, const decode_warp &w, softmax_row (&st
     }
 }
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 /* The blocks' results in order; each block of the cluster does this for its share of the rows' columns. */
 template <typename T, int D, int MT>
 static __device__ __forceinline__ void
 merge_blocks(const attention_arguments &a, decode_memory<D, MT> *memory, int64_t first_row, int kv_head,
              int first_slot, int slots)
 {
-    groups::cluster_group cluster = groups::this_cluster();
     int here = slots - first_slot < MT * 16 ? slots - first_slot : MT * 16, quads = a.head_dim / 4;
-    for (int i = (int)cluster.block_rank() * (int)blockDim.x + (int)threadIdx.x; i < here * quads;
+    for (int i = mil_cluster_rank() * (int)blockDim.x + (int)threadIdx.x; i < here * quads;
          i += CLUSTER * (int)blockDim.x) {
         int row = i / quads, column = i % quads * 4, slot = first_slot + row;
         softmax_row part[CLUSTER];
         float4 values[CLUSTER];
 #pragma unroll
         for (int block = 0; block < CLUSTER; block++) {
-            decode_memory<D, MT> *other = cluster.map_shared_rank(memory, block);
+            const decode_memory<D, MT> *other = mil_cluster_at(memory, block);
             part[block] = other->rows[row];
             values[block] = *(const float4 *)&other->values[row][column];
         }
@@ -348,12 +344,11 @@ merge_blocks(const attention_arguments &a, decode_memory<D, MT> *memory, int64_t
 /* A cluster a (key head and MT * 16 of its query rows, sequence). */
 template <typename T, int D, int MT>
 static __global__ void
-__cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(LANES * MT * MIL_WARP)
+MIL_CLUSTER(CLUSTER) __launch_bounds__(LANES * MT * MIL_WARP)
     decode_kernel(const __grid_constant__ attention_arguments a)
 {
     extern __shared__ __align__(128) unsigned char raw[];
     decode_memory<D, MT> *memory = reinterpret_cast<decode_memory<D, MT> *>(raw);
-    groups::cluster_group cluster = groups::this_cluster();
     mil_trigger();
     mil_wait();
     int sequence = blockIdx.z, kv_head = blockIdx.y % a.kv_heads,
@@ -378,8 +373,7 @@ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(LANES * MT * MIL_WARP)
     }
     /* The tiles of any row of this block, and of these the ones that are this block's. */
     int end = past + (last_slot - 1) / a.group + 1, first_end = past + first_slot / a.group + 1;
-    int first_tile = (first_end > a.window ? first_end - a.window : 0) / TILE,
-        rank = (int)cluster.block_rank();
+    int first_tile = (first_end > a.window ? first_end - a.window : 0) / TILE, rank = mil_cluster_rank();
     int tile = first_tile + (rank - first_tile % CLUSTER + CLUSTER) % CLUSTER;
     int tiles = (end + TILE - 1) / TILE; /* one past the last */
 
@@ -452,17 +446,10 @@ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(LANES * MT * MIL_WARP)
             }
         }
     }
-    cluster.sync();
+    mil_cluster_sync();
     merge_blocks<T, D, MT>(a, memory, first_row, kv_head, first_slot, slots);
-    cluster.sync(); /* the others' reading of this block's memory */
+    mil_cluster_sync(); /* the others' reading of this block's memory */
 }
-#else
-template <typename T, int D, int MT>
-static __global__ void
-decode_kernel(const __grid_constant__ attention_arguments)
-{
-}
-#endif
 
 template <typename T, int D, int MT>
 static mil_status
@@ -633,15 +620,6 @@ plain(mil_context *context, const attention_arguments *a, int64_t rows, mil_dtyp
 
 /* ---- choosing ----------------------------------------------------------------------------------------------------------- */
 
-static bool
-has_clusters(const mil_context *context)
-{
-    int major = 0;
-    return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, context->ops->device) ==
-               cudaSuccess &&
-           major >= 9;
-}
-
 static mil_status
 check_args(const mil_attention *a)
 {
@@ -705,7 +683,7 @@ forward(mil_context *context, const mil_attention *given)
         a.least = 0;
         a.most = MIL_WINDOW;
         if constexpr (sizeof(T) == 2) {
-            if (tensor && a.cached && has_clusters(context)) {
+            if (tensor && a.cached && mil_device_has_clusters(context)) {
                 MIL_TRY(decode<T>(context, &a, most_few));
                 most_few = 0;
             }

@@ -42,6 +42,8 @@ table_of(mil_dtype activation_dtype, int device)
     ops.add = mil_cuda_add;
     ops.gather_rows = mil_cuda_gather_rows;
     ops.widen = mil_cuda_widen;
+    ops.sample = mil_cuda_sample;
+    ops.accept = mil_cuda_accept;
     return ops;
 }
 
@@ -62,7 +64,7 @@ mil_cuda_describe(int device, mil_cuda_device_info *out)
     cudaDeviceProp properties;
     MIL_CUDA_TRY(cudaSetDevice(device));
     MIL_CUDA_TRY(cudaGetDeviceProperties(&properties, device));
-    snprintf(out->name, sizeof out->name, "%s", properties.name);
+    snprintf(out->name, sizeof out->name, "%.*s", (int)sizeof out->name - 1, properties.name);
     out->major = properties.major;
     out->minor = properties.minor;
     out->multiprocessors = properties.multiProcessorCount;

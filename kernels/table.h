@@ -62,6 +62,12 @@ mil_cuda_attention_forward(mil_context *context, const mil_attention *arguments)
 mil_status
 mil_cuda_kv_append(mil_context *context, const mil_kv_append *arguments);
 
+/* sampler.cu */
+mil_status
+mil_cuda_sample(mil_context *context, const mil_sample *arguments);
+mil_status
+mil_cuda_accept(mil_context *context, const mil_accept *arguments);
+
 /* conv1d.cu, selective_scan.cu, ssd.cu */
 mil_status
 mil_cuda_conv1d_forward(mil_context *context, const mil_conv1d *arguments);

@@ -1,0 +1,90 @@
+/* Sampling on CUDA: microseconds a call in a graph of many, by rows and filters, at the vocabulary of Llama 3.
+ *
+ * Rows of logits rotate through more memory than L2 holds; in a decoding step they would be found there.
+ */
+#include "harness.h"
+
+enum { CALLS = 32, REPEATS = 21, VOCAB = 128256 };
+
+static int
+compare_doubles(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static double
+bench(harness *h, const float *logits, int64_t row_count, mil_sample a)
+{
+    cudaStream_t stream = mil_stream(&h->gpu);
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal);
+    for (int i = 0; i < CALLS; i++) {
+        a.logits = logits + (i * a.rows) % (row_count - a.rows + 1) * VOCAB;
+        harness_need(h->gpu.ops->sample(&h->gpu, &a));
+    }
+    if (cudaStreamEndCapture(stream, &graph) != cudaSuccess ||
+        cudaGraphInstantiate(&exec, graph, 0) != cudaSuccess) {
+        printf("FAILED: capture: %s\n", cudaGetErrorString(cudaGetLastError()));
+        exit(1);
+    }
+    double seconds[REPEATS];
+    cudaEvent_t start, end;
+    cudaEventCreate(&start);
+    cudaEventCreate(&end);
+    for (int i = -3; i < REPEATS; i++) {
+        float ms;
+        cudaEventRecord(start, stream);
+        cudaGraphLaunch(exec, stream);
+        cudaEventRecord(end, stream);
+        cudaEventSynchronize(end);
+        cudaEventElapsedTime(&ms, start, end);
+        if (i >= 0) {
+            seconds[i] = ms * 1e-3 / CALLS;
+        }
+    }
+    cudaEventDestroy(start);
+    cudaEventDestroy(end);
+    cudaGraphExecDestroy(exec);
+    cudaGraphDestroy(graph);
+    qsort(seconds, REPEATS, sizeof *seconds, compare_doubles);
+    return seconds[REPEATS / 2];
+}
+
+int
+main(void)
+{
+    static harness h;
+    harness_begin(&h, MIL_BF16);
+    enum { ROWS = 512 };
+    harness_array logits = harness_random_of(&h, (int64_t)ROWS * VOCAB, 10.0f, MIL_F32);
+    harness_array token = harness_zeros(&h, ROWS), bad = harness_zeros(&h, ROWS);
+    static int64_t position[ROWS];
+    static mil_sample_options options[ROWS];
+    mil_sample_options list[] = {
+        {0.0f, 1.0f, 0.0f, 0, 1},  {0.8f, 1.0f, 0.0f, 0, 1},  {0.8f, 1.0f, 0.05f, 0, 1},
+        {0.8f, 1.0f, 0.0f, 40, 1}, {0.8f, 0.95f, 0.0f, 0, 1}, {0.8f, 0.95f, 0.05f, 40, 1},
+    };
+    const char *names[] = {"greedy", "temperature", "min-p", "top-k", "top-p", "all filters"};
+    for (int i = 0; i < 6; i++) {
+        for (int64_t rows = 1; rows <= 256; rows *= rows == 1 ? 8 : 32) {
+            for (int64_t r = 0; r < ROWS; r++) {
+                options[r] = list[i];
+                position[r] = r;
+            }
+            mil_sample a = {};
+            a.rows = rows;
+            a.vocab = VOCAB;
+            a.logits_stride = VOCAB;
+            a.options = (const mil_sample_options *)harness_bytes(&h, options, sizeof options);
+            a.position = (const int64_t *)harness_bytes(&h, position, sizeof position);
+            a.token = (int32_t *)token.gpu;
+            a.bad = (int32_t *)bad.gpu;
+            printf("sample  rows %3lld  %-12s %8.2f us\n", (long long)rows, names[i],
+                   bench(&h, (const float *)logits.gpu, ROWS, a) * 1e6);
+        }
+    }
+    harness_close(&h);
+    return 0;
+}

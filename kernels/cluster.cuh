@@ -1,0 +1,68 @@
+/* Clusters: blocks that run side by side, wait for each other and read each other's shared memory (sm_90 on).
+ *
+ * Before sm_90 a cluster is one block: code that asks for no other rank's memory works there as it is.
+ */
+#ifndef MIL_KERNELS_CLUSTER_CUH
+#define MIL_KERNELS_CLUSTER_CUH
+
+#include "cuda.cuh"
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define MIL_HAS_CLUSTERS 0
+#define MIL_CLUSTER(blocks)
+#else
+#define MIL_HAS_CLUSTERS 1
+/* Of a kernel: so many neighbours along x are a cluster. */
+#define MIL_CLUSTER(blocks) __cluster_dims__(blocks, 1, 1)
+#endif
+
+/* Whether the device of this context has them. */
+static inline bool
+mil_device_has_clusters(const mil_context *context)
+{
+    int major = 0;
+    return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, context->ops->device) ==
+               cudaSuccess &&
+           major >= 9;
+}
+
+static __device__ __forceinline__ int
+mil_cluster_rank()
+{
+    uint32_t rank = 0;
+#if MIL_HAS_CLUSTERS
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+    return (int)rank;
+}
+
+/* All threads of all blocks meet; what they wrote before is visible to all of them after. */
+static __device__ __forceinline__ void
+mil_cluster_sync()
+{
+#if MIL_HAS_CLUSTERS
+    asm volatile(
+        "barrier.cluster.arrive.aligned;\n"
+        "barrier.cluster.wait.aligned;" ::
+            : "memory");
+#else
+    __syncthreads();
+#endif
+}
+
+/* Where the block of that rank has what this one has at `here`, in shared memory. */
+template <typename T>
+static __device__ __forceinline__ const T *
+mil_cluster_at(const T *here, int rank)
+{
+#if MIL_HAS_CLUSTERS
+    uint64_t there;
+    asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(here), "r"(rank));
+    return reinterpret_cast<const T *>(there);
+#else
+    (void)rank;
+    return here;
+#endif
+}
+
+#endif

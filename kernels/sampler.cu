@@ -1,0 +1,687 @@
+/* From logits to tokens without the host: greedy and filtered sampling, and the verdicts of speculative decoding.
+ *
+ * The meaning is that of csrc/decode/sampler.c: weights exp((s - max) / temperature), 0 where top-k, top-p or min-p leave a
+ * token out; the token at quantile u of them in index order; u from Philox by (seed, position, stream).
+ *
+ * A cluster of 8 blocks serves a row: each keeps an eighth of it in shared memory, so that logits are read once, and
+ * results meet in each other's shared memory.  Before sm_90, and for rows too long to keep, a block or eight read the row
+ * again in each pass.
+ *
+ * All sums of weights are sums of integers: a weight, at most 1, counts 2^44.  That is finer than the rounding of its
+ * exponential, and integer sums have the same bits in any order: so histograms may be filled by atomics, and a row's
+ * token depends on neither the number of rows nor the shape of the grid.
+ *
+ * top-k and top-p ask for the largest key (score, or weight) such that tokens from it on up count enough (1 each,
+ * or their weight): found ten bits at a time by histograms.  Of tokens at that very weight top-p keeps the first ones only.
+ */
+#include "cluster.cuh"
+#include "table.h"
+
+#include <float.h>
+#include <limits.h>
+
+#define CLUSTER 8
+#define WARPS 16
+#define THREADS (WARPS * MIL_WARP)
+#define DIGIT 10 /* bits a pass */
+#define BINS (1 << DIGIT)
+#define LIMB 15 /* bits of a mass that one 32-bit counter takes: 2^17 of them fit */
+#define LIMBS 3
+#define MOST_VOCAB (1 << 19) /* that many weights of 2^44 fit into 64 bits */
+#define ONE 0x1p44f
+
+/* Blocks of a cluster read these of each other; each is written once a kernel or, of bins, in turns. */
+struct team_part {
+    float best_score;
+    int best, bad;
+    int found;         /* where a search ended, -1: in another block */
+    uint64_t total[3]; /* of three sums */
+    uint64_t bins[2][BINS];
+};
+
+struct sampler_memory {
+    team_part part;
+    uint32_t limbs[LIMBS][BINS];
+    uint64_t warp_sums[WARPS];
+    uint64_t scan[WARPS];
+    float warp_score[WARPS];
+    int warp_best[WARPS], warp_bad[WARPS];
+    uint32_t digit;
+    uint64_t above, inside;
+    alignas(16) float scores[1]; /* this block's part of the row, where it is kept */
+};
+
+/* The part of a row that this block serves, and of that this warp's; a multiple of 128 apart. */
+struct share {
+    int begin, end, warp_begin, warp_end;
+};
+
+static __device__ __forceinline__ share
+find_share(int vocab, int blocks)
+{
+    int length = ((vocab + blocks - 1) / blocks + 3) / 4 * 4, rank = blocks == 1 ? 0 : mil_cluster_rank();
+    int each = (length + WARPS * 128 - 1) / (WARPS * 128) * 128, warp = threadIdx.x / MIL_WARP;
+    share s;
+    s.begin = min(rank * length, vocab);
+    s.end = min(s.begin + length, vocab);
+    s.warp_begin = min(s.begin + warp * each, s.end);
+    s.warp_end = min(s.warp_begin + each, s.end);
+    return s;
+}
+
+template <int BLOCKS>
+static __device__ __forceinline__ void
+team_sync()
+{
+    if constexpr (BLOCKS == 1) {
+        __syncthreads();
+    }
+    else {
+        mil_cluster_sync();
+    }
+}
+
+template <int BLOCKS>
+static __device__ __forceinline__ const team_part *
+part_of(const sampler_memory *memory, int rank)
+{
+    return BLOCKS == 1 ? &memory->part : mil_cluster_at(&memory->part, rank);
+}
+
+/* ---- random numbers and weights --------------------------------------------------------------------------------------- */
+
+/* Uniform in [0, 1): Philox4x32-10 of key `seed` and counter (position, stream), as mil_uniform. */
+static __device__ double
+uniform_of(uint64_t seed, uint64_t position, uint32_t stream)
+{
+    uint32_t c0 = (uint32_t)position, c1 = (uint32_t)(position >> 32), c2 = stream, c3 = 0;
+    uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+    for (int round = 0; round < 10; round++) {
+        uint32_t next0 = __umulhi(0xCD9E8D57u, c2) ^ c1 ^ k0, next2 = __umulhi(0xD2511F53u, c0) ^ c3 ^ k1;
+        c1 = 0xCD9E8D57u * c2;
+        c3 = 0xD2511F53u * c0;
+        c0 = next0;
+        c2 = next2;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    return (double)(((uint64_t)c1 << 32 | c0) >> 11) * 0x1p-53;
+}
+
+/* A score as it is compared: zeros alike, and what is not finite (the row is bad then) last. */
+static __device__ __forceinline__ float
+clean(float x)
+{
+    return fabsf(x) <= FLT_MAX ? x + 0.0f : -FLT_MAX;
+}
+
+/* Scores as integers of the same order, and back. */
+static __device__ __forceinline__ uint32_t
+key_of(float score)
+{
+    uint32_t bits = __float_as_uint(score);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+static __device__ __forceinline__ float
+score_of(uint32_t key)
+{
+    return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+
+static __device__ __forceinline__ float
+weight_of(float score, const mil_filter &f)
+{
+    return expf((score - f.best_score) * f.inverse);
+}
+
+/* The weight that the filters leave to a token. */
+static __device__ __forceinline__ float
+filtered(float score, int token, const mil_filter &f)
+{
+    if (score < f.least_score) {
+        return 0.0f;
+    }
+    float weight = weight_of(score, f);
+    return weight > f.least_weight || (weight == f.least_weight && token <= f.last) ? weight : 0.0f;
+}
+
+static __device__ __forceinline__ uint64_t
+mass_of(float weight)
+{
+    return __float2ull_rn(weight * ONE);
+}
+
+/* The place at quantile `uniform` of a total: the token sought is the first with more than this up to its end. */
+static __device__ __forceinline__ uint64_t
+quantile(double uniform, uint64_t total)
+{
+    uint64_t left = (uint64_t)(uniform * (double)total);
+    return left < total ? left : total - 1;
+}
+
+/* ---- sums and searches over a row --------------------------------------------------------------------------------------- */
+
+static __device__ __forceinline__ uint64_t
+warp_sum(uint64_t value)
+{
+#pragma unroll
+    for (int step = MIL_WARP / 2; step > 0; step /= 2) {
+        value += __shfl_xor_sync(MIL_ALL_LANES, value, step);
+    }
+    return value;
+}
+
+/* Sum of the lanes up to this one. */
+static __device__ __forceinline__ uint64_t
+warp_scan(uint64_t value)
+{
+    int lane = threadIdx.x % MIL_WARP;
+#pragma unroll
+    for (int step = 1; step < MIL_WARP; step *= 2) {
+        uint64_t before = __shfl_up_sync(MIL_ALL_LANES, value, step);
+        value += lane >= step ? before : 0;
+    }
+    return value;
+}
+
+/* Sums mass(token) over the row: the total, and what lies before this warp's part.  `place` is one of part.total. */
+template <int BLOCKS, typename Mass>
+static __device__ __forceinline__ uint64_t
+measure(sampler_memory *memory, const share &s, int place, uint64_t *before, Mass mass)
+{
+    int warp = threadIdx.x / MIL_WARP, lane = threadIdx.x % MIL_WARP;
+    uint64_t sum = 0;
+#pragma unroll 4
+    for (int i = s.warp_begin + lane; i < s.warp_end; i += MIL_WARP) {
+        sum += mass(i);
+    }
+    sum = warp_sum(sum);
+    __syncthreads(); /* nobody reads the sums of an earlier search */
+    if (lane == 0) {
+        memory->warp_sums[warp] = sum;
+    }
+    __syncthreads();
+    uint64_t block = 0, total = 0;
+    *before = 0;
+#pragma unroll
+    for (int i = 0; i < WARPS; i++) {
+        *before += i < warp ? memory->warp_sums[i] : 0;
+        block += memory->warp_sums[i];
+    }
+    if (threadIdx.x == 0) {
+        memory->part.total[place] = block;
+    }
+    team_sync<BLOCKS>();
+    int rank = BLOCKS == 1 ? 0 : mil_cluster_rank();
+#pragma unroll
+    for (int i = 0; i < BLOCKS; i++) {
+        uint64_t other = part_of<BLOCKS>(memory, i)->total[place];
+        *before += i < rank ? other : 0;
+        total += other;
+    }
+    return total;
+}
+
+/* After measure: the first token up to whose end there is more than `left`; one thread of the team gets it, others -1. */
+template <typename Mass>
+static __device__ __forceinline__ int
+locate(const sampler_memory *memory, const share &s, uint64_t before, uint64_t left, Mass mass)
+{
+    int lane = threadIdx.x % MIL_WARP;
+    if (left < before || left - before >= memory->warp_sums[threadIdx.x / MIL_WARP]) {
+        return -1;
+    }
+    left -= before;
+    for (int first = s.warp_begin; first < s.warp_end; first += 4 * MIL_WARP) {
+        uint64_t own[4], sum = 0;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            int i = first + lane * 4 + j;
+            own[j] = i < s.warp_end ? mass(i) : 0;
+            sum += own[j];
+        }
+        uint64_t scan = warp_scan(sum), all = __shfl_sync(MIL_ALL_LANES, scan, MIL_WARP - 1);
+        if (all <= left) {
+            left -= all;
+            continue;
+        }
+        if (scan <= left || scan - sum > left) {
+            return -1;
+        }
+        uint64_t up_to = scan - sum;
+        int found = -1;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            up_to += own[j];
+            found = found < 0 && up_to > left ? first + lane * 4 + j : found;
+        }
+        return found;
+    }
+    return -1;
+}
+
+template <int BLOCKS>
+static __device__ __forceinline__ void
+add_mass(sampler_memory *memory, int turn, uint32_t bin, uint64_t mass)
+{
+    if constexpr (BLOCKS == 1) { /* a block that sees a whole row could overflow a limb */
+        atomicAdd((unsigned long long *)&memory->part.bins[turn][bin], (unsigned long long)mass);
+    }
+    else {
+#pragma unroll
+        for (int i = 0; i < LIMBS; i++) {
+            uint32_t limb = (uint32_t)(mass >> (i * LIMB)) & ((1u << LIMB) - 1);
+            if (limb != 0) {
+                atomicAdd(&memory->limbs[i][bin], limb);
+            }
+        }
+    }
+}
+
+/* What select_key found: the key, the mass of larger ones, and its own. */
+struct selection {
+    uint32_t key;
+    uint64_t above, inside;
+};
+
+/* The largest key such that the tokens from it on up have a mass of at least `enough`, which is at least 1 and at most that
+ * of all.  item(token, &key, &mass); keys have `bits` bits. */
+template <int BLOCKS, typename Item>
+static __device__ selection
+select_key(sampler_memory *memory, const share &s, int bits, uint64_t enough, Item item)
+{
+    static_assert(BINS == 2 * THREADS, "a thread has two bins");
+    int warp = threadIdx.x / MIL_WARP, lane = threadIdx.x % MIL_WARP;
+    selection found = {0, 0, 0};
+    for (int turn = 0; bits > 0; turn ^= 1) {
+        int digit = bits < DIGIT ? bits : DIGIT, shift = bits - digit;
+        for (int bin = threadIdx.x; bin < BINS; bin += THREADS) {
+            memory->limbs[0][bin] = memory->limbs[1][bin] = memory->limbs[2][bin] = 0;
+            memory->part.bins[turn][bin] = 0;
+        }
+        __syncthreads();
+        for (int i = s.warp_begin + lane; i < s.warp_end; i += MIL_WARP) {
+            uint32_t key;
+            uint64_t mass;
+            item(i, key, mass);
+            if (mass > 0 && (uint64_t)key >> bits == found.key) {
+                add_mass<BLOCKS>(memory, turn, key >> shift & ((1u << digit) - 1), mass);
+            }
+        }
+        __syncthreads();
+        if (BLOCKS > 1) {
+            for (int bin = threadIdx.x; bin < BINS; bin += THREADS) {
+                memory->part.bins[turn][bin] = (uint64_t)memory->limbs[0][bin] +
+                                               ((uint64_t)memory->limbs[1][bin] << LIMB) +
+                                               ((uint64_t)memory->limbs[2][bin] << 2 * LIMB);
+            }
+        }
+        team_sync<BLOCKS>();
+        /* From the largest bin down; a thread has two neighbours. */
+        int high = BINS - 1 - 2 * (int)threadIdx.x, low = high - 1;
+        uint64_t in_high = 0, in_low = 0;
+#pragma unroll
+        for (int i = 0; i < BLOCKS; i++) {
+            in_high += part_of<BLOCKS>(memory, i)->bins[turn][high];
+            in_low += part_of<BLOCKS>(memory, i)->bins[turn][low];
+        }
+        uint64_t scan = warp_scan(in_high + in_low), above = found.above + scan - in_high - in_low;
+        if (lane == MIL_WARP - 1) {
+            memory->scan[warp] = scan;
+        }
+        __syncthreads();
+        for (int i = 0; i < warp; i++) {
+            above += memory->scan[i];
+        }
+        bool is_high = above < enough && above + in_high >= enough;
+        bool is_low = above + in_high < enough && above + in_high + in_low >= enough;
+        if (is_high || is_low) {
+            memory->digit = (uint32_t)(is_high ? high : low);
+            memory->above = is_high ? above : above + in_high;
+            memory->inside = is_high ? in_high : in_low;
+        }
+        __syncthreads();
+        found.key = found.key << digit | memory->digit;
+        found.above = memory->above;
+        found.inside = memory->inside;
+        bits = shift;
+    }
+    return found;
+}
+
+/* ---- one row ---------------------------------------------------------------------------------------------------------- */
+
+struct best_of {
+    float score;
+    int token, bad;
+};
+
+static __device__ __forceinline__ void
+keep_better(best_of &to, float score, int token, int bad)
+{
+    bool better = score > to.score || (score == to.score && token < to.token);
+    to.score = better ? score : to.score;
+    to.token = better ? token : to.token;
+    to.bad |= bad;
+}
+
+/* The first largest score of the row; on the way the block's part of it goes to shared memory where `keep`. */
+template <int BLOCKS, bool KEEP>
+static __device__ best_of
+find_best(sampler_memory *memory, const share &s, const float *row)
+{
+    int warp = threadIdx.x / MIL_WARP, lane = threadIdx.x % MIL_WARP;
+    best_of best = {-INFINITY, INT_MAX, 0};
+    bool wide = (uintptr_t)(row + s.begin) % 16 == 0;
+#pragma unroll 4
+    for (int first = s.warp_begin + lane * 4; first < s.warp_end; first += 4 * MIL_WARP) {
+        float x[4];
+        if (wide && first + 4 <= s.warp_end) {
+            mil_load<4>(row + first, x);
+        }
+        else {
+            for (int j = 0; j < 4; j++) {
+                x[j] = row[min(first + j, s.warp_end - 1)];
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            int bad = !(fabsf(x[j]) <= FLT_MAX);
+            x[j] = clean(x[j]);
+            if (first + j < s.warp_end) {
+                keep_better(best, x[j], first + j, bad);
+            }
+        }
+        if (KEEP) { /* the part is rounded up to whole quadruples */
+            mil_store<4>(memory->scores + (first - s.begin), x);
+        }
+    }
+#pragma unroll
+    for (int step = MIL_WARP / 2; step > 0; step /= 2) {
+        keep_better(best, __shfl_xor_sync(MIL_ALL_LANES, best.score, step),
+                    __shfl_xor_sync(MIL_ALL_LANES, best.token, step),
+                    __shfl_xor_sync(MIL_ALL_LANES, best.bad, step));
+    }
+    if (lane == 0) {
+        memory->warp_score[warp] = best.score;
+        memory->warp_best[warp] = best.token;
+        memory->warp_bad[warp] = best.bad;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        for (int i = 1; i < WARPS; i++) {
+            keep_better(best, memory->warp_score[i], memory->warp_best[i], memory->warp_bad[i]);
+        }
+        memory->part.best_score = best.score;
+        memory->part.best = best.token;
+        memory->part.bad = best.bad;
+    }
+    team_sync<BLOCKS>();
+    best = {-INFINITY, INT_MAX, 0};
+#pragma unroll
+    for (int i = 0; i < BLOCKS; i++) {
+        const team_part *part = part_of<BLOCKS>(memory, i);
+        keep_better(best, part->best_score, part->best, part->bad);
+    }
+    return best;
+}
+
+/* Leaves the smallest set of likely tokens with `top_p` of the weight. */
+template <int BLOCKS, typename Score>
+static __device__ void
+keep_top_p(sampler_memory *memory, const share &s, int vocab, float top_p, mil_filter &f, Score score)
+{
+    uint64_t before, total = measure<BLOCKS>(memory, s, 0, &before, [&](int i) {
+                         float x = score(i);
+                         return x >= f.least_score ? mass_of(weight_of(x, f)) : 0;
+                     });
+    /* All tokens below this together have less than 1 - top_p, so the rest has enough without them. */
+    float negligible = (float)((1.0 - (double)top_p) * ((double)total / ONE) / (double)vocab * 0.999);
+    uint64_t enough = (uint64_t)ceil((double)top_p * (double)total);
+    selection at =
+        select_key<BLOCKS>(memory, s, 30, enough > 0 ? enough : 1, [&](int i, uint32_t &key, uint64_t &mass) {
+            float x = score(i), weight = weight_of(x, f);
+            key = __float_as_uint(weight);
+            mass = x >= f.least_score && weight >= negligible ? mass_of(weight) : 0;
+        });
+    f.least_weight = __uint_as_float(at.key);
+    uint64_t each = mass_of(f.least_weight), wanted = (enough - at.above + each - 1) / each;
+    if (wanted * each >= at.inside) {
+        return; /* all of that weight stay */
+    }
+    auto equal = [&](int i) {
+        float x = score(i);
+        return (uint64_t)(x >= f.least_score && weight_of(x, f) == f.least_weight);
+    };
+    measure<BLOCKS>(memory, s, 1, &before, equal);
+    int last = locate(memory, s, before, wanted - 1, equal);
+    if (threadIdx.x == 0) {
+        memory->part.found = -1;
+    }
+    __syncthreads();
+    if (last >= 0) {
+        memory->part.found = last;
+    }
+    team_sync<BLOCKS>();
+#pragma unroll
+    for (int i = 0; i < BLOCKS; i++) {
+        int found = part_of<BLOCKS>(memory, i)->found;
+        f.last = found >= 0 ? found : f.last;
+    }
+}
+
+/* A team a row. */
+template <int BLOCKS, bool KEEP>
+static __global__ void
+MIL_CLUSTER(BLOCKS) __launch_bounds__(THREADS) sample_kernel(const mil_sample a)
+{
+    extern __shared__ __align__(16) unsigned char raw[];
+    sampler_memory *memory = reinterpret_cast<sampler_memory *>(raw);
+    mil_trigger();
+    mil_wait();
+    int64_t row = blockIdx.x / BLOCKS;
+    int vocab = (int)a.vocab;
+    const float *logits = a.logits + row * a.logits_stride;
+    share s = find_share(vocab, BLOCKS);
+    mil_sample_options options = a.options[row];
+    best_of best = find_best<BLOCKS, KEEP>(memory, s, logits);
+    auto score = [&](int i) { return KEEP ? memory->scores[i - s.begin] : clean(logits[i]); };
+    mil_filter f = {};
+    f.total = 1.0;
+    f.best_score = best.score;
+    f.best = best.token;
+    f.certain = options.temperature == 0.0f;
+    f.last = INT_MAX;
+    f.least_score = -INFINITY;
+    /* 1 / temperature overflows for temperatures below 1e-38; the cap gives the same one token. */
+    f.inverse = options.temperature > FLT_MIN ? 1.0f / options.temperature : FLT_MAX;
+    bool writes = blockIdx.x % BLOCKS == 0 && threadIdx.x == 0;
+    if (f.certain) {
+        if (writes && a.token != NULL) {
+            a.token[row] = f.best;
+        }
+    }
+    else {
+        if (options.top_k > 0 && options.top_k < vocab) {
+            selection at = select_key<BLOCKS>(memory, s, 32, (uint64_t)options.top_k,
+                                              [&](int i, uint32_t &key, uint64_t &mass) {
+                                                  key = key_of(score(i));
+                                                  mass = 1;
+                                              });
+            f.least_score = score_of(at.key);
+        }
+        if (options.top_p < 1.0f) {
+            keep_top_p<BLOCKS>(memory, s, vocab, options.top_p, f, score);
+        }
+        if (options.min_p >
+            f.least_weight) { /* the likeliest token has weight 1, so min_p is the threshold itself */
+            f.least_weight = options.min_p;
+            f.last = INT_MAX;
+        }
+        auto mass = [&](int i) { return mass_of(filtered(score(i), i, f)); };
+        uint64_t before, total = measure<BLOCKS>(memory, s, 2, &before, mass);
+        f.total = (double)total / ONE;
+        if (a.token != NULL) {
+            uint64_t left = quantile(uniform_of(options.seed, (uint64_t)a.position[row], a.stream), total);
+            int token = locate(memory, s, before, left, mass);
+            if (token >= 0) {
+                a.token[row] = token;
+            }
+        }
+    }
+    if (writes) {
+        a.bad[row] = best.bad;
+        if (a.filter != NULL) {
+            a.filter[row] = f;
+        }
+    }
+    team_sync<BLOCKS>(); /* the others may still be reading this block's memory */
+}
+
+/* ---- speculative decoding ------------------------------------------------------------------------------------------------ */
+
+static __device__ __forceinline__ double
+probability(const mil_filter &f, const float *logits, int token)
+{
+    if (f.certain) {
+        return token == f.best ? 1.0 : 0.0;
+    }
+    return (double)filtered(clean(logits[token]), token, f) / f.total;
+}
+
+/* What the draft of a row was drawn from: all on itself where there are no logits; tokens beyond draft_vocab had none. */
+static __device__ __forceinline__ double
+draft_probability(const mil_accept &a, int64_t row, int token)
+{
+    if (a.draft_logits == NULL) {
+        return token == a.drafts[row] ? 1.0 : 0.0;
+    }
+    if (token >= a.draft_vocab) {
+        return 0.0;
+    }
+    return probability(a.draft_filter[row], a.draft_logits + row * a.draft_logits_stride, token);
+}
+
+/* How many drafts of a sequence stand: a lane a verdict. */
+static __device__ int
+count_accepted(const mil_accept &a, int64_t first_row, int drafted, uint64_t seed, int64_t position)
+{
+    int lane = threadIdx.x % MIL_WARP;
+    for (int first = 0; first < drafted; first += MIL_WARP) {
+        bool stands = false;
+        if (first + lane < drafted) {
+            int64_t row = first_row + first + lane;
+            int token = a.drafts[row];
+            double p = probability(a.filter[row], a.logits + row * a.logits_stride, token);
+            double uniform = uniform_of(seed, (uint64_t)(position + first + lane), MIL_SAMPLE_ACCEPT);
+            stands = uniform * draft_probability(a, row, token) < p;
+        }
+        uint32_t rejected = __ballot_sync(MIL_ALL_LANES, !stands);
+        if (rejected != 0) {
+            int at = first + __ffs((int)rejected) - 1;
+            return at < drafted ? at : drafted;
+        }
+    }
+    return drafted;
+}
+
+/* A team a sequence. */
+template <int BLOCKS>
+static __global__ void
+MIL_CLUSTER(BLOCKS) __launch_bounds__(THREADS) accept_kernel(const mil_accept a)
+{
+    __shared__ sampler_memory memory;
+    mil_trigger();
+    mil_wait();
+    int64_t sequence = blockIdx.x / BLOCKS, first_row = a.offsets[sequence];
+    int drafted = (int)(a.offsets[sequence + 1] - first_row) - 1;
+    if (a.drafted != NULL) {
+        drafted = min(drafted, a.drafted[sequence]);
+    }
+    uint64_t seed = a.options[sequence].seed;
+    int64_t position = a.position[sequence];
+    int accepted = count_accepted(a, first_row, drafted, seed, position);
+    int64_t row = first_row + accepted;
+    const float *logits = a.logits + row * a.logits_stride;
+    mil_filter f = a.filter[row];
+    share s = find_share((int)a.vocab, BLOCKS);
+    bool writes = blockIdx.x % BLOCKS == 0;
+    if (writes) {
+        for (int j = threadIdx.x; j < accepted; j += THREADS) {
+            a.tokens[first_row + j] = a.drafts[first_row + j];
+        }
+        if (threadIdx.x == 0) {
+            a.accepted[sequence] = accepted;
+        }
+    }
+    if (f.certain) {
+        if (writes && threadIdx.x == 0) {
+            a.tokens[row] = f.best;
+        }
+        return; /* with the whole team */
+    }
+    double uniform = uniform_of(seed, (uint64_t)(position + accepted), MIL_SAMPLE_TARGET);
+    auto own = [&](int i) { return mass_of(filtered(clean(logits[i]), i, f)); };
+    auto rest = [&](int i) {
+        double more = (double)filtered(clean(logits[i]), i, f) / f.total - draft_probability(a, row, i);
+        return more > 0.0 ? __double2ull_rn(more * 0x1p60) : 0;
+    };
+    uint64_t before, total = accepted < drafted ? measure<BLOCKS>(&memory, s, 0, &before, rest) : 0;
+    int token;
+    if (total > 0) {
+        token = locate(&memory, s, before, quantile(uniform, total), rest);
+    }
+    else { /* no draft fell, or p and q agree but for rounding */
+        total = measure<BLOCKS>(&memory, s, 1, &before, own);
+        token = locate(&memory, s, before, quantile(uniform, total), own);
+    }
+    if (token >= 0) {
+        a.tokens[row] = token;
+    }
+    team_sync<BLOCKS>();
+}
+
+/* ---- entry points ----------------------------------------------------------------------------------------------------------- */
+
+static mil_status
+check_vocab(const char *name, int64_t vocab)
+{
+    if (vocab < 1 || vocab > MOST_VOCAB) {
+        return mil_fail(MIL_ERR_UNSUPPORTED, "%s: vocab = %lld; on CUDA it is 1 to %d", name,
+                        (long long)vocab, MOST_VOCAB);
+    }
+    return MIL_OK;
+}
+
+mil_status
+mil_cuda_sample(mil_context *context, const mil_sample *arguments)
+{
+    const mil_sample *a = arguments;
+    MIL_TRY(check_vocab("sample", a->vocab));
+    size_t kept = sizeof(sampler_memory) + (size_t)(mil_ceil_div(a->vocab, CLUSTER) + 4) * sizeof(float);
+    if (!mil_device_has_clusters(context)) {
+        return mil_launch(context, "sample", sample_kernel<1, false>, dim3((unsigned)a->rows), dim3(THREADS),
+                          sizeof(sampler_memory), *a);
+    }
+    int most = 0;
+    MIL_CUDA_TRY(
+        cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, context->ops->device));
+    bool keep = kept <= (size_t)most;
+    return mil_launch(context, "sample", keep ? sample_kernel<CLUSTER, true> : sample_kernel<CLUSTER, false>,
+                      dim3((unsigned)(a->rows * CLUSTER)), dim3(THREADS),
+                      keep ? kept : sizeof(sampler_memory), *a);
+}
+
+mil_status
+mil_cuda_accept(mil_context *context, const mil_accept *arguments)
+{
+    const mil_accept *a = arguments;
+    MIL_TRY(check_vocab("accept", a->vocab));
+    if (!mil_device_has_clusters(context)) {
+        return mil_launch(context, "accept", accept_kernel<1>, dim3((unsigned)a->sequences), dim3(THREADS), 0,
+                          *a);
+    }
+    return mil_launch(context, "accept", accept_kernel<CLUSTER>, dim3((unsigned)(a->sequences * CLUSTER)),
+                      dim3(THREADS), 0, *a);
+}
