@@ -124,10 +124,15 @@ def write_checkpoint(
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
+    prune(root, keep_last)
+    return final
+
+
+def prune(root: Path, keep_last: int | None) -> None:
+    """Drops all but the newest checkpoints."""
     if keep_last is not None:
         for old in complete_checkpoints(root)[:-keep_last]:
             shutil.rmtree(old, ignore_errors=True)
-    return final
 
 
 def complete_checkpoints(root: Path) -> list[Path]:
@@ -146,12 +151,14 @@ def latest_checkpoint(root: Path) -> Path | None:
 
 
 def sweep(root: Path) -> None:
-    """Removes what a killed run was writing."""
+    """Removes what a killed run was writing; of a run without a checkpoint the folder, too."""
     if root.is_dir():
         for path in root.glob(f"{TEMPORARY}*"):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(
                 missing_ok=True
             )
+        if not any(root.iterdir()):
+            root.rmdir()
 
 
 def read_record(checkpoint: Path) -> dict[str, Any]:

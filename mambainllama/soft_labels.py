@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 
 from . import _core
-from .checkpointing import TEMPORARY, sync, write_text
+from .checkpointing import TEMPORARY, sweep, sync, write_text
 from .data import (
     Documents,
     SoftTargets,
@@ -161,6 +161,7 @@ def tokenizer_hash(tokenizer: Any) -> str | None:
 def open_folder(folder: Path, head: dict[str, Any], resume: bool) -> None:
     """Makes the folder, or finds it begun in the same way."""
     path = folder / HEAD
+    sweep(folder)
     if path.exists() and not resume:
         raise StateError(f"{folder}: is there already; resume=True goes on, or choose another")
     if path.exists():
@@ -249,7 +250,7 @@ def write_part(path: Path, arrays: dict[str, np.ndarray]) -> None:
         ) from None
 
 
-def is_labels(path: Any) -> bool:
+def is_labelled(path: Any) -> bool:
     """Whether a path is a folder of soft labels."""
     return isinstance(path, (str, os.PathLike)) and (Path(path) / HEAD).is_file()
 

@@ -30,6 +30,7 @@ import numpy as np
 from . import _core
 from .checkpointing import (
     latest_checkpoint,
+    prune,
     read_record,
     restore,
     sweep,
@@ -391,6 +392,7 @@ class Loop:
         self.task.trainer.step = step = record["step"]
         self.sums, self.tokens = record["sums"], record["tokens"]
         self.last_good = checkpoint
+        prune(self.root, self.config.keep_last)
         self.trim_metrics(step)
         self.say(f"resuming from {checkpoint}")
         return step
