@@ -50,6 +50,10 @@ from .training import jsonable, only_run, peak_memory, set_aside
 __all__ = ["Run", "check_recipe", "run_recipe"]
 
 
+# Data that stages make for those after them.
+MADE = ("answers.jsonl", "answers.labels", "data.labels")
+
+
 def run_recipe(
     recipe: str | os.PathLike | Recipe,
     output_dir: str | os.PathLike | None = None,
@@ -216,8 +220,14 @@ class Run:
         """A stage's own data, else the teacher's answers if there are some, else those of all."""
         if settings.options.get("files"):
             return settings.options["files"]
-        names = [stage.name for stage in self.recipe.stages]
-        if "label" in names[: names.index(settings.name)]:
+        earlier = {}
+        for stage in self.recipe.stages[: self.recipe.stages.index(settings)]:
+            earlier[stage.name] = stage.options
+        if settings.name == "distill" and "soft_labels" in earlier:
+            return [str(self.folder / "soft_labels" / "data.labels")]
+        if settings.name == "distill" and earlier.get("label", {}).get("top_logprobs"):
+            return [str(self.folder / "label" / "answers.labels")]
+        if "label" in earlier:
             return [str(self.folder / "label" / "answers.jsonl")]
         return self.recipe.data.get("files", [])
 
@@ -257,9 +267,9 @@ class Run:
                     f"{shorten(then.get(key))}, is {shorten(now.get(key))} now; use what the run "
                     "began with, or another output folder"
                 )
-        if "answers" in record:
-            name = str(self.folder / settings.name / "answers.jsonl")
-            check_file(self.folder, name, record["answers"], fingerprint(name))
+        for made, mark in record["made"].items():
+            name = str(self.folder / settings.name / made)
+            check_file(self.folder, name, mark, fingerprint(name))
         return True
 
     def run_stage(self, settings: StageSettings, before: str | None) -> None:
@@ -285,11 +295,12 @@ class Run:
             "identity": self.identity(settings, before),
             "seconds": round(time.perf_counter() - begin, 3),
             "peak_memory_bytes": peak_memory(),
+            "made": {
+                name: fingerprint(str(folder / name)) for name in MADE if (folder / name).exists()
+            },
         }
         if history is not None:
             record |= training_figures(history)
-        if (folder / "answers.jsonl").exists():
-            record["answers"] = fingerprint(str(folder / "answers.jsonl"))
         write_text(folder / "stage.json", json.dumps(record, indent=1) + "\n")
         if not self.recipe.output.get("keep_checkpoints", False):
             for checkpoints in (folder, *folder.glob("part-*-of-*")):

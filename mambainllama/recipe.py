@@ -31,7 +31,7 @@
     folder = "run"
 
 Each section that names a stage runs it; the stages and their order are those of `stages.STAGES`:
-label, convert, stepwise, align, distill, sft, on_policy, dpo.  ``stages = ["sft", "distill"]`` at
+label, soft_labels, convert, stepwise, align, distill, sft, dpo.  ``stages = ["sft", "distill"]`` at
 the top chooses among them, in that order.  A recipe without any stage distils.
 
 Paths are relative to the file that names them.  Every key is checked: a misspelt one is refused
@@ -368,17 +368,13 @@ def stage_names(content: Mapping[str, Any], student: Mapping[str, Any], where: s
 def stage_settings(stage: Stage, sections: Mapping[str, Any], where: str) -> StageSettings:
     """A stage's settings, those of [training] where it says nothing itself."""
     said = dict(sections.get(stage.name, {}))
-    if stage.config is None:
-        for key in stage.required:
-            if key not in said:
-                raise ArgumentError(f"{where}: [{stage.name}] needs {key!r}")
-        return StageSettings(stage, None, said)
-    known = {field.name for field in fields(stage.config)}
-    options = {key: said.pop(key) for key in list(said) if key not in known}
     for key in stage.required:
-        if key not in options:
+        if key not in said:
             raise ArgumentError(f"{where}: [{stage.name}] needs {key!r}")
-    common = {key: value for key, value in sections["training"].items() if key in known}
+    common = {key: value for key, value in sections["training"].items() if key in stage.keys}
+    if stage.config is None:
+        return StageSettings(stage, None, {**common, **said})
+    options = {key: said.pop(key) for key in list(said) if key in stage.options}
     try:
         config = stage.config(**{**common, **said})
     except ArgumentError as error:
@@ -404,7 +400,10 @@ def check_data(recipe: Recipe) -> None:
     labelled = False
     for settings in recipe.stages:
         labelled |= settings.name == "label"
-        if settings.config is None or settings.options.get("files") or labelled:
+        reads = settings.stage.reads_data or (
+            settings.name == "convert" and recipe.student.get("init", "auto") != "paper"
+        )
+        if not reads or settings.options.get("files") or labelled:
             continue
         if "files" not in recipe.data:
             raise ArgumentError(

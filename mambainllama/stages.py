@@ -1,9 +1,9 @@
 """The stages of a recipe: one table that says what each is called, takes and does.
 
-A stage gets a `Job` and leaves what it made in the job's folder: `label` leaves answers.jsonl, all
-others leave model/, and those that train metrics.jsonl and checkpoints/ as well.  A new stage is
-one entry here; recipe.py checks its section, pipeline.py runs and resumes it, and report.py shows
-it without knowing more than this table says.
+A stage gets a `Job` and leaves what it made in the job's folder: `label` answers.jsonl,
+`soft_labels` data.labels/, all others model/, and those that train metrics.jsonl and checkpoints/
+as well.  A new stage is one entry here; recipe.py checks its section, pipeline.py runs and resumes
+it, and report.py shows it without knowing more than this table says.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .distill import DistillConfig, SftConfig, distill, sft
 from .history import History
 from .label import label
 from .preference import DPOConfig, dpo
+from .soft_labels import is_labels, soft_labels
 from .stepwise import AlignConfig, StepwiseConfig, align, stepwise
 from .training import TrainingConfig
 
@@ -73,6 +74,8 @@ class Stage:
     required : those without which it cannot run
     makes_student : bool
         Whether a student leaves it that may differ from the one that came in.
+    reads_data : bool
+        Whether it cannot do without data.
     """
 
     name: str
@@ -82,6 +85,7 @@ class Stage:
     options: tuple[str, ...] = ("files", "validation")
     required: tuple[str, ...] = ()
     makes_student: bool = True
+    reads_data: bool = True
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -100,6 +104,19 @@ def run_label(job: Job) -> None:
         job.teacher,
         job.options["prompts"],
         job.folder / "answers.jsonl",
+        resume=True,
+        progress=bool(job.progress),
+        **settings,
+    )
+
+
+def run_soft_labels(job: Job) -> None:
+    """Goes on behind the parts that are there."""
+    settings = {key: value for key, value in job.options.items() if key != "files"}
+    soft_labels(
+        job.teacher,
+        job.files,
+        job.folder / "data.labels",
         resume=True,
         progress=bool(job.progress),
         **settings,
@@ -152,12 +169,15 @@ def run_stepwise(job: Job) -> History:
 
 
 def trains_towards_teacher(train: Callable[..., History]) -> Callable[[Job], History]:
-    """A stage that is `train(student, teacher, data, config, folder, ...)`."""
+    """A stage that is `train(student, teacher, data, config, folder, ...)`.
+
+    Data that hold the teacher's soft labels take its place.
+    """
 
     def run(job: Job) -> History:
         return train(
             job.student,
-            job.teacher,
+            None if any(map(is_labels, job.files)) else job.teacher,
             job.files,
             job.config,
             job.folder,
@@ -188,11 +208,11 @@ def trains_alone(train: Callable[..., History]) -> Callable[[Job], History]:
 
 # ---- the table ---------------------------------------------------------------------------------
 
-LABEL_KEYS = tuple(
-    name
-    for name in inspect.signature(label).parameters
-    if name not in ("teacher", "output", "resume", "progress")
-)
+
+def keys_of(function: Callable[..., Any], *given: str) -> tuple[str, ...]:
+    """A function's parameters but those that the stage itself gives."""
+    return tuple(name for name in inspect.signature(function).parameters if name not in given)
+
 
 STAGES: dict[str, Stage] = {
     stage.name: stage
@@ -202,11 +222,25 @@ STAGES: dict[str, Stage] = {
             "the teacher answers prompts",
             None,
             run_label,
-            options=LABEL_KEYS,
+            options=keys_of(label, "teacher", "output", "resume", "progress"),
             required=("prompts",),
             makes_student=False,
+            reads_data=False,
         ),
-        Stage("convert", "attention becomes mixers", None, run_convert, options=()),
+        Stage(
+            "soft_labels",
+            "the teacher's likeliest tokens are stored, to distil from without it",
+            None,
+            run_soft_labels,
+            options=(
+                "files",
+                *keys_of(soft_labels, "teacher", "data", "output", "resume", "progress"),
+            ),
+            makes_student=False,
+        ),
+        Stage(
+            "convert", "attention becomes mixers", None, run_convert, options=(), reads_data=False
+        ),
         Stage(
             "stepwise",
             "attention becomes mixers part by part, mixers trained in between",

@@ -169,6 +169,30 @@ def test_all_stages_run_in_order(everything):
     assert not list(run.rglob("checkpoints"))
 
 
+def test_distilling_from_stored_labels(teacher, data, tmp_path):
+    """The teacher's likeliest tokens, stored by one stage, take its place in another."""
+    recipe = small(tmp_path, teacher, data / "chats.jsonl", "[soft_labels]\ntop = 16\n")
+    found = pipeline.run_recipe(recipe, progress=False)
+    assert [row["stage"] for row in found["stages"]] == [
+        "soft_labels",
+        "convert",
+        "align",
+        "distill",
+    ]
+    assert found["stages"][-1]["final"]["kl"] > 0
+    run = json.loads((tmp_path / "run" / "distill" / "run.json").read_text())
+    assert run["teacher"] is None
+    again = pipeline.run_recipe(recipe, resume=True, progress=False)
+    assert again["stages"] == found["stages"]
+    text = EVERYTHING.format(teacher=teacher, data=data).replace(
+        "[label]", "[label]\ntop_logprobs = 8"
+    )
+    path = write(tmp_path / "r.toml", text.replace('[distill]\nfiles = "', '[distill]\n# "'))
+    only = ['stages=["label", "convert", "distill"]']
+    pipeline.run_recipe(path, overrides=only, progress=False)
+    assert json.loads((tmp_path / "out" / "distill" / "run.json").read_text())["teacher"] is None
+
+
 class Page(HTMLParser):
     """Tags must close, and nothing may be fetched."""
 
