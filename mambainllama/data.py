@@ -238,9 +238,9 @@ def read_documents(
             "of records such as {'text': ...} or {'messages': [...]}"
         )
     if all(isinstance(item, (str, os.PathLike)) for item in data):
-        from .soft_labels import is_labelled, read_labels
+        from .soft_labels import is_labels, read_labels
 
-        if all(map(is_labelled, data)):
+        if all(map(is_labels, data)):
             return read_labels(list(data), tokenizer, vocab)
         return documents_of_files(expand_paths(data), tokenizer, vocab, loss_on, skip_bad)
     if all(isinstance(item, Mapping) for item in data):

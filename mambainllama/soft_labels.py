@@ -250,7 +250,7 @@ def write_part(path: Path, arrays: dict[str, np.ndarray]) -> None:
         ) from None
 
 
-def is_labelled(path: Any) -> bool:
+def is_labels(path: Any) -> bool:
     """Whether a path is a folder of soft labels."""
     return isinstance(path, (str, os.PathLike)) and (Path(path) / HEAD).is_file()
 
