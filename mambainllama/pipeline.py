@@ -140,7 +140,7 @@ class Run:
     def begin(self, resume: bool) -> None:
         """Writes what the run begins with, or checks that it is what it began with."""
         path = self.folder / "recipe.json"
-        now = {
+        now: dict[str, Any] = {
             "teacher": weights_hash(self.teacher.core),
             "files": {name: fingerprint(name) for name in self.all_files()},
         }

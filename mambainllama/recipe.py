@@ -54,7 +54,7 @@ from .training import TrainingConfig
 __all__ = ["Recipe", "StageSettings", "read_recipe"]
 
 TOP = ("title", "extends", "stages")
-REPORT = {
+REPORT: dict[str, tuple[type, Any, Any]] = {
     # Key: (kind, least, what it is when not said).
     "tokens": (int, 2, 32_768),
     "prompts": (int, 0, 24),
