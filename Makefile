@@ -9,6 +9,8 @@
 #   JOBS     compilers at once                        (all usable cores)
 #   TESTS    what `make test` runs                    (tests)
 #   BENCH    which benchmark `make bench` runs        (all of benchmarks/README.md)
+#   NVCC     CUDA's compiler                          (nvcc)
+#   ARCHS    GPU architectures, as in 80,90a          (90a)
 #   SHARED   folder of the shared test data           (../shared where it is there)
 
 MAKEFLAGS += --no-builtin-rules --warn-undefined-variables
@@ -23,11 +25,13 @@ DEBUG := 0
 JOBS := $(shell nproc 2>/dev/null || echo 2)
 TESTS := tests
 BENCH :=
+NVCC := nvcc
+ARCHS := 90a
 SHARED :=
 ARGS :=
 
 # A misspelt variable would be ignored in silence: stop instead.
-KNOWN := PYTHON CC DEBUG JOBS TESTS BENCH SHARED ARGS
+KNOWN := PYTHON CC DEBUG JOBS TESTS BENCH NVCC ARCHS SHARED ARGS
 GIVEN := $(foreach v,$(.VARIABLES),$(if $(filter command line,$(origin $(v))),$(v)))
 UNKNOWN := $(filter-out $(KNOWN) MAKEFLAGS MAKEOVERRIDES MFLAGS,$(filter-out -%,$(GIVEN)))
 ifneq ($(strip $(UNKNOWN)),)
@@ -126,9 +130,64 @@ fuzz: $(STAMPS)/venv ## damaged checkpoints by the thousand, under AddressSaniti
 	    ASAN_OPTIONS=detect_leaks=0,allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	    $(PY) tests/fuzz/fuzz_checkpoints.py $(ARGS)
 
+# ---- CUDA ---------------------------------------------------------------------------------------------
+
+# Test and benchmark programs are C++ over the kernels and the whole C core, without Python.
+COMMA := ,
+CUDA_KERNELS := $(sort $(wildcard kernels/*.cu))
+CUDA_TESTS := $(sort $(wildcard tests/gpu/test_*.cu))
+CUDA_BENCHES := $(sort $(wildcard benchmarks/gpu/*.cu))
+CUDA_CORE := $(sort $(filter-out csrc/python/%,$(wildcard csrc/*/*.c)))
+CUDA_FLAGS := -std=c++17 -O3 -lineinfo --expt-relaxed-constexpr -Werror all-warnings -Xcompiler -Wall$(COMMA)-Wextra \
+              -Icsrc -Ikernels -Itests/gpu -Ibenchmarks/gpu -isystem build/cuda-headers \
+              $(foreach a,$(subst $(COMMA), ,$(ARCHS)),-gencode=arch=compute_$(a)$(COMMA)code=sm_$(a))
+GPU := build/gpu
+
+# cublasLt.h, where the toolkit came without it: the headers alone out of the wheel.
+build/cuda-headers:
+	@mkdir -p $@.new
+	@test -f "$$(dirname "$$(command -v $(NVCC))")/../include/cublasLt.h" || { \
+	    $(PYTHON) -m pip download --quiet --no-deps --dest build/cuda-wheels nvidia-cublas && \
+	    $(PYTHON) -c 'import glob, os, zipfile; z = zipfile.ZipFile(glob.glob("build/cuda-wheels/*.whl")[0]); [open(os.path.join("$@.new", os.path.basename(n)), "wb").write(z.read(n)) for n in z.namelist() if n.endswith(".h")]'; }
+	@rm -rf build/cuda-wheels && mv $@.new $@
+
+$(GPU)/%.o: %.cu | build/cuda-headers
+	@mkdir -p $(@D)
+	$(NVCC) $(CUDA_FLAGS) -MMD -MP -c $< -o $@
+$(GPU)/%.o: %.c
+	@mkdir -p $(@D)
+	$(CC) -std=c11 -O2 -fopenmp -ffp-contract=off -fno-math-errno -Icsrc -MMD -MP -c $< -o $@
+CUDA_OBJECTS := $(CUDA_KERNELS:%.cu=$(GPU)/%.o) $(CUDA_CORE:%.c=$(GPU)/%.o)
+$(CUDA_TESTS:tests/gpu/%.cu=$(GPU)/%): $(GPU)/%: $(GPU)/tests/gpu/%.o $(CUDA_OBJECTS)
+	$(NVCC) $^ -o $@ -Xcompiler -fopenmp -ldl
+$(CUDA_BENCHES:benchmarks/gpu/%.cu=$(GPU)/bench_%): $(GPU)/bench_%: $(GPU)/benchmarks/gpu/%.o $(CUDA_OBJECTS)
+	$(NVCC) $^ -o $@ -Xcompiler -fopenmp -ldl
+-include $(patsubst %.cu,$(GPU)/%.d,$(CUDA_KERNELS) $(CUDA_TESTS) $(CUDA_BENCHES)) $(CUDA_CORE:%.c=$(GPU)/%.d)
+
+.PHONY: cuda
+cuda: ## compile all CUDA sources, warnings being errors (needs no GPU)
+	@$(MAKE) --no-print-directory --silent -j$(JOBS) \
+	    $(patsubst %.cu,$(GPU)/%.o,$(CUDA_KERNELS) $(CUDA_TESTS) $(CUDA_BENCHES))
+	@echo "cuda: $(words $(CUDA_KERNELS)) kernel files compiled for $(ARCHS)"
+
+GPU_TEST_PROGRAMS := $(CUDA_TESTS:tests/gpu/%.cu=$(GPU)/%)
+
+.PHONY: test-gpu
+test-gpu: ## CUDA operators against the CPU's; fails without a GPU
+	@$(MAKE) --no-print-directory --silent -j$(JOBS) $(GPU_TEST_PROGRAMS)
+	@failed=0; for program in $(GPU_TEST_PROGRAMS); do $$program || failed=1; done; exit $$failed
+
+.PHONY: gpucheck
+gpucheck: ## the same under compute-sanitizer: memcheck, racecheck, initcheck, synccheck
+	@$(MAKE) --no-print-directory --silent -j$(JOBS) $(GPU_TEST_PROGRAMS)
+	@for tool in memcheck racecheck initcheck synccheck; do for program in $(GPU_TEST_PROGRAMS); do \
+	    echo "$$tool $$program"; compute-sanitizer --tool $$tool --error-exitcode 1 $$program || exit 1; \
+	done; done
+
 # ---- style --------------------------------------------------------------------------------------------
 
-C_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.c' 'csrc/*.h' 'tests/c/*.c' 'tests/c/*.h')
+C_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.c' 'csrc/*.h' 'tests/c/*.c' 'tests/c/*.h' \
+          'kernels/*.[ch]' 'kernels/*.cu' 'kernels/*.cuh' 'tests/gpu/*' 'benchmarks/gpu/*.cu')
 PY_FILES := mambainllama tests setup.py $(wildcard benchmarks)
 
 .PHONY: format

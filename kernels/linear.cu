@@ -126,12 +126,12 @@ choose_algorithm(plan *p, cublasLtHandle_t handle)
 {
     cublasLtMatmulPreference_t preference;
     size_t workspace = WORKSPACE;
-    uint32_t alignment = 16;
     BLAS_TRY(library.MatmulPreferenceCreate(&preference));
     library.MatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace,
                                          sizeof workspace);
     /* What a slice of a wider array guarantees; arenas and parameters give more. */
-    alignment = p->key.x_stride % 8 == 0 && p->key.y_stride % 8 == 0 && p->key.in % 8 == 0 ? 16 : 2;
+    bool aligned = p->key.x_stride % 8 == 0 && p->key.y_stride % 8 == 0 && p->key.in % 8 == 0;
+    uint32_t alignment = aligned ? 16 : (uint32_t)mil_dtype_size((mil_dtype)p->key.dtype);
     library.MatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &alignment,
                                          sizeof alignment);
     library.MatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &alignment,

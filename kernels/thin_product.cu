@@ -135,7 +135,8 @@ __launch_bounds__(THREADS, GROUPS == 1 ? 3 : 2) thin_kernel(const __grid_constan
     mil_wait();
 
     float c[GROUPS][4] = {};
-    while (k < a.in) {
+    /* The whole warp stays in the loop until its last chunk: products take all its threads. */
+    for (int chunk = warp * CHUNK; chunk < a.in; chunk += UNROLL * WARPS * CHUNK) {
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
             int at = k + u * WARPS * CHUNK;

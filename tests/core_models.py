@@ -3,6 +3,7 @@
 import numpy as np
 
 from mambainllama import _core
+from mambainllama.devices import operator_table
 
 ATTENTION = {
     "mixer": "attention",
@@ -117,7 +118,7 @@ def to_bfloat16(array):
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def build(layers, *, seed=0, dtype="float32", biases=True, **changes):
+def build(layers, *, seed=0, dtype="float32", biases=True, device="cpu", **changes):
     """A _core.Model of these layers with random parameters; matrices in `dtype`."""
     config = configuration(layers, **changes)
     matrices = {name for name, _, is_matrix, _ in _core.Model.parameter_specs(config) if is_matrix}
@@ -128,4 +129,4 @@ def build(layers, *, seed=0, dtype="float32", biases=True, **changes):
             parameters[name], dtypes[name] = to_bfloat16(parameters[name]), "bfloat16"
         else:
             parameters[name] = parameters[name].astype(dtype)
-    return _core.Model(config, parameters, dtypes)
+    return _core.Model(config, parameters, dtypes, operator_table(device, dtype))

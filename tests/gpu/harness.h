@@ -76,6 +76,7 @@ static inline void
 harness_begin(harness *h, mil_dtype act)
 {
     int checks = h->checks, failures = h->failures;
+    setvbuf(stdout, NULL, _IOLBF, 0); /* a program that is stopped has told what it found */
     memset(h, 0, sizeof *h);
     h->checks = checks;
     h->failures = failures;
@@ -288,6 +289,9 @@ harness_compare(harness *h, const char *what, harness_array a, double tolerance)
         wrong += !same_nan && isnan(values[i]);
     }
     double error = largest > 0 ? worst / largest : worst;
+    if (getenv("HARNESS_VERBOSE") != NULL) {
+        printf("%s %s: %.3g\n", harness_act_name(h), what, error);
+    }
     h->checks++;
     if (!(error <= tolerance)) {
         h->failures++;
