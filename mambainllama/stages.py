@@ -20,7 +20,7 @@ from .distill import DistillConfig, SftConfig, distill, sft
 from .history import History
 from .label import label
 from .preference import DPOConfig, dpo
-from .soft_labels import is_labelled, soft_labels
+from .soft_labels import is_labels, soft_labels
 from .stepwise import AlignConfig, StepwiseConfig, align, stepwise
 from .training import TrainingConfig
 
@@ -177,7 +177,7 @@ def trains_towards_teacher(train: Callable[..., History]) -> Callable[[Job], His
     def run(job: Job) -> History:
         return train(
             job.student,
-            None if any(map(is_labelled, job.files)) else job.teacher,
+            None if any(map(is_labels, job.files)) else job.teacher,
             job.files,
             job.config,
             job.folder,

@@ -194,8 +194,8 @@ def stepwise(
     plan = replacement_plan(replaced, config.parts)
     documents, held = read_split(source, teacher, data, validation, config)
     if calibration is None and init != "paper":
-        rows, length = CALIBRATION
-        calibration = sample_rows(documents, rows, min(length, config.sequence_length), seed)
+        windows, length = CALIBRATION
+        calibration = sample_rows(documents, windows, min(length, config.sequence_length), seed)
     folder = None if output_dir is None else Path(output_dir)
     if folder is not None:
         start(
@@ -217,7 +217,8 @@ def stepwise(
         inside = None if folder is None else folder / f"part-{number}-of-{len(plan)}"
         if inside is not None and (inside / "model").is_dir():
             # Written last and renamed into place: this part is done.
-            student, rows = load(inside / "model"), History.read(inside)
+            student = load(inside / "model", device=source.device)
+            rows = History.read(inside)
         else:
             remaining = [i for i in student.config.attention_layers if i not in part]
             student = convert(
