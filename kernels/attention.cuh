@@ -77,6 +77,10 @@ mil_attention_list_caches(mil_context *context, const mil_kv_cache *caches, int6
 mil_status
 mil_attention_prefill(mil_context *context, const attention_arguments *a, int64_t longest);
 
+/* attention_hopper.cu: the same where *done is set, on GPUs that have wgmma. */
+mil_status
+mil_attention_prefill_hopper(mil_context *context, const attention_arguments *a, int64_t longest, bool *done);
+
 /* ---- softmax ------------------------------------------------------------------------------------------------------- */
 
 static __device__ __forceinline__ float
@@ -108,6 +112,50 @@ static __device__ __forceinline__ float
 merge_values(float to, float from, float earlier, float later)
 {
     return __fmaf_rn(from, later, __fmul_rn(to, earlier));
+}
+
+/* A thread's running softmax of two rows whose scores it shares with the three other threads of its quad. */
+struct softmax_pair {
+    float maximum[2], sum[2]; /* sum: of the thread's own scores until softmax_finish */
+};
+
+/* Scores s [N / 2] of N keys, as tensor cores leave them (i % 4 / 2 is the row), to weights; takes them into the running
+ * rows and gives the factors by which earlier values shrink.  The maximum is of unscaled scores: scaling and
+ * subtraction are one instruction. */
+template <int N>
+static __device__ __forceinline__ void
+soften(float (&s)[N / 2], float scale, softmax_pair &rows, float (&factor)[2])
+{
+#pragma unroll
+    for (int row = 0; row < 2; row++) {
+        float maximum = rows.maximum[row];
+#pragma unroll
+        for (int i = 0; i < N / 8; i++) {
+            maximum = fmaxf(maximum, fmaxf(s[i * 4 + row * 2], s[i * 4 + row * 2 + 1]));
+        }
+        maximum = fmaxf(maximum, __shfl_xor_sync(MIL_ALL_LANES, maximum, 1));
+        maximum = fmaxf(maximum, __shfl_xor_sync(MIL_ALL_LANES, maximum, 2));
+        /* A row that has seen nothing yet: exp2(-inf - 0) and not exp2(-inf + inf). */
+        float shift = maximum == -INFINITY ? 0.0f : maximum * scale, sum = 0.0f;
+        factor[row] = exp2_fast(rows.maximum[row] * scale - shift);
+#pragma unroll
+        for (int i = 0; i < N / 8; i++) {
+            float &even = s[i * 4 + row * 2], &odd = s[i * 4 + row * 2 + 1];
+            even = exp2_fast(fmaf(even, scale, -shift));
+            odd = exp2_fast(fmaf(odd, scale, -shift));
+            sum += even + odd;
+        }
+        rows.sum[row] = rows.sum[row] * factor[row] + sum;
+        rows.maximum[row] = maximum;
+    }
+}
+
+/* The sum of a whole row, in all threads of its quad. */
+static __device__ __forceinline__ float
+softmax_finish(float sum)
+{
+    sum += __shfl_xor_sync(MIL_ALL_LANES, sum, 1);
+    return sum + __shfl_xor_sync(MIL_ALL_LANES, sum, 2);
 }
 
 /* ---- shared memory -------------------------------------------------------------------------------------------------- */
@@ -175,7 +223,7 @@ load_matrices_transposed(uint32_t (&to)[4], uint32_t from)
 /* c [16, 8] += a [16, 16] b [16, 8].  Lane l holds of c rows l / 4 and l / 4 + 8, columns l % 4 * 2 and the next. */
 template <typename T>
 static __device__ __forceinline__ void
-multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
+multiply(float *c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
 {
     if constexpr (is_half<T>) {
         asm volatile(

@@ -1,4 +1,5 @@
-/* Attention of many rows a sequence: prompts, in one piece or in chunks upon a cache (kernels/attention.cu: decoding).
+/* Attention of many rows a sequence: prompts, in one piece or in chunks upon a cache (kernels/attention.cu: decoding;
+ * kernels/attention_hopper.cu: the same on Hopper's tensor cores, in other units).
  *
  * Flash attention (Dao 2023): a block owns 64 or 128 query positions of one head and walks the tiles of keys that they see
  * with a running maximum and sum a row, so that scores never leave registers.
@@ -41,44 +42,6 @@ load_rows(const T *from, int64_t stride, int head_dim, int first, int end, uint3
     }
 }
 
-/* Running softmax of the two rows that a thread has of each 16-row tile. */
-template <int M>
-struct prefill_rows {
-    float maximum[M][2], sum[M][2];
-};
-
-/* Scores to weights; takes them into the running rows and gives the factors by which earlier values shrink.  The maximum
- * is of unscaled scores: scaling and subtraction are one instruction. */
-template <int M, int N>
-static __device__ __forceinline__ void
-soften(float (&s)[M][N / 8][4], float scale, prefill_rows<M> &rows, float (&factor)[M][2])
-{
-#pragma unroll
-    for (int m = 0; m < M; m++) {
-#pragma unroll
-        for (int row = 0; row < 2; row++) {
-            float maximum = rows.maximum[m][row];
-#pragma unroll
-            for (int i = 0; i < N / 8; i++) {
-                maximum = fmaxf(maximum, fmaxf(s[m][i][row * 2], s[m][i][row * 2 + 1]));
-            }
-            maximum = fmaxf(maximum, __shfl_xor_sync(MIL_ALL_LANES, maximum, 1));
-            maximum = fmaxf(maximum, __shfl_xor_sync(MIL_ALL_LANES, maximum, 2));
-            /* A row that has seen nothing yet: exp2(-inf - 0) and not exp2(-inf + inf). */
-            float shift = maximum == -INFINITY ? 0.0f : maximum * scale, sum = 0.0f;
-            factor[m][row] = exp2_fast(rows.maximum[m][row] * scale - shift);
-#pragma unroll
-            for (int i = 0; i < N / 8; i++) {
-                s[m][i][row * 2] = exp2_fast(fmaf(s[m][i][row * 2], scale, -shift));
-                s[m][i][row * 2 + 1] = exp2_fast(fmaf(s[m][i][row * 2 + 1], scale, -shift));
-                sum += s[m][i][row * 2] + s[m][i][row * 2 + 1];
-            }
-            rows.sum[m][row] = rows.sum[m][row] * factor[m][row] + sum;
-            rows.maximum[m][row] = maximum;
-        }
-    }
-}
-
 template <typename T, int D, int M, int N>
 static __global__ void
 __launch_bounds__(WARPS *MIL_WARP) prefill_kernel(const __grid_constant__ attention_arguments a)
@@ -106,12 +69,12 @@ __launch_bounds__(WARPS *MIL_WARP) prefill_kernel(const __grid_constant__ attent
     copies_commit();
 
     int thread = threadIdx.x % MIL_WARP, own = threadIdx.x / MIL_WARP * M * 16; /* the warp's first row */
-    prefill_rows<M> rows;
-    float acc[M][D / 8][4] = {};
+    softmax_pair rows[M];
+    float acc[M][D / 2] = {};
 #pragma unroll
     for (int i = 0; i < 2 * M; i++) {
-        rows.maximum[i / 2][i % 2] = -INFINITY;
-        rows.sum[i / 2][i % 2] = 0.0f;
+        rows[i / 2].maximum[i % 2] = -INFINITY;
+        rows[i / 2].sum[i % 2] = 0.0f;
     }
     float scale = a.scale * LOG2_E;
     int own_first = past + first + own, own_last = own_first + M * 16 - 1; /* positions of its rows */
@@ -131,7 +94,7 @@ __launch_bounds__(WARPS *MIL_WARP) prefill_kernel(const __grid_constant__ attent
             continue; /* nothing that this warp's rows may see */
         }
         uint32_t k = shared_address(memory->stage[stage].k), v = shared_address(memory->stage[stage].v);
-        float s[M][N / 8][4] = {};
+        float s[M][N / 2] = {};
 #pragma unroll
         for (int i = 0; i < D / 16; i++) {
             uint32_t left[M][4];
@@ -145,8 +108,8 @@ __launch_bounds__(WARPS *MIL_WARP) prefill_kernel(const __grid_constant__ attent
                 load_right_rows<D>(right, k, n * 16, i);
 #pragma unroll
                 for (int m = 0; m < M; m++) {
-                    multiply<T>(s[m][2 * n], left[m], right[0], right[1]);
-                    multiply<T>(s[m][2 * n + 1], left[m], right[2], right[3]);
+                    multiply<T>(s[m] + 8 * n, left[m], right[0], right[1]);
+                    multiply<T>(s[m] + 8 * n + 4, left[m], right[2], right[3]);
                 }
             }
         }
@@ -158,18 +121,18 @@ __launch_bounds__(WARPS *MIL_WARP) prefill_kernel(const __grid_constant__ attent
                     int key = first_key + i / 4 * 8 + thread % 4 * 2 + i % 2;
                     int position = own_first + m * 16 + i % 4 / 2 * 8 + thread / 4;
                     if (key > position || key <= position - window) {
-                        s[m][i / 4][i % 4] = -INFINITY;
+                        s[m][i] = -INFINITY;
                     }
                 }
             }
         }
-        float factor[M][2];
-        soften<M, N>(s, scale, rows, factor);
 #pragma unroll
         for (int m = 0; m < M; m++) {
+            float factor[2];
+            soften<N>(s[m], scale, rows[m], factor);
 #pragma unroll
             for (int i = 0; i < D / 2; i++) {
-                acc[m][i / 4][i % 4] *= factor[m][i % 4 / 2];
+                acc[m][i] *= factor[i % 4 / 2];
             }
         }
 #pragma unroll
@@ -177,10 +140,10 @@ __launch_bounds__(WARPS *MIL_WARP) prefill_kernel(const __grid_constant__ attent
             uint32_t left[M][4];
 #pragma unroll
             for (int m = 0; m < M; m++) {
-                left[m][0] = pack<T>(s[m][2 * n][0], s[m][2 * n][1]);
-                left[m][1] = pack<T>(s[m][2 * n][2], s[m][2 * n][3]);
-                left[m][2] = pack<T>(s[m][2 * n + 1][0], s[m][2 * n + 1][1]);
-                left[m][3] = pack<T>(s[m][2 * n + 1][2], s[m][2 * n + 1][3]);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    left[m][i] = pack<T>(s[m][8 * n + 2 * i], s[m][8 * n + 2 * i + 1]);
+                }
             }
 #pragma unroll
             for (int i = 0; i < D / 16; i++) {
@@ -188,8 +151,8 @@ __launch_bounds__(WARPS *MIL_WARP) prefill_kernel(const __grid_constant__ attent
                 load_right_columns<D>(right, v, n * 16, i);
 #pragma unroll
                 for (int m = 0; m < M; m++) {
-                    multiply<T>(acc[m][2 * i], left[m], right[0], right[1]);
-                    multiply<T>(acc[m][2 * i + 1], left[m], right[2], right[3]);
+                    multiply<T>(acc[m] + 8 * i, left[m], right[0], right[1]);
+                    multiply<T>(acc[m] + 8 * i + 4, left[m], right[2], right[3]);
                 }
             }
         }
@@ -203,20 +166,17 @@ __launch_bounds__(WARPS *MIL_WARP) prefill_kernel(const __grid_constant__ attent
     for (int m = 0; m < M; m++) {
 #pragma unroll
         for (int row = 0; row < 2; row++) {
-            float sum = rows.sum[m][row];
-            sum += __shfl_xor_sync(MIL_ALL_LANES, sum, 1);
-            sum += __shfl_xor_sync(MIL_ALL_LANES, sum, 2);
-            float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+            float sum = softmax_finish(rows[m].sum[row]), inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
             int place = own + m * 16 + row * 8 + thread / 4;
 #pragma unroll
             for (int i = 0; i < D / 8; i++) {
                 uint32_t at = chunk_place<D>(place, i) + (uint32_t)thread % 4 * 4;
                 *(uint32_t *)((char *)memory->q + at) =
-                    pack<T>(acc[m][i][row * 2] * inverse, acc[m][i][row * 2 + 1] * inverse);
+                    pack<T>(acc[m][i * 4 + row * 2] * inverse, acc[m][i * 4 + row * 2 + 1] * inverse);
             }
             if (a.log_sum_exp != NULL && thread % 4 == 0 && first + place < count) {
                 a.log_sum_exp[(first_row + first + place) * a.heads + head] =
-                    rows.maximum[m][row] * a.scale + logf(sum);
+                    rows[m].maximum[row] * a.scale + logf(sum);
             }
         }
     }
@@ -253,6 +213,11 @@ prefill(mil_context *context, const attention_arguments *a, int64_t longest)
 mil_status
 mil_attention_prefill(mil_context *context, const attention_arguments *a, int64_t longest)
 {
+    bool done;
+    MIL_TRY(mil_attention_prefill_hopper(context, a, longest, &done));
+    if (done) {
+        return MIL_OK;
+    }
     return context->ops->activation_dtype == MIL_F16 ? prefill<__half>(context, a, longest)
                                                      : prefill<__nv_bfloat16>(context, a, longest);
 }

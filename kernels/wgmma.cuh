@@ -1,0 +1,186 @@
+/* Hopper's tensor core instruction (PTX wgmma): four warps multiply 64 rows by tiles in shared memory, in the background.
+ *
+ * Tiles lie as panels of 64 columns: rows of 128 bytes, whose chunk c of 16 bytes is at place c ^ (row % 8), panels one
+ * after another, each at a multiple of 1024 bytes.  A left factor lies with its depth along the rows of the panel, a right
+ * factor [N, depth] likewise, and a right factor [depth, N] as it is (`transposed`).
+ *
+ * The accumulators of an instruction under way must not be touched before wgmma_wait, nor its factors' memory; the
+ * registers of a left factor neither.  Memory written by ordinary stores or cp.async is shown to the unit by wgmma_publish in
+ * the writing threads before a barrier.
+ */
+#ifndef MIL_KERNELS_WGMMA_CUH
+#define MIL_KERNELS_WGMMA_CUH
+
+#include "cuda.cuh"
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define MIL_HAS_WGMMA 1
+#else
+#define MIL_HAS_WGMMA 0
+#endif
+
+/* The byte place of chunk `chunk` of row `row` in a tile of ROWS rows. */
+template <int ROWS>
+static __device__ __forceinline__ uint32_t
+panel_place(int row, int chunk)
+{
+    return (uint32_t)(chunk / 8 * ROWS * 128 + row * 128 + (((chunk ^ row) & 7) << 4));
+}
+
+/* What an instruction is told of a factor at `address`: 128-byte swizzle, 1024 bytes from eight rows to the next eight, and from a
+ * panel to the next (used by transposed factors only) `panel` bytes. */
+static __device__ __forceinline__ uint64_t
+wgmma_factor(uint32_t address, uint32_t panel)
+{
+    return (uint64_t)((address & 0x3ffff) >> 4) | (uint64_t)(panel >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 |
+           (uint64_t)1 << 62;
+}
+
+static __device__ __forceinline__ void
+wgmma_publish()
+{
+#if MIL_HAS_WGMMA
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+/* Before instructions whose registers (accumulators, left factors) other code has written. */
+static __device__ __forceinline__ void
+wgmma_begin()
+{
+#if MIL_HAS_WGMMA
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+
+static __device__ __forceinline__ void
+wgmma_commit()
+{
+#if MIL_HAS_WGMMA
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+
+/* Keeps the compiler from using or moving accumulators across this place. */
+template <int N>
+static __device__ __forceinline__ void
+wgmma_hold(float (&c)[N])
+{
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        asm volatile("" : "+f"(c[i])::"memory");
+    }
+}
+
+/* Waits until at most GROUPS committed groups are under way; c are accumulators that are complete then. */
+template <int GROUPS, int N>
+static __device__ __forceinline__ void
+wgmma_wait(float (&c)[N])
+{
+#if MIL_HAS_WGMMA
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(GROUPS) : "memory");
+#endif
+    wgmma_hold(c);
+}
+
+/* Register lists of 32, 64 and 128 accumulators, for text and for operands. */
+#define WGMMA_TEXT_32                                                                                      \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
+    "%22, "                                                                                                \
+    "%23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define WGMMA_TEXT_64                                                                                        \
+    WGMMA_TEXT_32                                                                                            \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
+    "%52, "                                                                                                  \
+    "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define WGMMA_TEXT_128                                                                                       \
+    WGMMA_TEXT_64                                                                                            \
+    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, " \
+    "%84, "                                                                                                  \
+    "%85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, "    \
+    "%104, "                                                                                                 \
+    "%105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, " \
+    "%122, "                                                                                                 \
+    "%123, %124, %125, %126, %127"
+#define WGMMA_4(c, i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define WGMMA_16(c, i) WGMMA_4(c, i), WGMMA_4(c, i + 4), WGMMA_4(c, i + 8), WGMMA_4(c, i + 12)
+#define WGMMA_32(c) WGMMA_16(c, 0), WGMMA_16(c, 16)
+#define WGMMA_64(c) WGMMA_32(c), WGMMA_16(c, 32), WGMMA_16(c, 48)
+#define WGMMA_128(c) WGMMA_64(c), WGMMA_16(c, 64), WGMMA_16(c, 80), WGMMA_16(c, 96), WGMMA_16(c, 112)
+
+/* COUNT accumulators are N = 2 * COUNT columns; A0 .. are the numbers of the operands after them. */
+#define WGMMA_SHARED(COUNT, N, TYPE, A, B, P)                                                           \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" P                                                 \
+                 ", 0;\n"                                                                               \
+                 "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" WGMMA_TEXT_##COUNT \
+                 "}, %" A ", %" B ", p, 1, 1, 0, 0;\n}"                                                 \
+                 : WGMMA_##COUNT(c)                                                                     \
+                 : "l"(a), "l"(b), "r"(add)                                                             \
+                 : "memory")
+#define WGMMA_REGISTERS(COUNT, N, TYPE, A0, A1, A2, A3, B)                                              \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" WGMMA_TEXT_##COUNT \
+                 "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" B ", 1, 1, 1, 1;"                         \
+                 : WGMMA_##COUNT(c)                                                                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)                                   \
+                 : "memory")
+
+template <typename T>
+constexpr bool wgmma_is_half = false;
+template <>
+constexpr bool wgmma_is_half<__half> = true;
+
+/* c [64, N] (+)= a [64, 16] b [N, 16]^T, both in shared memory; c has N / 2 values a thread, added to where `add`. */
+template <typename T, int COUNT>
+static __device__ __forceinline__ void
+wgmma_shared(float (&c)[COUNT], uint64_t a, uint64_t b, int add)
+{
+#if MIL_HAS_WGMMA
+    static_assert(COUNT == 32 || COUNT == 64, "64 or 128 columns");
+    if constexpr (COUNT == 32 && wgmma_is_half<T>) {
+        WGMMA_SHARED(32, "64", "f16", "32", "33", "34");
+    }
+    else if constexpr (COUNT == 32) {
+        WGMMA_SHARED(32, "64", "bf16", "32", "33", "34");
+    }
+    else if constexpr (wgmma_is_half<T>) {
+        WGMMA_SHARED(64, "128", "f16", "64", "65", "66");
+    }
+    else {
+        WGMMA_SHARED(64, "128", "bf16", "64", "65", "66");
+    }
+#else
+    (void)c, (void)a, (void)b, (void)add;
+#endif
+}
+
+/* c [64, N] += a [64, 16] b [16, N], a in registers (as mma.sync's m16k16 in each warp), b transposed in shared memory. */
+template <typename T, int COUNT>
+static __device__ __forceinline__ void
+wgmma_registers(float (&c)[COUNT], const uint32_t (&a)[4], uint64_t b)
+{
+#if MIL_HAS_WGMMA
+    static_assert(COUNT == 32 || COUNT == 64 || COUNT == 128, "64, 128 or 256 columns");
+    if constexpr (COUNT == 32 && wgmma_is_half<T>) {
+        WGMMA_REGISTERS(32, "64", "f16", "32", "33", "34", "35", "36");
+    }
+    else if constexpr (COUNT == 32) {
+        WGMMA_REGISTERS(32, "64", "bf16", "32", "33", "34", "35", "36");
+    }
+    else if constexpr (COUNT == 64 && wgmma_is_half<T>) {
+        WGMMA_REGISTERS(64, "128", "f16", "64", "65", "66", "67", "68");
+    }
+    else if constexpr (COUNT == 64) {
+        WGMMA_REGISTERS(64, "128", "bf16", "64", "65", "66", "67", "68");
+    }
+    else if constexpr (wgmma_is_half<T>) {
+        WGMMA_REGISTERS(128, "256", "f16", "128", "129", "130", "131", "132");
+    }
+    else {
+        WGMMA_REGISTERS(128, "256", "bf16", "128", "129", "130", "131", "132");
+    }
+#else
+    (void)c, (void)a, (void)b;
+#endif
+}
+
+#endif
