@@ -33,7 +33,7 @@ TEMPLATE = (
     "{% if m.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|begin|>{% endif %}"
 )
-LONGEST = 600  # characters of a chat
+LONGEST = 900  # characters of a chat
 ANSWERS = 2  # of each held-out prompt
 HELD_OUT = 8  # one prompt in so many
 
@@ -45,7 +45,7 @@ def parse():
     add = parser.add_argument
     add("--output", type=Path, default=Path("chat-run"))
     add("--shared", type=Path, help="folder of the shared data (MAMBAINLLAMA_SHARED, ../shared)")
-    add("--steps", type=int, default=640, help="of the teacher, 2,048 tokens each")
+    add("--steps", type=int, default=1200, help="of the teacher, 2,304 tokens each at most")
     add("--attention", default="half", help="layers of the student that stay: half, none, 1,3, ...")
     add("--mixer", choices=("mamba1", "mamba2"), default="mamba2")
     add("--set", action="append", default=[], help="another setting of recipes/small/chat.toml")
@@ -118,8 +118,8 @@ def make_teacher(options):
     config = mil.SftConfig(
         loss_on="all",
         max_steps=options.steps,
-        batch_size=8,
-        sequence_length=256,
+        batch_size=6,
+        sequence_length=384,
         learning_rate=2e-3,
         muon_learning_rate=1e-2,
         min_learning_rate=0.05,
