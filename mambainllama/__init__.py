@@ -2,6 +2,7 @@
 
 from . import _blas, errors, evaluate, ops
 from ._version import __version__
+from .choose import LayerChoice, choose_layers
 from .convert import convert
 from .distill import DistillConfig, SftConfig, distill, sft
 from .errors import (
@@ -45,6 +46,7 @@ __all__ = [
     "Generation",
     "GenerationStats",
     "History",
+    "LayerChoice",
     "Model",
     "NonFiniteError",
     "NotFoundError",
@@ -61,6 +63,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "align",
+    "choose_layers",
     "convert",
     "distill",
     "dpo",

@@ -19,23 +19,24 @@ import numpy as np
 from . import _core
 from .errors import ArgumentError, shorten
 
-__all__ = ["calibration_rows", "constant_directions"]
+__all__ = ["batches", "calibration_rows", "constant_direction", "constant_directions"]
 
 _BATCH_TOKENS = 2048
 _SUMS_BYTES = 1 << 30  # of E[u u^T] held at once; more layers take more passes
 _RIDGE = 1e-3
 
 
-def calibration_rows(model, calibration) -> tuple[np.ndarray, np.ndarray]:
+def calibration_rows(model, calibration, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and offsets, packed, of what the user gave: tokens (n, length), token lists or texts.
 
-    E[u u^T] is known well from a few tokens for each of its rows, so at most 16,384 tokens, or four
-    times the model's width, are taken: rows spread evenly over what was given.
+    At most `most` tokens are taken: rows spread evenly over what was given. E[u u^T] is known well
+    from a few tokens for each of its rows, so without `most` these are 16,384 tokens, or four times
+    the model's width.
     """
     from .model import pack
 
     rows = _rows(model, calibration)
-    limit = max(16_384, 4 * model.config.hidden_size)
+    limit = most or max(16_384, 4 * model.config.hidden_size)
     average = max(1, sum(map(len, rows)) // len(rows))
     if len(rows) > limit // average:
         chosen = np.linspace(0, len(rows) - 1, max(1, limit // average)).astype(int)
@@ -95,7 +96,7 @@ def _directions(core, layers, tokens, offsets) -> dict[int, np.ndarray]:
     hidden = core.config["hidden"]
     square = {layer: np.zeros((hidden, hidden)) for layer in layers}
     total = {layer: np.zeros(hidden) for layer in layers}
-    for begin, end in _batches(offsets):
+    for begin, end in batches(offsets):
         part = offsets[begin : end + 1] - offsets[begin]
         rows = tokens[offsets[begin] : offsets[end]]
         capture = [("normed", layer) for layer in layers]
@@ -106,14 +107,16 @@ def _directions(core, layers, tokens, offsets) -> dict[int, np.ndarray]:
             total[layer] += u.sum(axis=0)
     count = tokens.size
     return {
-        layer: np.linalg.solve(
-            square[layer] / count + _RIDGE * np.eye(hidden), total[layer] / count
-        )
-        for layer in layers
+        layer: constant_direction(square[layer] / count, total[layer] / count) for layer in layers
     }
 
 
-def _batches(offsets: np.ndarray):
+def constant_direction(square: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """The direction w of the header, from E[u u^T] and E[u]."""
+    return np.linalg.solve(square + _RIDGE * np.eye(len(mean)), mean)
+
+
+def batches(offsets: np.ndarray):
     """(first, end) of runs of sequences with about _BATCH_TOKENS tokens."""
     begin = 0
     for end in range(1, len(offsets)):

@@ -10,16 +10,16 @@ What attention does not have is made here: the gate z, the step sizes dt, the de
 and the short convolution.  The norms, the MLP and the residual stream around the mixer are kept.
 RoPE and 1 / sqrt(head_dim) are dropped.
 
-Two starts for the new parameters:
+Three starts for the new parameters:
 
 paper       as published: everything random or as in a fresh Mamba layer.  dt is log-uniform in
-[1e-3, 1e-1],
-            A is 1 to 16, the convolution and the gate are random.
+            [1e-3, 1e-1], A is 1 to 16, the convolution and the gate are random.
 calibrated  a start at which the mixer already passes its input on, found by measuring (on a small
-teacher
-            it leaves a KL of 3.4 before any training, the published start 7.7).  The convolution is
-            near the identity, the gate near a positive constant on the teacher's real inputs (see
-            calibrate.py), and the memory is long.
+            teacher it leaves a KL of 3.5 before any training, the published start 7.7).  The
+            convolution is near the identity, the gate near a positive constant on the teacher's
+            real inputs (see calibrate.py), and the memory is long.
+fitted      from there, each mixer is fitted to its attention's output on the teacher's activations,
+            in closed form (see fit.py; 0.7 on the same teacher).
 
 Every new tensor has its own random stream, seeded by (seed, layer, name): a layer's start does not
 depend on which other layers are converted.
@@ -43,10 +43,12 @@ from .calibrate import calibration_rows, constant_directions
 from .dtypes import from_float32, to_float32
 from .errors import ArgumentError, UnsupportedError, shorten
 from .families import FAMILIES, Dense, Description, hybrid_config, mamba_layer
+from .fit import Fitter
 from .model import Model
 
 __all__ = ["attention_choice", "convert"]
 
+_FIT_TOKENS = 262_144  # read at most for init="fitted"
 _SHARES = {"all": 1, "half": 2, "quarter": 4, "eighth": 8}
 
 
@@ -70,13 +72,16 @@ def convert(
     attention_layers
         The layers that stay attention: their numbers, or a share, "half", "quarter", "eighth",
         "none" or a fraction such as 0.25, spread evenly (every 2nd, 4th, 8th layer, the last of
-        each run).
+        each run). "auto:4", "auto:half": as many, chosen by measurement on `calibration`
+        (`mil.choose_layers`, which has more ways).
     init
         "paper", "calibrated", or "auto": calibrated where `calibration` is given.
     calibration
-        What the model is to be run on for the calibrated start: tokens (n, length), a list of token
-        lists, or a list of texts; best of the kind that it will be distilled on. At most 16,384
-        tokens (or four times the model's width) are used.
+        What the model is to be run on for the calibrated or fitted start: tokens (n, length), a
+        list of token lists, or a list of texts; best of the kind that it will be distilled on. The
+        calibrated start uses at most 16,384 tokens (or four times the model's width), the fitted
+        one what it is given, up to 262,144; it takes about as long as running the model on them a
+        few times.
     seed
         Of the new parameters.
 
@@ -103,8 +108,39 @@ def convert(
     """
     _check_arguments(model, mixer, init, calibration, seed)
     old = model.core.config
+    if isinstance(attention_layers, str) and attention_layers.startswith("auto:"):
+        attention_layers = _measured_choice(model, mixer, attention_layers, init, calibration, seed)
     kept = attention_choice(attention_layers, old["layers"])
     _check_convertible(model, mixer, kept)
+    return _convert(model, mixer, kept, init, calibration, int(seed), any_attention=bool(kept))
+
+
+def _measured_choice(model, mixer, words: str, init, calibration, seed) -> list[int]:
+    """The layers that "auto:N" means: N of them, or a share, chosen by mil.choose_layers."""
+    from .choose import choose_layers
+
+    if calibration is None:
+        raise ArgumentError(
+            f'convert: attention_layers="{words}" measures the layers: it needs calibration=tokens '
+            "(n, length) or texts"
+        )
+    keep: str | int | float = words.removeprefix("auto:")
+    for kind in (int, float):
+        try:
+            keep = kind(keep)
+            break
+        except ValueError:
+            continue
+    return choose_layers(model, calibration, keep, mixer, init=init, seed=seed).layers
+
+
+def _convert(
+    model: Model, mixer: str, kept: Sequence[int], init: str, calibration, seed: int,
+    any_attention: bool,
+) -> Model:  # fmt: skip
+    """`convert` with checked arguments. `any_attention`: whether the student that is started for
+    keeps attention layers."""
+    old = model.core.config
     replaced = [
         i
         for i in range(len(old["layers"]))
@@ -121,12 +157,14 @@ def convert(
             'texts) starts far closer to the model (init="paper" silences this)',
             stacklevel=2,
         )
-    directions = {}
-    if calibrated and replaced:
+    directions, fitter = {}, None
+    if init == "fitted" and replaced:
+        fitter = Fitter(model.core, *calibration_rows(model, calibration, _FIT_TOKENS))
+    elif calibrated and replaced:
         tokens, offsets = calibration_rows(model, calibration)
         directions = constant_directions(model.core, replaced, tokens, offsets)
-    start = Start(mixer, int(seed), calibrated, any_attention=bool(kept))
-    return _build(model, {**old, "layers": layers}, replaced, mixer, start, directions)
+    start = Start(mixer, seed, calibrated, any_attention)
+    return _build(model, {**old, "layers": layers}, replaced, mixer, start, directions, fitter)
 
 
 def _check_arguments(model, mixer, init, calibration, seed) -> None:
@@ -137,15 +175,16 @@ def _check_arguments(model, mixer, init, calibration, seed) -> None:
         raise ArgumentError(
             f'convert: mixer {shorten(mixer)} is not known; use "mamba1" or "mamba2"'
         )
-    if init not in ("auto", "paper", "calibrated"):
+    if init not in ("auto", "paper", "calibrated", "fitted"):
         raise ArgumentError(
-            f'convert: init {shorten(init)} is not known; use "auto", "paper" or "calibrated"'
+            f'convert: init {shorten(init)} is not known; use "auto", "paper", "calibrated" or '
+            '"fitted"'
         )
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
         raise ArgumentError(f"convert: seed must be an integer from 0 up, got {shorten(seed)}")
-    if init == "calibrated" and calibration is None:
+    if init in ("calibrated", "fitted") and calibration is None:
         raise ArgumentError(
-            'convert: init="calibrated" needs calibration=tokens (n, length) or a list of texts'
+            f'convert: init="{init}" needs calibration=tokens (n, length) or a list of texts'
         )
 
 
@@ -416,8 +455,9 @@ def _build(
     mixer: str,
     start: Start,
     directions: Mapping,
+    fitter: Fitter | None,
 ) -> Model:
-    """The student: copies of what is kept, new mixers for the rest."""
+    """The student: copies of what is kept, new mixers for the rest, made one layer at a time."""
     old, old_dtypes = model.core.parameters(), model.core.dtypes()
     parameters, dtypes = {}, {}
     made: dict[int, dict[str, np.ndarray]] = {}
@@ -432,11 +472,11 @@ def _build(
             attention = _attention_arrays(
                 old, old_dtypes, number, model.core.config["layers"][number]
             )
-            made = {
-                number: start.tensors(
-                    number, layer, canonical["hidden"], attention, directions.get(number)
-                )
-            }
+            gate = directions.get(number) if fitter is None else fitter.enter(number)
+            tensors = start.tensors(number, layer, canonical["hidden"], attention, gate)
+            if fitter is not None:
+                tensors = fitter.fit(layer, tensors, attention)
+            made = {number: tensors}
         if suffix in made[number]:
             value = made[number].pop(suffix)
             assert value.shape == tuple(shape), (name, value.shape, shape)

@@ -1,4 +1,4 @@
-"""Two figures: how a run learnt, and how speed depends on the length of the context.
+"""Figures: how a run learnt, how speed depends on the context, which layers matter.
 
 matplotlib is an optional dependency (``pip install 'mambainllama[plot]'``).
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 from .errors import ArgumentError
 
-__all__ = ["plot_history", "plot_speed"]
+__all__ = ["plot_history", "plot_layers", "plot_speed"]
 
 # Distinguishable in print and to colour-blind readers (Okabe & Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -157,4 +157,32 @@ def plot_speed(
     log_ticks(right)
     right.set_ylabel("memory of the sequence (MiB)")
     left.legend(frameon=False)
+    return finish(figure, path)
+
+
+def plot_layers(choice: Any, path: str | os.PathLike | None = None) -> Any:
+    """What each layer's attention is worth, and which layers keep it.
+
+    Parameters
+    ----------
+    choice : LayerChoice, from `mil.choose_layers`
+    path : PNG to write, or None
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    if not choice.scores:
+        raise ArgumentError("plot: no layer was measured")
+    figure, (ax,) = new_axes(1)
+    for kept, colour, label in ((True, COLOURS[0], "attention"), (False, COLOURS[4], choice.mixer)):
+        layers = [i for i in choice.scores if (i in choice.layers) == kept]
+        ax.bar(layers, [choice.scores[i] for i in layers], color=colour, label=label)
+    every = 1 if len(choice.scores) <= 16 else 4
+    ax.set_xticks(range(0, max(choice.scores) + 1, every))
+    ax.set_xlabel("layer")
+    effect = "added by replacing" if choice.method == "replace" else "saved by restoring"
+    ax.set_ylabel(f"KL {effect} it (nats per token)")
+    ax.set_title(f"KL {choice.kl:.3g}, evenly spread {choice.evenly:.3g}", fontsize="medium")
+    ax.legend(frameon=False)
     return finish(figure, path)
