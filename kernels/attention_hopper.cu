@@ -111,13 +111,6 @@ round_weights(const float (&s)[N / 2], uint32_t (&p)[N / 16][4])
     }
 }
 
-/* A group's threads only. */
-static __device__ __forceinline__ void
-group_sync(int group)
-{
-    asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
-}
-
 template <typename T, int D, int N>
 static __global__ void
 __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constant__ attention_arguments a)
@@ -203,7 +196,7 @@ __launch_bounds__(THREADS, 1) hopper_kernel(const __grid_constant__ attention_ar
     mil_trigger();
 
     /* The result goes through the group's rows of Q, to be written in steps of 16 bytes. */
-    group_sync(group);
+    wgmma_group_sync(group);
 #pragma unroll
     for (int row = 0; row < 2; row++) {
         float sum = softmax_finish(rows.sum[row]), inverse = sum > 0.0f ? 1.0f / sum : 0.0f;

@@ -83,6 +83,13 @@ wgmma_wait(float (&c)[N])
     wgmma_hold(c);
 }
 
+/* A barrier of the 128 threads of one group, by its number from 0. */
+static __device__ __forceinline__ void
+wgmma_group_sync(int group)
+{
+    asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+}
+
 /* Register lists of 32, 64 and 128 accumulators, for text and for operands. */
 #define WGMMA_TEXT_32                                                                                      \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
