@@ -401,8 +401,9 @@ class Run:
             if not (folder / "stage.json").exists():
                 break
             row = {**read_json(folder / "stage.json"), "words": settings.stage.words}
-            if (folder / "kept.json").exists():
-                row["kept"] = read_json(folder / "kept.json")
+            for name in ("kept", "layers"):
+                if (folder / f"{name}.json").exists():
+                    row[name] = read_json(folder / f"{name}.json")
             if settings.config is not None:
                 row["settings"] = {k: jsonable(v) for k, v in asdict(settings.config).items()}
                 row["standard"] = {
@@ -613,7 +614,10 @@ def planned_student(run: Run) -> str:
     if "trained" in making:
         return repr(run.load_model(making, "trained"))
     source = run.source()
-    kept = attention_choice(making.get("attention_layers", "half"), source.core.config["layers"])
+    words = making.get("attention_layers", "half")
+    if isinstance(words, str) and words.startswith("auto:"):
+        return f"{words.removeprefix('auto:')} of the layers stay attention, chosen by measurement"
+    kept = attention_choice(words, source.core.config["layers"])
     _check_convertible(source, making.get("mixer", "mamba2"), kept)
     count = source.config.num_layers
     return f"{count - len(kept)} of {count} layers become {making.get('mixer', 'mamba2')} mixers"

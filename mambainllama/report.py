@@ -41,6 +41,7 @@ def report_html(results: Mapping[str, Any], histories: Mapping[str, History]) ->
     parts = [
         header(results, measured),
         section("Kept of the teacher", kept_section(results, measured)) if measured else "",
+        section("Which layers stay attention", layers_section(stages)),
         section("Learning curves", curves_section(stages, histories)),
         section("The same prompts", samples_section(results, measured))
         if results.get("samples") and measured
@@ -250,6 +251,31 @@ def bar_cell(share: float, kind: str) -> str:
     return (
         f'<td class=bar><span class="fill {kind}" style="width:{width:.1f}%"></span>'
         f"<b>{per_cent(share)}</b></td>"
+    )
+
+
+# ---- layers ------------------------------------------------------------------------------------
+
+
+def layers_section(stages: Sequence[Mapping[str, Any]]) -> str:
+    """What each layer's attention is worth, where that was measured."""
+    choice = next((row["layers"] for row in stages if "layers" in row), None)
+    if choice is None:
+        return ""
+    scores = {int(layer): score for layer, score in choice["scores"].items()}
+    top = max(max(scores.values()), 1e-9)
+    rows = "".join(
+        f'<tr><th>layer {layer}</th><td class=bar><span class="fill '
+        f'{"b" if layer in choice["layers"] else "a"}" '
+        f'style="width:{100 * max(0.0, score) / top:.1f}%"></span><b>{score:.4g}</b></td>'
+        f"<td>{'attention' if layer in choice['layers'] else 'mixer'}</td></tr>"
+        for layer, score in sorted(scores.items())
+    )
+    return (
+        f"<div class=wide><table class=kept><tbody>{rows}</tbody></table></div><p class=note>Nats "
+        f"a token that a layer's attention is worth before any training ({text(choice['method'])}, "
+        f"{figure(choice['tokens'])} tokens). KL with this choice {figure(choice['kl'])}, with as "
+        f"many layers evenly spread {figure(choice['evenly'])}.</p>"
     )
 
 

@@ -9,11 +9,14 @@ it, and report.py shows it without knowing more than this table says.
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .checkpointing import write_text
+from .choose import choose_layers
 from .convert import convert
 from .data import read_documents, sample_rows
 from .distill import DistillConfig, SftConfig, distill, sft
@@ -124,9 +127,34 @@ def run_soft_labels(job: Job) -> None:
 
 
 def conversion(job: Job) -> dict[str, Any]:
-    """Arguments of `convert` and `stepwise` as [student] says them."""
+    """Arguments of `convert` and `stepwise` as [student] says them, and calibration tokens.
+
+    Layers that are to be chosen by measurement ("auto:half") are measured here, once: layers.json
+    keeps what was found, for the report and for a run that goes on.
+    """
     names = ("mixer", "attention_layers", "init", "seed")
-    return {name: job.making[name] for name in names if name in job.making}
+    found = {name: job.making[name] for name in names if name in job.making}
+    found["calibration"] = calibration(job)
+    words = found.get("attention_layers")
+    if isinstance(words, str) and words.startswith("auto:"):
+        path = job.folder / "layers.json"
+        if not path.exists():
+            settings = {name: found[name] for name in ("mixer", "init", "seed") if name in found}
+            keep = share_or_count(words.removeprefix("auto:"))
+            choice = choose_layers(job.source, found["calibration"], keep, **settings)
+            write_text(path, json.dumps(choice.to_dict(), indent=1) + "\n")
+        found["attention_layers"] = json.loads(path.read_text(encoding="utf-8"))["layers"]
+    return found
+
+
+def share_or_count(words: str) -> str | int | float:
+    """4, 0.25 or "half", as choose_layers takes it."""
+    for kind in (int, float):
+        try:
+            return kind(words)
+        except ValueError:
+            continue
+    return words
 
 
 def calibration(job: Job) -> Any:
@@ -148,7 +176,7 @@ def calibration(job: Job) -> Any:
 
 
 def run_convert(job: Job) -> None:
-    student = convert(job.source, calibration=calibration(job), **conversion(job))
+    student = convert(job.source, **conversion(job))
     student.save(job.folder / "model")
 
 
@@ -160,7 +188,6 @@ def run_stepwise(job: Job) -> History:
         job.config,
         job.folder,
         resume=True,
-        calibration=calibration(job),
         validation=job.validation,
         progress=job.progress,
         **conversion(job),

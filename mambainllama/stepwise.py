@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpointing import write_text
+from .convert import _measured_choice as measured_choice
 from .convert import attention_choice, convert
 from .data import Documents, read_documents, sample_rows
 from .distill import DistillConfig, distill, weights_hash
@@ -184,7 +185,13 @@ def stepwise(
         raise ArgumentError(f"config: expected mil.StepwiseConfig, got {type(config).__name__}")
     if not isinstance(source, Model):
         raise ArgumentError(f"stepwise: expected a model from mil.load, got {source!r}")
+    documents, held = read_split(source, teacher, data, validation, config)
+    if calibration is None and init != "paper":
+        windows, length = CALIBRATION
+        calibration = sample_rows(documents, windows, min(length, config.sequence_length), seed)
     layers = source.core.config["layers"]
+    if isinstance(attention_layers, str) and attention_layers.startswith("auto:"):
+        attention_layers = measured_choice(source, mixer, attention_layers, init, calibration, seed)
     kept = attention_choice(attention_layers, layers)
     replaced = [
         i for i, layer in enumerate(layers) if layer["mixer"] == "attention" and i not in kept
@@ -192,10 +199,6 @@ def stepwise(
     if not replaced:
         raise ArgumentError(f"stepwise: attention_layers={kept} leaves nothing to replace")
     plan = replacement_plan(replaced, config.parts)
-    documents, held = read_split(source, teacher, data, validation, config)
-    if calibration is None and init != "paper":
-        windows, length = CALIBRATION
-        calibration = sample_rows(documents, windows, min(length, config.sequence_length), seed)
     folder = None if output_dir is None else Path(output_dir)
     if folder is not None:
         start(

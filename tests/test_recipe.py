@@ -193,6 +193,21 @@ def test_distilling_from_stored_labels(teacher, data, tmp_path):
     assert json.loads((tmp_path / "out" / "distill" / "run.json").read_text())["teacher"] is None
 
 
+@pytest.mark.parametrize("stage", ["convert", "stepwise"])
+def test_layers_chosen_by_measurement(teacher, tokens, tmp_path, stage):
+    recipe = small(tmp_path, teacher, tokens, "[stepwise]\n" if stage == "stepwise" else "")
+    overrides = ["student.attention_layers=auto:1", "student.calibration_rows=16"]
+    overrides.append(f'stages=["{stage}"]')
+    checked = pipeline.check_recipe(read_recipe(recipe, overrides))
+    assert checked["student"] == "1 of the layers stay attention, chosen by measurement"
+    found = pipeline.run_recipe(recipe, overrides=overrides, progress=False)
+    [row] = found["stages"]
+    assert len(row["layers"]["scores"]) == 4
+    assert row["kept"]["attention_layers"] == row["layers"]["layers"]
+    text = (tmp_path / "run" / "report.html").read_text()
+    assert "Which layers stay attention" in text and ">layer 3<" in text
+
+
 class Page(HTMLParser):
     """Tags must close, and nothing may be fetched."""
 

@@ -147,6 +147,14 @@ def test_a_new_run_sets_the_old_one_aside(teacher, tokens, tmp_path):
         mil.stepwise(teacher, teacher, tokens[:16], settings, tmp_path, resume=True)
 
 
+def test_layers_chosen_by_measurement(teacher, tokens):
+    student, _ = mil.stepwise(
+        teacher, teacher, tokens, config(max_steps=1, parts=1), None, attention_layers="auto:1"
+    )
+    at_once = mil.convert(teacher, attention_layers="auto:1", calibration=tokens)
+    assert student.config.attention_layers == at_once.config.attention_layers
+
+
 def test_nothing_to_replace(teacher, tokens):
     with pytest.raises(mil.ArgumentError, match="leaves nothing to replace"):
         mil.stepwise(teacher, teacher, tokens, config(), None, attention_layers="all")
