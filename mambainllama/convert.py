@@ -75,7 +75,8 @@ def convert(
         each run). "auto:4", "auto:half": as many, chosen by measurement on `calibration`
         (`mil.choose_layers`, which has more ways).
     init
-        "paper", "calibrated", or "auto": calibrated where `calibration` is given.
+        "paper", "calibrated", "fitted", or "auto": fitted where `calibration` is given, else as
+        published.
     calibration
         What the model is to be run on for the calibrated or fitted start: tokens (n, length), a
         list of token lists, or a list of texts; best of the kind that it will be distilled on. The
@@ -150,8 +151,10 @@ def _convert(
         mamba_layer(mixer, layer, old["hidden"]) if i in replaced else dict(layer)
         for i, layer in enumerate(old["layers"])
     ]
-    calibrated = init != "paper" and calibration is not None
-    if replaced and init == "auto" and not calibrated:
+    if init == "auto" and calibration is not None:
+        init = "fitted"
+    calibrated = init in ("calibrated", "fitted")
+    if replaced and init == "auto":
         warnings.warn(
             "convert: without calibration the mixers start as published; calibration=tokens (or "
             'texts) starts far closer to the model (init="paper" silences this)',

@@ -145,15 +145,30 @@ def test_convert_and_eval(capsys, teacher, tokens, tmp_path):
         "--calibration-length",
         "16",
     )
-    assert facts["attention_layers"] == [1] and facts["start"] == "calibrated"
+    assert facts["attention_layers"] == [1] and facts["start"] == "fitted"
     assert mil.load(tmp_path / "h").config.mixer == "mamba2"
     status, out, error = run(capsys, "convert", teacher, tmp_path / "p", "--mixer", "mamba1")
-    assert (status, error) == (0, "") and "published start" in out
+    assert (status, error) == (0, "") and "start: paper" in out
     found = run_json(capsys, "eval", tmp_path / "h", "--teacher", teacher, "--data", tokens)
     assert set(found) == {"kl", "perplexity", "teacher_perplexity", "agreement", "tokens"}
     assert run_json(capsys, "eval", teacher, "--data", tokens)["perplexity"] == pytest.approx(
         found["teacher_perplexity"], rel=1e-5
     )
+
+
+def test_layers(capsys, teacher, tokens, tmp_path):
+    """Layers chosen by measurement, and a conversion that keeps the same ones."""
+    calibration = ("--calibration", tokens, "--calibration-length", "16")
+    facts = run_json(capsys, "layers", teacher, *calibration, "--keep", "1", "--method", "greedy")
+    assert set(facts["scores"]) == {"0", "1"} and len(facts["layers"]) == 1
+    status, out, error = run(capsys, "layers", teacher, *calibration, "--keep", "half")
+    assert (status, error) == (0, "") and "--attention-layers" in out and "evenly spread" in out
+    converted = run_json(
+        capsys, "convert", teacher, tmp_path / "h", "--attention-layers", "auto:1", *calibration
+    )
+    assert converted["attention_layers"] == facts["layers"]
+    status, out, error = run(capsys, "layers", teacher, *calibration, "--keep", "5")
+    assert status == 2 and "2 attention layers" in error and error.count("\n") == 1
 
 
 def test_generate(capsys, teacher, monkeypatch):
@@ -182,6 +197,21 @@ def test_bench(capsys, teacher, tmp_path):
     assert [row["length"] for row in tables[teacher]] == [8, 16]
     status, out, _ = run(capsys, "bench", teacher, *options, "--plot", tmp_path / "s.png")
     assert status == 0 and "decode tokens/s" in out and (tmp_path / "s.png").exists()
+
+
+def test_bad_records_can_be_left_out(capsys, teacher, tmp_path):
+    data = tmp_path / "a.jsonl"
+    good = json.dumps(
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "you"}]}
+    )
+    data.write_text(f"{good}\nnot JSON\n{good}\n{{}}\n")
+    options = ("sft", teacher, "--data", data, "--output", tmp_path / "run", "--set", "max_steps=1")
+    status, _, error = run(capsys, *options)
+    assert status == 2 and f"{data}:2: not JSON" in error
+    final = run_json(capsys, *options, "--skip-bad")
+    assert final["skipped_records"] == 2
+    status, _, error = run(capsys, *options, "--skip-bad")
+    assert f"2 bad records were left out, the first: {data}:2: not JSON" in error
 
 
 # ---- recipes

@@ -164,7 +164,7 @@ def test_mamba1_groups_meet_their_keys(tmp_path):
     from tiny_checkpoints import write_checkpoint
 
     teacher = mil.load(write_checkpoint(tmp_path / "t", config))
-    student = mil.convert(teacher, "mamba1", [1], calibration=np.arange(60)[None] % VOCAB)
+    student = mil.convert(teacher, "mamba1", [1], "calibrated", np.arange(60)[None] % VOCAB)
     new = mixer_of(student, 0)
     q, k, o = (attention(teacher, 0, name) for name in "qko")
     B_of_group = new["B_proj.weight"].reshape(4, 16, -1).repeat(3, axis=0)  # 12 groups of 16
@@ -265,7 +265,7 @@ def test_streams_do_not_depend_on_other_layers(teacher):
 @pytest.mark.parametrize("mixer", ["mamba1", "mamba2"])
 def test_calibrated_start(mixer, teacher, rng):
     tokens = rng.integers(0, VOCAB, (40, 60))
-    student = mil.convert(teacher, mixer, [1], calibration=tokens)
+    student = mil.convert(teacher, mixer, [1], init="calibrated", calibration=tokens)
     new = mixer_of(student, 0)
     conv = new["conv1d.weight"][:, 0]
     assert_uniform(conv[:, :-1], 0.05)
@@ -283,7 +283,7 @@ def test_calibrated_start(mixer, teacher, rng):
         assert (new["dt_bias"] == -1).all()
     else:
         assert_steps(softplus(2 * new["dt_proj.bias"]))
-        without = mixer_of(mil.convert(teacher, mixer, [], calibration=tokens), 0)
+        without = mixer_of(mil.convert(teacher, mixer, [], "calibrated", tokens), 0)
         assert (without["dt_proj.bias"] == -0.5).all()
         assert_uniform(without["dt_proj.weight"], 0.1 * 3**-0.5 * 1.001)
         groups = np.linspace(-4, 0, 6)
@@ -297,10 +297,12 @@ def test_calibrated_start_is_nearer(shared):
     tokens = np.load(shared / "data" / "stories" / "train.npz")["tokens"]
     held = tokens[-8:].astype(np.int64)
     kl = {}
-    for init in ("paper", "calibrated"):
+    for init in ("paper", "calibrated", "fitted"):
         student = mil.convert(teacher, "mamba2", [1], init=init, calibration=tokens[:32])
         kl[init] = logits_kl(student, teacher, held)
-    assert kl["calibrated"] < 3.8 < 6 < kl["paper"]
+    assert kl["fitted"] < 0.85 < kl["calibrated"] < 3.8 < 6 < kl["paper"]
+    student = mil.convert(teacher, "mamba2", [1], calibration=tokens[:32])  # init="auto"
+    assert logits_kl(student, teacher, held) == kl["fitted"]
 
 
 def test_calibration_forms(teacher, shared):
