@@ -433,15 +433,6 @@ class DistillTask(Task):
             "eval_agreement": sums["agree"] / sums["kl_rows"],
         }
 
-    def notes(self) -> dict[str, Any]:
-        documents = self.batches.documents
-        if not documents.skipped:
-            return {}
-        return {
-            "skipped_records": documents.skipped,
-            "first_skipped_record": documents.first_skipped,
-        }
-
     # -- what a checkpoint holds --
 
     def identity(self) -> dict[str, Any]:

@@ -30,10 +30,10 @@ import numpy as np
 from . import _core
 from .checkpointing import (
     latest_checkpoint,
-    prune,
     read_record,
     restore,
     sweep,
+    tidy,
     write_checkpoint,
     write_text,
 )
@@ -273,8 +273,14 @@ class Task:
         return None
 
     def notes(self) -> dict[str, Any]:
-        """What the metrics should say once, at step 0."""
-        return {}
+        """What the metrics say once, at step 0: bad records that were left out."""
+        documents = self.batches.documents
+        if not documents.skipped:
+            return {}
+        return {
+            "skipped_records": documents.skipped,
+            "first_skipped_record": documents.first_skipped,
+        }
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on: settings, data, models."""
@@ -392,7 +398,7 @@ class Loop:
         self.task.trainer.step = step = record["step"]
         self.sums, self.tokens = record["sums"], record["tokens"]
         self.last_good = checkpoint
-        prune(self.root, self.config.keep_last)
+        tidy(checkpoint, self.config.keep_last)
         self.trim_metrics(step)
         self.say(f"resuming from {checkpoint}")
         return step
