@@ -91,6 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
     for add in (
         add_info,
         add_convert,
+        add_layers,
         add_label,
         add_distill,
         add_sft,
@@ -269,13 +270,14 @@ def add_convert(commands: Any, common: Any) -> None:
         "--attention-layers",
         type=layer_choice,
         default="half",
-        help="layers that stay attention: 1,3, a share such as 0.25, half, quarter, eighth, none",
+        help="layers that stay attention: 1,3, a share such as 0.25, half, quarter, eighth, none; "
+        "auto:4 or auto:half: as many, chosen by measurement",
     )
     parser.add_argument(
         "--init",
-        choices=("auto", "paper", "calibrated"),
+        choices=("auto", "paper", "calibrated", "fitted"),
         default="auto",
-        help="start of the new parameters; auto is calibrated where --calibration is given",
+        help="start of the new parameters; auto is fitted where --calibration is given",
     )
     parser.add_argument(
         "--calibration", nargs="+", metavar="FILE", help="text or token files that the model reads"
@@ -307,7 +309,9 @@ def run_convert(options: argparse.Namespace) -> None:
         seed=options.seed,
     )
     folder = student.save(options.output)
-    start = "published" if options.init == "paper" or calibration is None else "calibrated"
+    start = options.init
+    if start == "auto":
+        start = "paper" if calibration is None else "fitted"
     kept = list(student.config.attention_layers)
     facts = {
         "output": str(folder),
@@ -322,12 +326,82 @@ def run_convert(options: argparse.Namespace) -> None:
         facts,
         f"{folder}: {student.config.num_layers - len(kept)} of {student.config.num_layers} layers "
         "are "
-        f"{options.mixer} now ({start} start), {student.num_parameters:,} parameters",
+        f"{options.mixer} now (start: {start}), {student.num_parameters:,} parameters",
     )
 
 
+def add_layers(commands: Any, common: Any) -> None:
+    parser = add_command(
+        commands,
+        common,
+        "layers",
+        run_layers,
+        "measure which layers should stay attention",
+        "mambainllama layers my-llama --calibration texts.jsonl --keep half --method greedy",
+    )
+    parser.add_argument("model", help="folder or Hub id of a Transformer")
+    parser.add_argument("--mixer", choices=("mamba1", "mamba2"), default="mamba2")
+    parser.add_argument(
+        "--keep", type=layer_count, default="half", help="how many stay: 4, or half, quarter, 0.25"
+    )
+    parser.add_argument(
+        "--method",
+        choices=("restore", "replace", "greedy"),
+        default="restore",
+        help="put each layer's attention back alone, replace each alone, or restore one by one",
+    )
+    parser.add_argument(
+        "--calibration", nargs="+", required=True, metavar="FILE", help="text or token files"
+    )
+    parser.add_argument("--calibration-rows", type=int, default=128, help="sequences read of them")
+    parser.add_argument("--calibration-length", type=int, default=256, help="tokens in each")
+    parser.add_argument("--plot", metavar="FILE", help="write a figure of the scores (PNG)")
+
+
+def layer_count(text: str) -> Any:
+    """A number of layers, a share between 0 and 1, or a word."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def run_layers(options: argparse.Namespace) -> None:
+    from .choose import choose_layers
+
+    model = load_model(options, options.model)
+    tokens = calibration_tokens(
+        model,
+        options.calibration,
+        options.calibration_rows,
+        options.calibration_length,
+        options.seed,
+    )
+    choice = choose_layers(
+        model, tokens, options.keep, options.mixer, options.method, seed=options.seed
+    )
+    rows = [
+        (f"{layer}", f"{score:.4f}", "attention" if layer in choice.layers else choice.mixer)
+        for layer, score in choice.scores.items()
+    ]
+    kept = ",".join(map(str, choice.layers)) or "none"
+    words = table(rows, ("layer", "KL", "stays"))
+    show(
+        options,
+        choice.to_dict(),
+        f"{words}\n\nattention in {kept}: KL {choice.kl:.4g}; evenly spread: {choice.evenly:.4g}\n"
+        f"mambainllama convert {options.model} OUTPUT --attention-layers {kept} "
+        f"--mixer {choice.mixer} --calibration {' '.join(options.calibration)}",
+    )
+    if options.plot:
+        choice.plot(options.plot)
+        say(options, f"figure: {options.plot}")
+
+
 def calibration_tokens(model: Any, files: Any, rows: int, length: int, seed: int) -> Any:
-    """Token windows of files for a calibrated start, or None."""
+    """Token windows of files for a calibrated or fitted start, or None."""
     from .data import read_documents, sample_rows
 
     if not files:
