@@ -34,6 +34,7 @@ __all__ = ["latest_checkpoint", "restore", "write_checkpoint", "write_text", "wr
 
 NAME = re.compile(r"step-(\d{8,})")
 TEMPORARY = ".writing-"
+LATEST = "latest"
 
 # ---- files that last ---------------------------------------------------------------------------
 
@@ -114,7 +115,7 @@ def write_checkpoint(
             shutil.rmtree(final)
         os.rename(fresh, final)
         sync(root)
-        write_text(root / "latest", final.name + "\n")
+        write_text(root / LATEST, final.name + "\n")
     except OSError as error:
         shutil.rmtree(fresh, ignore_errors=True)
         good = latest_checkpoint(root)
@@ -126,6 +127,15 @@ def write_checkpoint(
         raise
     prune(root, keep_last)
     return final
+
+
+def tidy(checkpoint: Path, keep_last: int | None) -> None:
+    """What a run killed right after the newest checkpoint's rename left undone."""
+    name = checkpoint.name + "\n"
+    latest = checkpoint.parent / LATEST
+    if not latest.exists() or latest.read_text(encoding="utf-8") != name:
+        write_text(latest, name)
+    prune(checkpoint.parent, keep_last)
 
 
 def prune(root: Path, keep_last: int | None) -> None:
