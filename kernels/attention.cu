@@ -8,9 +8,9 @@
  *   keys   | tile 0 | tile 1 | ...  | tile 7 | tile 8 | ...        tile t of 64 keys: block t % 8 of the cluster
  *          | warps 0 1 2 3 : 16 keys each, for each 16 query rows
  *
- * Each warp walks its 16 keys of each of its block's tiles with a running maximum and sum, reading two tiles ahead.
- * The results of the four warps are merged as (0 1)(2 3), those of the eight blocks, through each other's shared
- * memory, in order.  Tiles begin at multiples of 64 keys of the sequence, whatever rows a call brings, and keys that a row may
+ * Each warp walks its 16 keys of each of its block's tiles, two tiles a step, with a running maximum and sum; the next
+ * steps are copied meanwhile.  The results of the four warps are merged as (0 1)(2 3) and sent to the shared memory of the
+ * block that merges that part of them, in the order of the eight blocks.  Tiles begin at multiples of 64 keys of the sequence, whatever rows a call brings, and keys that a row may
  * not see take part as exact zeros: so a row's bits depend on its position and the keys only, be it alone, in a
  * verify window, or in a batch.  Nothing but the result goes back to memory, and there is one launch.
  *
@@ -139,22 +139,23 @@ mil_cuda_kv_append(mil_context *context, const mil_kv_append *arguments)
 #define LANES 4      /* warps that share a tile's keys */
 #define LANE_KEYS 16 /* the depth of one product */
 #define TILE (LANES * LANE_KEYS)
-#define STAGES 2 /* tiles under way: 64 KB at head_dim = 128, three blocks a multiprocessor */
 
-/* Shared memory of a block; D is head_dim rounded up, MT the 16-row tiles of queries. */
-template <int D, int MT>
+/* Shared memory of a block; D is head_dim rounded up, MT the 16-row tiles of queries, STEPS how many pairs of tiles are
+ * under way. */
+template <int D, int MT, int STEPS>
 struct decode_memory {
     alignas(128) uint16_t q[MT * 16 * D];
     union {
         struct {
-            alignas(128) uint16_t k[TILE * D];
-            alignas(128) uint16_t v[TILE * D];
-        } stage[STAGES];
-        float exchange[2][MT][D / 2][MIL_WARP]; /* values in registers' order, of two lanes */
-        float values[MT * 16][D];               /* the block's result, read by the whole cluster */
+            alignas(128) uint16_t k[2][TILE * D];
+            alignas(128) uint16_t v[2][TILE * D];
+        } step[STEPS];
+        float values[LANES][MT * 16][D + 8]; /* of the lanes; 8 more for the banks' sake */
     };
-    softmax_row exchange_rows[2][MT][16];
-    softmax_row rows[MT * 16];
+    softmax_row lane_rows[LANES][MT * 16];
+    /* What the blocks of the cluster send to this one: all their rows, and of the values this block's share. */
+    softmax_row rows[CLUSTER][MT * 16];
+    alignas(16) float inbox[1]; /* [CLUSTER, share, 4] */
 };
 
 /* The warps of one lane, and only they, read the lane's part of a tile. */
@@ -182,7 +183,8 @@ static __device__ __forceinline__ void
 load_queries(const attention_arguments &a, int64_t first_row, int kv_head, int first_slot, int slots,
              uint32_t q)
 {
-    for (int i = threadIdx.x; i < MT * 16 * (D / 8); i += blockDim.x) {
+#pragma unroll
+    for (int i = threadIdx.x; i < MT * 16 * (D / 8); i += LANES * MT * MIL_WARP) {
         int row = i / (D / 8), chunk = i % (D / 8), slot = first_slot + row;
         bool real = slot < slots && chunk * 8 < a.head_dim;
         const T *from = (const T *)a.q;
@@ -194,29 +196,50 @@ load_queries(const attention_arguments &a, int64_t first_row, int kv_head, int f
     }
 }
 
-/* The lane's part of a tile, keys first .. first + 16, those from `end` on as zeros. */
+/* What a thread copies of its lane's part of every tile: one chunk of every STEP-th key. */
 template <typename T, int D, int MT>
-static __device__ __forceinline__ void
-load_lane(const T *from, int64_t stride, int head_dim, int first, int end, const decode_warp &w,
-          uint32_t tile)
-{
-    constexpr int CHUNKS = D / 8;
-#pragma unroll
-    for (int i = w.m * MIL_WARP + w.thread; i < LANE_KEYS * CHUNKS; i += MT * MIL_WARP) {
-        int key = first + i / CHUNKS, chunk = i % CHUNKS;
-        bool real = key < end && chunk * 8 < head_dim;
-        const T *chunk_from = real ? from + key * stride + chunk * 8 : from;
-        copy_chunk(tile + chunk_place<D>(w.lane * LANE_KEYS + i / CHUNKS, chunk), chunk_from, real);
-    }
-}
+struct lane_copier {
+    static constexpr int STEP = MT * MIL_WARP * 8 / D;
+    const T *k, *v; /* position 0, this thread's chunk */
+    int64_t stride;
+    int key; /* the first one, in the lane's part */
+    uint32_t place;
+    bool inside;
 
-/* One tile: scores of 16 rows and 16 keys, their weights, and the weighted sum of values. */
+    __device__ __forceinline__ lane_copier(const key_source<T> &keys, int head_dim, const decode_warp &w)
+    {
+        int i = w.m * MIL_WARP + w.thread, chunk = i % (D / 8);
+        key = i / (D / 8);
+        inside = chunk * 8 < head_dim;
+        place = chunk_place<D>(w.lane * LANE_KEYS + key, chunk);
+        key += w.lane * LANE_KEYS;
+        k = keys.k + (inside ? chunk * 8 : 0);
+        v = keys.v + (inside ? chunk * 8 : 0);
+        stride = keys.stride;
+    }
+
+    /* Of the tile of keys first .. into `tile`; zeros from `end` on. STEP keys further on the swizzle is another. */
+    __device__ __forceinline__ void copy(const T *from, int first, int end, uint32_t tile) const
+    {
+        const T *at = from + (int64_t)(first + key) * stride;
+        int left = end - first - key;
+#pragma unroll
+        for (int i = 0; i < LANE_KEYS; i += STEP) {
+            bool real = inside && i < left;
+            copy_chunk(((tile + place) ^ (uint32_t)((i & 7) << 4)) + i * D * 2, real ? at : from, real);
+            at += STEP * stride;
+        }
+    }
+};
+
+/* The scores of 16 rows and the lane's 16 keys of one or both tiles of a pair, which begin at `first` and CLUSTER * TILE
+ * later: their weights, and by the way the rescaling of the sums so far. */
 template <typename T, int D>
 static __device__ __forceinline__ void
-weigh_keys(const attention_arguments &a, const decode_warp &w, uint32_t q, uint32_t k, int first,
-           softmax_row (&state)[2], float (&acc)[D / 8][4], uint32_t (&weights)[4])
+weigh_keys(const attention_arguments &a, const decode_warp &w, uint32_t q, uint32_t k, int first, bool both,
+           softmax_row (&state)[2], float (&acc)[D / 8][4], uint32_t (&weights)[2][4])
 {
-    float s[2][4] = {};
+    float s[4][4] = {};
 #pragma unroll
     for (int i = 0; i < D / 16; i++) {
         uint32_t left[4], right[4];
@@ -224,23 +247,29 @@ weigh_keys(const attention_arguments &a, const decode_warp &w, uint32_t q, uint3
         load_right_rows<D>(right, k, w.lane * LANE_KEYS, i);
         multiply<T>(s[0], left, right[0], right[1]);
         multiply<T>(s[1], left, right[2], right[3]);
+        if (both) {
+            load_right_rows<D>(right, k, TILE + w.lane * LANE_KEYS, i);
+            multiply<T>(s[2], left, right[0], right[1]);
+            multiply<T>(s[3], left, right[2], right[3]);
+        }
     }
     float scale = __fmul_rn(a.scale, LOG2_E), factor[2];
+    int key = first + w.lane * LANE_KEYS + w.thread % 4 * 2;
 #pragma unroll
     for (int row = 0; row < 2; row++) {
         float maximum = state[row].maximum, sum = 0.0f;
+        int low = w.low[row] - key, high = w.high[row] - key;
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            int key = first + i / 2 * 8 + w.thread % 4 * 2 + i % 2;
-            bool seen = key >= w.low[row] && key < w.high[row];
+        for (int i = 0; i < 8; i++) {
+            int at = i / 4 * CLUSTER * TILE + i / 2 % 2 * 8 + i % 2;
             float &score = s[i / 2][row * 2 + i % 2];
-            score = seen ? __fmul_rn(score, scale) : -INFINITY;
+            score = at >= low && at < high ? __fmul_rn(score, scale) : -INFINITY;
             maximum = fmaxf(maximum, score);
         }
         maximum = fmaxf(maximum, __shfl_xor_sync(MIL_ALL_LANES, maximum, 1));
         maximum = fmaxf(maximum, __shfl_xor_sync(MIL_ALL_LANES, maximum, 2));
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < 8; i++) {
             float &score = s[i / 2][row * 2 + i % 2];
             score = exp2_fast(__fsub_rn(score, maximum));
             sum = __fadd_rn(sum, score);
@@ -250,91 +279,92 @@ weigh_keys(const attention_arguments &a, const decode_warp &w, uint32_t q, uint3
         state[row].maximum = maximum;
     }
 #pragma unroll
-    for (int i = 0; i < D / 8; i++) {
-        acc[i][0] = __fmul_rn(acc[i][0], factor[0]);
-        acc[i][1] = __fmul_rn(acc[i][1], factor[0]);
-        acc[i][2] = __fmul_rn(acc[i][2], factor[1]);
-        acc[i][3] = __fmul_rn(acc[i][3], factor[1]);
+    for (int i = 0; i < D / 2; i++) {
+        acc[i / 4][i % 4] = __fmul_rn(acc[i / 4][i % 4], factor[i % 4 / 2]);
     }
-    weights[0] = pack<T>(s[0][0], s[0][1]);
-    weights[1] = pack<T>(s[0][2], s[0][3]);
-    weights[2] = pack<T>(s[1][0], s[1][1]);
-    weights[3] = pack<T>(s[1][2], s[1][3]);
-}
-
-/* The lanes' results as (0 1)(2 3); that of the block is in lane 0's warps then. */
-template <int D, int MT>
-static __device__ __forceinline__ void
-merge_lanes(decode_memory<D, MT> *memory, const decode_warp &w, softmax_row (&state)[2],
-            float (&acc)[D / 8][4])
-{
 #pragma unroll
-    for (int step = 1; step < LANES; step *= 2) {
-        int place = w.lane / (2 * step);
-        float (*values)[MIL_WARP] = memory->exchange[place][w.m];
-        softmax_row *rows = &memory->exchange_rows[place][w.m][w.thread / 4];
-        if (w.lane % (2 * step) == step) {
-#pragma unroll
-            for (int i = 0; i < D / 2; i++) {
-                values[i][w.thread] = acc[i / 4][i % 4];
-            }
-            rows[0] = state[0];
-            rows[8] = state[1];
-        }
-        __syncthreads();
-        if (w.lane % (2 * step) == 0) {
-            float earlier[2], later[2];
-            merge_rows(state[0], rows[0], earlier[0], later[0]);
-            merge_rows(state[1], rows[8], earlier[1], later[1]);
-#pragma unroll
-            for (int i = 0; i < D / 2; i++) {
-                int row = i % 4 / 2;
-                acc[i / 4][i % 4] =
-                    merge_values(acc[i / 4][i % 4], values[i][w.thread], earlier[row], later[row]);
-            }
-        }
-        __syncthreads();
+    for (int i = 0; i < 8; i++) {
+        weights[i / 4][i % 4] = pack<T>(s[i / 2][i % 2 * 2], s[i / 2][i % 2 * 2 + 1]);
     }
 }
 
-/* The blocks' results in order; each block of the cluster does this for its share of the rows' columns. */
-template <typename T, int D, int MT>
+/* acc += weights times the lane's values of one tile. */
+template <typename T, int D>
 static __device__ __forceinline__ void
-merge_blocks(const attention_arguments &a, decode_memory<D, MT> *memory, int64_t first_row, int kv_head,
-             int first_slot, int slots)
+add_values(const decode_warp &w, const uint32_t (&weights)[4], uint32_t v, float (&acc)[D / 8][4])
 {
-    int here = slots - first_slot < MT * 16 ? slots - first_slot : MT * 16, quads = a.head_dim / 4;
-    for (int i = mil_cluster_rank() * (int)blockDim.x + (int)threadIdx.x; i < here * quads;
-         i += CLUSTER * (int)blockDim.x) {
-        int row = i / quads, column = i % quads * 4, slot = first_slot + row;
-        softmax_row part[CLUSTER];
-        float4 values[CLUSTER];
 #pragma unroll
-        for (int block = 0; block < CLUSTER; block++) {
-            const decode_memory<D, MT> *other = mil_cluster_at(memory, block);
-            part[block] = other->rows[row];
-            values[block] = *(const float4 *)&other->values[row][column];
+    for (int i = 0; i < D / 16; i++) {
+        uint32_t right[4];
+        load_right_columns<D>(right, v, w.lane * LANE_KEYS, i);
+        multiply<T>(acc[2 * i], weights, right[0], right[1]);
+        multiply<T>(acc[2 * i + 1], weights, right[2], right[3]);
+    }
+}
+
+static __device__ __forceinline__ void
+merge_quads(softmax_row &to, float4 &values, const softmax_row &from, const float4 &more)
+{
+    float earlier, later;
+    merge_rows(to, from, earlier, later);
+    values.x = merge_values(values.x, more.x, earlier, later);
+    values.y = merge_values(values.y, more.y, earlier, later);
+    values.z = merge_values(values.z, more.z, earlier, later);
+    values.w = merge_values(values.w, more.w, earlier, later);
+}
+
+/* The lanes' results as (0 1)(2 3), sent to the block that merges that place of the rows: quad i of `quads` a row goes to
+ * block i / share. */
+template <int D, int MT, int STEPS>
+static __device__ __forceinline__ void
+send_values(decode_memory<D, MT, STEPS> *memory, int rows, int quads, int share)
+{
+    int rank = mil_cluster_rank();
+    for (int i = threadIdx.x; i < rows * quads; i += LANES * MT * MIL_WARP) {
+        int row = i / quads, column = i % quads * 4;
+        softmax_row part[LANES];
+        float4 values[LANES];
+#pragma unroll
+        for (int lane = 0; lane < LANES; lane++) {
+            part[lane] = memory->lane_rows[lane][row];
+            values[lane] = *(const float4 *)&memory->values[lane][row][column];
         }
-        softmax_row all = part[0];
-        float4 sum = values[0];
+        merge_quads(part[0], values[0], part[1], values[1]);
+        merge_quads(part[2], values[2], part[3], values[3]);
+        merge_quads(part[0], values[0], part[2], values[2]);
+        decode_memory<D, MT, STEPS> *other = mil_cluster_at(memory, i / share);
+        ((float4 *)other->inbox)[rank * share + i % share] = values[0];
+        if (column < CLUSTER * 4) { /* the first eight threads of a row tell a block each */
+            for (int to = column / 4; to < CLUSTER; to += quads) {
+                mil_cluster_at(memory, to)->rows[rank][row] = part[0];
+            }
+        }
+    }
+}
+
+/* The blocks' results in order, of this block's share, divided and rounded. */
+template <typename T, int D, int MT, int STEPS>
+static __device__ __forceinline__ void
+merge_blocks(const attention_arguments &a, const decode_memory<D, MT, STEPS> *memory, int64_t first_row,
+             int kv_head, int first_slot, int rows, int quads, int share)
+{
+    for (int i = threadIdx.x; i < share; i += LANES * MT * MIL_WARP) {
+        int at = mil_cluster_rank() * share + i, row = at / quads, column = at % quads * 4;
+        if (row >= rows) {
+            return;
+        }
+        softmax_row all = memory->rows[0][row];
+        float4 sum = ((const float4 *)memory->inbox)[i];
 #pragma unroll
         for (int block = 1; block < CLUSTER; block++) {
-            float earlier, later;
-            merge_rows(all, part[block], earlier, later);
-            sum.x = merge_values(sum.x, values[block].x, earlier, later);
-            sum.y = merge_values(sum.y, values[block].y, earlier, later);
-            sum.z = merge_values(sum.z, values[block].z, earlier, later);
-            sum.w = merge_values(sum.w, values[block].w, earlier, later);
+            merge_quads(all, sum, memory->rows[block][row],
+                        ((const float4 *)memory->inbox)[block * share + i]);
         }
         float inverse = __fdiv_rn(1.0f, all.sum);
         float y[4] = {sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse};
+        int slot = first_slot + row, head = kv_head * a.group + slot % a.group;
         int64_t packed = first_row + slot / a.group;
-        int head = kv_head * a.group + slot % a.group;
-        T *to = (T *)a.y + packed * a.y_stride + (int64_t)head * a.head_dim + column;
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            to[j] = mil_round<T>(y[j]);
-        }
+        mil_store<4>((T *)a.y + packed * a.y_stride + (int64_t)head * a.head_dim + column, y);
         if (a.log_sum_exp != NULL && column == 0) {
             a.log_sum_exp[packed * a.heads + head] = all.maximum * LN_2 + logf(all.sum);
         }
@@ -342,28 +372,57 @@ merge_blocks(const attention_arguments &a, decode_memory<D, MT> *memory, int64_t
 }
 
 /* A cluster a (key head and MT * 16 of its query rows, sequence). */
-template <typename T, int D, int MT>
+template <typename T, int D, int MT, int STEPS>
 static __global__ void
 MIL_CLUSTER(CLUSTER) __launch_bounds__(LANES * MT * MIL_WARP)
     decode_kernel(const __grid_constant__ attention_arguments a)
 {
     extern __shared__ __align__(128) unsigned char raw[];
-    decode_memory<D, MT> *memory = reinterpret_cast<decode_memory<D, MT> *>(raw);
+    decode_memory<D, MT, STEPS> *memory = reinterpret_cast<decode_memory<D, MT, STEPS> *>(raw);
     mil_trigger();
     mil_wait();
     int sequence = blockIdx.z, kv_head = blockIdx.y % a.kv_heads,
         first_slot = blockIdx.y / a.kv_heads * MT * 16;
     int64_t first_row = a.rows.offsets[sequence];
     int count = (int)(a.rows.offsets[sequence + 1] - first_row), slots = count * a.group;
+    int past = (int)a.rows.past[sequence];
     if (count > a.most || first_slot >= slots) {
         return; /* with the whole cluster */
     }
-    int past = (int)a.rows.past[sequence],
-        last_slot = first_slot + MT * 16 < slots ? first_slot + MT * 16 : slots;
+    mil_cluster_arrive();
+    int rows = slots - first_slot < MT * 16 ? slots - first_slot : MT * 16;
     decode_warp w = {};
     w.thread = threadIdx.x % MIL_WARP;
     w.lane = threadIdx.x / MIL_WARP % LANES;
     w.m = threadIdx.x / MIL_WARP / LANES;
+    /* The pairs of tiles of any row of this block that are this block's.  Its n-th tile is rank + n * CLUSTER; even n begin a
+     * pair. */
+    int end = past + (first_slot + rows - 1) / a.group + 1, first_end = past + first_slot / a.group + 1;
+    int first_tile = (first_end > a.window ? first_end - a.window : 0) / TILE;
+    int tile = first_tile / (2 * CLUSTER) * 2 * CLUSTER + mil_cluster_rank(), tiles = (end + TILE - 1) / TILE;
+    if (tile + CLUSTER < first_tile) {
+        tile += 2 * CLUSTER;
+    }
+
+    lane_copier<T, D, MT> copier(find_keys<T>(a, sequence, kv_head, first_row), a.head_dim, w);
+    uint32_t q = shared_address(memory->q), steps = shared_address(memory->step);
+    constexpr uint32_t TILE_BYTES = TILE * D * 2, STEP_BYTES = 4 * TILE_BYTES;
+    auto load_pair = [&](const T *from, int at, uint32_t to) {
+        if (at < tiles) {
+            copier.copy(from, at * TILE, end, to);
+        }
+        if (at + CLUSTER < tiles) {
+            copier.copy(from, (at + CLUSTER) * TILE, end, to + TILE_BYTES);
+        }
+        copies_commit();
+    };
+    load_queries<T, D, MT>(a, first_row, kv_head, first_slot, slots, q);
+    copies_commit();
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+        load_pair(copier.k, tile + i * 2 * CLUSTER, steps + i * STEP_BYTES);
+        load_pair(copier.v, tile + i * 2 * CLUSTER, steps + i * STEP_BYTES + 2 * TILE_BYTES);
+    }
     for (int row = 0; row < 2; row++) {
         int slot = first_slot + w.m * 16 + row * 8 + w.thread / 4;
         if (slot < slots) {
@@ -371,108 +430,92 @@ MIL_CLUSTER(CLUSTER) __launch_bounds__(LANES * MT * MIL_WARP)
             w.low[row] = w.high[row] > a.window ? w.high[row] - a.window : 0;
         }
     }
-    /* The tiles of any row of this block, and of these the ones that are this block's. */
-    int end = past + (last_slot - 1) / a.group + 1, first_end = past + first_slot / a.group + 1;
-    int first_tile = (first_end > a.window ? first_end - a.window : 0) / TILE, rank = mil_cluster_rank();
-    int tile = first_tile + (rank - first_tile % CLUSTER + CLUSTER) % CLUSTER;
-    int tiles = (end + TILE - 1) / TILE; /* one past the last */
-
-    key_source<T> keys = find_keys<T>(a, sequence, kv_head, first_row);
-    uint32_t q = shared_address(memory->q), k[STAGES], v[STAGES];
-    load_queries<T, D, MT>(a, first_row, kv_head, first_slot, slots, q);
-    copies_commit();
-#pragma unroll
-    for (int i = 0; i < STAGES; i++) {
-        k[i] = shared_address(memory->stage[i].k);
-        v[i] = shared_address(memory->stage[i].v);
-        int first = (tile + i * CLUSTER) * TILE + w.lane * LANE_KEYS;
-        if (tile + i * CLUSTER < tiles) {
-            load_lane<T, D, MT>(keys.k, keys.stride, a.head_dim, first, end, w, k[i]);
-        }
-        copies_commit();
-        if (tile + i * CLUSTER < tiles) {
-            load_lane<T, D, MT>(keys.v, keys.stride, a.head_dim, first, end, w, v[i]);
-        }
-        copies_commit();
-    }
-    copies_wait<2 * STAGES>();
+    copies_wait<2 * STEPS>();
     __syncthreads();
 
     softmax_row state[2] = {{NO_SCORE, 0.0f}, {NO_SCORE, 0.0f}};
     float acc[D / 8][4] = {};
-    for (int stage = 0; tile < tiles; tile += CLUSTER, stage ^= 1) {
-        int first = tile * TILE + w.lane * LANE_KEYS, next = first + STAGES * CLUSTER * TILE;
-        uint32_t weights[4], k_tile = stage == 0 ? k[0] : k[1], v_tile = stage == 0 ? v[0] : v[1];
-        copies_wait<2 * STAGES - 1>();
+    uint32_t step = 0;
+    for (; tile < tiles; tile += 2 * CLUSTER) {
+        uint32_t k = steps + step * STEP_BYTES, v = k + 2 * TILE_BYTES, weights[2][4];
+        bool both = tile + CLUSTER < tiles;
+        int next = tile + STEPS * 2 * CLUSTER;
+        copies_wait<2 * STEPS - 1>();
         lane_sync<MT>(w.lane);
-        weigh_keys<T, D>(a, w, q, k_tile, first, state, acc, weights);
-        copies_wait<2 * STAGES - 2>();
+        weigh_keys<T, D>(a, w, q, k, tile * TILE, both, state, acc, weights);
         lane_sync<MT>(w.lane);
-#pragma unroll
-        for (int i = 0; i < D / 16; i++) {
-            uint32_t right[4];
-            load_right_columns<D>(right, v_tile, w.lane * LANE_KEYS, i);
-            multiply<T>(acc[2 * i], weights, right[0], right[1]);
-            multiply<T>(acc[2 * i + 1], weights, right[2], right[3]);
+        load_pair(copier.k, next, k);
+        copies_wait<2 * STEPS - 1>();
+        lane_sync<MT>(w.lane);
+        add_values<T, D>(w, weights[0], v, acc);
+        if (both) {
+            add_values<T, D>(w, weights[1], v + TILE_BYTES, acc);
         }
         lane_sync<MT>(w.lane);
-        bool more = tile + STAGES * CLUSTER < tiles;
-        if (more) {
-            load_lane<T, D, MT>(keys.k, keys.stride, a.head_dim, next, end, w, k_tile);
-        }
-        copies_commit();
-        if (more) {
-            load_lane<T, D, MT>(keys.v, keys.stride, a.head_dim, next, end, w, v_tile);
-        }
-        copies_commit();
+        load_pair(copier.v, next, v);
+        step = step + 1 == STEPS ? 0 : step + 1;
     }
     copies_wait<0>();
     __syncthreads();
+
 #pragma unroll
     for (int row = 0; row < 2; row++) {
+        int at = w.m * 16 + row * 8 + w.thread / 4;
         state[row].sum = __fadd_rn(state[row].sum, __shfl_xor_sync(MIL_ALL_LANES, state[row].sum, 1));
         state[row].sum = __fadd_rn(state[row].sum, __shfl_xor_sync(MIL_ALL_LANES, state[row].sum, 2));
-    }
-    merge_lanes<D, MT>(memory, w, state, acc);
-    if (w.lane == 0) {
-#pragma unroll
-        for (int row = 0; row < 2; row++) {
-            int at = w.m * 16 + row * 8 + w.thread / 4;
-            memory->rows[at] = state[row];
+        if (at < rows) {
+            memory->lane_rows[w.lane][at] = state[row];
 #pragma unroll
             for (int i = 0; i < D / 8; i++) {
-                *(float2 *)&memory->values[at][i * 8 + w.thread % 4 * 2] =
+                *(float2 *)&memory->values[w.lane][at][i * 8 + w.thread % 4 * 2] =
                     make_float2(acc[i][row * 2], acc[i][row * 2 + 1]);
             }
         }
     }
+    __syncthreads();
+    int quads = a.head_dim / 4, share = (rows * quads + CLUSTER - 1) / CLUSTER;
+    mil_cluster_wait(); /* all blocks have begun: their memory is theirs */
+    send_values<D, MT, STEPS>(memory, rows, quads, share);
     mil_cluster_sync();
-    merge_blocks<T, D, MT>(a, memory, first_row, kv_head, first_slot, slots);
-    mil_cluster_sync(); /* the others' reading of this block's memory */
+    merge_blocks<T, D, MT, STEPS>(a, memory, first_row, kv_head, first_slot, rows, quads, share);
 }
 
-template <typename T, int D, int MT>
+template <typename T, int D, int MT, int STEPS>
 static mil_status
 decode_rows(mil_context *context, const attention_arguments *a, int64_t longest)
 {
-    int64_t blocks = mil_ceil_div(longest * a->group, MT * 16);
-    dim3 grid(CLUSTER, (unsigned)(a->kv_heads * blocks), (unsigned)a->rows.sequences);
-    return mil_launch(context, "attention (decode)", decode_kernel<T, D, MT>, grid,
-                      dim3(LANES * MT * MIL_WARP), sizeof(decode_memory<D, MT>), *a);
+    int64_t slots = longest * a->group, rows = slots < MT * 16 ? slots : MT * 16;
+    dim3 grid(CLUSTER, (unsigned)(a->kv_heads * mil_ceil_div(slots, MT * 16)), (unsigned)a->rows.sequences);
+    size_t inbox = (size_t)(rows * a->head_dim + 4 * CLUSTER) * sizeof(float);
+    return mil_launch(context, "attention (decode)", decode_kernel<T, D, MT, STEPS>, grid,
+                      dim3(LANES * MT * MIL_WARP), sizeof(decode_memory<D, MT, STEPS>) + inbox, *a);
 }
 
+/* Where there are no more blocks than multiprocessors, each takes their whole memory for reading ahead. */
 template <typename T, int D>
 static mil_status
 decode_width(mil_context *context, const attention_arguments *a, int64_t longest)
 {
-    int64_t slots = longest * a->group;
-    if (slots <= 16) {
-        return decode_rows<T, D, 1>(context, a, longest);
+    int64_t slots = longest * a->group, blocks = (int64_t)CLUSTER * a->kv_heads * a->rows.sequences;
+    int multiprocessors = 0;
+    MIL_CUDA_TRY(
+        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, context->ops->device));
+    bool deep = blocks <= multiprocessors;
+    if constexpr (D > 128) {
+        return slots <= 16 ? decode_rows<T, D, 1, 1>(context, a, longest)
+                           : decode_rows<T, D, 2, 1>(context, a, longest);
     }
-    if (slots <= 32 || D > 128) {
-        return decode_rows<T, D, 2>(context, a, longest);
+    else if (slots <= 16) {
+        return deep ? decode_rows<T, D, 1, 3>(context, a, longest)
+                    : decode_rows<T, D, 1, 1>(context, a, longest);
     }
-    return decode_rows<T, D, D <= 128 ? 4 : 2>(context, a, longest);
+    else if (slots <= 32) {
+        return deep ? decode_rows<T, D, 2, 3>(context, a, longest)
+                    : decode_rows<T, D, 2, 1>(context, a, longest);
+    }
+    else {
+        return decode_rows<T, D, 4, 1>(context, a, longest);
+    }
 }
 
 template <typename T>

@@ -50,15 +50,32 @@ mil_cluster_sync()
 #endif
 }
 
+/* The same in two parts: what lies between runs while others are on their way. Only execution meets, not memory. */
+static __device__ __forceinline__ void
+mil_cluster_arrive()
+{
+#if MIL_HAS_CLUSTERS
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+
+static __device__ __forceinline__ void
+mil_cluster_wait()
+{
+#if MIL_HAS_CLUSTERS
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+
 /* Where the block of that rank has what this one has at `here`, in shared memory. */
 template <typename T>
-static __device__ __forceinline__ const T *
-mil_cluster_at(const T *here, int rank)
+static __device__ __forceinline__ T *
+mil_cluster_at(T *here, int rank)
 {
 #if MIL_HAS_CLUSTERS
     uint64_t there;
     asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(here), "r"(rank));
-    return reinterpret_cast<const T *>(there);
+    return reinterpret_cast<T *>(there);
 #else
     (void)rank;
     return here;
