@@ -5,6 +5,7 @@
  */
 #include "harness.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -182,6 +183,22 @@ train(life *l, const int32_t *tokens)
         MIL_TRY(mil_trainer_backward(&l->context, &l->trainer, &step));
         CHECK(step.ce_rows == ROWS);
     }
+    l->trainer.teacher = NULL;
+    mil_preference pair = {.reference = (double[]){-1, -2}, .beta = 0.5, .label_smoothing = 0.1};
+    mil_micro_step prefer = {
+        .tokens = tokens,
+        .sequences = 2,
+        .offsets = offsets,
+        .labels = tokens,
+        .temperature = 1.0f,
+        .scale = 1.0f,
+        .preference = &pair,
+    };
+    MIL_TRY(mil_trainer_backward(&l->context, &l->trainer, &prefer));
+    double loss = pair.loss;
+    MIL_TRY(mil_evaluate(&l->context, &l->model, NULL, &prefer));
+    CHECK(loss > 0 && fabs(pair.loss - loss) < 1e-4 * loss &&
+          pair.margin == pair.chosen_reward - pair.rejected_reward);
     mil_optimizer_step step = {
         .learning_rate = 1e-3f,
         .beta1 = 0.9f,

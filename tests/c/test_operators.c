@@ -376,6 +376,55 @@ loss(mil_context *context, data *d)
     return mil_cpu_ops.linear_loss(context, &a);
 }
 
+/* Stored likeliest tokens in the teacher's place, rows of either sign, and their cross-entropy. */
+static mil_status
+loss_top(mil_context *context, data *d)
+{
+    enum { TOP = 3 };
+    int32_t tokens[ROWS * TOP];
+    float logprobs[ROWS * (TOP + 1)], sign[ROWS];
+    double ce[ROWS];
+    for (int i = 0; i < ROWS; i++) {
+        sign[i] = i % 3 == 0 ? -1.0f : 1.0f;
+        for (int k = 0; k <= TOP; k++) {
+            logprobs[i * (TOP + 1) + k] = -1.0f - (float)k;
+            if (k < TOP) {
+                tokens[i * TOP + k] = (i + 5 * k) % VOCAB;
+            }
+        }
+    }
+    mil_linear_loss a = {.rows = ROWS,
+                         .vocab = VOCAB,
+                         .hidden = WIDTH,
+                         .x = d->x,
+                         .x_stride = WIDTH,
+                         .weight = d->half,
+                         .dtype = MIL_BF16,
+                         .logit_scale = 1.0f,
+                         .top = TOP,
+                         .top_tokens = tokens,
+                         .top_logprobs = logprobs,
+                         .labels = d->labels,
+                         .row_weight = sign,
+                         .kl_weight = 1.0f,
+                         .ce_weight = 0.5f,
+                         .temperature = 1.0f,
+                         .scale = 0.1f,
+                         .direction = MIL_KL_JSD,
+                         .mix = 0.5f,
+                         .row_ce = ce,
+                         .grad_x = d->out,
+                         .grad_x_stride = WIDTH,
+                         .grad_weight = d->grad};
+    MIL_TRY(mil_cpu_ops.linear_loss(context, &a));
+    double sum = 0;
+    for (int i = 0; i < ROWS; i++) {
+        sum += (double)sign[i] * ce[i];
+    }
+    CHECK(fabs(sum - a.sums.ce) < 1e-9);
+    return MIL_OK;
+}
+
 /* `any_threads`: the outputs are the same bits whatever the size of the team. */
 static const struct {
     const char *name;
@@ -396,6 +445,7 @@ static const struct {
     {"ssd", ssd, true},
     {"ssd_back", ssd_back, true},
     {"loss", loss, false},
+    {"loss_top", loss_top, false},
 };
 enum { CASES = sizeof cases / sizeof cases[0] };
 
