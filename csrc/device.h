@@ -39,6 +39,7 @@ typedef struct mil_context {
     const mil_ops *ops;
     mil_arena *scratch; /* operators' workspace and model activations, on the device */
     mil_arena *host;    /* model code's small arrays (offsets, states), in host memory */
+    mil_arena *kept;    /* what is uploaded during a recording stays here as long as that; else NULL */
     int threads;        /* CPU team size, at least 1 */
     void *stream;       /* CUDA stream; NULL on the CPU */
 } mil_context;
@@ -467,7 +468,11 @@ typedef struct mil_filter {
 } mil_filter;
 
 /* The streams of random numbers, as in decode/sampler.h. */
-typedef enum mil_sample_stream { MIL_SAMPLE_TARGET = 0, MIL_SAMPLE_DRAFT = 1, MIL_SAMPLE_ACCEPT = 2 } mil_sample_stream;
+typedef enum mil_sample_stream {
+    MIL_SAMPLE_TARGET = 0,
+    MIL_SAMPLE_DRAFT = 1,
+    MIL_SAMPLE_ACCEPT = 2
+} mil_sample_stream;
 
 /* Draws a token for each row of logits: a function of logits, options and (seed, position, stream). All pointers are
  * of the device. */
@@ -497,12 +502,26 @@ typedef struct mil_accept {
     const int64_t *position;           /* [sequences] of the first draft */
     const int32_t *drafts;             /* [rows]; of each sequence all but the last are read */
     const int32_t *drafted;            /* [sequences] drafts at hand, at most rows - 1; NULL: rows - 1 */
-    const float *draft_logits;         /* [rows, draft_vocab] that drafts were drawn from; NULL: each was certain */
+    const float *draft_logits; /* [rows, draft_vocab] that drafts were drawn from; NULL: each was certain */
     int64_t draft_logits_stride, draft_vocab;
     const mil_filter *draft_filter; /* [rows] */
     int32_t *accepted;              /* [sequences] out: drafts that stand */
-    int32_t *tokens;                /* [rows] out: of each sequence those drafts and the one token after them */
+    int32_t *tokens; /* [rows] out: of each sequence those drafts and the one token after them */
 } mil_accept;
+
+/* Ends a decoding step of one row a sequence inside a recording: what was drawn becomes the next step's input, rows and
+ * positions move on, and the draw is written down.  All pointers are of the device. */
+typedef struct mil_advance {
+    int64_t sequences;
+    const int32_t *drawn; /* [sequences] */
+    const int32_t *bad;   /* [sequences] of mil_sample */
+    int32_t *tokens;      /* [sequences] out: the next step's */
+    int64_t *rows;        /* [3, sequences + 1] mil_rows.device: past and boundary move on by one token */
+    int64_t *position;    /* [sequences] moves on by one */
+    int64_t *steps;       /* [1] moves on by one */
+    int32_t *history;     /* [any, sequences]: row *steps gets `drawn` */
+    int32_t *failed;      /* [sequences] set where bad is, else left */
+} mil_advance;
 
 /* ---- the table -------------------------------------------------------------------------------------- */
 
@@ -571,6 +590,15 @@ struct mil_ops {
     /* Optional: tokens from logits without the host. */
     mil_status (*sample)(mil_context *context, const mil_sample *arguments);
     mil_status (*accept)(mil_context *context, const mil_accept *arguments);
+    mil_status (*advance)(mil_context *context, const mil_advance *arguments);
+    /* Optional: operators called between record_begin and record_end run only when the recording is replayed, any
+     * number of times, with the arguments that they had.  Their memory must then be there (no arena may grow while
+     * recording: run the same once before), and nothing may be copied to or from the host. record_end gives
+     * a recording even where an operator in between failed; *out is NULL where it fails itself. */
+    mil_status (*record_begin)(mil_context *context);
+    mil_status (*record_end)(mil_context *context, void **out);
+    mil_status (*replay)(mil_context *context, void *recording);
+    void (*record_free)(mil_context *context, void *recording);
 };
 
 extern const mil_ops mil_cpu_ops;

@@ -3,7 +3,8 @@
  * Every running call owns a stream of its own (non-blocking, so that calls of several threads overlap).  Work
  * without a stream (states are made and copied outside of calls) goes to the default stream and is waited for.
  * While a stream is being captured into a graph nothing may be copied from host memory by a node, because the
- * memory would be read again at every replay: uploads then take place at once, on a stream beside it.
+ * memory would be read again at every replay: uploads then take place at once, on a stream beside it, into
+ * memory that is kept as long as the recording.
  */
 #include "cuda.cuh"
 #include "table.h"
@@ -82,7 +83,7 @@ mil_status
 mil_cuda_upload(mil_context *context, const void *from, size_t bytes, const void **out)
 {
     void *copy;
-    MIL_TRY(mil_arena_push(context->scratch, bytes, 1, &copy));
+    MIL_TRY(mil_arena_push(context->kept != NULL ? context->kept : context->scratch, bytes, 1, &copy));
     *out = copy;
     cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
     MIL_CUDA_TRY(cudaStreamIsCapturing(mil_stream(context), &capture));

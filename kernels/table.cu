@@ -44,6 +44,11 @@ table_of(mil_dtype activation_dtype, int device)
     ops.widen = mil_cuda_widen;
     ops.sample = mil_cuda_sample;
     ops.accept = mil_cuda_accept;
+    ops.advance = mil_cuda_advance;
+    ops.record_begin = mil_cuda_record_begin;
+    ops.record_end = mil_cuda_record_end;
+    ops.replay = mil_cuda_replay;
+    ops.record_free = mil_cuda_record_free;
     return ops;
 }
 

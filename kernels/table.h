@@ -68,6 +68,18 @@ mil_cuda_sample(mil_context *context, const mil_sample *arguments);
 mil_status
 mil_cuda_accept(mil_context *context, const mil_accept *arguments);
 
+/* record.cu */
+mil_status
+mil_cuda_advance(mil_context *context, const mil_advance *arguments);
+mil_status
+mil_cuda_record_begin(mil_context *context);
+mil_status
+mil_cuda_record_end(mil_context *context, void **out);
+mil_status
+mil_cuda_replay(mil_context *context, void *recording);
+void
+mil_cuda_record_free(mil_context *context, void *recording);
+
 /* conv1d.cu, selective_scan.cu, ssd.cu */
 mil_status
 mil_cuda_conv1d_forward(mil_context *context, const mil_conv1d *arguments);

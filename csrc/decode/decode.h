@@ -97,6 +97,7 @@ typedef struct mil_engine_options {
 } mil_engine_options;
 
 typedef struct mil_sequence mil_sequence;
+typedef struct mil_burst mil_burst;
 
 /* Zero-initialised is not valid; see mil_engine_init. */
 typedef struct mil_engine {
@@ -104,6 +105,8 @@ typedef struct mil_engine {
     mil_sequence **waiting; /* [waiting_count] in order of submission */
     mil_sequence **running; /* [running_count], likewise */
     int64_t waiting_count, waiting_capacity, running_count;
+    int64_t joined;   /* requests that ever ran */
+    mil_burst *burst; /* burst.c; NULL until the first */
     struct mil_pack { /* one forward pass in the making */
         int32_t *tokens;
         int64_t *offsets, *logit_rows;

@@ -54,6 +54,7 @@ mil_engine_release(mil_engine *engine)
     for (int64_t i = 0; i < engine->waiting_count; i++) {
         mil_sequence_delete(engine->waiting[i]);
     }
+    mil_burst_delete(engine->burst);
     mil_free(engine->running);
     mil_free(engine->waiting);
     mil_free(engine->pack.tokens);
@@ -268,6 +269,7 @@ change_guard(mil_engine *engine)
         mil_sequence *sequence = engine->waiting[joined++];
         engine->running[engine->running_count++] =
             sequence; /* released with the engine where joining fails */
+        sequence->serial = ++engine->joined;
         status = mil_sequence_join(engine, sequence);
     }
     for (int64_t i = joined; i < engine->waiting_count; i++) {
@@ -363,11 +365,15 @@ settle(const mil_engine *engine, mil_sequence *sequence)
     return mil_speculate_settle(engine, sequence, logits + (sequence->logit_count - 1) * vocab);
 }
 
+/* A text that has ended leaves its own states where they are: nobody reads them again. */
 static mil_status
-take_back(mil_state *state, int64_t length)
+take_back(const mil_sequence *sequence, mil_state *state, int64_t length)
 {
-    return state != NULL && state->length > length ? mil_state_rollback(state, state->length - length)
-                                                   : MIL_OK;
+    bool own = state == &sequence->own_state || state == &sequence->own_draft_state;
+    if (state == NULL || state->length <= length || (own && sequence->generation.finish != MIL_RUNNING)) {
+        return MIL_OK;
+    }
+    return mil_state_rollback(state, state->length - length);
 }
 
 /* Rejected drafts leave the states; a finished text gets its times. */
@@ -383,8 +389,8 @@ close_round(mil_sequence *sequence)
     if (g->count > 0) {
         /* The last token is one that the model has not read, unless a stop token came after it. */
         int64_t read = g->finish == MIL_FINISH_STOP ? sequence->count : sequence->count - 1;
-        MIL_TRY(take_back(sequence->state, read));
-        MIL_TRY(take_back(sequence->draft_state, read));
+        MIL_TRY(take_back(sequence, sequence->state, read));
+        MIL_TRY(take_back(sequence, sequence->draft_state, read));
     }
     if (g->finish != MIL_RUNNING) {
         double now = omp_get_wtime();
@@ -415,6 +421,19 @@ plan_round(mil_engine *engine)
     return MIL_OK;
 }
 
+/* Drafts, one forward pass of all rows, and verdicts. */
+static mil_status
+run_round(mil_engine *engine, mil_context *context)
+{
+    MIL_TRY(mil_speculate_draft(engine, context));
+    MIL_TRY(pack_round(engine));
+    if (engine->pack.count > 0) {
+        MIL_TRY(mil_pack_run(engine, context, engine->options.model));
+        MIL_TRY(mil_pack_each(engine, context, settle));
+    }
+    return MIL_OK;
+}
+
 mil_status
 mil_engine_round(mil_engine *engine, mil_context *context)
 {
@@ -430,11 +449,12 @@ mil_engine_round(mil_engine *engine, mil_context *context)
         }
     }
     MIL_TRY(plan_round(engine));
-    MIL_TRY(mil_speculate_draft(engine, context));
-    MIL_TRY(pack_round(engine));
-    if (pack->count > 0) {
-        MIL_TRY(mil_pack_run(engine, context, engine->options.model));
-        MIL_TRY(mil_pack_each(engine, context, settle));
+    int64_t steps = mil_burst_steps(engine);
+    if (steps > 0) {
+        MIL_TRY(mil_burst_run(engine, context, steps));
+    }
+    else {
+        MIL_TRY(run_round(engine, context));
     }
     for (int64_t i = 0; i < engine->running_count; i++) {
         MIL_TRY(close_round(engine->running[i]));
@@ -472,8 +492,8 @@ mil_engine_cut(mil_engine *engine, int64_t index, int64_t keep, mil_finish finis
     sequence->fresh -= dropped;
     g->finish = finish;
     /* Each dropped token was in the last pass or came from it, so the pass can give it back. */
-    MIL_TRY(take_back(sequence->state, sequence->count));
-    MIL_TRY(take_back(sequence->draft_state, sequence->count));
+    MIL_TRY(take_back(sequence, sequence->state, sequence->count));
+    MIL_TRY(take_back(sequence, sequence->draft_state, sequence->count));
     return close_round(sequence);
 }
 

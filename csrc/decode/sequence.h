@@ -12,6 +12,7 @@
 struct mil_sequence {
     mil_request request; /* stop_tokens: own copy; prompt: not kept, see tokens */
     mil_generation generation;
+    int64_t serial; /* no other sequence of the engine has or had it */
     int64_t count, token_capacity;
     int64_t fresh;
     int32_t *occurrences; /* [vocab] of tokens in the text and its drafts, or NULL: no repetition penalty */
@@ -100,6 +101,17 @@ mil_speculate_draft(mil_engine *engine, mil_context *context) MIL_MUST_CHECK;
  * the accepted drafts and one token more. Touches this sequence only. */
 mil_status
 mil_speculate_settle(const mil_engine *engine, mil_sequence *sequence, const float *logits) MIL_MUST_CHECK;
+
+/* ---- burst.c ---------------------------------------------------------------------------------------- */
+
+/* Plain steps of all running sequences that may now be taken without the host in between; 0: a round is needed. */
+int64_t
+mil_burst_steps(const mil_engine *engine);
+/* Takes so many of them. */
+mil_status
+mil_burst_run(mil_engine *engine, mil_context *context, int64_t steps) MIL_MUST_CHECK;
+void
+mil_burst_delete(mil_burst *burst);
 
 /* ---- generate.c ------------------------------------------------------------------------------------- */
 

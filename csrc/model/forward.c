@@ -86,11 +86,14 @@ push_rope_table(mil_pass *pass)
     return context->ops->rope_table(context, &arguments);
 }
 
-/* The rows' numbers where the device's kernels can read them. */
+/* The rows' numbers where the device's kernels can read them, unless they are there. */
 static mil_status
 upload_rows(mil_pass *pass)
 {
     mil_rows *rows = &pass->rows;
+    if (rows->device != NULL) {
+        return MIL_OK;
+    }
     int64_t *numbers, columns = rows->sequences + 1;
     MIL_TRY(MIL_PUSH(pass->context->host, 3 * columns, int64_t, &numbers));
     memset(numbers, 0, (size_t)(3 * columns) * sizeof *numbers);
@@ -106,19 +109,16 @@ upload_rows(mil_pass *pass)
     return MIL_OK;
 }
 
-/* The embedding rows of `tokens` (host memory) into x [rows, hidden]. */
-mil_status
-mil_embed(mil_pass *pass, const int32_t *tokens, void *x)
+/* The embedding rows of `tokens` (on the device) into x [rows, hidden]. */
+static mil_status
+embed_uploaded(mil_pass *pass, const int32_t *tokens, void *x)
 {
     const mil_model *model = pass->model;
-    const void *uploaded;
-    MIL_TRY(pass->context->ops->upload(pass->context, tokens, (size_t)pass->rows.rows * sizeof *tokens,
-                                       &uploaded));
     mil_embedding embedding = {
         .rows = pass->rows.rows,
         .hidden = model->config.hidden,
         .vocab = model->config.vocab,
-        .tokens = uploaded,
+        .tokens = tokens,
         .table = model->embedding->data,
         .dtype = model->embedding->dtype,
         .scale = model->config.embedding_scale,
@@ -128,14 +128,28 @@ mil_embed(mil_pass *pass, const int32_t *tokens, void *x)
     return pass->context->ops->embedding_forward(pass->context, &embedding);
 }
 
+/* The same from host memory. */
 mil_status
-mil_pass_begin(mil_pass *pass, mil_context *context, const mil_model *model, int64_t sequences,
-               const int64_t *offsets, mil_state *const *states, bool fast)
+mil_embed(mil_pass *pass, const int32_t *tokens, void *x)
+{
+    const void *uploaded;
+    MIL_TRY(pass->context->ops->upload(pass->context, tokens, (size_t)pass->rows.rows * sizeof *tokens,
+                                       &uploaded));
+    return embed_uploaded(pass, uploaded, x);
+}
+
+/* device_rows: mil_rows.device where the numbers are there already, or NULL. */
+static mil_status
+begin_pass(mil_pass *pass, mil_context *context, const mil_model *model, int64_t sequences,
+           const int64_t *offsets, mil_state *const *states, bool fast, const int64_t *device_rows)
 {
     *pass = (mil_pass){
         .context = context,
         .model = model,
-        .rows = {.rows = offsets[sequences], .sequences = sequences, .offsets = offsets},
+        .rows = {.rows = offsets[sequences],
+                 .sequences = sequences,
+                 .offsets = offsets,
+                 .device = device_rows},
         .states = states,
         .fast = fast,
     };
@@ -169,6 +183,13 @@ mil_pass_begin(mil_pass *pass, mil_context *context, const mil_model *model, int
     }
     MIL_TRY(upload_rows(pass));
     return push_rope_table(pass);
+}
+
+mil_status
+mil_pass_begin(mil_pass *pass, mil_context *context, const mil_model *model, int64_t sequences,
+               const int64_t *offsets, mil_state *const *states, bool fast)
+{
+    return begin_pass(pass, context, model, sequences, offsets, states, fast, NULL);
 }
 
 /* ---- layers ------------------------------------------------------------------------------------------- */
@@ -258,12 +279,37 @@ final_norm(const mil_pass *pass, int64_t rows, const void *x, void *y)
     return pass->context->ops->norm_forward(pass->context, &norm);
 }
 
+/* Logits, on the device, of rows after the final norm. */
+static mil_status
+logits_of(const mil_pass *pass, const void *normed, int64_t count, float *logits)
+{
+    mil_context *context = pass->context;
+    const mil_parameter *output = pass->model->output;
+    int64_t hidden = pass->model->config.hidden, vocab = pass->model->config.vocab;
+    float scale = pass->model->config.logit_scale;
+    mil_linear product = {
+        .rows = count,
+        .in = hidden,
+        .out = vocab,
+        .x = normed,
+        .x_stride = hidden,
+        .weight = output->data,
+        .dtype = output->dtype,
+        .y = logits,
+        .y_stride = vocab,
+        .fast = pass->fast,
+        .float_output = true,
+    };
+    MIL_TRY(context->ops->linear_forward(context, &product, 1));
+    return scale == 1.0f ? MIL_OK
+                         : context->ops->widen(context, count, vocab, MIL_F32, logits, vocab, scale, logits);
+}
+
 /* Logits of up to LOGIT_ROWS wanted rows of the residual stream x. */
 static mil_status
 logits_block(const mil_pass *pass, const void *x, const int64_t *wanted, int64_t count, float *logits)
 {
     mil_context *context = pass->context;
-    const mil_parameter *output = pass->model->output;
     int64_t hidden = pass->model->config.hidden, vocab = pass->model->config.vocab;
     mil_arena_mark mark = mil_arena_get_mark(context->scratch);
     void *picked;
@@ -274,24 +320,7 @@ logits_block(const mil_pass *pass, const void *x, const int64_t *wanted, int64_t
     MIL_TRY(context->ops->upload(context, wanted, (size_t)count * sizeof *wanted, &index));
     MIL_TRY(context->ops->gather_rows(context, count, hidden, index, x, hidden, picked, hidden));
     MIL_TRY(final_norm(pass, count, picked, picked));
-    mil_linear product = {
-        .rows = count,
-        .in = hidden,
-        .out = vocab,
-        .x = picked,
-        .x_stride = hidden,
-        .weight = output->data,
-        .dtype = output->dtype,
-        .y = block,
-        .y_stride = vocab,
-        .fast = pass->fast,
-        .float_output = true,
-    };
-    MIL_TRY(context->ops->linear_forward(context, &product, 1));
-    if (pass->model->config.logit_scale != 1.0f) {
-        MIL_TRY(context->ops->widen(context, count, vocab, MIL_F32, block, vocab,
-                                    pass->model->config.logit_scale, block));
-    }
+    MIL_TRY(logits_of(pass, picked, count, block));
     MIL_TRY(context->ops->copy(context, logits, block, (size_t)(count * vocab) * sizeof *logits));
     mil_arena_rewind(context->scratch, mark);
     return MIL_OK;
@@ -336,5 +365,37 @@ mil_model_forward(mil_context *context, const mil_model *model, const mil_forwar
             state->length += count;
         }
     }
+    return status;
+}
+
+/* ---- a step on the device --------------------------------------------------------------------------------- */
+
+static mil_status
+run_step(mil_context *context, const mil_model *model, const mil_step *step)
+{
+    int64_t *offsets, sequences = step->sequences, hidden = model->config.hidden;
+    MIL_TRY(MIL_PUSH(context->host, sequences + 1, int64_t, &offsets));
+    for (int64_t i = 0; i <= sequences; i++) {
+        offsets[i] = i;
+    }
+    mil_pass pass;
+    mil_forward plain = {.sequences = sequences};
+    void *x;
+    MIL_TRY(begin_pass(&pass, context, model, sequences, offsets, step->states, false, step->rows));
+    MIL_TRY(mil_act_push(context, sequences, hidden, &x));
+    MIL_TRY(embed_uploaded(&pass, step->tokens, x));
+    MIL_TRY(run_layers(&pass, &plain, x));
+    MIL_TRY(final_norm(&pass, sequences, x, x));
+    return logits_of(&pass, x, sequences, step->logits);
+}
+
+mil_status
+mil_model_step(mil_context *context, const mil_model *model, const mil_step *step)
+{
+    mil_arena_mark mark = mil_arena_get_mark(context->scratch);
+    mil_arena_mark host_mark = mil_arena_get_mark(context->host);
+    mil_status status = run_step(context, model, step);
+    mil_arena_rewind(context->scratch, mark);
+    mil_arena_rewind(context->host, host_mark);
     return status;
 }

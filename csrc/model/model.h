@@ -243,6 +243,19 @@ mil_status
 mil_check_tokens(const mil_model *model, const int32_t *tokens, int64_t sequences,
                  const int64_t *offsets) MIL_MUST_CHECK;
 
+/* One row a sequence with everything on the device, so that it can be recorded and replayed: tokens and rows are read
+ * there when it runs, nothing returns to the host, and the states' own counters do not move. */
+typedef struct mil_step {
+    int64_t sequences;
+    mil_state *const *states; /* [sequences], with room for the rows of all replays */
+    const int32_t *tokens;    /* [sequences], device */
+    const int64_t *rows;      /* [3, sequences + 1], device: mil_rows.device */
+    float *logits;            /* [sequences, vocab], device */
+} mil_step;
+
+mil_status
+mil_model_step(mil_context *context, const mil_model *model, const mil_step *step) MIL_MUST_CHECK;
+
 /* Runs the model over packed rows; states advance by their rows (not on failure of the arguments). */
 mil_status
 mil_model_forward(mil_context *context, const mil_model *model, const mil_forward *arguments) MIL_MUST_CHECK;
