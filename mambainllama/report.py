@@ -67,6 +67,10 @@ def section(title: str, body: str) -> str:
     return f"<section><h2>{text(title)}</h2>\n{body}\n</section>" if body else ""
 
 
+def counted(number: int, noun: str) -> str:
+    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
+
+
 def per_cent(share: float) -> str:
     return f"{100 * share:.1f}&#8239;%"
 
@@ -123,7 +127,7 @@ def header(results: Mapping[str, Any], measured: Sequence[Mapping[str, Any]]) ->
     )
     if kept is not None:
         made = teacher["layers"] - len(kept)
-        about += f" → {made} {mixer} mixers, {len(kept)} attention layers"
+        about += f" → {counted(made, f'{mixer} mixer')}, {counted(len(kept), 'attention layer')}"
     lines = [
         "<header>",
         f"<p class=kicker>mambainllama · {text(results['recipe'])}</p>",
@@ -642,7 +646,8 @@ figure { margin:0; background:var(--paper); border:1px solid var(--rule); border
 svg { width:100%; height:auto; display:block; font:12px system-ui,sans-serif }
 svg.key { display:inline-block; width:auto; height:10px; vertical-align:baseline }
 svg .title { fill:var(--ink); font-weight:600 } svg .tick { fill:var(--soft); font-size:11px }
-svg .last { fill:var(--b); font-weight:600 }
+svg .last { fill:var(--b); font-weight:600; paint-order:stroke; stroke:var(--paper);
+  stroke-width:4px }
 svg .grid { stroke:var(--rule) } svg .line { fill:none; stroke:var(--a); stroke-width:2;
   stroke-linejoin:round } svg .dot { fill:var(--paper); stroke:var(--b); stroke-width:2 }
 article { margin:0 0 1.4rem; background:var(--paper); border:1px solid var(--rule);
@@ -656,10 +661,11 @@ article { margin:0 0 1.4rem; background:var(--paper); border:1px solid var(--rul
 mark { background:var(--mark); color:inherit; border-radius:2px }
 details { border:1px solid var(--rule); border-radius:8px; margin:.5rem 0; background:var(--paper) }
 summary { padding:.5rem 1rem; cursor:pointer; font-weight:600 }
-details table { margin:0 0 .5rem } details th,details td { padding:.2rem 1rem; text-align:left;
-  white-space:normal; overflow-wrap:anywhere } details th { width:14rem; font-weight:400 }
-details tr:last-child > * { border:0 }
-tr.changed th, tr.changed td { font-weight:700 }
+.settings tbody { display:block; columns:19rem; column-gap:2.5rem; padding:.2rem 1rem .7rem }
+.settings tr { display:flex; break-inside:avoid; border-bottom:1px solid var(--rule) }
+.settings th, .settings td { border:0; padding:.2rem 0; text-align:left; white-space:normal }
+.settings th:first-child { flex:0 0 13rem; font-weight:400 }
+.settings td { overflow-wrap:anywhere } .settings tr.changed > * { font-weight:700 }
 dt { font-weight:600 } dd { margin:0 0 .6rem; max-width:50rem }
 footer { margin-top:3rem; padding-top:1rem; border-top:1px solid var(--rule); color:var(--soft);
   font-size:.82rem }
