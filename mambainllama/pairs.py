@@ -28,8 +28,12 @@ def core_of(model: Any) -> _core.Model:
     return core
 
 
-def shared_vocabulary(student: Any, teacher: Any) -> tuple[_core.Model, _core.Model]:
+def shared_vocabulary(
+    student: Any, teacher: Any, role: str = "teacher"
+) -> tuple[_core.Model, _core.Model]:
     """Both cores, cut to one vocabulary where only padding tells them apart.
+
+    `role` is what messages call the second one.
 
     Raises
     ------
@@ -41,9 +45,8 @@ def shared_vocabulary(student: Any, teacher: Any) -> tuple[_core.Model, _core.Mo
     if words is not None and their_words is not None and words != their_words:
         differing = {word for word, _ in words.items() ^ their_words.items()}
         raise ArgumentError(
-            f"student and teacher have different tokenizers ({len(differing)} tokens differ, for "
-            "example "
-            f"{min(differing)!r}); distillation needs a teacher with the student's tokenizer"
+            f"student and {role} have different tokenizers ({len(differing)} tokens differ, for "
+            f"example {min(differing)!r}); choose a {role} with the student's tokenizer"
         )
     ours_size, theirs_size = ours.config["vocab"], theirs.config["vocab"]
     if ours_size == theirs_size:
@@ -57,8 +60,8 @@ def shared_vocabulary(student: Any, teacher: Any) -> tuple[_core.Model, _core.Mo
             else "tokens lie beyond it"
         )
         raise ArgumentError(
-            f"the student's vocabulary is {ours_size}, the teacher's {theirs_size}: {why}; "
-            "distillation needs a teacher with the student's tokenizer"
+            f"the student's vocabulary is {ours_size}, the {role}'s {theirs_size}: {why}; "
+            f"choose a {role} with the student's tokenizer"
         )
     return cut_vocabulary(ours, size), cut_vocabulary(theirs, size)
 

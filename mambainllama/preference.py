@@ -44,9 +44,9 @@ from .data import (
     read_records,
 )
 from .distill import config_hash, trainable_names, weights_hash
-from .errors import ArgumentError, FileError, StateError, listing
+from .errors import ArgumentError, FileError, NonFiniteError, StateError, listing
 from .history import History
-from .pairs import core_of
+from .pairs import core_of, shared_vocabulary
 from .training import (
     RULES,
     Task,
@@ -383,10 +383,20 @@ def stored_logprobs(
                 for at in range(0, len(rows), batches.batch_size)
             ]
             parts.append(np.concatenate(found).reshape(-1, 2))
+            check_finite(parts[-1], first)
             if path is not None:
                 append_numbers(path, parts[-1])
             bar.update(len(rows))
     return np.concatenate(parts)
+
+
+def check_finite(logprobs: np.ndarray, first: int) -> None:
+    bad = np.flatnonzero(~np.isfinite(logprobs).all(axis=1))
+    if len(bad):
+        raise NonFiniteError(
+            f"dpo: the reference model's log-probabilities of pair {first + bad[0] + 1} are not "
+            "finite: its weights or activations are broken"
+        )
 
 
 def whole_blocks(path: Path, pairs: int, size: int) -> np.ndarray:
@@ -426,8 +436,11 @@ class PreferenceTask(Task):
         config: DPOConfig,
         progress: bool | None,
     ):
-        self.model, self.student, self.config = model, core_of(model), config
-        self.reference = None if reference is None else core_of(reference)
+        self.model, self.config = model, config
+        if reference is None:
+            self.student, self.reference = core_of(model), None
+        else:
+            self.student, self.reference = shared_vocabulary(model, reference, "reference")
         self.show = is_watched() if progress is None else progress
         self.names = trainable_names(self.student, config.train)
         documents = self.read(data)

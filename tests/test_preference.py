@@ -6,6 +6,7 @@ Tolerances: the gradient of the whole model carries float32 activations, 2e-4 of
 
 import gzip
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -314,6 +315,33 @@ def test_wrong_arguments(model, tmp_path):
     model.tokenizer = None
     with pytest.raises(mil.ArgumentError, match="no tokenizer"):
         mil.dpo(model, pairs(), config(), None)
+
+
+def test_references_that_cannot_be(model, tmp_path):
+    other = mil.load(write_llama(tmp_path / "words"))
+    other.tokenizer.backend.add_tokens(["new"])
+    with pytest.raises(mil.ArgumentError, match="choose a reference with the student's tokenizer"):
+        mil.dpo(model, pairs(), config(), None, reference=other)
+    broken = mil.load(write_llama(tmp_path / "broken"))
+    broken.parameters()["model.norm.weight"][3] = np.nan
+    with pytest.raises(mil.NonFiniteError, match="log-probabilities of pair 1 are not finite"):
+        mil.dpo(model, pairs(), config(), None, reference=broken)
+
+
+def test_a_full_disk_is_told(model, tmp_path):
+    """A limit on file sizes stands for the full disk; what was written goes on to be used."""
+    settings, folder = config(max_steps=1, batch_size=1), tmp_path / "run"
+    data = documents(model, pairs(40))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
+    try:
+        with pytest.raises(mil.FileError, match=r"pairs\.f64: .*; resume=True goes on from it"):
+            mil.dpo(model, data, settings, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (folder / "reference" / "pairs.f64").stat().st_size == 300
+    assert mil.dpo(model, data, settings, folder, resume=True).final["step"] == 1
+    assert (folder / "reference" / "pairs.f64").stat().st_size == 40 * 16
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(model, tmp_path):
