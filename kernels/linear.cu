@@ -17,6 +17,7 @@
 #include <string.h>
 
 #define WORKSPACE ((size_t)32 << 20)
+#define WORKSPACE_ALIGNMENT 256 /* cuBLASLt refuses less */
 #define MOST_PLANS 512
 #define MOST_DEVICES 16
 
@@ -256,8 +257,10 @@ dense_product(mil_context *context, const mil_linear *l)
                         mil_dtype_name(l->dtype), mil_dtype_name(context->ops->activation_dtype));
     }
     mil_arena_mark mark = mil_arena_get_mark(context->scratch);
-    void *workspace;
-    MIL_TRY(mil_arena_push(context->scratch, WORKSPACE, 1, &workspace));
+    void *memory;
+    MIL_TRY(mil_arena_push(context->scratch, WORKSPACE + WORKSPACE_ALIGNMENT, 1, &memory));
+    uintptr_t above = (uintptr_t)memory + WORKSPACE_ALIGNMENT - 1;
+    void *workspace = (void *)(above - above % WORKSPACE_ALIGNMENT);
     pthread_mutex_lock(&lock);
     mil_status status = dense_locked(context, l, workspace);
     pthread_mutex_unlock(&lock);

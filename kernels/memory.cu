@@ -79,6 +79,23 @@ mil_cuda_zero(mil_context *context, void *pointer, size_t bytes)
     return MIL_OK;
 }
 
+/* Copies now, although this thread's stream is being captured: on another one, which the capture does not see. */
+static mil_status
+upload_beside(void *to, const void *from, size_t bytes)
+{
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    cudaStream_t beside;
+    MIL_CUDA_TRY(cudaThreadExchangeStreamCaptureMode(&mode));
+    cudaError_t error = cudaStreamCreateWithFlags(&beside, cudaStreamNonBlocking);
+    if (error == cudaSuccess) {
+        error = cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, beside);
+        error = error == cudaSuccess ? cudaStreamSynchronize(beside) : error;
+        (void)cudaStreamDestroy(beside);
+    }
+    (void)cudaThreadExchangeStreamCaptureMode(&mode);
+    return mil_cuda_status(error, "upload into a recording's memory");
+}
+
 mil_status
 mil_cuda_upload(mil_context *context, const void *from, size_t bytes, const void **out)
 {
@@ -91,14 +108,7 @@ mil_cuda_upload(mil_context *context, const void *from, size_t bytes, const void
         return mil_cuda_status(
             cudaMemcpyAsync(copy, from, bytes, cudaMemcpyHostToDevice, mil_stream(context)), "upload");
     }
-    cudaStream_t beside;
-    MIL_CUDA_TRY(cudaStreamCreateWithFlags(&beside, cudaStreamNonBlocking));
-    cudaError_t error = cudaMemcpyAsync(copy, from, bytes, cudaMemcpyHostToDevice, beside);
-    if (error == cudaSuccess) {
-        error = cudaStreamSynchronize(beside);
-    }
-    (void)cudaStreamDestroy(beside);
-    return mil_cuda_status(error, "upload into a graph's memory");
+    return upload_beside(copy, from, bytes);
 }
 
 mil_status
