@@ -10,7 +10,7 @@
 mil_status
 mil_cuda_record_begin(mil_context *context)
 {
-    return mil_cuda_status(cudaStreamBeginCapture(mil_stream(context), cudaStreamCaptureModeThreadLocal),
+    return mil_cuda_status(cudaStreamBeginCapture(mil_stream(context), cudaStreamCaptureModeRelaxed),
                            "beginning a recording");
 }
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 LOGITS = 1e-5
-DTYPES = {"float32": LOGITS, "bfloat16": 6e-2, "float16": 8e-3}
+DTYPES = {"float32": LOGITS, "bfloat16": 6e-2, "float16": 1.5e-2}
 
 
 def some_tokens(model, count, seed=0):
@@ -140,7 +140,7 @@ def saved(request, folder, tmp_path_factory):
     return student.save(tmp_path_factory.mktemp("student") / "model")
 
 
-PROMPTS = ["a", "the state of a sequence", "0123456789" * 20]
+PROMPTS = ["a", "the state", "01"]  # 12 rows: up to 16 a pass share their bits
 
 
 def ids(generations):
