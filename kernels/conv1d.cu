@@ -4,9 +4,10 @@
  *
  * A few multiplications a value: a matter of bytes, or, in decoding, of one trip to memory.  A thread takes V
  * neighbouring inputs and CHUNK rows of one sequence, with the last width - 1 inputs in registers, so an input is
- * read once (and width - 1 rows more a chunk).  V is 16 bytes' worth where there is enough to do, else 1 or 2, so
- * that one row of a small model still spreads over the chip.  Taps are added in the order j = 0 .. width - 1
- * whoever computes a row, so its bits are always the same.
+ * read once (and width - 1 rows more a chunk).  V is 4 where there is enough to do (with AHEAD rows on their way, that
+ * fills the memory system at fewer registers than 8 would take), else 2 or 1, so that one row of a small model still
+ * spreads over the chip.  Taps are added in the order j = 0 .. width - 1 whoever computes a row, so its bits are
+ * always the same.
  *
  * The thread that has a column's first chunk is the only one that reads the column's tail, and moves it on when it
  * has computed: no other thread is in its way.
@@ -45,9 +46,19 @@ load_taps(const conv_arguments &a, int64_t channel, float (&weight)[TAPS][V], fl
     const int missing = missing_taps<TAPS>(a);
 #pragma unroll
     for (int v = 0; v < V; v++) {
+        if constexpr (TAPS == 4) {
+            float taps[4];
+            mil_load<4>(a.weight + (channel + v) * 4, taps);
 #pragma unroll
-        for (int j = 0; j < TAPS; j++) {
-            weight[j][v] = j < missing ? 0.0f : a.weight[(channel + v) * a.width + j - missing];
+            for (int j = 0; j < 4; j++) {
+                weight[j][v] = taps[j];
+            }
+        }
+        else {
+#pragma unroll
+            for (int j = 0; j < TAPS; j++) {
+                weight[j][v] = j < missing ? 0.0f : a.weight[(channel + v) * a.width + j - missing];
+            }
         }
         bias[v] = a.bias == NULL ? 0.0f : a.bias[channel + v];
     }
@@ -63,9 +74,13 @@ load_input(const conv_arguments &a, const mil_span &span, const float *tail, int
         mil_load<V>((const T *)a.x + (span.row + row) * a.x_stride + input, x);
         return;
     }
+    if (tail != NULL) {
+        mil_load<V>(tail + (span.before + row + a.width - 1) * a.inputs + input, x);
+        return;
+    }
 #pragma unroll
     for (int v = 0; v < V; v++) {
-        x[v] = tail == NULL ? 0.0f : tail[(span.before + row + a.width - 1) * a.inputs + input + v];
+        x[v] = 0.0f;
     }
 }
 
@@ -75,7 +90,7 @@ static __device__ __forceinline__ void
 convolve(const conv_arguments &a, const mil_span &span, const float *tail, int64_t input, int64_t channel,
          int64_t row, int64_t end, const float (&weight)[TAPS][V], const float (&bias)[V])
 {
-    constexpr int AHEAD = 4; /* rows asked for before the first of them is needed */
+    constexpr int AHEAD = 8; /* rows asked for before the first of them is needed */
     const int missing = missing_taps<TAPS>(a);
     float x[TAPS - 1 + AHEAD][V];
 #pragma unroll
@@ -101,7 +116,9 @@ convolve(const conv_arguments &a, const mil_span &span, const float *tail, int64
                 for (int j = 0; j < TAPS; j++) {
                     y[v] = j < missing ? y[v] : fmaf(weight[j][v], x[i + j][v], y[v]);
                 }
-                y[v] = a.silu ? y[v] / (1.0f + (sizeof(T) == 4 ? expf(-y[v]) : __expf(-y[v]))) : y[v];
+                y[v] = !a.silu           ? y[v]
+                       : sizeof(T) == 4 ? y[v] / (1.0f + expf(-y[v]))
+                                        : __fdividef(y[v], 1.0f + __expf(-y[v]));
             }
             if (row + i < end) {
                 mil_store<V>((T *)a.y + (span.row + row + i) * a.y_stride + channel, y);
@@ -162,7 +179,7 @@ conv1d_forward_kernel(const __grid_constant__ conv_arguments a, const __grid_con
         return;
     }
     int64_t end = row + CHUNK < span.count ? row + CHUNK : span.count;
-    float *tail = states.given ? states.conv[blockIdx.z] : NULL;
+    float *tail = states.given ? states.of[blockIdx.z].conv : NULL;
     convolve<T, V, TAPS>(a, span, tail, input, channel, row, end, weight, bias);
     for (int64_t repetition = 1; repetition < a.repeat; repetition++) {
         channel += run;
@@ -178,7 +195,8 @@ template <typename T, int V>
 static mil_status
 launch(mil_context *context, const conv_arguments &a, const mil_states &states, dim3 grid)
 {
-    return a.width == 4 ? mil_launch(context, "conv1d", conv1d_forward_kernel<T, V, 4>, grid, dim3(THREADS), 0, a,
+    const bool four = a.width == 4 && mil_is_aligned<float>(a.weight, 0);
+    return four ? mil_launch(context, "conv1d", conv1d_forward_kernel<T, V, 4>, grid, dim3(THREADS), 0, a,
                                      states)
            : a.width < 4 ? mil_launch(context, "conv1d", conv1d_forward_kernel<T, V, 3>, grid, dim3(THREADS), 0, a,
                                       states)
@@ -186,15 +204,15 @@ launch(mil_context *context, const conv_arguments &a, const mil_states &states, 
                                       dim3(THREADS), 0, a, states);
 }
 
-/* How many inputs a thread takes: as many as alignment and runs allow, but not so many that the chip idles. */
+/* How many inputs a thread takes: 4 or 2 where alignment and runs allow, but not so many that the chip idles. */
 template <typename T>
 static int
-inputs_a_thread(const mil_conv1d *a, int64_t rows)
+inputs_a_thread(const mil_conv1d *a, int64_t chunks)
 {
-    const int64_t enough = 1 << 16, inputs = a->channels / a->repeat;
+    const int64_t enough = 1 << 15, inputs = a->channels / a->repeat;
     int64_t run = a->repeat > 1 ? a->repeat_group : inputs;
-    int most = mil_is_aligned<T>(a->x, a->x_stride) && mil_is_aligned<T>(a->y, a->y_stride) ? mil_lanes<T> : 1;
-    while (most > 1 && (run % most != 0 || inputs / most * mil_ceil_div(rows, CHUNK) < enough)) {
+    int most = mil_is_aligned<T>(a->x, a->x_stride) && mil_is_aligned<T>(a->y, a->y_stride) ? 4 : 1;
+    while (most > 1 && (run % most != 0 || inputs / most * chunks < enough)) {
         most /= 2;
     }
     return most;
@@ -213,13 +231,10 @@ conv1d(mil_context *context, const mil_conv1d *a)
         count = count < MIL_SEQUENCES ? count : MIL_SEQUENCES;
         int64_t longest = mil_longest(a->rows, k.first, count);
         mil_states states = mil_states_of(a->states, k.first, count);
-        int vector = inputs_a_thread<T>(a, longest * count);
+        int vector = inputs_a_thread<T>(a, mil_ceil_div(longest, CHUNK) * count);
         dim3 grid((unsigned)mil_ceil_div(inputs, THREADS * vector),
                   (unsigned)mil_ceil_div(longest > 0 ? longest : 1, CHUNK), (unsigned)count);
-        mil_status status = vector == mil_lanes<T> ? launch<T, mil_lanes<T>>(context, k, states, grid)
-                            : vector >= 2          ? launch<T, 2>(context, k, states, grid)
-                                                   : launch<T, 1>(context, k, states, grid);
-        MIL_TRY(status);
+        MIL_TRY((vector == 4 ? launch<T, 4> : vector == 2 ? launch<T, 2> : launch<T, 1>)(context, k, states, grid));
     }
     return MIL_OK;
 }

@@ -9,22 +9,25 @@
  * registers while it goes through the windows from the boundary on: H is read once for all rows of the call, and
  * written where a window is folded (every 16th token in decoding).
  *
- *   thread      V = 4 neighbouring columns, and rows n = lane + 32 j of H; QUADS threads side by side make the
- *               slice, 32 of them (in n) a column
+ *   thread      V = 4 neighbouring columns, and rows n = lane + 32 j of H; 8 threads side by side make the slice, 32
+ *               of them (in n) a column: 16 KB of H for a state of 128 x 128, so that one sequence of a model spreads
+ *               over the whole chip
  *   C_i . H     a chain over j in each thread, then a fixed tree over the 32: shuffles, then shared memory
- *   the rest    C_i . B_s by a warp each; decays multiplied up in a fixed tree, never exponents of differences
+ *   C_i . B_s   16 threads each, a row of them at once; decays multiplied up in a fixed tree, never exponents of
+ *               differences
  *
- * So a row is the same bits in any call of at most MIL_WINDOW rows a sequence, and whichever width of slice is taken:
- * narrow ones (16 KB of H for a state of 128 x 128) for few sequences, so that one of them already spreads over the
- * whole chip.  Bytes of a decoding step: heads * state_dim * head_dim * 4 for H; the rest of the tail, 8 tokens on the
- * average, is some hundredths of that.
+ * So a row is the same bits in any call.  One row is a matter of latency: all of a window's inputs are asked for before
+ * the first is waited for, and the state is on its way to the second-level cache before the kernel may read it.  Bytes
+ * of a decoding step: heads * state_dim * head_dim * 4 for H; the tail, 8 tokens on the average, is some hundredths of
+ * that.
  */
 #include "tail.cuh"
 #include "table.h"
 
 #define WINDOW MIL_WINDOW
+#define QUADS 8    /* threads side by side */
 #define LANES_N 32 /* threads that share a column */
-#define GROUP 2    /* rows whose partial sums are in shared memory at once */
+#define GROUP 4    /* rows whose partial sums are in shared memory at once */
 
 static const float log2_e = 1.442695041f;
 
@@ -38,6 +41,7 @@ struct ssd_arguments {
     float dt_min, dt_max;
     void *y;
     int64_t y_stride;
+    int64_t least, most; /* rows of the sequences that this launch is for */
 };
 
 /* -exp(A_log) log2(e), finite so that 0 * A is 0. */
@@ -56,14 +60,18 @@ get_time_step(const ssd_arguments &a, int64_t row, int head, float bias)
 
 /* ---- windows with fused multiply-adds -------------------------------------------------------------------------- */
 
+#define THREADS (QUADS * LANES_N)
+#define WARPS (THREADS / MIL_WARP)
+#define PAIR_LANES 16 /* threads of one C_i . B_s */
+
 /* What a block keeps of one window. ROWS = rows of H that it has room for. */
-template <int COLUMNS, int ROWS, int WARPS> struct window_memory {
+template <int COLUMNS, int ROWS> struct window_memory {
     float B[WINDOW][ROWS], C[WINDOW][ROWS], x[WINDOW][COLUMNS];
     float partial[GROUP][WARPS][COLUMNS];
-    float dt[WINDOW], decay[WINDOW];
     float weight[WINDOW][WINDOW]; /* W dt (C . B) of rows to be computed */
-    float from_start[WINDOW];     /* h_i */
-    float to_end[WINDOW];         /* W[last, s] dt_s */
+    float dt[WINDOW], decay[WINDOW];
+    float from_start[WINDOW]; /* h_i */
+    float to_end[WINDOW];     /* W[last, s] dt_s */
 };
 
 /* Where a block is. */
@@ -71,94 +79,158 @@ struct window_place {
     int head, column; /* first column in the head */
     int columns;      /* of the slice: fewer at the head's end */
     int64_t x_column, B_column, C_column;
+    bool is_first_of_group; /* of the blocks that read the same B */
 };
 
-/* The product of the decays after s up to i (s = -1: from the window's start), by a whole warp. */
+/* A window's inputs on their way to shared memory: each thread's share of B, C and x. */
+template <typename T, int V, int J> struct window_inputs {
+    static constexpr int VECTORS = LANES_N * J / V;          /* of a row of B */
+    static constexpr int SHARE = WINDOW * VECTORS / THREADS; /* of B, and of C */
+    mil_either<T, V> B[SHARE], x;
+    mil_vector<T, V> C[SHARE];
+    float dt;
+};
+
+template <typename T, int V, int J>
+static __device__ __forceinline__ void
+ask_for_window(const ssd_arguments &a, const window_place &p, const mil_span &span, const mil_tails &tails,
+               int64_t start, int first, int length, window_inputs<T, V, J> &in)
+{
+    using inputs = window_inputs<T, V, J>;
+    const int64_t row = span.row + start - span.before; /* of the window's first token, if it is of this call */
+    const T *rows_B = (const T *)a.B + row * a.B_stride + p.B_column;
+    const T *rows_C = (const T *)a.C + row * a.C_stride + p.C_column;
+    const float *tail_B = tails.B + start * a.B_groups * a.state_dim + p.B_column;
+#pragma unroll
+    for (int k = 0; k < inputs::SHARE; k++) {
+        int e = threadIdx.x + k * THREADS, s = e / inputs::VECTORS, n = e % inputs::VECTORS * V;
+        bool there = s < length && n < a.state_dim;
+        in.B[k].load(there && s < first, tail_B + (int64_t)s * a.B_groups * a.state_dim + n, there && s >= first,
+                     rows_B + s * a.B_stride + n);
+        if (there && s >= first) {
+            in.C[k] = *(const mil_vector<T, V> *)(rows_C + s * a.C_stride + n);
+        }
+    }
+    int s = threadIdx.x / QUADS, c = threadIdx.x % QUADS * V;
+    bool there = s < length && c < p.columns;
+    in.x.load(there && s < first, tails.x + (start + s) * a.x_heads * a.head_dim + p.x_column + c,
+              there && s >= first, (const T *)a.x + (row + s) * a.x_stride + p.x_column + c);
+    if (threadIdx.x < length) {
+        in.dt = (int)threadIdx.x < first ? tails.dt[(start + threadIdx.x) * a.heads + p.head]
+                                    : mil_float(((const T *)a.dt)[(row + threadIdx.x) * a.dt_stride + p.head]);
+    }
+}
+
+/* Which of the tails' columns this block appends to, where no fold moves them. */
+struct window_owner {
+    bool x, B, dt;
+};
+
+/* Puts the window into shared memory, and rows of this call that the block owns into the tails. */
+template <typename T, int V, int J>
+static __device__ __forceinline__ void
+take_window(const ssd_arguments &a, const window_place &p, const mil_tails &tails, const window_owner &owner,
+            int64_t start, int first, int length, float exponent, float bias, const window_inputs<T, V, J> &in,
+            window_memory<V * QUADS, LANES_N * J> &m)
+{
+    using inputs = window_inputs<T, V, J>;
+    const float zeros[V] = {};
+    float value[V];
+#pragma unroll
+    for (int k = 0; k < inputs::SHARE; k++) {
+        int e = threadIdx.x + k * THREADS, s = e / inputs::VECTORS, n = e % inputs::VECTORS * V;
+        if (s >= length) {
+            continue;
+        }
+        if (n >= a.state_dim) {
+            mil_store<V>(&m.B[s][n], zeros);
+            mil_store<V>(&m.C[s][n], zeros);
+            continue;
+        }
+        in.B[k].get(value);
+        mil_store<V>(&m.B[s][n], value);
+        if (s >= first) {
+            if (owner.B) {
+                mil_store<V>(tails.B + (start + s) * a.B_groups * a.state_dim + p.B_column + n, value);
+            }
+#pragma unroll
+            for (int v = 0; v < V; v++) {
+                value[v] = mil_float(in.C[k].at[v]);
+            }
+            mil_store<V>(&m.C[s][n], value);
+        }
+    }
+    int s = threadIdx.x / QUADS, c = threadIdx.x % QUADS * V;
+    if (s < length && c < p.columns) {
+        in.x.get(value);
+        mil_store<V>(&m.x[s][c], value);
+        if (owner.x && s >= first) {
+            mil_store<V>(tails.x + (start + s) * a.x_heads * a.head_dim + p.x_column + c, value);
+        }
+    }
+    s = threadIdx.x;
+    if (s < WINDOW) {
+        float dt = s >= length ? 0.0f : s < first ? in.dt : mil_time_step(in.dt + bias, a.dt_min, a.dt_max);
+        m.dt[s] = dt;
+        m.decay[s] = exp2f(dt * exponent);
+        if (owner.dt && s >= first && s < length) {
+            tails.dt[(start + s) * a.heads + p.head] = dt;
+        }
+    }
+}
+
+/* The product of the decays after s up to i, by PAIR_LANES threads side by side. */
 static __device__ __forceinline__ float
 multiply_decays(const float *decay, int s, int i)
 {
-    int lane = threadIdx.x % MIL_WARP;
-    float value = lane > s && lane <= i ? decay[lane] : 1.0f; /* i < WINDOW <= 32 */
+    int lane = threadIdx.x % PAIR_LANES;
+    float value = lane > s && lane <= i ? decay[lane] : 1.0f;
 #pragma unroll
     for (int step = WINDOW / 2; step > 0; step /= 2) {
         value *= __shfl_xor_sync(MIL_ALL_LANES, value, step);
     }
-    return __shfl_sync(MIL_ALL_LANES, value, 0);
-}
-
-/* Tokens of the window at `start` (tokens after the boundary), a warp a token. C only from row `first` on. */
-template <typename T, int COLUMNS, int ROWS, int WARPS>
-static __device__ __forceinline__ void
-load_window(const ssd_arguments &a, const window_place &p, const mil_span &span, const mil_states &states,
-            int start, int first, int length, float exponent, float bias, window_memory<COLUMNS, ROWS, WARPS> &m)
-{
-    const int lane = threadIdx.x % MIL_WARP, sequence = blockIdx.z;
-    for (int s = threadIdx.x / MIL_WARP; s < length; s += WARPS) {
-        int token = start + s;
-        int64_t row = span.row + token - span.before;
-        bool old = token < span.before;
-        const float *tail_B = old ? states.B[sequence] + (int64_t)token * a.B_groups * a.state_dim + p.B_column : NULL;
-        const float *tail_x = old ? states.x[sequence] + (int64_t)token * a.x_heads * a.head_dim + p.x_column : NULL;
-        const T *B = (const T *)a.B + row * a.B_stride + p.B_column;
-        const T *C = (const T *)a.C + row * a.C_stride + p.C_column;
-        const T *x = (const T *)a.x + row * a.x_stride + p.x_column;
-#pragma unroll
-        for (int j = 0; j < ROWS / MIL_WARP; j++) {
-            int n = lane + j * MIL_WARP;
-            bool inside = n < a.state_dim;
-            m.B[s][n] = !inside ? 0.0f : old ? tail_B[n] : mil_float(B[n]);
-            if (s >= first) {
-                m.C[s][n] = inside ? mil_float(C[n]) : 0.0f;
-            }
-        }
-#pragma unroll
-        for (int c = lane; c < COLUMNS; c += MIL_WARP) {
-            m.x[s][c] = c >= p.columns ? 0.0f : old ? tail_x[c] : mil_float(x[c]);
-        }
-    }
-    if (threadIdx.x < WINDOW) {
-        int s = threadIdx.x, token = start + s;
-        float dt = 0.0f;
-        if (s < length) {
-            dt = token < span.before ? states.dt[sequence][(int64_t)token * a.heads + p.head]
-                                     : get_time_step<T>(a, span.row + token - span.before, p.head, bias);
-        }
-        m.dt[s] = dt;
-        m.decay[s] = exp2f(dt * exponent);
-    }
+    return value;
 }
 
 /* Weights of rows first .. length, and what a fold needs. */
-template <int COLUMNS, int ROWS, int WARPS>
+template <int V, int COLUMNS, int ROWS>
 static __device__ __forceinline__ void
-fill_weights(int first, int length, bool folds, window_memory<COLUMNS, ROWS, WARPS> &m)
+fill_weights(int first, int length, bool folds, window_memory<COLUMNS, ROWS> &m)
 {
-    const int lane = threadIdx.x % MIL_WARP, warp = threadIdx.x / MIL_WARP;
-    for (int task = warp; task < (length - first) * (WINDOW + 1); task += WARPS) {
-        int i = first + task / (WINDOW + 1), s = task % (WINDOW + 1) - 1;
-        if (s > i) {
-            continue;
-        }
-        float product = multiply_decays(m.decay, s, i);
-        if (s < 0) {
-            m.from_start[i] = product;
-            continue;
-        }
-        float dot = 0.0f;
+    const int lane = threadIdx.x % PAIR_LANES, s = threadIdx.x / PAIR_LANES % WINDOW;
+    constexpr int ROWS_AT_ONCE = THREADS / PAIR_LANES / WINDOW;
+    static_assert(ROWS_AT_ONCE == 1, "a block computes a row of weights at a time");
+    for (int i = first; i < length; i++) {
+        float dot = 0.0f, product = multiply_decays(m.decay, s, i);
 #pragma unroll
-        for (int j = 0; j < ROWS / MIL_WARP; j++) {
-            dot = fmaf(m.C[i][lane + j * MIL_WARP], m.B[s][lane + j * MIL_WARP], dot);
+        for (int n = lane * V; n < ROWS; n += PAIR_LANES * V) {
+            float C[V], B[V];
+            mil_load<V>(&m.C[i][n], C);
+            mil_load<V>(&m.B[s][n], B); /* beyond row i it may be anything, and is not used */
+#pragma unroll
+            for (int v = 0; v < V; v++) {
+                dot = fmaf(C[v], B[v], dot);
+            }
         }
-        dot = mil_warp_sum(dot);
-        if (lane == 0) {
+#pragma unroll
+        for (int step = PAIR_LANES / 2; step > 0; step /= 2) {
+            dot += __shfl_xor_sync(MIL_ALL_LANES, dot, step);
+        }
+        if (lane == 0 && s <= i) {
             m.weight[i][s] = product * m.dt[s] * dot;
+            if (s == 0) {
+                m.from_start[i] = m.decay[0] * product;
+            }
         }
     }
-    for (int s = warp; folds && s < WINDOW; s += WARPS) {
-        m.to_end[s] = multiply_decays(m.decay, s, WINDOW - 1) * m.dt[s];
-    }
-    if (folds && first == length && warp == WARPS - 1) { /* else it is there as a row's */
-        m.from_start[WINDOW - 1] = multiply_decays(m.decay, -1, WINDOW - 1);
+    if (folds) {
+        float product = multiply_decays(m.decay, s, WINDOW - 1);
+        if (lane == 0) {
+            m.to_end[s] = product * m.dt[s];
+            if (s == 0 && first == length) { /* else it is there, as a row's */
+                m.from_start[WINDOW - 1] = m.decay[0] * product;
+            }
+        }
     }
 }
 
@@ -176,10 +248,10 @@ add_tree(const float *values, int step)
 }
 
 /* Up to GROUP rows from i on: C_i . H into m.partial, then y. */
-template <typename T, int V, int QUADS, int J>
+template <typename T, int V, int J>
 static __device__ __forceinline__ void
 compute_rows(const ssd_arguments &a, const window_place &p, int64_t row, int i, int count, float D,
-             const float (&H)[J][V], window_memory<V * QUADS, LANES_N * J, QUADS> &m)
+             const float (&H)[J][V], window_memory<V * QUADS, LANES_N * J> &m)
 {
     constexpr int COLUMNS = V * QUADS;
     const int quad = threadIdx.x % QUADS, lane_n = threadIdx.x / QUADS, warp = threadIdx.x / MIL_WARP;
@@ -208,11 +280,12 @@ compute_rows(const ssd_arguments &a, const window_place &p, int64_t row, int i, 
         }
     }
     __syncthreads(); /* also the weights are there now */
-    for (int e = threadIdx.x; e < count * COLUMNS; e += QUADS * LANES_N) {
+    for (int e = threadIdx.x; e < count * COLUMNS; e += THREADS) {
         int r = e / COLUMNS, c = e % COLUMNS;
-        float y = m.from_start[i + r] * add_tree<QUADS>(&m.partial[r][0][c], COLUMNS);
-        for (int s = 0; s <= i + r; s++) {
-            y = fmaf(m.weight[i + r][s], m.x[s][c], y);
+        float y = m.from_start[i + r] * add_tree<WARPS>(&m.partial[r][0][c], COLUMNS);
+#pragma unroll
+        for (int s = 0; s < WINDOW; s++) {
+            y = s <= i + r ? fmaf(m.weight[i + r][s], m.x[s][c], y) : y;
         }
         y = fmaf(D, m.x[i + r][c], y);
         if (c < p.columns) {
@@ -222,9 +295,9 @@ compute_rows(const ssd_arguments &a, const window_place &p, int64_t row, int i, 
 }
 
 /* H' of the window. */
-template <int V, int QUADS, int J>
+template <int V, int J>
 static __device__ __forceinline__ void
-fold(const window_memory<V * QUADS, LANES_N * J, QUADS> &m, float (&H)[J][V])
+fold(const window_memory<V * QUADS, LANES_N * J> &m, float (&H)[J][V])
 {
     const int quad = threadIdx.x % QUADS, lane_n = threadIdx.x / QUADS;
     float last = m.from_start[WINDOW - 1];
@@ -251,7 +324,7 @@ fold(const window_memory<V * QUADS, LANES_N * J, QUADS> &m, float (&H)[J][V])
 }
 
 /* Moves the slice of H between registers and memory; `state` is the head's [state_dim, head_dim]. */
-template <int V, int QUADS, int J>
+template <int V, int J>
 static __device__ __forceinline__ void
 load_H(const ssd_arguments &a, const window_place &p, const float *state, float (&H)[J][V])
 {
@@ -271,7 +344,7 @@ load_H(const ssd_arguments &a, const window_place &p, const float *state, float 
     }
 }
 
-template <int V, int QUADS, int J>
+template <int V, int J>
 static __device__ __forceinline__ void
 store_H(const ssd_arguments &a, const window_place &p, const float (&H)[J][V], float *state)
 {
@@ -285,128 +358,139 @@ store_H(const ssd_arguments &a, const window_place &p, const float (&H)[J][V], f
     }
 }
 
-/* Asks for the slice of H, whatever is in it: only the second-level cache is told, so it need not be final. */
-template <int V, int QUADS, int J>
+/* Asks for the slice of H and for the tails' first window. */
+template <int V, int J>
 static __device__ __forceinline__ void
-prefetch_H(const ssd_arguments &a, const window_place &p, const float *state)
+prefetch_state(const ssd_arguments &a, const window_place &p, const mil_tails &tails, const float *state)
 {
-    const int c = threadIdx.x % QUADS * V, lane_n = threadIdx.x / QUADS;
-#pragma unroll
-    for (int j = 0; j < J; j++) {
-        int n = lane_n + j * LANES_N;
-        if (n < a.state_dim && c < p.columns && c % 32 == 0) {
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(state + (int64_t)n * a.head_dim + p.column + c));
+    constexpr int LINE = 32; /* floats */
+    const int lane_n = threadIdx.x / QUADS;
+    if (threadIdx.x % QUADS == 0) {
+        for (int n = lane_n; n < a.state_dim; n += LANES_N) {
+            mil_prefetch(state + (int64_t)n * a.head_dim + p.column);
+        }
+        mil_prefetch(tails.dt + (lane_n % WINDOW) * a.heads + p.head);
+    }
+    else if (threadIdx.x % QUADS == 1) {
+        mil_prefetch(tails.x + (int64_t)(lane_n % WINDOW) * a.x_heads * a.head_dim + p.x_column);
+    }
+    else if (threadIdx.x % QUADS == 2 && p.is_first_of_group) {
+        for (int n = lane_n / WINDOW * LINE; n < a.state_dim; n += LANES_N / WINDOW * LINE) {
+            mil_prefetch(tails.B + (int64_t)(lane_n % WINDOW) * a.B_groups * a.state_dim + p.B_column + n);
         }
     }
 }
 
-/* This head's and slice's part of the tails, with those that share it. */
+/* This head's and slice's part of the tails after a fold, with the blocks that share it. */
 template <typename T>
 static __device__ __forceinline__ void
-move_tails(const ssd_arguments &a, const window_place &p, const mil_span &span, const mil_states &states, float bias)
+move_tails(const ssd_arguments &a, const window_place &p, const mil_span &span, const mil_tails &tails, float bias)
 {
-    const int sequence = blockIdx.z, slices = gridDim.x;
-    const int of_x = a.heads / a.x_heads, of_B = a.heads / a.B_groups;
-    mil_tail_share(states.x[sequence], (int64_t)a.x_heads * a.head_dim, p.x_column, p.columns, span, of_x,
-                   p.head % of_x == 0, [&](int64_t row, int column) {
+    const int slices = gridDim.x, of_x = a.heads / a.x_heads, of_B = a.heads / a.B_groups;
+    mil_tail_share(tails.x, (int64_t)a.x_heads * a.head_dim, p.x_column, p.columns, span, of_x,
+                   [&](int64_t row, int column) {
                        return mil_float(((const T *)a.x)[(span.row + row) * a.x_stride + p.x_column + column]);
                    });
-    mil_tail_share(states.B[sequence], (int64_t)a.B_groups * a.state_dim, p.B_column, a.state_dim, span,
-                   of_B * slices, p.head % of_B == 0 && blockIdx.x == 0, [&](int64_t row, int column) {
+    mil_tail_share(tails.B, (int64_t)a.B_groups * a.state_dim, p.B_column, a.state_dim, span, of_B * slices,
+                   [&](int64_t row, int column) {
                        return mil_float(((const T *)a.B)[(span.row + row) * a.B_stride + p.B_column + column]);
                    });
-    mil_tail_share(states.dt[sequence], a.heads, p.head, 1, span, slices, blockIdx.x == 0,
+    mil_tail_share(tails.dt, a.heads, p.head, 1, span, slices,
                    [&](int64_t row, int) { return get_time_step<T>(a, span.row + row, p.head, bias); });
 }
 
 /* Grid: slices of a head, heads, sequences. */
-template <typename T, int V, int QUADS, int J>
-static __global__ void __launch_bounds__(QUADS *LANES_N, V *J <= 32 ? 32 / QUADS : 1)
+template <typename T, int V, int J>
+static __global__ void __launch_bounds__(THREADS, J <= 4 ? 3 : 1)
 ssd_windows_kernel(const __grid_constant__ ssd_arguments a, const __grid_constant__ mil_states states)
 {
     extern __shared__ __align__(16) char shared[];
-    auto &m = *reinterpret_cast<window_memory<V * QUADS, LANES_N * J, QUADS> *>(shared);
+    auto &m = *reinterpret_cast<window_memory<V * QUADS, LANES_N * J> *>(shared);
+    const int of_x = a.heads / a.x_heads, of_B = a.heads / a.B_groups;
+    const mil_tails tails = states.of[blockIdx.z];
     window_place p;
     p.head = blockIdx.y;
     p.column = blockIdx.x * V * QUADS;
     p.columns = min(V * QUADS, a.head_dim - p.column);
-    p.x_column = (int64_t)(p.head / (a.heads / a.x_heads)) * a.head_dim + p.column;
-    p.B_column = (int64_t)(p.head / (a.heads / a.B_groups)) * a.state_dim;
+    p.x_column = (int64_t)(p.head / of_x) * a.head_dim + p.column;
+    p.B_column = (int64_t)(p.head / of_B) * a.state_dim;
     p.C_column = (int64_t)(p.head / (a.heads / a.C_groups)) * a.state_dim;
-    float *state = states.given ? states.state[blockIdx.z] + (int64_t)p.head * a.state_dim * a.head_dim : NULL;
+    p.is_first_of_group = p.head % of_B == 0 && blockIdx.x == 0;
+    float *state = states.given ? tails.state + (int64_t)p.head * a.state_dim * a.head_dim : NULL;
     mil_trigger();
     if (state != NULL) {
-        prefetch_H<V, QUADS, J>(a, p, state);
+        prefetch_state<V, J>(a, p, tails, state);
     }
     const float exponent = get_exponent(a, p.head), bias = a.dt_bias[p.head], D = a.D[p.head];
     mil_wait();
-    const mil_span span = mil_span_of(a.rows, a.first + blockIdx.z);
     float H[J][V];
-    load_H<V, QUADS, J>(a, p, state, H);
+    load_H<V, J>(a, p, state, H);
+    const mil_span span = mil_span_of(a.rows, a.first + blockIdx.z);
+    if (span.count < a.least || span.count > a.most) {
+        return;
+    }
+    const bool appends = state != NULL && span.after == span.boundary; /* no rows of the tails move */
+    const window_owner owner = {appends && p.head % of_x == 0, appends && p.is_first_of_group,
+                                appends && blockIdx.x == 0};
     const int64_t total = span.before + span.count;
     for (int64_t start = 0; start < total; start += WINDOW) {
         int length = (int)min((int64_t)WINDOW, total - start);
         int first = (int)min((int64_t)length, max((int64_t)0, span.before - start));
         bool kept = state != NULL && span.boundary + start + WINDOW <= span.after;
         bool folds = kept || start + WINDOW < total;
+        window_inputs<T, V, J> in;
+        ask_for_window(a, p, span, tails, start, first, length, in);
         __syncthreads(); /* the window before is done with */
-        load_window<T>(a, p, span, states, (int)start, first, length, exponent, bias, m);
+        take_window(a, p, tails, owner, start, first, length, exponent, bias, in, m);
         __syncthreads();
-        fill_weights(first, length, folds, m);
+        fill_weights<V>(first, length, folds, m);
         for (int i = first; i < length; i += GROUP) {
             if (i > first) {
                 __syncthreads();
             }
-            compute_rows<T, V, QUADS, J>(a, p, span.row + start + i - span.before, i, min(GROUP, length - i), D, H,
-                                         m);
+            compute_rows<T, V, J>(a, p, span.row + start + i - span.before, i, min(GROUP, length - i), D, H, m);
         }
         if (folds) {
             __syncthreads();
-            fold<V, QUADS, J>(m, H);
+            fold<V, J>(m, H);
         }
         if (kept && start + 2 * WINDOW + span.boundary > span.after) {
-            store_H<V, QUADS, J>(a, p, H, state);
+            store_H<V, J>(a, p, H, state);
         }
     }
-    if (state != NULL) {
-        move_tails<T>(a, p, span, states, bias);
+    if (state != NULL && !appends) {
+        move_tails<T>(a, p, span, tails, bias);
     }
 }
 
 /* ---- launches --------------------------------------------------------------------------------------------------- */
 
-template <typename T, int V, int QUADS, int J>
+template <typename T, int V, int J>
 static mil_status
 launch_windows(mil_context *context, const ssd_arguments &a, const mil_states &states, int64_t sequences)
 {
     dim3 grid((unsigned)mil_ceil_div(a.head_dim, V * QUADS), (unsigned)a.heads, (unsigned)sequences);
-    return mil_launch(context, "ssd", ssd_windows_kernel<T, V, QUADS, J>, grid, dim3(QUADS * LANES_N),
-                      sizeof(window_memory<V * QUADS, LANES_N * J, QUADS>), a, states);
-}
-
-/* Slices of 64 columns read the tail less often; of 32 they keep more of the chip busy. */
-template <typename T, int V, int J>
-static mil_status
-choose_slice(mil_context *context, const ssd_arguments &a, const mil_states &states, int64_t sequences)
-{
-    const int64_t enough = 256; /* blocks */
-    if constexpr (V == 4) {
-        if (a.head_dim > 32 && sequences * a.heads * mil_ceil_div(a.head_dim, 16 * V) >= enough) {
-            return launch_windows<T, V, 16, J>(context, a, states, sequences);
-        }
-    }
-    return launch_windows<T, V, 8, J>(context, a, states, sequences);
+    return mil_launch(context, "ssd", ssd_windows_kernel<T, V, J>, grid, dim3(THREADS),
+                      sizeof(window_memory<V * QUADS, LANES_N * J>), a, states);
 }
 
 template <typename T, int V>
 static mil_status
 choose_rows(mil_context *context, const ssd_arguments &a, const mil_states &states, int64_t sequences)
 {
-    return a.state_dim <= 1 * LANES_N   ? choose_slice<T, V, 1>(context, a, states, sequences)
-           : a.state_dim <= 2 * LANES_N ? choose_slice<T, V, 2>(context, a, states, sequences)
-           : a.state_dim <= 4 * LANES_N ? choose_slice<T, V, 4>(context, a, states, sequences)
-           : a.state_dim <= 8 * LANES_N ? choose_slice<T, V, 8>(context, a, states, sequences)
-                                        : choose_slice<T, V, 16>(context, a, states, sequences);
+    return a.state_dim <= 2 * LANES_N   ? launch_windows<T, V, 2>(context, a, states, sequences)
+           : a.state_dim <= 4 * LANES_N ? launch_windows<T, V, 4>(context, a, states, sequences)
+           : a.state_dim <= 8 * LANES_N ? launch_windows<T, V, 8>(context, a, states, sequences)
+                                        : launch_windows<T, V, 16>(context, a, states, sequences);
+}
+
+/* Whether everything can be read 4 elements at a time. */
+template <typename T>
+static bool
+takes_vectors(const ssd_arguments &a)
+{
+    return a.head_dim % 4 == 0 && a.state_dim % 4 == 0 && mil_is_aligned<T>(a.x, a.x_stride) &&
+           mil_is_aligned<T>(a.B, a.B_stride) && mil_is_aligned<T>(a.C, a.C_stride);
 }
 
 template <typename T>
@@ -440,7 +524,9 @@ ssd(mil_context *context, const mil_ssd *s)
         int64_t count = s->rows.sequences - a.first;
         count = count < MIL_SEQUENCES ? count : MIL_SEQUENCES;
         mil_states states = mil_states_of(s->states, a.first, count);
-        MIL_TRY((a.head_dim % 4 == 0 ? choose_rows<T, 4> : choose_rows<T, 1>)(context, a, states, count));
+        a.least = 0;
+        a.most = INT64_MAX;
+        MIL_TRY((takes_vectors<T>(a) ? choose_rows<T, 4> : choose_rows<T, 1>)(context, a, states, count));
     }
     return MIL_OK;
 }

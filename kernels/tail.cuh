@@ -16,9 +16,13 @@
 /* Sequences of one launch: their states travel as kernel parameters, so that nothing is uploaded. */
 #define MIL_SEQUENCES 64
 
+struct mil_tails {
+    float *state, *conv, *x, *B, *dt;
+};
+
 struct mil_states {
+    mil_tails of[MIL_SEQUENCES];
     bool given; /* else every sequence begins here and leaves nothing */
-    float *state[MIL_SEQUENCES], *conv[MIL_SEQUENCES], *x[MIL_SEQUENCES], *B[MIL_SEQUENCES], *dt[MIL_SEQUENCES];
 };
 
 /* The states of sequences `first` .. `first` + `count`. */
@@ -29,11 +33,7 @@ mil_states_of(const mil_mixer_state *states, int64_t first, int64_t count)
     s.given = states != NULL;
     for (int64_t i = 0; s.given && i < count; i++) {
         const mil_mixer_state *from = states + first + i;
-        s.state[i] = from->state;
-        s.conv[i] = from->conv;
-        s.x[i] = from->x;
-        s.B[i] = from->B;
-        s.dt[i] = from->dt;
+        s.of[i] = {from->state, from->conv, from->x, from->B, from->dt};
     }
     return s;
 }
@@ -48,6 +48,17 @@ mil_longest(const mil_rows &rows, int64_t first, int64_t count)
         longest = length > longest ? length : longest;
     }
     return longest;
+}
+
+static inline int64_t
+mil_shortest(const mil_rows &rows, int64_t first, int64_t count)
+{
+    int64_t shortest = INT64_MAX;
+    for (int64_t i = first; i < first + count; i++) {
+        int64_t length = rows.offsets[i + 1] - rows.offsets[i];
+        shortest = length < shortest ? length : shortest;
+    }
+    return shortest;
 }
 
 /* ---- spans ---------------------------------------------------------------------------------------------------- */
@@ -76,6 +87,14 @@ mil_span_of(const mil_device_rows &rows, int64_t index)
 }
 
 /* ---- tails ---------------------------------------------------------------------------------------------------- */
+
+/* Asks the second-level cache for the line at `address`, whatever is in it. Only that cache is told, so it is no
+ * reading: what comes to be there by the time of one is what will be read. */
+static __device__ __forceinline__ void
+mil_prefetch(const void *address)
+{
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
 
 /* Whether this block is the last of `sharers` that call this with the same slot; the same answer in every thread.
  * What the others read before their calls they have read. */
@@ -121,20 +140,44 @@ mil_tail_move(float *tail, int64_t width, int64_t column, int columns, const mil
     }
 }
 
-/* The same for columns that `sharers` blocks read: every one of them calls this; `owner` is true in one of them. */
+/* The same for columns that `sharers` blocks read, all of which call this: the last one moves them. */
 template <typename Value>
 static __device__ __forceinline__ void
 mil_tail_share(float *tail, int64_t width, int64_t column, int columns, const mil_span &span, unsigned sharers,
-               bool owner, Value value)
+               Value value)
 {
-    bool moves = owner;
-    if (span.after != span.boundary) {
-        moves = mil_is_last(tail + (MIL_TAIL - 1) * width + column, sharers);
-    }
-    if (moves) {
+    if (mil_is_last(tail + (MIL_TAIL - 1) * width + column, sharers)) {
         mil_tail_move(tail, width, column, columns, span, value);
     }
 }
+
+/* N values that are float32 in a tail or activations, loaded now and used later: so that many are under way at once. */
+template <typename T, int N> struct mil_either {
+    mil_vector<float, N> old;
+    mil_vector<T, N> fresh;
+    bool is_old;
+
+    __device__ __forceinline__ void
+    load(bool from_tail, const float *tail, bool from_rows, const T *rows)
+    {
+        is_old = from_tail;
+        if (from_tail) {
+            old = *reinterpret_cast<const mil_vector<float, N> *>(tail);
+        }
+        if (from_rows) {
+            fresh = *reinterpret_cast<const mil_vector<T, N> *>(rows);
+        }
+    }
+
+    __device__ __forceinline__ void
+    get(float (&out)[N]) const
+    {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            out[i] = is_old ? old.at[i] : mil_float(fresh.at[i]);
+        }
+    }
+};
 
 /* dt after bias, softplus and clamp. */
 static __device__ __forceinline__ float
