@@ -161,14 +161,17 @@ def latest_checkpoint(root: Path) -> Path | None:
 
 
 def sweep(root: Path) -> None:
-    """Removes what a killed run was writing; of a run without a checkpoint the folder, too."""
-    if root.is_dir():
-        for path in root.glob(f"{TEMPORARY}*"):
+    """Removes what a killed run was writing: files, checkpoints, a model beside its place; and the
+    folder where nothing is left in it."""
+    if not root.is_dir():
+        return
+    for pattern in (f"{TEMPORARY}*", ".model.saving-*"):
+        for path in root.glob(pattern):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(
                 missing_ok=True
             )
-        if not any(root.iterdir()):
-            root.rmdir()
+    if not any(root.iterdir()):
+        root.rmdir()
 
 
 def read_record(checkpoint: Path) -> dict[str, Any]:

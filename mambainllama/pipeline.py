@@ -35,7 +35,7 @@ import numpy as np
 
 from . import _core
 from ._version import __version__
-from .checkpointing import write_text
+from .checkpointing import sweep, write_text
 from .data import Documents, expand_paths, read_documents, read_records
 from .distill import weights_hash
 from .errors import ArgumentError, FileError, FormatError, StateError, shorten
@@ -126,6 +126,7 @@ class Run:
             else:
                 self.say(f"{title}: {settings.stage.words}")
                 self.run_stage(settings, before)
+            self.drop_checkpoints(self.folder / settings.name)
             if settings.stage.makes_student:
                 before = settings.name
                 self.measure(settings, last=number == count)
@@ -139,6 +140,7 @@ class Run:
 
     def begin(self, resume: bool) -> None:
         """Writes what the run begins with, or checks that it is what it began with."""
+        sweep(self.folder)
         path = self.folder / "recipe.json"
         now: dict[str, Any] = {
             "teacher": weights_hash(self.teacher.core),
@@ -274,6 +276,7 @@ class Run:
 
     def run_stage(self, settings: StageSettings, before: str | None) -> None:
         folder = self.folder / settings.name
+        sweep(folder)
         folder.mkdir(parents=True, exist_ok=True)
         student = self.student(before)
         job = Job(
@@ -302,9 +305,13 @@ class Run:
         if history is not None:
             record |= training_figures(history)
         write_text(folder / "stage.json", json.dumps(record, indent=1) + "\n")
-        if not self.recipe.output.get("keep_checkpoints", False):
-            for checkpoints in (folder, *folder.glob("part-*-of-*")):
-                shutil.rmtree(checkpoints / "checkpoints", ignore_errors=True)
+
+    def drop_checkpoints(self, folder: Path) -> None:
+        """Of a stage that is done; also of one whose removal was cut off."""
+        if self.recipe.output.get("keep_checkpoints", False):
+            return
+        for run in (folder, *folder.glob("part-*-of-*")):
+            shutil.rmtree(run / "checkpoints", ignore_errors=True)
 
     # -- measuring --
 

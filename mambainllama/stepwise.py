@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpointing import write_text
+from .checkpointing import sweep, write_text
 from .convert import _measured_choice as measured_choice
 from .convert import attention_choice, convert
 from .data import Documents, read_documents, sample_rows
@@ -272,6 +272,7 @@ def read_split(
 
 def start(folder: Path, resume: bool, identity: dict[str, Any]) -> None:
     """Prepares the run's folder: a new run, or one that goes on unchanged."""
+    sweep(folder)
     record = folder / "run.json"
     identity = json.loads(json.dumps(identity))  # as it will be read back
     if resume and record.exists():

@@ -373,6 +373,7 @@ class Loop:
         if self.folder is None:
             return 0
         try:
+            sweep(self.folder)
             sweep(self.root)
             checkpoint = latest_checkpoint(self.root)
             if checkpoint is not None and resume:

@@ -38,7 +38,7 @@ from tiny_models import write_llama  # noqa: E402
 
 import mambainllama as mil  # noqa: E402
 from mambainllama import preference, training  # noqa: E402
-from mambainllama.checkpointing import TEMPORARY  # noqa: E402
+from mambainllama.checkpointing import TEMPORARY, write_text  # noqa: E402
 
 PAUSE = 0.004  # seconds before each step: a tiny model's steps are too short to be hit
 SETTINGS = {
@@ -130,9 +130,62 @@ def dpo(teacher: mil.Model, folder: Path) -> None:
     mil.dpo(teacher, pairs, config, folder, resume=True, validation=0.1)
 
 
+def stepwise(teacher: mil.Model, folder: Path) -> None:
+    config = mil.StepwiseConfig(**{**SETTINGS, "max_steps": 10}, parts="each")
+    data = tokens()
+    mil.stepwise(teacher, teacher, data, config, folder, resume=True, validation=data[:4])
+
+
+def align(teacher: mil.Model, folder: Path) -> None:
+    config = mil.AlignConfig(**SETTINGS, align_fraction=0.5)
+    mil.align(student_of(teacher), teacher, tokens(), config, folder, resume=True)
+
+
+RECIPE = """
+[teacher]
+model = "teacher"
+[student]
+attention_layers = "auto:1"
+[data]
+files = "tokens.npy"
+validation = 0.1
+[training]
+max_steps = 6
+batch_size = 4
+sequence_length = 32
+save_every = 2
+[align]
+[distill]
+[sft]
+loss_on = "all"
+[report]
+prompts = 3
+max_new_tokens = 4
+"""
+
+
+def recipe(teacher: mil.Model, folder: Path) -> None:
+    beside = folder.parent
+    if not (beside / "recipe.toml").exists():
+        np.save(beside / "tokens.npy", tokens())
+        write_text(beside / "recipe.toml", RECIPE)
+    mil.run_recipe(beside / "recipe.toml", folder, resume=True, progress=False)
+
+
 STAGES: dict[str, Callable[[mil.Model, Path], None]] = {
     stage.__name__: stage
-    for stage in (label, soft_labels, distill, on_policy, distill_labels, sft, dpo)
+    for stage in (
+        label,
+        soft_labels,
+        stepwise,
+        align,
+        distill,
+        on_policy,
+        distill_labels,
+        sft,
+        dpo,
+        recipe,
+    )
 }
 
 
@@ -186,16 +239,37 @@ def outcome(folder: Path) -> dict[str, str]:
         content = path.read_bytes()
         assert not path.name.startswith(TEMPORARY), path
         if path.name == "metrics.jsonl":
-            rows = [json.loads(line) for line in content.splitlines()]
-            timed = ("seconds", "tokens_per_second", "peak_memory_bytes")
-            rows = [{k: v for k, v in row.items() if k not in timed} for row in rows]
+            rows = [untimed(json.loads(line)) for line in content.splitlines()]
             content = json.dumps(rows).encode()
+        if path.name in ("recipe.json", "stage.json", "kept.json", "results.json"):
+            content = json.dumps(untimed(json.loads(content))).encode()
+        if path.name == "report.html":
+            content = b"shows what results.json holds"
         if path.name == "trainer.json":
             record = json.loads(content)
             content = json.dumps([record["step"], record["tokens"], record["sums"]]).encode()
         found[str(path.relative_to(folder))] = hashlib.sha256(content).hexdigest()
     assert found, f"{folder}: nothing was written"
     return found
+
+
+# What differs from run to run, and where a run is.
+TIMED = (
+    "seconds",
+    "training_seconds",
+    "tokens_per_second",
+    "peak_memory_bytes",
+    "begun",
+    "written",
+    "output",
+)
+
+
+def untimed(value: object) -> object:
+    """The same without what tells the time, however deep."""
+    if isinstance(value, dict):
+        return {key: untimed(item) for key, item in value.items() if key not in TIMED}
+    return [untimed(item) for item in value] if isinstance(value, list) else value
 
 
 def prove(stage: str, teacher: Path, root: Path, kills: int, dtype: str, seed: int = 0) -> str:

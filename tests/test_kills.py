@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("kill_many.py")
-STAGES = ("label", "soft_labels", "distill", "on_policy", "distill_labels", "sft", "dpo")
+STAGES = (
+    "label",
+    "soft_labels",
+    "stepwise",
+    "align",
+    "distill",
+    "on_policy",
+    "distill_labels",
+    "sft",
+    "dpo",
+    "recipe",
+)
 
 
 @pytest.mark.slow
