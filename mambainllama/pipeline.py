@@ -400,7 +400,7 @@ class Run:
                 os.path.basename(name): mark
                 for name, mark in read_json(self.folder / "recipe.json")["files"].items()
             },
-            "machine": machine(),
+            "machine": machine(self.teacher.device),
             "stages": [],
         }
         for settings in self.recipe.stages:
@@ -550,9 +550,9 @@ def model_facts(model: Model, name: str) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str) -> dict[str, Any]:
     return {
-        "device": "cpu",
+        "device": device,
         "threads": _core.get_threads(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {_core.cpu_info()['level']}",
         "mambainllama": __version__,

@@ -569,6 +569,17 @@ def test_shipped_recipes_can_be_run(path, data, tmp_path):
     assert share is None or kept_layers == layers // share
 
 
+def test_the_documented_recipe_is_one(tmp_path):
+    text = (RECIPES.parent / "docs" / "recipes.md").read_text()
+    block = re.search(r"```toml\n(.*?)```", text, re.DOTALL)[1]
+    path = write(tmp_path / "r.toml", block.replace('"recipes/', f'"{RECIPES}/'))
+    recipe = read_recipe(path)
+    assert [s.name for s in recipe.stages] == ["convert", "align", "distill", "sft", "dpo"]
+    assert recipe["dpo"].options["files"] == [str(tmp_path / "preferences.jsonl")]
+    table = re.findall(r"^\| `\[?(\w+)\]?`", text, re.MULTILINE)
+    assert set(STAGES) <= set(table)
+
+
 def test_every_stage_has_a_section():
     assert set(KEYS) == {"teacher", "student", "data", "training", "report", "output"} | (
         set(STAGES) - {"convert"}
