@@ -12,7 +12,11 @@
  * token depends on neither the number of rows nor the shape of the grid.
  *
  * top-k and top-p ask for the largest key (score, or weight) such that tokens from it on up count enough (1 each,
- * or their weight): found ten bits at a time by histograms.  Of tokens at that very weight top-p keeps the first ones only.
+ * or their weight).  Of tokens at that very weight top-p keeps the first ones only.  Two ways lead there:
+ *
+ *   few        the largest scores of 512 groups of tokens are at hand from the search for the best one; at least k tokens
+ *              are not below the k-th of those, and seldom many more.  One block sorts these few and finishes the row
+ *   many       where that may be too many, or too few for top-p, the key is found ten bits at a time by histograms
  */
 #include "cluster.cuh"
 #include "table.h"
@@ -29,14 +33,21 @@
 #define LIMBS 3
 #define MOST_VOCAB (1 << 19) /* that many weights of 2^44 fit into 64 bits */
 #define ONE 0x1p44f
+#define WARP_GROUPS 4 /* groups of tokens a warp whose best scores are kept */
+#define MOST_FEW (2 * BINS)
 
 /* Blocks of a cluster read these of each other; each is written once a kernel or, of bins, in turns. */
 struct team_part {
     float best_score;
     int best, bad;
     int found;         /* where a search ended, -1: in another block */
-    uint64_t total[3]; /* of three sums */
-    uint64_t bins[2][BINS];
+    uint64_t total[5]; /* of as many sums */
+    int listed;        /* tokens that the block has put on its list of few */
+    float group_best[WARPS * WARP_GROUPS];
+    union {
+        uint64_t bins[2][BINS];
+        uint64_t list[MOST_FEW]; /* a key of the score, then the token's complement: larger ones come first */
+    };
 };
 
 struct sampler_memory {
@@ -48,6 +59,9 @@ struct sampler_memory {
     int warp_best[WARPS], warp_bad[WARPS];
     uint32_t digit;
     uint64_t above, inside;
+    float bound;
+    int kept, group_first, group_last, crossing;
+    uint64_t sorted[MOST_FEW];
     alignas(16) float scores[1]; /* this block's part of the row, where it is kept */
 };
 
@@ -144,6 +158,16 @@ filtered(float score, int token, const mil_filter &f)
     }
     float weight = weight_of(score, f);
     return weight > f.least_weight || (weight == f.least_weight && token <= f.last) ? weight : 0.0f;
+}
+
+/* The likeliest token has weight 1, so min_p is the threshold itself. */
+static __device__ __forceinline__ void
+cut_min_p(float min_p, mil_filter &f)
+{
+    if (min_p > f.least_weight) {
+        f.least_weight = min_p;
+        f.last = INT_MAX;
+    }
 }
 
 static __device__ __forceinline__ uint64_t
@@ -398,7 +422,10 @@ find_best(sampler_memory *memory, const share &s, const float *row)
         }
     }
 #pragma unroll
-    for (int step = MIL_WARP / 2; step > 0; step /= 2) {
+    for (int step = 1; step < MIL_WARP; step *= 2) {
+        if (step == MIL_WARP / WARP_GROUPS && lane % step == 0) {
+            memory->part.group_best[warp * WARP_GROUPS + lane / step] = best.score;
+        }
         keep_better(best, __shfl_xor_sync(MIL_ALL_LANES, best.score, step),
                     __shfl_xor_sync(MIL_ALL_LANES, best.token, step),
                     __shfl_xor_sync(MIL_ALL_LANES, best.bad, step));
@@ -416,6 +443,7 @@ find_best(sampler_memory *memory, const share &s, const float *row)
         memory->part.best_score = best.score;
         memory->part.best = best.token;
         memory->part.bad = best.bad;
+        memory->part.listed = 0;
     }
     team_sync<BLOCKS>();
     best = {-INFINITY, INT_MAX, 0};
@@ -426,6 +454,280 @@ find_best(sampler_memory *memory, const share &s, const float *row)
     }
     return best;
 }
+
+/* ---- few candidates ------------------------------------------------------------------------------------------------- */
+
+/* Sum of the threads before this one; *total of all. */
+static __device__ uint64_t
+block_scan(sampler_memory *memory, uint64_t value, uint64_t *total)
+{
+    int warp = threadIdx.x / MIL_WARP, lane = threadIdx.x % MIL_WARP;
+    uint64_t scan = warp_scan(value), before = scan - value;
+    __syncthreads();
+    if (lane == MIL_WARP - 1) {
+        memory->scan[warp] = scan;
+    }
+    __syncthreads();
+    *total = 0;
+    for (int i = 0; i < WARPS; i++) {
+        before += i < warp ? memory->scan[i] : 0;
+        *total += memory->scan[i];
+    }
+    return before;
+}
+
+static __device__ int
+power_of_two(int count)
+{
+    return count <= 1 ? 1 : 1 << (32 - __clz(count - 1));
+}
+
+/* Largest first (bitonic); size is a power of two. */
+static __device__ void
+sort_keys(uint64_t *keys, int size)
+{
+    for (int run = 2; run <= size; run *= 2) {
+        for (int step = run / 2; step > 0; step /= 2) {
+            __syncthreads();
+            for (int i = threadIdx.x; i < size / 2; i += THREADS) {
+                int low = i / step * 2 * step + i % step, high = low + step;
+                uint64_t a = keys[low], b = keys[high];
+                if ((a < b) == ((low & run) == 0)) {
+                    keys[low] = b;
+                    keys[high] = a;
+                }
+            }
+        }
+    }
+    __syncthreads();
+}
+
+/* The k-th largest of the groups' best scores. */
+template <int BLOCKS>
+static __device__ float
+find_bound(sampler_memory *memory, int k)
+{
+    constexpr int GROUPS = BLOCKS * WARPS * WARP_GROUPS;
+    static_assert(GROUPS <= THREADS, "a thread a group");
+    float *all = (float *)memory->sorted, own = -INFINITY;
+    if (threadIdx.x < GROUPS) {
+        own = part_of<BLOCKS>(memory, threadIdx.x / (WARPS * WARP_GROUPS))
+                  ->group_best[threadIdx.x % (WARPS * WARP_GROUPS)];
+        all[threadIdx.x] = own;
+    }
+    __syncthreads();
+    int larger = 0;
+#pragma unroll 8
+    for (int i = 0; i < GROUPS; i++) {
+        larger += all[i] > own || (all[i] == own && i < (int)threadIdx.x);
+    }
+    if (threadIdx.x < GROUPS && larger == k - 1) {
+        memory->bound = own;
+    }
+    __syncthreads();
+    return memory->bound;
+}
+
+/* Puts the block's tokens from `bound` on up on its list, as far as there is room. */
+template <typename Score>
+static __device__ void
+list_candidates(sampler_memory *memory, const share &s, float bound, Score score)
+{
+    for (int i = s.warp_begin + (int)threadIdx.x % MIL_WARP; i < s.warp_end; i += MIL_WARP) {
+        float x = score(i);
+        if (x >= bound) {
+            int at = atomicAdd(&memory->part.listed, 1);
+            if (at < MOST_FEW) {
+                memory->part.list[at] = (uint64_t)key_of(x) << 32 | ~(uint32_t)i;
+            }
+        }
+    }
+}
+
+static __device__ __forceinline__ float
+score_in(uint64_t key)
+{
+    return score_of((uint32_t)(key >> 32));
+}
+
+static __device__ __forceinline__ int
+token_in(uint64_t key)
+{
+    return (int)~(uint32_t)key;
+}
+
+/* top-k on the sorted candidates: how many stay. */
+static __device__ int
+cut_top_k(sampler_memory *memory, int count, int k, mil_filter &f)
+{
+    f.least_score = score_in(memory->sorted[k - 1]);
+    for (int i = threadIdx.x; i < count; i += THREADS) {
+        if (score_in(memory->sorted[i]) >= f.least_score &&
+            (i + 1 == count || score_in(memory->sorted[i + 1]) < f.least_score)) {
+            memory->kept = i + 1;
+        }
+    }
+    __syncthreads();
+    return memory->kept;
+}
+
+/* top-p on the first `kept` sorted candidates: where they have `enough`.  There is a run of equal weights around that place, of which
+ * the lowest tokens stay; it need not be in the order of tokens, because different scores can have one weight. */
+static __device__ void
+cut_top_p(sampler_memory *memory, int kept, uint64_t before, const uint64_t (&mass)[4], uint64_t enough,
+          mil_filter &f)
+{
+    if (threadIdx.x == 0) {
+        memory->crossing = kept - 1;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        if (before < enough && before + mass[j] >= enough) {
+            memory->crossing = threadIdx.x * 4 + j;
+        }
+        before += mass[j];
+    }
+    __syncthreads();
+    int crossing = memory->crossing;
+    float weight = f.least_weight = weight_of(score_in(memory->sorted[crossing]), f);
+    auto is_equal = [&](int i) {
+        return i >= 0 && i < kept && weight_of(score_in(memory->sorted[i]), f) == weight;
+    };
+    for (int i = threadIdx.x; i < kept; i += THREADS) {
+        if (is_equal(i) && !is_equal(i - 1)) {
+            memory->group_first = i;
+        }
+        if (is_equal(i) && !is_equal(i + 1)) {
+            memory->group_last = i;
+        }
+    }
+    __syncthreads();
+    int first = memory->group_first, last = memory->group_last, wanted = crossing - first + 1;
+    if (last == crossing) {
+        return; /* all of that weight stay */
+    }
+    for (int i = first + (int)threadIdx.x; i <= last; i += THREADS) {
+        int lower = 0, token = token_in(memory->sorted[i]);
+        for (int other = first; other <= last; other++) {
+            lower += token_in(memory->sorted[other]) < token;
+        }
+        if (lower == wanted - 1) {
+            memory->kept = token;
+        }
+    }
+    __syncthreads();
+    f.last = memory->kept;
+}
+
+/* Finishes a row whose `count` candidates hold all that the filters can leave; the first block of the team alone.  `total` is
+ * the weight of all tokens, where top-k does not say otherwise.  Returns the token at quantile `uniform`, in every thread. */
+template <int BLOCKS>
+static __device__ int
+finish_few(sampler_memory *memory, int count, uint64_t total, const mil_sample_options &options,
+           double uniform, mil_filter &f)
+{
+    static_assert(MOST_FEW == 4 * THREADS, "a thread has four candidates");
+    int size = power_of_two(count), from = 0, kept = count;
+    for (int block = 0; block < BLOCKS; block++) {
+        const team_part *part = part_of<BLOCKS>(memory, block);
+        int listed = part->listed;
+        for (int i = threadIdx.x; i < listed; i += THREADS) {
+            memory->sorted[from + i] = part->list[i];
+        }
+        from += listed;
+    }
+    for (int i = count + (int)threadIdx.x; i < size; i += THREADS) {
+        memory->sorted[i] = 0;
+    }
+    sort_keys(memory->sorted, size);
+    if (options.top_k > 0) {
+        kept = cut_top_k(memory, count, (int)options.top_k, f);
+    }
+    if (options.top_p < 1.0f) {
+        uint64_t mass[4], sum = 0, all;
+        for (int j = 0; j < 4; j++) {
+            int i = threadIdx.x * 4 + j;
+            mass[j] = i < kept ? mass_of(weight_of(score_in(memory->sorted[i]), f)) : 0;
+            sum += mass[j];
+        }
+        uint64_t before = block_scan(memory, sum, &all), of = options.top_k > 0 ? all : total;
+        uint64_t enough = (uint64_t)ceil((double)options.top_p * (double)of);
+        cut_top_p(memory, kept, before, mass, enough > 0 ? enough : 1, f);
+    }
+    cut_min_p(options.min_p, f);
+    /* What is left, in the order of tokens: a key of the token, then its weight. */
+    uint64_t key[4];
+    int most = 0;
+    for (int j = 0; j < 4; j++) {
+        int i = threadIdx.x * 4 + j;
+        float score = i < kept ? score_in(memory->sorted[i]) : 0.0f;
+        int token = i < kept ? token_in(memory->sorted[i]) : 0;
+        float weight = i < kept ? filtered(score, token, f) : 0.0f;
+        key[j] = weight > 0.0f ? ~((uint64_t)token << 32 | __float_as_uint(weight)) : 0;
+        most = weight > 0.0f ? i + 1 : most;
+    }
+    if (threadIdx.x == 0) {
+        memory->kept = 1;
+    }
+    __syncthreads();
+    if (most > 0) {
+        atomicMax(&memory->kept, most);
+    }
+    for (int j = 0; j < 4; j++) {
+        memory->sorted[threadIdx.x * 4 + j] = key[j];
+    }
+    __syncthreads();
+    sort_keys(memory->sorted, power_of_two(memory->kept));
+    uint64_t mass[4], sum = 0, all;
+    for (int j = 0; j < 4; j++) {
+        key[j] = memory->sorted[threadIdx.x * 4 + j];
+        mass[j] = key[j] != 0 ? mass_of(__uint_as_float((uint32_t)~key[j])) : 0;
+        sum += mass[j];
+    }
+    uint64_t before = block_scan(memory, sum, &all), left = quantile(uniform, all);
+    f.total = (double)all / ONE;
+    for (int j = 0; j < 4; j++) {
+        if (before <= left && before + mass[j] > left) {
+            memory->crossing = (int)(~key[j] >> 32);
+        }
+        before += mass[j];
+    }
+    __syncthreads();
+    return memory->crossing;
+}
+
+/* Whether the candidates suffice, the same in all blocks; then they are listed.  *count of them and the *total weight of all. */
+template <int BLOCKS, typename Score>
+static __device__ bool
+gather_few(sampler_memory *memory, const share &s, const mil_sample_options &options, const mil_filter &f,
+           Score score, int *count, uint64_t *total)
+{
+    constexpr int GROUPS = BLOCKS * WARPS * WARP_GROUPS;
+    uint64_t before, enough = 0;
+    *total = 0;
+    if (options.top_k > GROUPS) {
+        return false;
+    }
+    if (options.top_k == 0) {
+        *total =
+            measure<BLOCKS>(memory, s, 0, &before, [&](int i) { return mass_of(weight_of(score(i), f)); });
+        enough = (uint64_t)ceil((double)options.top_p * (double)*total);
+    }
+    float bound = find_bound<BLOCKS>(memory, options.top_k > 0 ? (int)options.top_k : GROUPS);
+    list_candidates(memory, s, bound, score);
+    uint64_t mass = measure<BLOCKS>(memory, s, 1, &before, [&](int i) {
+        float x = score(i);
+        return x >= bound ? mass_of(weight_of(x, f)) : 0;
+    });
+    *count = 0;
+    for (int i = 0; i < BLOCKS; i++) {
+        *count += part_of<BLOCKS>(memory, i)->listed;
+    }
+    return *count <= MOST_FEW && mass >= enough;
+}
+
+/* ---- one row, whole ------------------------------------------------------------------------------------------------ */
 
 /* Leaves the smallest set of likely tokens with `top_p` of the weight. */
 template <int BLOCKS, typename Score>
@@ -454,7 +756,7 @@ keep_top_p(sampler_memory *memory, const share &s, int vocab, float top_p, mil_f
         float x = score(i);
         return (uint64_t)(x >= f.least_score && weight_of(x, f) == f.least_weight);
     };
-    measure<BLOCKS>(memory, s, 1, &before, equal);
+    measure<BLOCKS>(memory, s, 3, &before, equal);
     int last = locate(memory, s, before, wanted - 1, equal);
     if (threadIdx.x == 0) {
         memory->part.found = -1;
@@ -471,10 +773,34 @@ keep_top_p(sampler_memory *memory, const share &s, int vocab, float top_p, mil_f
     }
 }
 
+/* Finishes a row whatever is left of it; one thread of the team gets the token at quantile `uniform`, the others -1. */
+template <int BLOCKS, typename Score>
+static __device__ int
+finish_many(sampler_memory *memory, const share &s, int vocab, const mil_sample_options &options,
+            double uniform, mil_filter &f, Score score)
+{
+    if (options.top_k > 0) {
+        selection at = select_key<BLOCKS>(memory, s, 32, (uint64_t)options.top_k,
+                                          [&](int i, uint32_t &key, uint64_t &mass) {
+                                              key = key_of(score(i));
+                                              mass = 1;
+                                          });
+        f.least_score = score_of(at.key);
+    }
+    if (options.top_p < 1.0f) {
+        keep_top_p<BLOCKS>(memory, s, vocab, options.top_p, f, score);
+    }
+    cut_min_p(options.min_p, f);
+    auto mass = [&](int i) { return mass_of(filtered(score(i), i, f)); };
+    uint64_t before, total = measure<BLOCKS>(memory, s, 4, &before, mass);
+    f.total = (double)total / ONE;
+    return locate(memory, s, before, quantile(uniform, total), mass);
+}
+
 /* A team a row. */
 template <int BLOCKS, bool KEEP>
 static __global__ void
-MIL_CLUSTER(BLOCKS) __launch_bounds__(THREADS) sample_kernel(const mil_sample a)
+MIL_CLUSTER(BLOCKS) __launch_bounds__(THREADS, 1) sample_kernel(const mil_sample a)
 {
     extern __shared__ __align__(16) unsigned char raw[];
     sampler_memory *memory = reinterpret_cast<sampler_memory *>(raw);
@@ -497,38 +823,27 @@ MIL_CLUSTER(BLOCKS) __launch_bounds__(THREADS) sample_kernel(const mil_sample a)
     /* 1 / temperature overflows for temperatures below 1e-38; the cap gives the same one token. */
     f.inverse = options.temperature > FLT_MIN ? 1.0f / options.temperature : FLT_MAX;
     bool writes = blockIdx.x % BLOCKS == 0 && threadIdx.x == 0;
+    if (options.top_k >= vocab) {
+        options.top_k = 0;
+    }
+    bool draws = a.token != NULL && !f.certain, filters = options.top_k > 0 || options.top_p < 1.0f;
+    double uniform = draws ? uniform_of(options.seed, (uint64_t)a.position[row], a.stream) : 0.0;
+    int count, token = -1;
+    uint64_t total;
     if (f.certain) {
-        if (writes && a.token != NULL) {
-            a.token[row] = f.best;
+        token = writes ? f.best : -1;
+    }
+    else if (filters && gather_few<BLOCKS>(memory, s, options, f, score, &count, &total)) {
+        if (blockIdx.x % BLOCKS == 0) {
+            token = finish_few<BLOCKS>(memory, count, total, options, uniform, f);
+            token = threadIdx.x == 0 ? token : -1;
         }
     }
     else {
-        if (options.top_k > 0 && options.top_k < vocab) {
-            selection at = select_key<BLOCKS>(memory, s, 32, (uint64_t)options.top_k,
-                                              [&](int i, uint32_t &key, uint64_t &mass) {
-                                                  key = key_of(score(i));
-                                                  mass = 1;
-                                              });
-            f.least_score = score_of(at.key);
-        }
-        if (options.top_p < 1.0f) {
-            keep_top_p<BLOCKS>(memory, s, vocab, options.top_p, f, score);
-        }
-        if (options.min_p >
-            f.least_weight) { /* the likeliest token has weight 1, so min_p is the threshold itself */
-            f.least_weight = options.min_p;
-            f.last = INT_MAX;
-        }
-        auto mass = [&](int i) { return mass_of(filtered(score(i), i, f)); };
-        uint64_t before, total = measure<BLOCKS>(memory, s, 2, &before, mass);
-        f.total = (double)total / ONE;
-        if (a.token != NULL) {
-            uint64_t left = quantile(uniform_of(options.seed, (uint64_t)a.position[row], a.stream), total);
-            int token = locate(memory, s, before, left, mass);
-            if (token >= 0) {
-                a.token[row] = token;
-            }
-        }
+        token = finish_many<BLOCKS>(memory, s, vocab, options, uniform, f, score);
+    }
+    if (token >= 0 && a.token != NULL) {
+        a.token[row] = token;
     }
     if (writes) {
         a.bad[row] = best.bad;
@@ -589,7 +904,7 @@ count_accepted(const mil_accept &a, int64_t first_row, int drafted, uint64_t see
 /* A team a sequence. */
 template <int BLOCKS>
 static __global__ void
-MIL_CLUSTER(BLOCKS) __launch_bounds__(THREADS) accept_kernel(const mil_accept a)
+MIL_CLUSTER(BLOCKS) __launch_bounds__(THREADS, 1) accept_kernel(const mil_accept a)
 {
     __shared__ sampler_memory memory;
     mil_trigger();
