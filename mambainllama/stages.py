@@ -195,33 +195,15 @@ def run_stepwise(job: Job) -> History:
     return history
 
 
-def trains_towards_teacher(train: Callable[..., History]) -> Callable[[Job], History]:
-    """A stage that is `train(student, teacher, data, config, folder, ...)`.
-
-    Data that hold the teacher's soft labels take its place.
-    """
+def training(train: Callable[..., History], *, taught: bool) -> Callable[[Job], History]:
+    """A stage that is `train(student, data, config, folder, ...)`, or, taught, `train(student,
+    teacher, data, ...)`. Data that hold the teacher's soft labels take the teacher's place."""
 
     def run(job: Job) -> History:
+        teachers = [None if any(map(is_labels, job.files)) else job.teacher] if taught else []
         return train(
             job.student,
-            None if any(map(is_labels, job.files)) else job.teacher,
-            job.files,
-            job.config,
-            job.folder,
-            resume=True,
-            validation=job.validation,
-            progress=job.progress,
-        )
-
-    return run
-
-
-def trains_alone(train: Callable[..., History]) -> Callable[[Job], History]:
-    """A stage that is `train(student, data, config, folder, ...)`."""
-
-    def run(job: Job) -> History:
-        return train(
-            job.student,
+            *teachers,
             job.files,
             job.config,
             job.folder,
@@ -278,20 +260,22 @@ STAGES: dict[str, Stage] = {
             "align",
             "each mixer learns to give what its attention gave",
             AlignConfig,
-            trains_towards_teacher(align),
+            training(align, taught=True),
         ),
         Stage(
             "distill",
             "the student learns the teacher's distributions",
             DistillConfig,
-            trains_towards_teacher(distill),
+            training(distill, taught=True),
         ),
-        Stage("sft", "the student learns answers word by word", SftConfig, trains_alone(sft)),
+        Stage(
+            "sft", "the student learns answers word by word", SftConfig, training(sft, taught=False)
+        ),
         Stage(
             "dpo",
             "the student learns to prefer the better of two answers",
             DPOConfig,
-            trains_alone(dpo),
+            training(dpo, taught=False),
             required=("files",),
         ),
     )
