@@ -62,7 +62,7 @@ mil_cuda_attention_forward(mil_context *context, const mil_attention *arguments)
 mil_status
 mil_cuda_kv_append(mil_context *context, const mil_kv_append *arguments);
 
-/* sampler.cu */
+/* sampler.cu, verdict.cu */
 mil_status
 mil_cuda_sample(mil_context *context, const mil_sample *arguments);
 mil_status
