@@ -105,7 +105,8 @@ def convert(
     For Mamba-1 the calibrated memory is long in the way that measured best: with attention left,
     dt_proj.bias is halved, so that dt starts in [1e-3, 1e-1] although the layout adds the bias
     twice; without any, A_log runs from -4 to 0 over the channel groups, dt_proj.bias is -0.5 and
-    dt_proj.weight small. For Mamba-2, A_log runs from -4 to 0 over the heads and dt_bias is -1.
+    dt_proj.weight small; the fitted start takes the first in either case. For Mamba-2, A_log runs
+    from -4 to 0 over the heads and dt_bias is -1.
     """
     _check_arguments(model, mixer, init, calibration, seed)
     old = model.core.config
@@ -166,7 +167,7 @@ def _convert(
     elif calibrated and replaced:
         tokens, offsets = calibration_rows(model, calibration)
         directions = constant_directions(model.core, replaced, tokens, offsets)
-    start = Start(mixer, seed, calibrated, any_attention)
+    start = Start(mixer, seed, calibrated, any_attention or init == "fitted")
     return _build(model, {**old, "layers": layers}, replaced, mixer, start, directions, fitter)
 
 

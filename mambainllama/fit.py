@@ -212,6 +212,7 @@ class Sums:
     UY: np.ndarray
     YY: float
     mean: np.ndarray  # of the features
+    count: int  # tokens
 
     def error(self, W: np.ndarray) -> float:
         """|F W - Y|^2 / |Y|^2."""
@@ -253,7 +254,8 @@ class Problem:
             UY += u.T @ Y
             YY += np.vdot(Y, Y)
             mean += F.sum(axis=0)
-        return Sums(FF, FU, FY, UU, UY, YY, mean / len(fitter.input))
+        count = len(fitter.input)
+        return Sums(FF, FU, FY, UU, UY, YY, mean / count, count)
 
     def solve(self, tensors: dict[str, np.ndarray], gate: bool) -> Found:
         """Fits the output product, and the gate before it; the best of the steps on the way."""
@@ -289,8 +291,7 @@ class Problem:
         found = start + _solve(X + np.diag(weak), both - X @ start)
         slopes = (found[:inner] * (_GATE_SLOPE * sums.mean)[:, None]).T  # [hidden, inner]
         Q = _ridge(slopes.T @ slopes, slopes.T @ found[inner:].T, _RIDGE)
-        spread = np.sqrt(np.maximum(0.0, np.einsum("ij,ij->i", Q @ sums.UU, Q)))
-        spread /= np.sqrt(len(self.fitter.input))
+        spread = np.sqrt(np.maximum(0.0, np.einsum("ij,ij->i", Q @ sums.UU, Q)) / sums.count)
         Q *= np.minimum(1, _GATE_SPREAD / np.maximum(spread, 1e-30))[:, None]
         name = "in_proj_z.weight" if self.layer["mixer"] == "mamba1" else "in_proj.weight"
         tensors[name] = tensors[name].copy()
@@ -395,9 +396,9 @@ def _prepare_mamba1(tensors, layer, attention, inputs: Inputs, logits: np.ndarra
 
 
 def _level_mamba1(tensors, sums: Sums) -> None:
-    """Without a norm behind it the scan's output can have any size: B and C are made smaller until
-    the features have the size of one."""
-    size = np.sqrt(np.trace(sums.FF) / max(np.trace(sums.UU), 1e-30) * len(sums.UU) / len(sums.FF))
+    """Without a norm behind it the scan's output can have any size: B and C are made smaller, or
+    larger, until the features' root mean square is 1, as Mamba-2's norm makes it."""
+    size = np.sqrt(np.trace(sums.FF) / (len(sums.FF) * sums.count))
     if not (size > 0 and np.isfinite(size)):
         return
     for name in ("B_proj.weight", "C_proj.weight"):

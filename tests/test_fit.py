@@ -124,7 +124,7 @@ def test_stream_is_the_teachers(teacher, tokens):
 
 def test_least_squares(rng):
     F, Y = rng.normal(size=(200, 6)), rng.normal(size=(200, 3))
-    sums = Sums(F.T @ F, None, F.T @ Y, None, None, float((Y**2).sum()), F.mean(0))
+    sums = Sums(F.T @ F, None, F.T @ Y, None, None, float((Y**2).sum()), F.mean(0), 200)
     W = _ridge(sums.FF, sums.FY, 0.0)
     np.testing.assert_allclose(W, np.linalg.lstsq(F, Y, rcond=None)[0], atol=1e-10)
     np.testing.assert_allclose(sums.error(W), ((F @ W - Y) ** 2).sum() / (Y**2).sum(), rtol=1e-10)
