@@ -113,7 +113,8 @@ class Yardstick:
         )
 
     def measure(self, student: Any) -> dict[str, Any]:
-        """{"likelihood": ..., "generation": ..., "answers": texts}."""
+        """{"likelihood": ..., "generation": ..., "answers": greedy texts, and what of them is the
+        teacher's}."""
         ours, theirs = shared_vocabulary(student, self.teacher)
         found = comparison(run_batches(ours, theirs, self.batches, None))
         answers = self.answer(student)
@@ -133,10 +134,14 @@ class Yardstick:
                 **greedy_kept(pairs),
             },
             "answers": [
-                {"text": answer.text, "same": common_beginning(*pair)}
+                {"text": answer.text, "start": self.words_of(pair[0][: common_beginning(*pair)])}
                 for answer, pair in zip(answers, pairs, strict=True)
             ],
         }
+
+    def words_of(self, tokens: list[int]) -> str:
+        tokenizer = getattr(self.teacher, "tokenizer", None)
+        return "" if tokenizer is None else tokenizer.decode(tokens)
 
 
 def sampled_batch(prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> dict[str, Any]:

@@ -285,14 +285,14 @@ def layers_section(stages: Sequence[Mapping[str, Any]]) -> str:
 
 # ---- curves ------------------------------------------------------------------------------------
 
-# Metric of training, the same on held-out data, and what it is.
+# Metric of training, the same on held-out data, what it is, and whether its ratios matter.
 CURVES = (
-    ("kl", "eval_kl", "KL to the teacher (nats per token)"),
-    ("ce", "eval_ce", "cross-entropy (nats per token)"),
-    ("align", None, "mixer against attention (relative squared error)"),
-    ("hidden", None, "residual stream (relative squared error)"),
-    ("accuracy", "eval_accuracy", "pairs told apart (share)"),
-    ("margin", "eval_margin", "margin of chosen over rejected"),
+    ("kl", "eval_kl", "KL to the teacher (nats per token)", True),
+    ("ce", "eval_ce", "cross-entropy (nats per token)", True),
+    ("align", None, "mixer against attention (relative squared error)", True),
+    ("hidden", None, "residual stream (relative squared error)", True),
+    ("accuracy", "eval_accuracy", "pairs told apart (share)", False),
+    ("margin", "eval_margin", "margin of chosen over rejected", False),
 )
 
 
@@ -303,10 +303,10 @@ def curves_section(stages: Sequence[Mapping[str, Any]], histories: Mapping[str, 
         if not history:
             continue
         drawn = []
-        for metric, held, words in CURVES:
+        for metric, held, words, ratios in CURVES:
             points, dots = series(history, metric), series(history, held)
             if len(points) > 1 and is_shown(metric, row["settings"], history):
-                drawn.append(chart(points, dots, words))
+                drawn.append(chart(points, dots, words, ratios))
         # Held-out KL tells also how a stage without KL in its loss does.
         if not any("kl" in r for r in history) and len(series(history, "eval_kl")) > 1:
             drawn.append(chart([], series(history, "eval_kl"), CURVES[0][2]))
@@ -351,16 +351,19 @@ POINTS = 240  # of a smoothed line, at most
 
 
 def chart(
-    line: Sequence[tuple[float, float]], dots: Sequence[tuple[float, float]], words: str
+    line: Sequence[tuple[float, float]],
+    dots: Sequence[tuple[float, float]],
+    words: str,
+    ratios: bool = True,
 ) -> str:
-    """An SVG of one metric over tokens; logarithmic where all values are positive."""
+    """An SVG of one metric over tokens; logarithmic where ratios matter and values allow it."""
     if not line and not dots:
         return ""
     smoothed = thinned(smooth(line))
     everything = [*smoothed, *dots]
     x_high = max(x for x, _ in everything) or 1
     values = [y for _, y in everything]
-    logarithmic = min(values) > 0 and max(values) > 1.3 * min(values)
+    logarithmic = ratios and min(values) > 0 and max(values) > 1.3 * min(values)
     if logarithmic:
         low, high = 0.95 * min(values), 1.05 * max(values)
         ticks = log_ticks(low, high)
@@ -422,8 +425,8 @@ def chart(
 
 
 def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Means over the last fortieth of the points: the trend without the batches' noise."""
-    window = max(1, len(points) // 40)
+    """Means over the last twentieth of the points: the trend without the batches' noise."""
+    window = max(1, len(points) // 20)
     sums = [0.0]
     for _, value in points:
         sums.append(sums[-1] + value)
@@ -475,7 +478,7 @@ def samples_section(results: Mapping[str, Any], measured: Sequence[Mapping[str, 
             answer = row["kept"]["answers"][index]
             cells.append(
                 f"<div class=answer><h4>after {text(row['stage'])}</h4>"
-                f"<p>{marked(answer['text'], sample['teacher'])}</p></div>"
+                f"<p>{marked(answer)}</p></div>"
             )
         shown.append(
             f"<article><p class=prompt>{text(sample['prompt'])}</p>"
@@ -487,14 +490,14 @@ def samples_section(results: Mapping[str, Any], measured: Sequence[Mapping[str, 
     )
 
 
-def marked(answer: str, teacher: str) -> str:
+def marked(answer: Mapping[str, str]) -> str:
     """An answer, its common beginning with the teacher's marked."""
-    same = 0
-    while same < min(len(answer), len(teacher)) and answer[same] == teacher[same]:
-        same += 1
-    if not answer:
+    words, start = answer["text"], answer["start"]
+    if not words:
         return "<i>(nothing)</i>"
-    return (f"<mark>{text(answer[:same])}</mark>" if same else "") + text(answer[same:])
+    if not start or not words.startswith(start):
+        return text(words)
+    return f"<mark>{text(start)}</mark>{text(words[len(start) :])}"
 
 
 # ---- cost and settings -------------------------------------------------------------------------
@@ -654,10 +657,11 @@ article { margin:0 0 1.4rem; background:var(--paper); border:1px solid var(--rul
   border-radius:8px; overflow:hidden; box-shadow:var(--shadow) }
 .prompt { margin:0; padding:.7rem 1rem; border-bottom:1px solid var(--rule); font-weight:600;
   white-space:pre-wrap; overflow-wrap:anywhere }
-.answers { display:grid; grid-template-columns:repeat(auto-fit,minmax(15rem,1fr)) }
+.answers { display:grid; grid-auto-flow:column; grid-auto-columns:minmax(12rem,1fr);
+  overflow-x:auto }
 .answer { padding:.7rem 1rem; border-right:1px solid var(--rule); min-width:0 }
 .answer:last-child { border-right:0 }
-.answer p { margin:0; white-space:pre-wrap; overflow-wrap:anywhere; font-size:.9rem }
+.answer p { margin:0; white-space:pre-wrap; overflow-wrap:anywhere; font-size:.88rem }
 mark { background:var(--mark); color:inherit; border-radius:2px }
 details { border:1px solid var(--rule); border-radius:8px; margin:.5rem 0; background:var(--paper) }
 summary { padding:.5rem 1rem; cursor:pointer; font-weight:600 }

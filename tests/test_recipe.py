@@ -412,6 +412,7 @@ def test_a_student_that_is_its_teacher_keeps_everything(teacher, data):
     assert found["likelihood"]["kept"] == found["likelihood"]["same_top"] == 1
     generation = found["generation"]
     assert [generation[k] for k in ("kept", "same_start", "same_answers", "same_words")] == [1] * 4
+    assert all(a["start"] == a["text"] for a in found["answers"])
     # Only answers count: "make N<|end|>".
     assert found["likelihood"]["tokens"] == sum(len(f"make {2 * n}") + 1 for n in range(30))
 
