@@ -83,12 +83,82 @@ wgmma_wait(float (&c)[N])
     wgmma_hold(c);
 }
 
-/* A barrier of the 128 threads of one group, by its number from 0. */
+/* ---- registers and barriers of groups of four warps ---------------------------------------------------------------- */
+
+/* A group's share of the registers grows or shrinks to COUNT a thread; all of its warps say so. */
+template <int COUNT>
 static __device__ __forceinline__ void
-wgmma_group_sync(int group)
+group_take_registers()
 {
-    asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+#if MIL_HAS_WGMMA
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+#endif
 }
+
+template <int COUNT>
+static __device__ __forceinline__ void
+group_give_registers()
+{
+#if MIL_HAS_WGMMA
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+#endif
+}
+
+/* Named barriers 1 to 15: `threads` meet, those that only announce themselves go on. */
+static __device__ __forceinline__ void
+barrier_meet(int barrier, int threads)
+{
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+static __device__ __forceinline__ void
+barrier_announce(int barrier, int threads)
+{
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+/* Barriers in shared memory, for what is filled and emptied in turns: the n-th completion has parity n % 2, from 0. */
+static __device__ __forceinline__ void
+phase_init(uint64_t *barrier, int arrivals)
+{
+    uint32_t at = (uint32_t)__cvta_generic_to_shared(barrier);
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(arrivals) : "memory");
+}
+
+static __device__ __forceinline__ void
+phase_arrive(uint64_t *barrier)
+{
+    uint32_t at = (uint32_t)__cvta_generic_to_shared(barrier);
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
+}
+
+static __device__ __forceinline__ bool
+phase_done(uint64_t *barrier, int parity)
+{
+    uint32_t done = 1;
+#if MIL_HAS_WGMMA
+    uint32_t at = (uint32_t)__cvta_generic_to_shared(barrier);
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(at), "r"(parity)
+        : "memory");
+#else
+    (void)barrier, (void)parity;
+#endif
+    return done != 0;
+}
+
+static __device__ __forceinline__ void
+phase_wait(uint64_t *barrier, int parity)
+{
+    while (!phase_done(barrier, parity)) {
+    }
+}
+
+/* ---- instructions ------------------------------------------------------------------------------------------------------- */
 
 /* Register lists of 32, 64 and 128 accumulators, for text and for operands. */
 #define WGMMA_TEXT_32                                                                                      \
