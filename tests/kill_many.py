@@ -169,7 +169,8 @@ def recipe(teacher: mil.Model, folder: Path) -> None:
     if not (beside / "recipe.toml").exists():
         np.save(beside / "tokens.npy", tokens())
         write_text(beside / "recipe.toml", RECIPE)
-    mil.run_recipe(beside / "recipe.toml", folder, resume=True, progress=False)
+    path, dtype = beside / "recipe.toml", teacher.dtype
+    mil.run_recipe(path, folder, resume=True, dtype=dtype, progress=False)
 
 
 STAGES: dict[str, Callable[[mil.Model, Path], None]] = {
