@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--models", default="8b-mamba2,8b-mamba1,3b-mamba2,1b-mamba2,mamba-2.8b")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=129)
+    parser.add_argument("--tokens", type=int, default=513)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--json")
     options = parser.parse_args()

@@ -587,6 +587,15 @@ struct mil_ops {
      * dense float32. */
     mil_status (*widen)(mil_context *context, int64_t rows, int64_t width, mil_dtype dtype, const void *x,
                         int64_t x_stride, float scale, float *y);
+    /* Optional: what a device does in one go, the same bits as the calls one after another; arrays that only pass
+     * between them may stay unwritten.
+     *   project       norm_forward, linear_forward of products whose x is its y, and, where `gate` is given,
+     *                 glu_forward of the first two products' outputs
+     *   rope_append   rope of q and of k, kv_append of that k */
+    mil_status (*project)(mil_context *context, const mil_norm *norm, const mil_linear *products,
+                          int64_t count, const mil_glu *gate);
+    mil_status (*rope_append)(mil_context *context, const mil_rope *q, const mil_rope *k,
+                              const mil_kv_append *append);
     /* Optional: tokens from logits without the host. */
     mil_status (*sample)(mil_context *context, const mil_sample *arguments);
     mil_status (*accept)(mil_context *context, const mil_accept *arguments);

@@ -4,7 +4,7 @@
  * Each is one template over (row, vector of columns): a thread owns 16 bytes of one row where all arrays allow
  * it, one element otherwise.
  */
-#include "cuda.cuh"
+#include "activate.cuh"
 #include "table.h"
 
 #define THREADS 256
@@ -25,25 +25,6 @@ grid_of(int64_t rows, int64_t width, int lanes)
 }
 
 /* ---- gated activations -------------------------------------------------------------------------------------- */
-
-static __device__ __forceinline__ float
-activate(mil_activation activation, float x)
-{
-    float positive = fmaxf(x, 0.0f);
-    switch (activation) {
-        case MIL_SILU:
-            return mil_silu(x);
-        case MIL_GELU:
-            return x * normcdff(x);
-        case MIL_GELU_TANH:
-            return x * mil_sigmoid(2.0f * 0.79788456f * (x + 0.044715f * x * x * x));
-        case MIL_RELU:
-            return positive;
-        case MIL_RELU2:
-            break;
-    }
-    return positive * positive;
-}
 
 struct glu_arguments {
     int64_t width;
@@ -71,7 +52,7 @@ glu_kernel(glu_arguments a)
     }
 #pragma unroll
     for (int i = 0; i < V; i++) {
-        gate[i] = activate(a.activation, gate[i]) * (a.up == NULL ? 1.0f : up[i]);
+        gate[i] = mil_activate(a.activation, gate[i]) * (a.up == NULL ? 1.0f : up[i]);
     }
     mil_store<V>((T *)a.y + row * a.y_stride + column, gate);
 }

@@ -271,18 +271,36 @@ dense_product(mil_context *context, const mil_linear *l)
     return status;
 }
 
-mil_status
-mil_cuda_linear_forward(mil_context *context, const mil_linear *products, int64_t count)
+static bool
+is_thin(const mil_context *context, const mil_linear *products, int64_t count)
 {
     bool thin = count <= MIL_THIN_PRODUCTS;
     for (int64_t i = 0; i < count; i++) {
         thin = thin && mil_thin_product_fits(context, &products[i]);
     }
-    if (thin) {
+    return thin;
+}
+
+mil_status
+mil_cuda_linear_forward(mil_context *context, const mil_linear *products, int64_t count)
+{
+    if (is_thin(context, products, count)) {
         return mil_thin_product(context, products, count);
     }
     for (int64_t i = 0; i < count; i++) {
         MIL_TRY(dense_product(context, &products[i]));
     }
     return MIL_OK;
+}
+
+mil_status
+mil_cuda_project(mil_context *context, const mil_norm *norm, const mil_linear *products, int64_t count,
+                 const mil_glu *gate)
+{
+    if (is_thin(context, products, count)) {
+        return mil_thin_project(context, norm, products, count, gate);
+    }
+    MIL_TRY(context->ops->norm_forward(context, norm));
+    MIL_TRY(mil_cuda_linear_forward(context, products, count));
+    return gate == NULL ? MIL_OK : context->ops->glu_forward(context, gate);
 }

@@ -3,7 +3,7 @@
  *
  * One table serves all attention layers of a pass.  Each thread rotates pairs (i, i + rotary / 2) of one head.
  */
-#include "cuda.cuh"
+#include "attention.cuh"
 #include "table.h"
 
 #define THREADS 128
@@ -94,4 +94,122 @@ mil_cuda_rope(mil_context *context, const mil_rope *arguments)
                         (long long)r->rotary, (long long)r->head_dim);
     }
     return MIL_FOR_ACT(context, rope, context, r);
+}
+
+/* ---- rotation and append in one ------------------------------------------------------------------------------ */
+
+struct rope_append_arguments {
+    mil_device_rows rows;
+    int heads, kv_heads, head_dim, half;
+    const float *table;
+    void *q;
+    int64_t q_stride;
+    const void *k, *v;
+    int64_t k_stride, v_stride;
+    cache_list caches;
+};
+
+/* Pair i of one head: rotated, rounded to the activation type as rope leaves it. */
+template <typename T>
+static __device__ __forceinline__ void
+rotate_pair(const rope_append_arguments &a, int64_t row, const T *from, int i, T *low, T *high)
+{
+    float2 turn = ((const float2 *)a.table)[row * a.half + i];
+    float first = mil_float(from[i]), second = mil_float(from[i + a.half]);
+    *low = mil_round<T>(first * turn.x - second * turn.y);
+    *high = mil_round<T>(second * turn.x + first * turn.y);
+}
+
+/* Items of a row: pairs of q, pairs of k, entries of k that are not rotated, entries of v. */
+template <typename T>
+static __global__ void
+rope_append_kernel(const __grid_constant__ rope_append_arguments a)
+{
+    mil_trigger();
+    mil_wait();
+    int64_t row = blockIdx.x;
+    int sequence = mil_sequence_of(a.rows, row);
+    int64_t position = a.rows.past[sequence] + row - a.rows.offsets[sequence];
+    int width = a.kv_heads * a.head_dim, rest = a.head_dim - 2 * a.half;
+    T *k_cache = (T *)a.caches.k[sequence % CACHES_INLINE],
+      *v_cache = (T *)a.caches.v[sequence % CACHES_INLINE];
+    if (a.caches.list != NULL) {
+        k_cache = (T *)a.caches.list[sequence].k;
+        v_cache = (T *)a.caches.list[sequence].v;
+    }
+    k_cache += position * width;
+    v_cache += position * width;
+    const T *k = (const T *)a.k + row * a.k_stride, *v = (const T *)a.v + row * a.v_stride;
+    int item = (int)blockIdx.y * THREADS + (int)threadIdx.x;
+    if (item < a.heads * a.half) {
+        int i = item % a.half;
+        T *head = (T *)a.q + row * a.q_stride + item / a.half * a.head_dim;
+        rotate_pair(a, row, (const T *)head, i, head + i, head + i + a.half);
+        return;
+    }
+    item -= a.heads * a.half;
+    if (item < a.kv_heads * a.half) {
+        int i = item % a.half, at = item / a.half * a.head_dim;
+        rotate_pair(a, row, k + at, i, k_cache + at + i, k_cache + at + i + a.half);
+        return;
+    }
+    item -= a.kv_heads * a.half;
+    if (item < a.kv_heads * rest) {
+        int at = item / rest * a.head_dim + 2 * a.half + item % rest;
+        k_cache[at] = k[at];
+        return;
+    }
+    item -= a.kv_heads * rest;
+    if (item < width) {
+        v_cache[item] = v[item];
+    }
+}
+
+template <typename T>
+static mil_status
+rope_append(mil_context *context, const mil_rope *q, const mil_rope *k, const mil_kv_append *append)
+{
+    rope_append_arguments a = {mil_rows_of(append->rows),
+                               (int)q->heads,
+                               (int)k->heads,
+                               (int)q->head_dim,
+                               (int)(q->rotary / 2),
+                               q->table,
+                               q->x,
+                               q->x_stride,
+                               k->x,
+                               append->v,
+                               k->x_stride,
+                               append->kv_stride,
+                               {}};
+    MIL_TRY(mil_attention_list_caches(context, append->caches, append->rows.sequences, &a.caches));
+    int64_t width = k->heads * k->head_dim, pairs = (q->heads + k->heads) * a.half;
+    int64_t items = pairs + k->heads * (k->head_dim - q->rotary) + width;
+    dim3 grid((unsigned)q->rows, (unsigned)mil_ceil_div(items, THREADS));
+    return mil_launch(context, "rope_append", rope_append_kernel<T>, grid, dim3(THREADS), 0, a);
+}
+
+/* Whether the caches are of the activation type, and the two rotations alike. */
+static bool
+is_uniform(const mil_context *context, const mil_rope *q, const mil_rope *k, const mil_kv_append *append)
+{
+    bool uniform = q->rotary == k->rotary && q->head_dim == k->head_dim && !q->inverse && !k->inverse;
+    for (int64_t i = 0; i < append->rows.sequences; i++) {
+        uniform = uniform && append->caches[i].dtype == context->ops->activation_dtype;
+    }
+    return uniform;
+}
+
+mil_status
+mil_cuda_rope_append(mil_context *context, const mil_rope *q, const mil_rope *k, const mil_kv_append *append)
+{
+    if (!is_uniform(context, q, k, append)) {
+        MIL_TRY(mil_cuda_rope(context, q));
+        MIL_TRY(mil_cuda_rope(context, k));
+        return mil_cuda_kv_append(context, append);
+    }
+    mil_arena_mark mark = mil_arena_get_mark(context->scratch);
+    mil_status status = MIL_FOR_ACT(context, rope_append, context, q, k, append);
+    mil_arena_rewind(context->scratch, mark);
+    return status;
 }

@@ -42,6 +42,8 @@ table_of(mil_dtype activation_dtype, int device)
     ops.add = mil_cuda_add;
     ops.gather_rows = mil_cuda_gather_rows;
     ops.widen = mil_cuda_widen;
+    ops.project = mil_cuda_project;
+    ops.rope_append = mil_cuda_rope_append;
     ops.sample = mil_cuda_sample;
     ops.accept = mil_cuda_accept;
     ops.advance = mil_cuda_advance;

@@ -46,6 +46,10 @@ mil_cuda_finish(mil_context *context);
 mil_status
 mil_cuda_linear_forward(mil_context *context, const mil_linear *products, int64_t count);
 
+mil_status
+mil_cuda_project(mil_context *context, const mil_norm *norm, const mil_linear *products, int64_t count,
+                 const mil_glu *gate);
+
 /* norm.cu */
 mil_status
 mil_cuda_norm_forward(mil_context *context, const mil_norm *arguments);
@@ -55,6 +59,8 @@ mil_status
 mil_cuda_rope_table(mil_context *context, const mil_rope_table *arguments);
 mil_status
 mil_cuda_rope(mil_context *context, const mil_rope *arguments);
+mil_status
+mil_cuda_rope_append(mil_context *context, const mil_rope *q, const mil_rope *k, const mil_kv_append *append);
 
 /* attention.cu */
 mil_status

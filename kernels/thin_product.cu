@@ -11,17 +11,25 @@
  *   A warp w of the block's 8 takes chunks w, w + 8, ... in ascending order; the 8 partial sums are added in
  *   order of w.
  *
+ * A norm before the products and the gated activation after them need no kernels of their own: every block
+ * norms the few rows for itself in the order of norm.cu, and a block that has summed a tile of both gate and up
+ * writes only their product.  Both give the bits of the separate kernels.
+ *
  * The first loads of W do not wait for the kernel before (nobody writes weights), so they are on their way
  * while it drains.  float32 weights, which only comparisons with the CPU use, take plain multiply-adds in a
  * kernel of the same shape.
  */
 #include "thin_product.cuh"
 
+#include "activate.cuh"
+#include "norm.cuh"
+
 #define WARPS 8
 #define THREADS (WARPS * MIL_WARP)
 #define TILE 16  /* outputs of a block */
 #define CHUNK 32 /* inputs of a warp's step */
 #define UNROLL 4 /* steps whose loads are under way together */
+#define NORMED_BYTES (64 << 10)
 
 struct thin_output {
     const void *weight;
@@ -36,6 +44,10 @@ struct thin_arguments {
     int rows, in, count;
     const void *x;
     int64_t x_stride;
+    norm_arguments norm; /* where x is the output of a norm */
+    void *gated;         /* where the first two outputs are a gate's */
+    int64_t gated_stride;
+    mil_activation activation;
     thin_output outputs[MIL_THIN_PRODUCTS];
 };
 
@@ -81,7 +93,19 @@ output_of(const thin_arguments &a, int tile)
     return a.outputs[i];
 }
 
-/* Adds the warps' partial sums [WARPS][outputs of the tile][rows] in order and writes them. */
+/* The warps' partial sums of one output, in order. */
+template <int ROWS>
+static __device__ __forceinline__ float
+add_partial(const thin_output &o, int out, const float (&partial)[WARPS][TILE][ROWS], int column, int row)
+{
+    float sum = 0.0f;
+#pragma unroll
+    for (int warp = 0; warp < WARPS; warp++) {
+        sum += partial[warp][column][row];
+    }
+    return sum + (o.bias == NULL ? 0.0f : o.bias[out]);
+}
+
 template <typename T, int ROWS>
 static __device__ __forceinline__ void
 write_tile(const thin_arguments &a, const thin_output &o, int first,
@@ -92,12 +116,7 @@ write_tile(const thin_arguments &a, const thin_output &o, int first,
         if (out >= o.out) {
             continue;
         }
-        float sum = 0.0f;
-#pragma unroll
-        for (int warp = 0; warp < WARPS; warp++) {
-            sum += partial[warp][column][row];
-        }
-        sum += o.bias == NULL ? 0.0f : o.bias[out];
+        float sum = add_partial(o, out, partial, column, row);
         int64_t at = row * o.y_stride + out;
         if (o.float_output) {
             ((float *)o.y)[at] = sum;
@@ -109,65 +128,157 @@ write_tile(const thin_arguments &a, const thin_output &o, int first,
     }
 }
 
-template <typename T, int GROUPS> /* of 8 rows */
-static __global__ void
-__launch_bounds__(THREADS, GROUPS == 1 ? 3 : 2) thin_kernel(const __grid_constant__ thin_arguments a)
+/* act(gate) * up of both products as they would have been stored. */
+template <typename T, int ROWS>
+static __device__ __forceinline__ void
+write_gated(const thin_arguments &a, int first, const float (&up)[WARPS][TILE][ROWS],
+            const float (&gate)[WARPS][TILE][ROWS])
 {
-    __shared__ float partial[WARPS][TILE][GROUPS * 8];
-    const thin_output &o = output_of(a, (int)blockIdx.x);
+    const thin_output &o = a.outputs[0];
+    for (int i = (int)threadIdx.x; i < TILE * a.rows; i += THREADS) {
+        int column = i % TILE, row = i / TILE, out = first + column;
+        if (out < o.out) {
+            float u = mil_float(mil_round<T>(add_partial(o, out, up, column, row)));
+            float v = mil_float(mil_round<T>(add_partial(a.outputs[1], out, gate, column, row)));
+            ((T *)a.gated)[row * a.gated_stride + out] = mil_round<T>(mil_activate(a.activation, v) * u);
+        }
+    }
+}
+
+/* The normed rows of x into shared memory, by the whole block; the bits of norm.cu. */
+template <typename T>
+static __device__ __forceinline__ void
+norm_rows(const thin_arguments &a, T *normed, float *partial)
+{
+    int warp = (int)threadIdx.x / MIL_WARP, lane = (int)threadIdx.x % MIL_WARP;
+    if (a.in <= MIL_NORM_WIDEST_FOR_WARP) {
+        for (int row = warp; row < a.rows; row += WARPS) {
+            norm_group<T, 8>(a.norm, row, 0, normed + row * a.in, lane, MIL_WARP,
+                             [](float value) { return mil_warp_sum(value); });
+        }
+    }
+    else {
+        for (int row = 0; row < a.rows; row++) {
+            norm_group<T, 8>(a.norm, row, 0, normed + row * a.in, (int)threadIdx.x, MIL_NORM_THREADS,
+                             [&](float value) { return mil_block_sum(value, partial); });
+        }
+    }
+    __syncthreads();
+}
+
+/* One matrix's share of a block: 16 rows of weights on their way, and their sums with GROUPS * 8 rows of x. */
+template <typename T, int GROUPS>
+struct tile_sums {
+    const T *low, *high;
+    uint4 wl[UNROLL], wh[UNROLL];
+    float c[GROUPS][4];
+
+    __device__ __forceinline__ void begin(const void *weight, int first, int out, int in, int g, int k)
+    {
+        low = (const T *)weight + (int64_t)min(first + g, out - 1) * in;
+        high = (const T *)weight + (int64_t)min(first + g + 8, out - 1) * in;
+#pragma unroll
+        for (int u = 0; u < UNROLL; u++) {
+            fetch(u, k + u * WARPS * CHUNK, in);
+        }
+#pragma unroll
+        for (int i = 0; i < GROUPS * 4; i++) {
+            c[i / 4][i % 4] = 0.0f;
+        }
+    }
+
+    __device__ __forceinline__ void fetch(int u, int at, int in)
+    {
+        const uint4 zero = make_uint4(0, 0, 0, 0);
+        wl[u] = at < in ? load_once(low + at) : zero;
+        wh[u] = at < in ? load_once(high + at) : zero;
+    }
+
+    /* Takes chunk `u` and fetches the one that will lie in its place. */
+    __device__ __forceinline__ void take(int u, int next, int in, const uint4 (&x)[GROUPS])
+    {
+        uint4 l = wl[u], h = wh[u];
+        fetch(u, next, in);
+#pragma unroll
+        for (int group = 0; group < GROUPS; group++) {
+            multiply(c[group], l.x, h.x, l.y, h.y, x[group].x, x[group].y, T());
+            multiply(c[group], l.z, h.z, l.w, h.w, x[group].z, x[group].w, T());
+        }
+    }
+
+    __device__ __forceinline__ void end(float (&partial)[TILE][GROUPS * 8], int g, int t) const
+    {
+#pragma unroll
+        for (int group = 0; group < GROUPS; group++) {
+            int row = group * 8 + 2 * t;
+            partial[g][row] = c[group][0];
+            partial[g][row + 1] = c[group][1];
+            partial[g + 8][row] = c[group][2];
+            partial[g + 8][row + 1] = c[group][3];
+        }
+    }
+};
+
+/* GROUPS of 8 rows; NORMED: x is the norm of a.norm.x; GATED: outputs[0] is up, outputs[1] the gate, and only their gated
+ * activation is written. */
+template <typename T, int GROUPS, bool NORMED, bool GATED>
+static __global__ void
+__launch_bounds__(THREADS, GROUPS == 1 && !GATED ? 3 : 2)
+    thin_kernel(const __grid_constant__ thin_arguments a)
+{
+    constexpr int MATRICES = GATED ? 2 : 1;
+    __shared__ float partial[MATRICES][WARPS][TILE][GROUPS * 8];
+    extern __shared__ uint4 normed_rows[];
+    const thin_output &o = GATED ? a.outputs[0] : output_of(a, (int)blockIdx.x);
     int warp = (int)threadIdx.x / MIL_WARP, lane = (int)threadIdx.x % MIL_WARP, g = lane / 4, t = lane % 4;
     int first = ((int)blockIdx.x - o.first_tile) * TILE;
-    int low = min(first + g, o.out - 1), high = min(first + g + 8, o.out - 1);
-    const T *w_low = (const T *)o.weight + (int64_t)low * a.in,
-            *w_high = (const T *)o.weight + (int64_t)high * a.in;
-    const T *x = (const T *)a.x;
     int k = warp * CHUNK + 8 * t;
-    const uint4 zero = make_uint4(0, 0, 0, 0);
 
-    uint4 wl[UNROLL], wh[UNROLL];
-#pragma unroll
-    for (int u = 0; u < UNROLL; u++) {
-        int at = k + u * WARPS * CHUNK;
-        wl[u] = at < a.in ? load_once(w_low + at) : zero;
-        wh[u] = at < a.in ? load_once(w_high + at) : zero;
+    tile_sums<T, GROUPS> sums[MATRICES];
+    sums[0].begin(o.weight, first, o.out, a.in, g, k);
+    if constexpr (GATED) {
+        sums[1].begin(a.outputs[1].weight, first, o.out, a.in, g, k);
     }
     mil_trigger();
     mil_wait();
+    const T *x = (const T *)a.x;
+    int64_t x_stride = a.x_stride;
+    if constexpr (NORMED) {
+        norm_rows<T>(a, (T *)normed_rows, &partial[0][0][0][0]);
+        x = (const T *)normed_rows;
+        x_stride = a.in;
+    }
 
-    float c[GROUPS][4] = {};
     /* The whole warp stays in the loop until its last chunk: products take all its threads. */
     for (int chunk = warp * CHUNK; chunk < a.in; chunk += UNROLL * WARPS * CHUNK) {
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
-            int at = k + u * WARPS * CHUNK;
-            uint4 l = wl[u], h = wh[u];
-            int next = at + UNROLL * WARPS * CHUNK;
+            int at = k + u * WARPS * CHUNK, next = at + UNROLL * WARPS * CHUNK;
             uint4 xv[GROUPS];
 #pragma unroll
             for (int group = 0; group < GROUPS; group++) {
                 int row = group * 8 + g;
-                xv[group] = at < a.in && row < a.rows ? *(const uint4 *)(x + row * a.x_stride + at) : zero;
+                bool real = at < a.in && row < a.rows;
+                xv[group] = real ? *(const uint4 *)(x + row * x_stride + at) : make_uint4(0, 0, 0, 0);
             }
-            wl[u] = next < a.in ? load_once(w_low + next) : zero;
-            wh[u] = next < a.in ? load_once(w_high + next) : zero;
 #pragma unroll
-            for (int group = 0; group < GROUPS; group++) {
-                multiply(c[group], l.x, h.x, l.y, h.y, xv[group].x, xv[group].y, T());
-                multiply(c[group], l.z, h.z, l.w, h.w, xv[group].z, xv[group].w, T());
+            for (int m = 0; m < MATRICES; m++) {
+                sums[m].take(u, next, a.in, xv);
             }
         }
         k += UNROLL * WARPS * CHUNK;
     }
 #pragma unroll
-    for (int group = 0; group < GROUPS; group++) {
-        int row = group * 8 + 2 * t;
-        partial[warp][g][row] = c[group][0];
-        partial[warp][g][row + 1] = c[group][1];
-        partial[warp][g + 8][row] = c[group][2];
-        partial[warp][g + 8][row + 1] = c[group][3];
+    for (int m = 0; m < MATRICES; m++) {
+        sums[m].end(partial[m][warp], g, t);
     }
     __syncthreads();
-    write_tile<T>(a, o, first, partial);
+    if constexpr (GATED) {
+        write_gated<T>(a, first, partial[0], partial[1]);
+    }
+    else {
+        write_tile<T>(a, o, first, partial[0]);
+    }
 }
 
 /* float32: a warp takes inputs of its chunks for all outputs of the tile; lane (j, t) sums outputs j and j + 8 over every
@@ -210,8 +321,8 @@ mil_thin_product_fits(const mil_context *context, const mil_linear *p)
                                    (uintptr_t)p->x % 16 == 0 && p->x_stride % 8 == 0);
 }
 
-mil_status
-mil_thin_product(mil_context *context, const mil_linear *products, int64_t count)
+static thin_arguments
+arguments_of(const mil_linear *products, int64_t count, int *tiles)
 {
     thin_arguments a = {};
     a.rows = (int)products->rows;
@@ -219,22 +330,97 @@ mil_thin_product(mil_context *context, const mil_linear *products, int64_t count
     a.count = (int)count;
     a.x = products->x;
     a.x_stride = products->x_stride;
-    int tiles = 0;
+    *tiles = 0;
     for (int64_t i = 0; i < count; i++) {
         const mil_linear *p = &products[i];
         a.outputs[i] = {p->weight,   p->bias, p->y,          p->y_stride,
-                        (int)p->out, tiles,   p->accumulate, p->float_output};
-        tiles += (int)mil_ceil_div(p->out, TILE);
+                        (int)p->out, *tiles,  p->accumulate, p->float_output};
+        *tiles += (int)mil_ceil_div(p->out, TILE);
     }
+    return a;
+}
+
+template <typename T, bool NORMED, bool GATED>
+static mil_status
+launch(mil_context *context, const thin_arguments &a, int tiles, size_t shared)
+{
     dim3 grid((unsigned)tiles), block(THREADS);
+    return a.rows <= 8
+               ? mil_launch(context, "thin product", thin_kernel<T, 1, NORMED, GATED>, grid, block, shared, a)
+               : mil_launch(context, "thin product", thin_kernel<T, 2, NORMED, GATED>, grid, block, shared,
+                            a);
+}
+
+mil_status
+mil_thin_product(mil_context *context, const mil_linear *products, int64_t count)
+{
+    int tiles;
+    thin_arguments a = arguments_of(products, count, &tiles);
     if (products->dtype == MIL_F32) {
-        return mil_launch(context, "thin product", thin_kernel_float, grid, block, 0, a);
+        return mil_launch(context, "thin product", thin_kernel_float, dim3((unsigned)tiles), dim3(THREADS), 0,
+                          a);
     }
-    bool bf16 = products->dtype == MIL_BF16;
-    if (a.rows <= 8) {
-        return mil_launch(context, "thin product",
-                          bf16 ? thin_kernel<__nv_bfloat16, 1> : thin_kernel<__half, 1>, grid, block, 0, a);
+    return products->dtype == MIL_BF16 ? launch<__nv_bfloat16, false, false>(context, a, tiles, 0)
+                                       : launch<__half, false, false>(context, a, tiles, 0);
+}
+
+/* ---- with the norm before and the gate after ------------------------------------------------------------------- */
+
+/* Whether the rows after the norm fit into the shared memory of a block of which three share a multiprocessor. */
+static bool
+norm_fits(const mil_norm *n, const mil_linear *products, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++) {
+        if (products[i].x != n->y || products[i].dtype == MIL_F32) {
+            return false;
+        }
     }
-    return mil_launch(context, "thin product", bf16 ? thin_kernel<__nv_bfloat16, 2> : thin_kernel<__half, 2>,
-                      grid, block, 0, a);
+    return n->group == n->width && n->z == NULL && n->width == products->in && n->width % 8 == 0 &&
+           (uintptr_t)n->x % 16 == 0 && n->x_stride % 8 == 0 && n->rows * n->width * 2 <= NORMED_BYTES;
+}
+
+static bool
+gate_fits(const mil_linear *products, int64_t count, const mil_glu *gate)
+{
+    return count == 2 && products[0].out == products[1].out && gate->up == products[0].y &&
+           gate->gate == products[1].y && !products[0].accumulate && !products[1].accumulate &&
+           products->dtype != MIL_F32;
+}
+
+template <typename T>
+static mil_status
+launch_fused(mil_context *context, const thin_arguments &a, int tiles, size_t shared, bool gated)
+{
+    return gated ? shared > 0 ? launch<T, true, true>(context, a, tiles, shared)
+                              : launch<T, false, true>(context, a, tiles, 0)
+                 : launch<T, true, false>(context, a, tiles, shared);
+}
+
+mil_status
+mil_thin_project(mil_context *context, const mil_norm *norm, const mil_linear *products, int64_t count,
+                 const mil_glu *gate)
+{
+    int tiles;
+    bool normed = norm_fits(norm, products, count), gated = gate != NULL && gate_fits(products, count, gate);
+    thin_arguments a = arguments_of(products, gated ? 1 : count, &tiles);
+    if (!normed) {
+        MIL_TRY(context->ops->norm_forward(context, norm));
+    }
+    if (!normed && !gated) {
+        MIL_TRY(mil_thin_product(context, products, count));
+    }
+    else {
+        a.norm = norm_arguments_of(norm);
+        if (gated) {
+            const mil_linear *p = &products[1];
+            a.outputs[1] = {p->weight, p->bias, p->y, p->y_stride, (int)p->out, 0, false, false};
+            a.gated = gate->y;
+            a.gated_stride = gate->y_stride;
+            a.activation = gate->activation;
+        }
+        size_t shared = normed ? (size_t)(norm->rows * norm->width) * 2 : 0;
+        MIL_TRY(products->dtype == MIL_BF16 ? launch_fused<__nv_bfloat16>(context, a, tiles, shared, gated)
+                                            : launch_fused<__half>(context, a, tiles, shared, gated));
+    }
+    return gate == NULL || gated ? MIL_OK : context->ops->glu_forward(context, gate);
 }

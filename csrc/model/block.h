@@ -13,10 +13,12 @@ typedef struct mil_pass {
     const float *rope_table; /* [rows, rotary / 2, 2] or NULL */
     mil_state *const *states;
     bool fast;
+    bool lean; /* nobody reads arrays that only pass between operators: fused ones may skip them */
 } mil_pass;
 
 /* Activations of one mixer that its backward reads; memory from the context's arena. */
 typedef struct mil_mixer_saved {
+    mil_norm norm;       /* of the input, into u; done by the first products */
     void *u;             /* [rows, hidden] normed input */
     void *q, *k, *v;     /* attention, q and k after norm and RoPE */
     void *q_raw, *k_raw; /* before the q and k norms, where there are any */

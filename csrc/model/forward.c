@@ -333,6 +333,7 @@ run_model(mil_context *context, const mil_model *model, const mil_forward *argum
     mil_pass pass;
     MIL_TRY(mil_pass_begin(&pass, context, model, arguments->sequences, arguments->offsets, arguments->states,
                            arguments->fast));
+    pass.lean = arguments->capture_count == 0;
     void *x;
     MIL_TRY(mil_act_push(context, rows, hidden, &x));
     MIL_TRY(mil_embed(&pass, arguments->tokens, x));
@@ -382,6 +383,7 @@ run_step(mil_context *context, const mil_model *model, const mil_step *step)
     mil_forward plain = {.sequences = sequences};
     void *x;
     MIL_TRY(begin_pass(&pass, context, model, sequences, offsets, step->states, false, step->rows));
+    pass.lean = true;
     MIL_TRY(mil_act_push(context, sequences, hidden, &x));
     MIL_TRY(embed_uploaded(&pass, step->tokens, x));
     MIL_TRY(run_layers(&pass, &plain, x));

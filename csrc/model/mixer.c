@@ -55,6 +55,20 @@ product(const mil_pass *pass, const mil_parameter *weight, const mil_parameter *
     };
 }
 
+/* norm, then products of its output, then their gated activation where `gate` is given. */
+static mil_status
+project(const mil_pass *pass, const mil_norm *norm, const mil_linear *products, int64_t count,
+        const mil_glu *gate)
+{
+    const mil_ops *ops = pass->context->ops;
+    if (pass->lean && ops->project != NULL) {
+        return ops->project(pass->context, norm, products, count, gate);
+    }
+    MIL_TRY(ops->norm_forward(pass->context, norm));
+    MIL_TRY(ops->linear_forward(pass->context, products, count));
+    return gate == NULL ? MIL_OK : ops->glu_forward(pass->context, gate);
+}
+
 /* The output product of a mixer or MLP: y (+)= x W^T + bias into the residual stream. */
 static mil_status
 output_product(const mil_pass *pass, const mil_parameter *weight, const mil_parameter *bias, const void *x,
@@ -187,13 +201,10 @@ head_norm(const mil_pass *pass, const mil_parameter *weight, int64_t heads, int6
     };
 }
 
-static mil_status
-rotate(const mil_pass *pass, const mil_layer_config *c, void *x, int64_t heads, bool inverse)
+static mil_rope
+rotation(const mil_pass *pass, const mil_layer_config *c, void *x, int64_t heads, bool inverse)
 {
-    if (c->rotary == 0) {
-        return MIL_OK;
-    }
-    mil_rope arguments = {
+    return (mil_rope){
         .rows = pass->rows.rows,
         .heads = heads,
         .head_dim = c->head_dim,
@@ -203,7 +214,41 @@ rotate(const mil_pass *pass, const mil_layer_config *c, void *x, int64_t heads, 
         .x = x,
         .x_stride = heads * c->head_dim,
     };
+}
+
+static mil_status
+rotate(const mil_pass *pass, const mil_layer_config *c, void *x, int64_t heads, bool inverse)
+{
+    if (c->rotary == 0) {
+        return MIL_OK;
+    }
+    mil_rope arguments = rotation(pass, c, x, heads, inverse);
     return pass->context->ops->rope(pass->context, &arguments);
+}
+
+/* q and k turned to their positions, k and v into the caches where there are any. */
+static mil_status
+rotate_and_append(const mil_pass *pass, const mil_layer_config *c, const mil_mixer_saved *saved,
+                  const mil_kv_cache *caches)
+{
+    const mil_ops *ops = pass->context->ops;
+    mil_kv_append append = {
+        .rows = pass->rows,
+        .kv_heads = c->kv_heads,
+        .head_dim = c->head_dim,
+        .k = saved->k,
+        .v = saved->v,
+        .kv_stride = c->kv_heads * c->head_dim,
+        .caches = caches,
+    };
+    if (pass->lean && caches != NULL && c->rotary > 0 && ops->rope_append != NULL) {
+        mil_rope q = rotation(pass, c, saved->q, c->heads, false);
+        mil_rope k = rotation(pass, c, saved->k, c->kv_heads, false);
+        return ops->rope_append(pass->context, &q, &k, &append);
+    }
+    MIL_TRY(rotate(pass, c, saved->q, c->heads, false));
+    MIL_TRY(rotate(pass, c, saved->k, c->kv_heads, false));
+    return caches == NULL ? MIL_OK : ops->kv_append(pass->context, &append);
 }
 
 static mil_attention
@@ -258,7 +303,7 @@ attention_mixer_forward(mil_pass *pass, int64_t layer, mil_mixer_saved *saved)
         product(pass, l->p[MIL_P_K], l->p[MIL_P_K_BIAS], saved->u, hidden, saved->k_raw),
         product(pass, l->p[MIL_P_V], l->p[MIL_P_V_BIAS], saved->u, hidden, saved->v),
     };
-    MIL_TRY(context->ops->linear_forward(context, qkv, 3));
+    MIL_TRY(project(pass, &saved->norm, qkv, 3, NULL));
     if (l->p[MIL_P_Q_NORM] != NULL) {
         mil_norm norm = head_norm(pass, l->p[MIL_P_Q_NORM], c->heads, c->head_dim, saved->q_raw, saved->q);
         MIL_TRY(context->ops->norm_forward(context, &norm));
@@ -267,23 +312,9 @@ attention_mixer_forward(mil_pass *pass, int64_t layer, mil_mixer_saved *saved)
         mil_norm norm = head_norm(pass, l->p[MIL_P_K_NORM], c->kv_heads, c->head_dim, saved->k_raw, saved->k);
         MIL_TRY(context->ops->norm_forward(context, &norm));
     }
-    MIL_TRY(rotate(pass, c, saved->q, c->heads, false));
-    MIL_TRY(rotate(pass, c, saved->k, c->kv_heads, false));
-
     mil_kv_cache *caches;
     MIL_TRY(layer_caches(pass, layer, &caches));
-    if (caches != NULL) {
-        mil_kv_append append = {
-            .rows = pass->rows,
-            .kv_heads = c->kv_heads,
-            .head_dim = c->head_dim,
-            .k = saved->k,
-            .v = saved->v,
-            .kv_stride = kv_width,
-            .caches = caches,
-        };
-        MIL_TRY(context->ops->kv_append(context, &append));
-    }
+    MIL_TRY(rotate_and_append(pass, c, saved, caches));
     mil_attention attention = attention_arguments(pass, c, saved, caches);
     return context->ops->attention_forward(context, &attention);
 }
@@ -458,7 +489,7 @@ mamba2_mixer_forward(mil_pass *pass, int64_t layer, mil_mixer_saved *saved)
 
     mil_linear in = product(pass, l->p[MIL_P_IN], l->p[MIL_P_IN_BIAS], saved->u, pass->model->config.hidden,
                             saved->projected);
-    MIL_TRY(ops->linear_forward(context, &in, 1));
+    MIL_TRY(project(pass, &saved->norm, &in, 1, NULL));
     mil_conv1d conv = mamba2_conv(pass, l, saved, states);
     MIL_TRY(ops->conv1d_forward(context, &conv));
     mil_ssd ssd = mamba2_ssd(pass, l, saved, states);
@@ -698,7 +729,7 @@ mamba1_project_from_x(mil_pass *pass, const mil_layer *l, const mil_mixer_state 
     }
     mil_linear in = product(pass, l->p[MIL_P_IN], l->p[MIL_P_IN_BIAS], saved->u, pass->model->config.hidden,
                             saved->projected);
-    MIL_TRY(context->ops->linear_forward(context, &in, 1));
+    MIL_TRY(project(pass, &saved->norm, &in, 1, NULL));
     mil_conv1d conv = mamba1_conv(pass, l, saved, states);
     MIL_TRY(context->ops->conv1d_forward(context, &conv));
     mil_linear x_proj = product(pass, l->p[MIL_P_X_PROJ], NULL, saved->conv, c->inner, saved->x_projected);
@@ -733,7 +764,7 @@ mamba1_project_from_u(mil_pass *pass, const mil_layer *l, const mil_mixer_state 
         product(pass, l->p[MIL_P_Z], NULL, saved->u, hidden, saved->z),
         product(pass, l->p[MIL_P_DT_DOWN], NULL, saved->u, hidden, saved->dt_low),
     };
-    MIL_TRY(context->ops->linear_forward(context, products, 5));
+    MIL_TRY(project(pass, &saved->norm, products, 5, NULL));
     mil_conv1d conv = mamba1_conv(pass, l, saved, states);
     return context->ops->conv1d_forward(context, &conv);
 }
@@ -883,8 +914,7 @@ mil_mixer_forward(mil_pass *pass, int64_t layer, const void *x, void *y, bool ac
     const mil_layer *l = &pass->model->layers[layer];
     *saved = (mil_mixer_saved){0};
     MIL_TRY(mil_act_push(pass->context, pass->rows.rows, pass->model->config.hidden, &saved->u));
-    mil_norm norm = mil_stream_norm(pass, l->p[MIL_P_INPUT_NORM], pass->rows.rows, x, saved->u);
-    MIL_TRY(pass->context->ops->norm_forward(pass->context, &norm));
+    saved->norm = mil_stream_norm(pass, l->p[MIL_P_INPUT_NORM], pass->rows.rows, x, saved->u);
     switch (l->config.mixer) {
         case MIL_ATTENTION:
             MIL_TRY(attention_mixer_forward(pass, layer, saved));
@@ -963,16 +993,14 @@ mil_mlp_forward(mil_pass *pass, int64_t layer, const void *x, void *y, bool accu
     MIL_TRY(mil_act_push(context, rows, c->intermediate, &saved->up));
     MIL_TRY(mil_act_push(context, rows, c->intermediate, &saved->product));
     mil_norm norm = mil_stream_norm(pass, l->p[MIL_P_POST_NORM], rows, x, saved->u);
-    MIL_TRY(context->ops->norm_forward(context, &norm));
     mil_linear products[2] = {
         product(pass, l->p[MIL_P_UP], l->p[MIL_P_UP_BIAS], saved->u, hidden, saved->up)};
     if (c->gated) {
         MIL_TRY(mil_act_push(context, rows, c->intermediate, &saved->gate));
         products[1] = product(pass, l->p[MIL_P_GATE], l->p[MIL_P_GATE_BIAS], saved->u, hidden, saved->gate);
     }
-    MIL_TRY(context->ops->linear_forward(context, products, c->gated ? 2 : 1));
     mil_glu glu = mlp_glu(pass, c, saved);
-    MIL_TRY(context->ops->glu_forward(context, &glu));
+    MIL_TRY(project(pass, &norm, products, c->gated ? 2 : 1, &glu));
     return output_product(pass, l->p[MIL_P_DOWN], l->p[MIL_P_DOWN_BIAS], saved->product, y, accumulate);
 }
 

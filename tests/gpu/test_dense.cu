@@ -98,6 +98,66 @@ test_products(harness *h)
     test_product_bits(h, 96, 33);
 }
 
+/* norm, products and gate in one launch, and one after another: the same bits. */
+static void
+test_project(harness *h, int64_t rows, int64_t in, int64_t out, bool gated)
+{
+    harness_array x = harness_random(h, rows * in, 2.0f), w = harness_random(h, 2 * out * in, 0.3f);
+    harness_array scale = harness_random_of(h, in, 1.0f, MIL_F32),
+                  bias = harness_random_of(h, out, 1.0f, MIL_F32);
+    harness_array results[2], seconds[2];
+    for (int fused = 0; fused < 2; fused++) {
+        harness_array u = harness_empty(h, rows * in), gate_out = harness_empty(h, rows * out);
+        results[fused] = harness_empty(h, rows * out);
+        seconds[fused] = harness_empty(h, rows * out);
+        mil_norm n = {};
+        n.rows = rows;
+        n.width = n.group = n.x_stride = n.y_stride = in;
+        n.x = x.gpu;
+        n.weight = (const float *)scale.gpu;
+        n.eps = 1e-5f;
+        n.y = u.gpu;
+        mil_linear pair[2] = {linear_of(rows, in, out, h->act), linear_of(rows, in, out, h->act)};
+        for (int i = 0; i < 2; i++) {
+            pair[i].x = u.gpu;
+            pair[i].weight = (char *)w.gpu + i * out * in * (int64_t)mil_dtype_size(h->act);
+            pair[i].bias = (const float *)bias.gpu;
+        }
+        pair[0].y = gated ? gate_out.gpu : results[fused].gpu;
+        pair[1].y = seconds[fused].gpu;
+        mil_glu g = {};
+        g.rows = rows;
+        g.width = g.gate_stride = g.up_stride = g.y_stride = out;
+        g.up = pair[0].y;
+        g.gate = pair[1].y;
+        g.y = results[fused].gpu;
+        const mil_ops *ops = h->gpu.ops;
+        if (fused) {
+            harness_check(h, ops->project(&h->gpu, &n, pair, 2, gated ? &g : NULL));
+            continue;
+        }
+        harness_check(h, ops->norm_forward(&h->gpu, &n));
+        harness_check(h, ops->linear_forward(&h->gpu, pair, 2));
+        harness_check(h, gated ? ops->glu_forward(&h->gpu, &g) : MIL_OK);
+    }
+    harness_same_bits(h, "project", results[0], 0, results[1], 0, rows * out);
+    if (!gated) {
+        harness_same_bits(h, "project, second product", seconds[0], 0, seconds[1], 0, rows * out);
+    }
+    harness_reset(h);
+}
+
+static void
+test_projects(harness *h)
+{
+    static const int64_t sizes[][3] = {{1, 4096, 50},  {5, 4096, 33}, {16, 768, 40}, {2, 64, 16},
+                                       {16, 4096, 24}, {3, 24, 7},    {20, 64, 32}};
+    for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
+        test_project(h, sizes[i][0], sizes[i][1], sizes[i][2], false);
+        test_project(h, sizes[i][0], sizes[i][1], sizes[i][2], true);
+    }
+}
+
 /* ---- norms -------------------------------------------------------------------------------------------------------- */
 
 static void
@@ -264,6 +324,7 @@ main(void)
     for (int i = 0; i < 3; i++) {
         harness_begin(&h, types[i]);
         test_products(&h);
+        test_projects(&h);
         test_norms(&h);
         test_rope(&h);
         test_glu(&h, 3, 64, true);
