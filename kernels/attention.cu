@@ -716,8 +716,15 @@ forward(mil_context *context, const mil_attention *given)
     int64_t most_few = 0, most_many = 0;
     for (int64_t s = 0; s < given->rows.sequences; s++) {
         int64_t count = given->rows.offsets[s + 1] - given->rows.offsets[s];
-        int64_t *most = count <= MIL_WINDOW ? &most_few : &most_many;
-        *most = count > *most ? count : *most;
+        if (count <= MIL_WINDOW) {
+            most_few = count > most_few ? count : most_few;
+            continue;
+        }
+        most_many = count > most_many ? count : most_many;
+        if (a.listed >= 0) {
+            a.many[a.listed % MANY_INLINE] = (int)s;
+            a.listed = a.listed < MANY_INLINE ? a.listed + 1 : -1;
+        }
     }
     bool tensor = keys == context->ops->activation_dtype && sizeof(T) == 2 && aligned &&
                   a.head_dim % 8 == 0 && a.scale > 0.0f && mil_is_aligned<T>(a.q, a.q_stride) &&

@@ -26,6 +26,9 @@ struct cache_list {
     void *k[CACHES_INLINE], *v[CACHES_INLINE];
 };
 
+/* With up to this many prompts in a call, sequences with few rows get no blocks of the prompts' kernels. */
+#define MANY_INLINE 64
+
 struct attention_arguments {
     mil_device_rows rows;
     int heads, kv_heads, group, head_dim;
@@ -41,6 +44,8 @@ struct attention_arguments {
     int64_t y_stride;
     float *log_sum_exp; /* [rows, heads] or NULL */
     int least, most;    /* a launch serves the sequences that bring so many rows */
+    int listed;         /* > 0: the sequences of more than MIL_WINDOW rows are these, else any may be one */
+    int many[MANY_INLINE];
 };
 
 /* Keys (or values) of one key head, indexed by position in the sequence. */
@@ -65,6 +70,19 @@ find_keys(const attention_arguments &a, int sequence, int kv_head, int64_t first
         v = a.caches.list[sequence].v;
     }
     return {(const C *)k + head, (const C *)v + head, (int64_t)a.kv_heads * a.head_dim};
+}
+
+/* A prompts' kernel has blocks for this many sequences, and its i-th is: */
+static inline unsigned
+prompt_count(const attention_arguments *a)
+{
+    return (unsigned)(a->listed > 0 ? a->listed : a->rows.sequences);
+}
+
+static __device__ __forceinline__ int
+find_prompt(const attention_arguments &a, int i)
+{
+    return a.listed > 0 ? a.many[i] : i;
 }
 
 /* Fills `out` for the caches of a call. */

@@ -294,7 +294,7 @@ __launch_bounds__(GROUPS * 128 + COPIERS, 1) hopper_kernel(const __grid_constant
     mil_wait();
     block_work b;
     b.head = blockIdx.x;
-    b.sequence = blockIdx.y;
+    b.sequence = find_prompt(a, blockIdx.y);
     b.first = (int)(gridDim.z - 1 - blockIdx.z) * ROWS;
     b.first_row = a.rows.offsets[b.sequence];
     b.count = (int)(a.rows.offsets[b.sequence + 1] - b.first_row);
@@ -323,7 +323,7 @@ template <typename T, int D, int N, int GROUPS>
 static mil_status
 prefill_tiles(mil_context *context, const attention_arguments *a, int64_t longest)
 {
-    dim3 grid((unsigned)a->heads, (unsigned)a->rows.sequences, (unsigned)mil_ceil_div(longest, GROUPS * 64));
+    dim3 grid((unsigned)a->heads, prompt_count(a), (unsigned)mil_ceil_div(longest, GROUPS * 64));
     return mil_launch(context, "attention (prefill)", hopper_kernel<T, D, N, GROUPS>, grid,
                       dim3(GROUPS * 128 + COPIERS), sizeof(hopper_memory<D, N, GROUPS>), *a);
 }

@@ -50,7 +50,8 @@ __launch_bounds__(WARPS *MIL_WARP) prefill_kernel(const __grid_constant__ attent
     prefill_memory<D, M, N> *memory = reinterpret_cast<prefill_memory<D, M, N> *>(raw);
     constexpr int ROWS = WARPS * M * 16;
     mil_wait();
-    int head = blockIdx.x, sequence = blockIdx.y, first = (int)(gridDim.z - 1 - blockIdx.z) * ROWS;
+    int head = blockIdx.x, sequence = find_prompt(a, blockIdx.y),
+        first = (int)(gridDim.z - 1 - blockIdx.z) * ROWS;
     int64_t first_row = a.rows.offsets[sequence];
     int count = (int)(a.rows.offsets[sequence + 1] - first_row);
     if (count < a.least || first >= count) {
@@ -195,8 +196,7 @@ template <typename T, int D, int M, int N>
 static mil_status
 prefill_tiles(mil_context *context, const attention_arguments *a, int64_t longest)
 {
-    dim3 grid((unsigned)a->heads, (unsigned)a->rows.sequences,
-              (unsigned)mil_ceil_div(longest, WARPS * M * 16));
+    dim3 grid((unsigned)a->heads, prompt_count(a), (unsigned)mil_ceil_div(longest, WARPS * M * 16));
     return mil_launch(context, "attention (prefill)", prefill_kernel<T, D, M, N>, grid,
                       dim3(WARPS * MIL_WARP), sizeof(prefill_memory<D, M, N>), *a);
 }

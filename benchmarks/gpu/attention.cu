@@ -200,7 +200,7 @@ main(void)
     stream = mil_stream(&h.gpu);
     double copy = copy_rate(&h);
     printf("copy: %.1f GB/s (read and written)\n", copy * 1e-9);
-    int64_t contexts[] = {512, 1024, 4096, 16384, 65536};
+    int64_t contexts[] = {16, 512, 1024, 4096, 16384, 65536};
     for (int64_t context : contexts) {
         bench_decode(&h, copy, 1, context, 1, 32, 8, 128);
     }

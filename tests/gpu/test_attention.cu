@@ -286,6 +286,11 @@ test_prefill(harness *h)
     c = make_case("2000 rows", 4, 1, 128, 0, false);
     add(&c, 2000, 0);
     test_case(h, &c);
+    c = make_case("70 prompts and 70 single rows", 4, 2, 64, 0, true);
+    for (int i = 0; i < 140; i++) {
+        add(&c, i % 2 == 0 ? 1 : 17 + i % 5, i * 3);
+    }
+    test_case(h, &c);
     c = make_case("odd head_dim, prompt", 4, 2, 35, 0, false);
     add(&c, 150, 0);
     test_case(h, &c);
