@@ -160,7 +160,7 @@ move_columns(const conv_arguments &a, const mil_span &span, float *tail, int64_t
 }
 
 template <typename T, int V, int TAPS>
-static __global__ void __launch_bounds__(THREADS)
+static __global__ void __launch_bounds__(THREADS, 4)
 conv1d_forward_kernel(const __grid_constant__ conv_arguments a, const __grid_constant__ mil_states states)
 {
     int64_t input = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * V;

@@ -42,6 +42,7 @@ struct ssd_arguments {
     void *y;
     int64_t y_stride;
     int64_t least, most; /* rows of the sequences that this launch is for */
+    int slices;          /* blocks that share a head of a sequence */
 };
 
 /* -exp(A_log) log2(e), finite so that 0 * A is 0. */
@@ -386,7 +387,7 @@ template <typename T>
 static __device__ __forceinline__ void
 move_tails(const ssd_arguments &a, const window_place &p, const mil_span &span, const mil_tails &tails, float bias)
 {
-    const int slices = gridDim.x, of_x = a.heads / a.x_heads, of_B = a.heads / a.B_groups;
+    const int slices = a.slices, of_x = a.heads / a.x_heads, of_B = a.heads / a.B_groups;
     mil_tail_share(tails.x, (int64_t)a.x_heads * a.head_dim, p.x_column, p.columns, span, of_x,
                    [&](int64_t row, int column) {
                        return mil_float(((const T *)a.x)[(span.row + row) * a.x_stride + p.x_column + column]);
@@ -404,7 +405,7 @@ template <typename T, int V, int J>
 static __global__ void __launch_bounds__(THREADS, J <= 4 ? 3 : 1)
 ssd_windows_kernel(const __grid_constant__ ssd_arguments a, const __grid_constant__ mil_states states)
 {
-    extern __shared__ __align__(16) char shared[];
+    extern __shared__ __align__(128) char shared[];
     auto &m = *reinterpret_cast<window_memory<V * QUADS, LANES_N * J> *>(shared);
     const int of_x = a.heads / a.x_heads, of_B = a.heads / a.B_groups;
     const mil_tails tails = states.of[blockIdx.z];
@@ -463,13 +464,562 @@ ssd_windows_kernel(const __grid_constant__ ssd_arguments a, const __grid_constan
     }
 }
 
+/* ---- prompts on tensor cores -------------------------------------------------------------------------------------- */
+
+/* Sequences of more than a window, in 16-bit types.  The same formulas with chunks of 64 tokens instead of windows:
+ *
+ *   flops a token and head   2 N P (C . H) + 2 N P (fold) + 64 P + 64 N (scores and their product with x, half of them
+ *                            above the diagonal and left out): 0.09 M for N = P = 128
+ *   bytes                    x and y once; B and C once a head, from the second-level cache where a group has several
+ *
+ * A block has one head (or a slice of it) of one sequence, and goes through its chunks with H in registers, as the
+ * transposed float32 accumulators H^T [P, N] of four warps, each with 16 * M_TILES rows.  Rounded to 16 bits they are
+ * already the left operand of Y^T = H^T C^T: H never goes through shared memory.  The other products read it:
+ *
+ *   scores   S[i, s] = W[i, s] dt_s (C_i . B_s), 16 rows a warp, rounded and shared by all warps
+ *   output   Y^T = h (H^T C^T) + x^T S^T + D x^T; written through x's place in shared memory
+ *   fold     H^T = h_last H^T + (to_end x)^T B
+ *
+ * The inputs of the next chunk arrive (cp.async) while one is computed; two blocks share a multiprocessor.  Decays are
+ * exponents of differences of sums over the chunk, in double precision and kept as two floats each: so that a large dt
+ * costs the small ones after it nothing.
+ *
+ * Few long sequences are cut into segments, so that there are blocks enough: a first launch runs the folds alone from
+ * H = 0 in each segment, a second one chains them, and then every segment starts from its true state. */
+
+#define CHUNK 64
+#define CHUNK_THREADS 128
+
+/* Element of a tile in shared memory whose rows are `units` times 16 bytes: units are permuted by row, so that eight
+ * rows of one unit, and eight units of one row, lie in different banks. */
+template <typename T>
+static __device__ __forceinline__ T *
+unit_at(T *tile, int units, int row, int unit)
+{
+    return tile + (row * units + (unit ^ (row & 7))) * 8;
+}
+
+static __device__ __forceinline__ unsigned
+shared_address(const void *pointer)
+{
+    return (unsigned)__cvta_generic_to_shared(pointer);
+}
+
+/* 16 bytes on their way from memory, or zeros. */
+static __device__ __forceinline__ void
+copy_unit(void *to, const void *from, bool there)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(there ? 16 : 0));
+}
+
+/* Four 8 x 8 matrices; lane l gives the address of row l % 8 of matrix l / 8. */
+static __device__ __forceinline__ void
+load_matrices(const void *row, uint32_t (&to)[4])
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(shared_address(row)));
+}
+
+static __device__ __forceinline__ void
+load_matrices_transposed(const void *row, uint32_t (&to)[4])
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(shared_address(row)));
+}
+
+/* d += a b: 16 x 16 by 16 x 8. */
+static __device__ __forceinline__ void
+multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __nv_bfloat16)
+{
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+static __device__ __forceinline__ void
+multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half)
+{
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <typename T>
+static __device__ __forceinline__ uint32_t
+pack(float low, float high)
+{
+    mil_vector<T, 2> v = {{mil_round<T>(low), mil_round<T>(high)}};
+    return *reinterpret_cast<uint32_t *>(&v);
+}
+
+template <typename T>
+static __device__ __forceinline__ float2
+unpack(uint32_t bits)
+{
+    mil_vector<T, 2> v = *reinterpret_cast<mil_vector<T, 2> *>(&bits);
+    return make_float2(mil_float(v.at[0]), mil_float(v.at[1]));
+}
+
+static __device__ __forceinline__ float
+fast_power(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* A chunk's inputs, and what its tokens' dt give. */
+template <typename T, int P, int N> struct alignas(128) chunk_inputs {
+    T x[CHUNK * P], B[CHUNK * N], C[CHUNK * N];
+    float2 sum[CHUNK];       /* of dt A log2(e) up to a token, as two floats */
+    float dt[CHUNK];
+    float from_start[CHUNK]; /* h_i */
+    float to_end[CHUNK];     /* W[last, s] dt_s; 0 after the last token to be folded */
+    float last;              /* h_last */
+};
+
+template <typename T, int P, int N> struct chunk_memory {
+    chunk_inputs<T, P, N> inputs[2];
+    T scores[CHUNK * CHUNK];
+};
+
+struct chunk_arguments {
+    ssd_arguments ssd;
+    int segments, segment_chunks;
+    float *segment_states; /* [sequences, heads, segments, N, P]: what each adds from 0; then what each starts from */
+    float *segment_decays; /* [sequences, heads, segments] */
+};
+
+/* One of a chunk's tiles [CHUNK, WIDTH]: tokens from `start` after the boundary on. */
+template <typename T, int WIDTH>
+static __device__ __forceinline__ void
+ask_for_tile(T *tile, const T *rows, int64_t stride, const float *tail, int64_t tail_stride, int64_t start,
+             int64_t before, int64_t total)
+{
+    constexpr int UNITS = WIDTH / 8, STEP = CHUNK_THREADS / UNITS;
+    const int unit = threadIdx.x % UNITS;
+#pragma unroll
+    for (int s = threadIdx.x / UNITS; s < CHUNK; s += STEP) {
+        int64_t token = start + s;
+        T *to = unit_at(tile, UNITS, s, unit);
+        if (token < before && tail != NULL) {
+            float low[4], high[4];
+            mil_load<4>(tail + token * tail_stride + unit * 8, low);
+            mil_load<4>(tail + token * tail_stride + unit * 8 + 4, high);
+            mil_store<4>(to, low);
+            mil_store<4>(to + 4, high);
+        }
+        else {
+            bool there = token >= before && token < total;
+            copy_unit(to, there ? rows + (token - before) * stride + unit * 8 : rows, there);
+        }
+    }
+}
+
+/* dt of two tokens a lane, raw from the activations or done from the tail; 0 where there is no token. */
+template <typename T>
+static __device__ __forceinline__ void
+ask_for_dt(const ssd_arguments &a, const mil_span &span, const float *tail, int head, int64_t start, int64_t total,
+           float (&dt)[2])
+{
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        int64_t token = start + 2 * (threadIdx.x % MIL_WARP) + k;
+        dt[k] = token < span.before ? tail[token * a.heads + head]
+                : token < total     ? mil_float(((const T *)a.dt)[(span.row + token - span.before) * a.dt_stride + head])
+                                    : 0.0f;
+    }
+}
+
+/* Sums, decays and weights of a chunk from its dt, by one warp. `folded`: tokens of the chunk that a fold takes. */
+template <typename T, int P, int N>
+static __device__ __forceinline__ void
+fill_decays(const ssd_arguments &a, const mil_span &span, int64_t start, int64_t total, int folded, float exponent,
+            float bias, const float (&raw)[2], chunk_inputs<T, P, N> &in)
+{
+    const int lane = threadIdx.x % MIL_WARP;
+    const double least = -1e4; /* 2^least is 0, and sums of it are far from overflow */
+    float dt[2];
+    double sum[2];
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        int64_t token = start + 2 * lane + k;
+        dt[k] = token < span.before || token >= total ? raw[k] : mil_time_step(raw[k] + bias, a.dt_min, a.dt_max);
+        sum[k] = fmax((double)(dt[k] * exponent), least);
+    }
+    sum[1] += sum[0];
+    double running = sum[1];
+#pragma unroll
+    for (int step = 1; step < MIL_WARP; step *= 2) {
+        double below = __shfl_up_sync(MIL_ALL_LANES, running, step);
+        running += lane >= step ? below : 0.0;
+    }
+    double before = running - sum[1];
+    sum[0] += before;
+    sum[1] += before;
+    double end = __shfl_sync(MIL_ALL_LANES, folded % 2 == 0 ? sum[1] : sum[0], max(0, (folded - 1) / 2));
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        int s = 2 * lane + k;
+        float high = (float)sum[k];
+        in.sum[s] = make_float2(high, (float)(sum[k] - (double)high));
+        in.dt[s] = dt[k];
+        in.from_start[s] = fast_power(high);
+        in.to_end[s] = s < folded ? fast_power((float)(end - sum[k])) * dt[k] : 0.0f;
+    }
+    if (lane == 0) {
+        in.last = fast_power((float)end);
+    }
+}
+
+/* 16 rows of scores from `row` on, weighted and rounded, into `scores`. */
+template <typename T, int P, int N>
+static __device__ __forceinline__ void
+fill_scores(const chunk_inputs<T, P, N> &in, int row, T *scores)
+{
+    const int lane = threadIdx.x % MIL_WARP, pairs = row / 16 + 1; /* of tiles of 8 columns, up to the diagonal */
+    float sum[CHUNK / 8][4] = {};
+#pragma unroll
+    for (int k = 0; k < N / 16; k++) {
+        uint32_t C[4], B[4];
+        load_matrices(unit_at(in.C, N / 8, row + lane % 16, 2 * k + lane / 16), C);
+#pragma unroll
+        for (int t = 0; t < CHUNK / 16; t++) {
+            if (t < pairs) {
+                load_matrices(unit_at(in.B, N / 8, 16 * t + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2), B);
+                multiply_add(sum[2 * t], C, B[0], B[1], T());
+                multiply_add(sum[2 * t + 1], C, B[2], B[3], T());
+            }
+        }
+    }
+    const float2 top = in.sum[row + lane / 4], bottom = in.sum[row + lane / 4 + 8];
+#pragma unroll
+    for (int t = 0; t < CHUNK / 8; t++) {
+        if (t < 2 * pairs) {
+            float value[4];
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                int i = row + lane / 4 + e / 2 * 8, s = 8 * t + lane % 4 * 2 + e % 2;
+                float2 own = e < 2 ? top : bottom, other = in.sum[s];
+                float decay = fast_power((own.x - other.x) + (own.y - other.y));
+                value[e] = s <= i ? decay * in.dt[s] * sum[t][e] : 0.0f;
+            }
+            *(uint32_t *)(unit_at(scores, CHUNK / 8, row + lane / 4, t) + lane % 4 * 2) = pack<T>(value[0], value[1]);
+            *(uint32_t *)(unit_at(scores, CHUNK / 8, row + lane / 4 + 8, t) + lane % 4 * 2) =
+                pack<T>(value[2], value[3]);
+        }
+    }
+}
+
+/* Y^T = h H^T C^T for the warp's rows of H^T. */
+template <typename T, int P, int N, int M_TILES>
+static __device__ __forceinline__ void
+start_output(const chunk_inputs<T, P, N> &in, const float (&H)[M_TILES][N / 8][4], float (&Y)[M_TILES][CHUNK / 8][4])
+{
+    const int lane = threadIdx.x % MIL_WARP;
+#pragma unroll
+    for (int k = 0; k < N / 16; k++) {
+        uint32_t left[M_TILES][4], C[4];
+#pragma unroll
+        for (int m = 0; m < M_TILES; m++) {
+#pragma unroll
+            for (int q = 0; q < 4; q++) {
+                const float(&h)[4] = H[m][2 * k + q / 2];
+                left[m][q] = pack<T>(h[q % 2 * 2], h[q % 2 * 2 + 1]);
+            }
+        }
+#pragma unroll
+        for (int t = 0; t < CHUNK / 16; t++) {
+            load_matrices(unit_at(in.C, N / 8, 16 * t + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2), C);
+#pragma unroll
+            for (int m = 0; m < M_TILES; m++) {
+                multiply_add(Y[m][2 * t], left[m], C[0], C[1], T());
+                multiply_add(Y[m][2 * t + 1], left[m], C[2], C[3], T());
+            }
+        }
+    }
+#pragma unroll
+    for (int t = 0; t < CHUNK / 8; t++) {
+        float2 h = *(const float2 *)(in.from_start + 8 * t + lane % 4 * 2);
+#pragma unroll
+        for (int m = 0; m < M_TILES; m++) {
+            Y[m][t][0] *= h.x;
+            Y[m][t][1] *= h.y;
+            Y[m][t][2] *= h.x;
+            Y[m][t][3] *= h.y;
+        }
+    }
+}
+
+/* Y^T += x^T S^T + D x^T, H^T = h_last H^T + (to_end x)^T B for the warp's rows, from `row` on. */
+template <typename T, int P, int N, int M_TILES, bool OUTPUT>
+static __device__ __forceinline__ void
+take_tokens(const chunk_inputs<T, P, N> &in, const T *scores, int row, float D, bool folds,
+            float (&H)[M_TILES][N / 8][4], float (&Y)[M_TILES][CHUNK / 8][4])
+{
+    const int lane = threadIdx.x % MIL_WARP;
+    if (folds) {
+        const float last = in.last;
+#pragma unroll
+        for (int m = 0; m < M_TILES; m++) {
+#pragma unroll
+            for (int n = 0; n < N / 8; n++) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    H[m][n][e] *= last;
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < CHUNK / 16; k++) {
+        uint32_t x[M_TILES][4], right[4];
+#pragma unroll
+        for (int m = 0; m < M_TILES; m++) {
+            load_matrices_transposed(
+                unit_at(in.x, P / 8, 16 * k + lane % 8 + lane / 16 * 8, row / 8 + 2 * m + lane / 8 % 2), x[m]);
+        }
+        if constexpr (OUTPUT) {
+#pragma unroll
+            for (int t = k; t < CHUNK / 16; t++) {
+                load_matrices(unit_at(scores, CHUNK / 8, 16 * t + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2), right);
+#pragma unroll
+                for (int m = 0; m < M_TILES; m++) {
+                    multiply_add(Y[m][2 * t], x[m], right[0], right[1], T());
+                    multiply_add(Y[m][2 * t + 1], x[m], right[2], right[3], T());
+                }
+            }
+#pragma unroll
+            for (int m = 0; m < M_TILES; m++) {
+#pragma unroll
+                for (int q = 0; q < 4; q++) { /* the left operand's layout is that of two tiles of Y^T */
+                    float2 value = unpack<T>(x[m][q]);
+                    float(&y)[4] = Y[m][2 * k + q / 2];
+                    y[q % 2 * 2] = fmaf(D, value.x, y[q % 2 * 2]);
+                    y[q % 2 * 2 + 1] = fmaf(D, value.y, y[q % 2 * 2 + 1]);
+                }
+            }
+        }
+        if (!folds) {
+            continue;
+        }
+#pragma unroll
+        for (int q = 0; q < 4; q++) {
+            float2 weight = *(const float2 *)(in.to_end + 16 * k + q / 2 * 8 + lane % 4 * 2);
+#pragma unroll
+            for (int m = 0; m < M_TILES; m++) {
+                float2 value = unpack<T>(x[m][q]);
+                x[m][q] = pack<T>(weight.x * value.x, weight.y * value.y);
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < N / 16; n++) {
+            load_matrices_transposed(unit_at(in.B, N / 8, 16 * k + lane % 16, 2 * n + lane / 16), right);
+#pragma unroll
+            for (int m = 0; m < M_TILES; m++) {
+                multiply_add(H[m][2 * n], x[m], right[0], right[1], T());
+                multiply_add(H[m][2 * n + 1], x[m], right[2], right[3], T());
+            }
+        }
+    }
+}
+
+/* Y^T through the warp's columns of x's tile, then to y 16 bytes at a time. */
+template <typename T, int P, int M_TILES>
+static __device__ __forceinline__ void
+store_output(const ssd_arguments &a, const mil_span &span, int64_t start, int64_t total, int row, int64_t column,
+             const float (&Y)[M_TILES][CHUNK / 8][4], T *tile)
+{
+    constexpr int UNITS = 2 * M_TILES; /* of the warp */
+    const int lane = threadIdx.x % MIL_WARP;
+    __syncwarp();
+#pragma unroll
+    for (int m = 0; m < M_TILES; m++) {
+#pragma unroll
+        for (int t = 0; t < CHUNK / 8; t++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                unit_at(tile, P / 8, 8 * t + lane % 4 * 2 + e % 2, row / 8 + 2 * m + e / 2)[lane / 4] =
+                    mil_round<T>(Y[m][t][e]);
+            }
+        }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int s = lane / UNITS; s < CHUNK; s += MIL_WARP / UNITS) {
+        int64_t token = start + s;
+        int unit = row / 8 + lane % UNITS;
+        if (token >= span.before && token < total) {
+            *(uint4 *)((T *)a.y + (span.row + token - span.before) * a.y_stride + column + unit * 8) =
+                *(const uint4 *)unit_at(tile, P / 8, s, unit);
+        }
+    }
+}
+
+/* The warp's rows of H^T from or to `state` [N, head_dim], at the block's first column. */
+template <int N, int M_TILES, typename Move>
+static __device__ __forceinline__ void
+each_of_H(int64_t head_dim, int row, float (&H)[M_TILES][N / 8][4], Move move)
+{
+    const int lane = threadIdx.x % MIL_WARP;
+#pragma unroll
+    for (int m = 0; m < M_TILES; m++) {
+#pragma unroll
+        for (int n = 0; n < N / 8; n++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                move((int64_t)(8 * n + lane % 4 * 2 + e % 2) * head_dim + row + 16 * m + e / 2 * 8 + lane / 4,
+                     H[m][n][e]);
+            }
+        }
+    }
+}
+
+/* Grid: (segments, slices of a head), heads, sequences. */
+template <typename T, int N, int M_TILES, bool OUTPUT>
+static __global__ void __launch_bounds__(CHUNK_THREADS, N > 128 ? 1 : 2)
+ssd_chunks_kernel(const __grid_constant__ chunk_arguments c, const __grid_constant__ mil_states states)
+{
+    constexpr int P = 64 * M_TILES;
+    extern __shared__ __align__(128) char shared[];
+    auto &m = *reinterpret_cast<chunk_memory<T, P, N> *>(shared);
+    const ssd_arguments &a = c.ssd;
+    const mil_tails tails = states.of[blockIdx.z];
+    const int slice = blockIdx.x % a.slices, segment = blockIdx.x / a.slices, warp = threadIdx.x / MIL_WARP;
+    const int row = warp * 16 * M_TILES, score_row = (warp + blockIdx.y) % 4 * 16; /* work is even over schedulers */
+    const bool given = states.given;
+    window_place p = {};
+    p.head = blockIdx.y;
+    p.column = slice * P;
+    p.columns = P;
+    p.x_column = (int64_t)(p.head / (a.heads / a.x_heads)) * a.head_dim + p.column;
+    p.B_column = (int64_t)(p.head / (a.heads / a.B_groups)) * a.state_dim;
+    p.C_column = (int64_t)(p.head / (a.heads / a.C_groups)) * a.state_dim;
+    const float exponent = get_exponent(a, p.head), bias = a.dt_bias[p.head], D = a.D[p.head];
+    mil_wait();
+    const mil_span span = mil_span_of(a.rows, a.first + blockIdx.z);
+    const int64_t total = span.before + span.count, chunks = (total + CHUNK - 1) / CHUNK;
+    const int64_t folded = given ? span.after - span.boundary : total; /* tokens to be in the state */
+    const int64_t first = (int64_t)segment * c.segment_chunks, end = min(chunks, first + c.segment_chunks);
+    if (span.count < a.least || first >= chunks || (!OUTPUT && end == chunks)) {
+        return; /* nothing follows the last segment's own state */
+    }
+    const int64_t index = ((int64_t)blockIdx.z * a.heads + p.head) * c.segments + segment;
+    const int64_t size = (int64_t)N * a.head_dim;
+    float *state = given ? tails.state + p.head * size + p.column : NULL;
+    const float *from = !OUTPUT ? NULL : segment == 0 ? state : c.segment_states + index * size + p.column;
+
+    auto ask = [&](int64_t chunk) {
+        if (chunk < end) {
+            chunk_inputs<T, P, N> &in = m.inputs[chunk % 2];
+            const int64_t start = chunk * CHUNK;
+            ask_for_tile<T, P>(in.x, (const T *)a.x + span.row * a.x_stride + p.x_column, a.x_stride,
+                               given ? tails.x + p.x_column : NULL, (int64_t)a.x_heads * a.head_dim, start,
+                               span.before, total);
+            ask_for_tile<T, N>(in.B, (const T *)a.B + span.row * a.B_stride + p.B_column, a.B_stride,
+                               given ? tails.B + p.B_column : NULL, (int64_t)a.B_groups * N, start, span.before,
+                               total);
+            if constexpr (OUTPUT) {
+                ask_for_tile<T, N>(in.C, (const T *)a.C + span.row * a.C_stride + p.C_column, a.C_stride, NULL, 0,
+                                   start, span.before, total);
+            }
+        }
+        asm volatile("cp.async.commit_group;");
+    };
+    auto folded_of = [&](int64_t chunk) {
+        return (int)max((int64_t)0, min((int64_t)CHUNK, folded - chunk * CHUNK));
+    };
+
+    float dt[2];
+    double log_decay = 0.0; /* of the segment; in warp 0 */
+    ask(first);
+    ask(first + 1);
+    if (warp == 0) {
+        ask_for_dt<T>(a, span, tails.dt, p.head, first * CHUNK, total, dt);
+        fill_decays(a, span, first * CHUNK, total, folded_of(first), exponent, bias, dt, m.inputs[first % 2]);
+        ask_for_dt<T>(a, span, tails.dt, p.head, (first + 1) * CHUNK, total, dt);
+    }
+    float H[M_TILES][N / 8][4];
+    each_of_H<N>(a.head_dim, row, H, [&](int64_t at, float &h) { h = from == NULL ? 0.0f : from[at]; });
+    for (int64_t chunk = first; chunk < end; chunk++) {
+        chunk_inputs<T, P, N> &in = m.inputs[chunk % 2];
+        const bool folds = folded_of(chunk) > 0;
+        float Y[M_TILES][CHUNK / 8][4] = {};
+        asm volatile("cp.async.wait_group 1;");
+        __syncthreads();
+        if (warp == 0) { /* the next chunk's decays; its dt were asked for a chunk ago */
+            if constexpr (!OUTPUT) {
+                int at = folded_of(chunk) - 1;
+                log_decay += (double)in.sum[at].x + (double)in.sum[at].y;
+            }
+            fill_decays(a, span, (chunk + 1) * CHUNK, total, folded_of(chunk + 1), exponent, bias, dt,
+                        m.inputs[(chunk + 1) % 2]);
+            ask_for_dt<T>(a, span, tails.dt, p.head, (chunk + 2) * CHUNK, total, dt);
+        }
+        if constexpr (OUTPUT) {
+            fill_scores<T, P, N>(in, score_row, m.scores);
+            __syncthreads();
+            start_output<T, P, N, M_TILES>(in, H, Y);
+        }
+        take_tokens<T, P, N, M_TILES, OUTPUT>(in, m.scores, row, D, folds, H, Y);
+        if constexpr (OUTPUT) {
+            store_output<T, P, M_TILES>(a, span, chunk * CHUNK, total, row,
+                                        (int64_t)p.head * a.head_dim + p.column, Y, in.x);
+            if (state != NULL && folds && chunk * CHUNK + CHUNK >= folded) {
+                each_of_H<N>(a.head_dim, row, H, [&](int64_t at, float &h) { state[at] = h; });
+            }
+        }
+        __syncthreads();
+        ask(chunk + 2);
+    }
+    if constexpr (!OUTPUT) {
+        float *to = c.segment_states + index * size + p.column;
+        each_of_H<N>(a.head_dim, row, H, [&](int64_t at, float &h) { to[at] = h; });
+        if (threadIdx.x == 0) {
+            c.segment_decays[index] = (float)exp2(log_decay);
+        }
+    }
+    else if (state != NULL && segment == 0) {
+        move_tails<T>(a, p, span, tails, bias);
+    }
+}
+
+/* Turns what each segment adds into what each starts from. Grid: parts of N * P, heads, sequences. */
+static __global__ void
+ssd_segments_kernel(const __grid_constant__ chunk_arguments c, const __grid_constant__ mil_states states)
+{
+    const ssd_arguments &a = c.ssd;
+    const int64_t size = (int64_t)a.state_dim * a.head_dim, i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    mil_wait();
+    const mil_span span = mil_span_of(a.rows, a.first + blockIdx.z);
+    if (i >= size || span.count < a.least) {
+        return;
+    }
+    const int64_t chunks = (span.before + span.count + CHUNK - 1) / CHUNK;
+    const int64_t first = ((int64_t)blockIdx.z * a.heads + blockIdx.y) * c.segments;
+    float H = states.given ? states.of[blockIdx.z].state[blockIdx.y * size + i] : 0.0f;
+    for (int segment = 0; (int64_t)segment * c.segment_chunks < chunks; segment++) {
+        float *at = c.segment_states + (first + segment) * size + i;
+        bool is_last = (int64_t)(segment + 1) * c.segment_chunks >= chunks;
+        float added = is_last ? 0.0f : *at, decay = is_last ? 0.0f : c.segment_decays[first + segment];
+        *at = H;
+        H = fmaf(decay, H, added);
+    }
+}
+
 /* ---- launches --------------------------------------------------------------------------------------------------- */
 
 template <typename T, int V, int J>
 static mil_status
-launch_windows(mil_context *context, const ssd_arguments &a, const mil_states &states, int64_t sequences)
+launch_windows(mil_context *context, ssd_arguments a, const mil_states &states, int64_t sequences)
 {
-    dim3 grid((unsigned)mil_ceil_div(a.head_dim, V * QUADS), (unsigned)a.heads, (unsigned)sequences);
+    a.slices = (int)mil_ceil_div(a.head_dim, V * QUADS);
+    dim3 grid((unsigned)a.slices, (unsigned)a.heads, (unsigned)sequences);
     return mil_launch(context, "ssd", ssd_windows_kernel<T, V, J>, grid, dim3(THREADS),
                       sizeof(window_memory<V * QUADS, LANES_N * J>), a, states);
 }
@@ -491,6 +1041,74 @@ takes_vectors(const ssd_arguments &a)
 {
     return a.head_dim % 4 == 0 && a.state_dim % 4 == 0 && mil_is_aligned<T>(a.x, a.x_stride) &&
            mil_is_aligned<T>(a.B, a.B_stride) && mil_is_aligned<T>(a.C, a.C_stride);
+}
+
+/* How many segments of how many chunks: as many as fill the chip, but no short ones. */
+static void
+cut_segments(chunk_arguments *c, int64_t blocks, int64_t longest)
+{
+    const int64_t enough = 256, shortest = 8; /* blocks; chunks */
+    int64_t chunks = mil_ceil_div(longest + MIL_TAIL, CHUNK), segments = enough / blocks;
+    segments = segments < chunks / shortest ? segments : chunks / shortest;
+    segments = segments < 1 ? 1 : segments;
+    c->segment_chunks = (int)mil_ceil_div(chunks, segments);
+    c->segments = (int)mil_ceil_div(chunks, c->segment_chunks);
+}
+
+template <typename T, int N, int M_TILES>
+static mil_status
+run_chunks(mil_context *context, const chunk_arguments &c, const mil_states &states, int64_t sequences)
+{
+    const ssd_arguments &a = c.ssd;
+    const size_t shared = sizeof(chunk_memory<T, 64 * M_TILES, N>);
+    dim3 grid((unsigned)(c.segments * a.slices), (unsigned)a.heads, (unsigned)sequences), threads(CHUNK_THREADS);
+    if (c.segments > 1) {
+        dim3 parts((unsigned)mil_ceil_div((int64_t)a.state_dim * a.head_dim, 256), (unsigned)a.heads,
+                   (unsigned)sequences);
+        MIL_TRY(mil_launch(context, "ssd", ssd_chunks_kernel<T, N, M_TILES, false>, grid, threads, shared, c, states));
+        MIL_TRY(mil_launch(context, "ssd", ssd_segments_kernel, parts, dim3(256), 0, c, states));
+    }
+    return mil_launch(context, "ssd", ssd_chunks_kernel<T, N, M_TILES, true>, grid, threads, shared, c, states);
+}
+
+/* Whether tensor cores can take the shape. */
+template <typename T>
+static bool
+takes_chunks(const ssd_arguments &a)
+{
+    return sizeof(T) == 2 && a.head_dim % 64 == 0 &&
+           (a.state_dim == 64 || a.state_dim == 128 || a.state_dim == 256) && mil_is_aligned<T>(a.x, a.x_stride) &&
+           mil_is_aligned<T>(a.B, a.B_stride) && mil_is_aligned<T>(a.C, a.C_stride) &&
+           mil_is_aligned<T>(a.y, a.y_stride);
+}
+
+template <typename T>
+static mil_status
+launch_chunks(mil_context *context, const ssd_arguments &a, const mil_states &states, int64_t sequences,
+              int64_t longest)
+{
+    const bool wide = a.head_dim % 128 == 0 && a.state_dim <= 128;
+    chunk_arguments c = {};
+    c.ssd = a;
+    c.ssd.slices = a.head_dim / (wide ? 128 : 64);
+    cut_segments(&c, sequences * a.heads * c.ssd.slices, longest);
+    mil_arena_mark mark = mil_arena_get_mark(context->scratch);
+    mil_status status = MIL_OK;
+    if (c.segments > 1) {
+        int64_t count = sequences * a.heads * c.segments;
+        status = MIL_PUSH(context->scratch, count * a.state_dim * a.head_dim, float, &c.segment_states);
+        if (status == MIL_OK) {
+            status = MIL_PUSH(context->scratch, count, float, &c.segment_decays);
+        }
+    }
+    if (status == MIL_OK) {
+        status = (wide ? (a.state_dim == 64 ? run_chunks<T, 64, 2> : run_chunks<T, 128, 2>)
+                       : (a.state_dim == 64    ? run_chunks<T, 64, 1>
+                          : a.state_dim == 128 ? run_chunks<T, 128, 1>
+                                               : run_chunks<T, 256, 1>))(context, c, states, sequences);
+    }
+    mil_arena_rewind(context->scratch, mark);
+    return status;
 }
 
 template <typename T>
@@ -524,9 +1142,17 @@ ssd(mil_context *context, const mil_ssd *s)
         int64_t count = s->rows.sequences - a.first;
         count = count < MIL_SEQUENCES ? count : MIL_SEQUENCES;
         mil_states states = mil_states_of(s->states, a.first, count);
+        const int64_t longest = mil_longest(s->rows, a.first, count);
+        const bool chunks = takes_chunks<T>(a) && longest > MIL_WINDOW;
         a.least = 0;
-        a.most = INT64_MAX;
-        MIL_TRY((takes_vectors<T>(a) ? choose_rows<T, 4> : choose_rows<T, 1>)(context, a, states, count));
+        a.most = chunks ? MIL_WINDOW : INT64_MAX;
+        if (!chunks || mil_shortest(s->rows, a.first, count) <= MIL_WINDOW) {
+            MIL_TRY((takes_vectors<T>(a) ? choose_rows<T, 4> : choose_rows<T, 1>)(context, a, states, count));
+        }
+        if constexpr (sizeof(T) == 2) {
+            a.least = MIL_WINDOW + 1;
+            MIL_TRY(chunks ? launch_chunks<T>(context, a, states, count, longest) : MIL_OK);
+        }
     }
     return MIL_OK;
 }
