@@ -84,7 +84,7 @@ def choose_layers(
     tokens: Any,
     keep: int | float | str,
     mixer: str = "mamba2",
-    method: str = "restore",
+    method: str = "replace",
     *,
     init: str = "auto",
     seed: int = 0,
@@ -103,7 +103,8 @@ def choose_layers(
     mixer, init, seed
         As for `mil.convert`.
     method
-        "restore", "replace" or "greedy".
+        "replace", "restore" or "greedy": on a teacher of four layers the first and the last chose
+        the same two, which left less KL than those of "restore" (docs/quality.md).
 
     Raises
     ------

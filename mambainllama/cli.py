@@ -346,9 +346,9 @@ def add_layers(commands: Any, common: Any) -> None:
     )
     parser.add_argument(
         "--method",
-        choices=("restore", "replace", "greedy"),
-        default="restore",
-        help="put each layer's attention back alone, replace each alone, or restore one by one",
+        choices=("replace", "restore", "greedy"),
+        default="replace",
+        help="replace each layer's attention alone, put each back alone, or restore one by one",
     )
     parser.add_argument(
         "--calibration", nargs="+", required=True, metavar="FILE", help="text or token files"

@@ -16,16 +16,19 @@ than the transferred weights alone:
    squares from the mixer's features F and u together, Y ~ F V + u T, says how much.  The features
    have a level m (their means), so a gate that moves by dz moves a feature by r m dz to first
    order, r = silu'(2) / silu(2): the rows Q of dz = Q u with V' diag(r m) Q = T' put u T into the
-   features themselves.  Twice, since the norm and silu bend the answer.
+   features themselves.  One such step of limited size: more of them, or larger ones, come nearer
+   before training (0.6 and 1.2 below), but leave a student that learns less from it.
 4. The output product.  Ridge regression from the features to Y, towards the transferred weights:
 
        W = W0 + (F'F + lambda mean(diag F'F) I)^-1 F'(Y - F W0).
 
-The weaker or stronger form of 2 is chosen by the error that is left.  Sums are float64, gathered
-over batches: memory does not grow with the number of tokens but for the stream itself.
+The weaker or stronger form of 2 is chosen by the error that is left.  Products of a batch are
+float32, their sums float64: memory does not grow with the number of tokens but for the stream, its
+successor and the targets.  The time is a few passes of the mixers, and for wide models the products
+F'F, 2 inner^2 multiplications a token.
 
-With 65,536 tokens, KL before training on a small teacher: half attention 3.5 -> 0.6, none 4.5 ->
-1.2 (docs/quality.md).
+With 32,768 tokens, KL before training on a small teacher: half attention 3.5 -> 0.7, none 4.5 ->
+1.3 (docs/quality.md).
 
 Source for the view of softmax as a normalised kernel: Katharopoulos et al. 2020 (2006.16236).
 """
@@ -53,6 +56,7 @@ _GATE_STEPS = 1
 _GATE_SPREAD = 0.6  # a gate's standard deviation from one such step, at most
 _LOGIT_SPREAD = 2.0  # of the step sizes' logits, at most
 _IMPORTANCE = (0.0, 0.5, 1.0)  # strengths of step 2 that are tried
+_TRIAL_TOKENS = 16_384  # on so many tokens
 # silu'(2) / silu(2): the calibrated gate is near 2.
 _GATE_SLOPE = 0.6192
 
@@ -84,19 +88,19 @@ class Fitter:
             layer = self.config["layers"][self.layer]
             self.input, self.stream = self.stream, np.empty_like(self.stream)
             self.target = np.empty_like(self.stream) if self.layer == number else None
-            square, total = np.zeros((2, self.config["hidden"], self.config["hidden"]))
-            kinds = ("hidden", "normed", "mixer")
+            square = np.zeros((self.config["hidden"], self.config["hidden"]))
+            total = np.zeros(self.config["hidden"])
+            kinds = ("hidden",) if self.target is None else ("hidden", "normed", "mixer")
             for rows, found in run_layer(self.config, layer, arrays, dtypes, self.input,
                                          self.offsets, kinds):  # fmt: skip
                 self.stream[rows] = found[0]
                 if self.target is not None:
-                    u = found[1].astype(np.float64)
-                    square += u.T @ u
-                    total[0] += u.sum(axis=0)
+                    square += found[1].T @ found[1]
+                    total += found[1].sum(axis=0, dtype=np.float64)
                     self.target[rows] = found[2]
             self.layer += 1
         count = len(self.stream)
-        self.inputs = Inputs(square / count, total[0] / count)
+        self.inputs = Inputs(square / count, total / count)
         return constant_direction(self.inputs.square, self.inputs.mean)
 
     def fit(
@@ -115,18 +119,33 @@ class Fitter:
         """
         old = self.config["layers"][self.layer - 1]
         norm = self.core.parameters()[f"model.layers.{self.layer - 1}.input_layernorm.weight"]
-        problem = Problem(self, layer, np.asarray(norm, np.float32))
-        plain = {k: np.array(array, np.float32, order="C") for k, array in start.items()}
-        best = problem.solve(plain, gate=False)
-        for strength in _IMPORTANCE:
-            tensors = {k: np.array(array, np.float32, order="C") for k, array in start.items()}
-            prepare = _prepare_mamba1 if layer["mixer"] == "mamba1" else _prepare_mamba2
-            logits = strength * _key_logits(attention, old, self.inputs)
-            prepare(tensors, layer, attention, self.inputs, logits)
-            found = problem.solve(tensors, gate=True)
-            if found.error < best.error:
-                best = found
-        return best.tensors
+        norm = np.asarray(norm, np.float32)
+        few = Problem(self, layer, norm, every=max(1, len(self.stream) // self.trial_tokens))
+        prepared = [self.prepare(layer, start, attention, old, s) for s in _IMPORTANCE]
+        trials = [few.solve(tensors, gate=True).error for tensors in prepared]
+        chosen = prepared[int(np.argmin(trials))]
+        whole = Problem(self, layer, norm)
+        best = whole.solve(chosen, gate=True)
+        plain = whole.solve(_copies(start), gate=False)
+        return (plain if plain.error < best.error else best).tensors
+
+    @property
+    def trial_tokens(self) -> int:
+        """How many tokens tell one strength from another."""
+        return max(_TRIAL_TOKENS, 2 * self.config["hidden"])
+
+    def prepare(self, layer, start, attention, old, strength: float) -> dict[str, np.ndarray]:
+        """A copy of the start with levels and step sizes."""
+        tensors = _copies(start)
+        logits = strength * _key_logits(attention, old, self.inputs)
+        prepare = _prepare_mamba1 if layer["mixer"] == "mamba1" else _prepare_mamba2
+        prepare(tensors, layer, attention, self.inputs, logits)
+        return tensors
+
+
+def _copies(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Float32 copies, as the core wants them."""
+    return {name: np.array(array, np.float32, order="C") for name, array in tensors.items()}
 
 
 @dataclass(frozen=True)
@@ -159,13 +178,14 @@ def run_layer(
     stream: np.ndarray,
     offsets: np.ndarray,
     kinds: Sequence[str],
+    every: int = 1,
 ) -> Iterator[tuple[slice, list[np.ndarray]]]:
     """(rows, captured arrays) of one layer that runs alone on a residual stream [tokens, hidden].
 
-    A model of one layer, whose embeddings are the stream's rows.
+    A model of one layer, whose embeddings are the stream's rows. Takes one batch of so many.
     """
     ones = np.ones(config["hidden"], np.float32)
-    for begin, end in batches(offsets):
+    for begin, end in list(batches(offsets))[::every]:
         rows = slice(int(offsets[begin]), int(offsets[end]))
         x = np.ascontiguousarray(stream[rows])
         alone = {
@@ -231,34 +251,51 @@ class Found:
 class Problem:
     """The least-squares problem of one layer."""
 
-    def __init__(self, fitter: Fitter, layer: Mapping, norm: np.ndarray):
-        self.fitter, self.norm = fitter, norm
+    def __init__(self, fitter: Fitter, layer: Mapping, norm: np.ndarray, every: int = 1):
+        self.fitter, self.norm, self.every = fitter, norm, every
         self.layer = {**layer, "intermediate": 0}
+        # UU, UY, YY and the count: no mixer changes them.
+        self.fixed: tuple[np.ndarray, np.ndarray, float, int] | None = None
 
     def sums(self, tensors: Mapping[str, np.ndarray]) -> Sums:
         """Moments of the mixer's features, as it stands."""
-        fitter, inner, hidden = self.fitter, self.layer["inner"], self.fitter.config["hidden"]
+        inner, hidden = self.layer["inner"], self.fitter.config["hidden"]
         FF, FU, FY = (np.zeros((inner, n)) for n in (inner, hidden, hidden))
         UU, UY = np.zeros((2, hidden, hidden))
-        mean, YY = np.zeros(inner), 0.0
-        arrays = {f"model.layers.0.mamba.{name}": array for name, array in tensors.items()}
-        arrays["model.layers.0.input_layernorm.weight"] = self.norm
-        dtypes = dict.fromkeys(arrays, "float32")
-        for rows, (F, u) in run_layer(fitter.config, self.layer, arrays, dtypes, fitter.input,
-                                      fitter.offsets, ("features", "normed")):  # fmt: skip
-            F, u, Y = (a.astype(np.float64) for a in (F, u, fitter.target[rows]))
+        mean, YY, count = np.zeros(inner), 0.0, 0
+        for F, u, Y in self.run(tensors):
             FF += F.T @ F
             FU += F.T @ u
             FY += F.T @ Y
-            UU += u.T @ u
-            UY += u.T @ Y
-            YY += np.vdot(Y, Y)
-            mean += F.sum(axis=0)
-        count = len(fitter.input)
+            mean += F.sum(axis=0, dtype=np.float64)
+            if self.fixed is None:
+                UU += u.T @ u
+                UY += u.T @ Y
+                YY += float(np.vdot(Y, Y))
+                count += len(Y)
+        self.fixed = self.fixed or (UU, UY, YY, count)
+        UU, UY, YY, count = self.fixed
         return Sums(FF, FU, FY, UU, UY, YY, mean / count, count)
+
+    def run(self, tensors: Mapping[str, np.ndarray]) -> Iterator[tuple[np.ndarray, ...]]:
+        """Batches of (features, inputs, targets) of a mixer with these tensors."""
+        arrays = {f"model.layers.0.mamba.{name}": array for name, array in tensors.items()}
+        arrays["model.layers.0.input_layernorm.weight"] = self.norm
+        for rows, (F, u) in run_layer(
+            self.fitter.config,
+            self.layer,
+            arrays,
+            dict.fromkeys(arrays, "float32"),
+            self.fitter.input,
+            self.fitter.offsets,
+            ("features", "normed"),
+            self.every,
+        ):
+            yield F, u, self.fitter.target[rows]
 
     def solve(self, tensors: dict[str, np.ndarray], gate: bool) -> Found:
         """Fits the output product, and the gate before it; the best of the steps on the way."""
+        tensors = dict(tensors)
         sums = self.sums(tensors)
         if gate and self.layer["mixer"] == "mamba1":
             _level_mamba1(tensors, sums)
@@ -269,7 +306,7 @@ class Problem:
         best = Found(np.inf, tensors)
         for step in range(_GATE_STEPS + 1 if gate else 1):
             if step > 0:
-                tensors = {**tensors}
+                tensors = dict(tensors)
                 self.move_gate(tensors, sums, prior)
                 sums = self.sums(tensors)
             W = prior + _ridge(sums.FF, sums.FY - sums.FF @ prior, _RIDGE)

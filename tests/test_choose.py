@@ -46,7 +46,7 @@ def test_methods_against_brute_force(keep, teacher, tokens):
         for size in range(4)
         for kept in itertools.combinations(range(3), size)
     }
-    restore = mil.choose_layers(teacher, tokens, keep, init="fitted")
+    restore = mil.choose_layers(teacher, tokens, keep, method="restore", init="fitted")
     for i, score in restore.scores.items():
         assert score == pytest.approx(kl[()] - kl[(i,)], rel=1e-4, abs=1e-7)
     assert restore.layers == sorted(sorted(range(3), key=lambda i: kl[(i,)])[:keep])
