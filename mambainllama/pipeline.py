@@ -166,8 +166,7 @@ class Run:
         """Refuses changed settings of stages that are done before anything is touched."""
         before: str | None = None
         for settings in self.recipe.stages:
-            if not self.is_done(settings, before):
-                break
+            self.is_done(settings, before)
             before = settings.name if settings.stage.makes_student else before
 
     def set_aside(self) -> None:
@@ -175,7 +174,7 @@ class Run:
         aside = set_aside(
             self.folder,
             [*stages, "model", "report.html"],
-            ["recipe.json", "results.json"],
+            ["recipe.json", "results.json", "samples.json"],
         )
         if aside is not None:
             self.say(f"moved an earlier run to {aside}")
@@ -318,15 +317,27 @@ class Run:
     def measure(self, settings: StageSettings, last: bool) -> None:
         """What the student keeps of the teacher after this stage."""
         path = self.folder / settings.name / "kept.json"
-        if path.exists() or not (last or self.recipe.report["every_stage"]):
+        if not (last or self.recipe.report["every_stage"]):
+            return
+        if path.exists() and read_json(path)["how"] == self.how:
             return
         student = load(self.folder / settings.name / "model", device=self.device)
         begin = time.perf_counter()
         found = self.yardstick.measure(student)
+        found["how"] = self.how
         found["attention_layers"] = list(student.config.attention_layers)
         found["seconds"] = round(time.perf_counter() - begin, 3)
         write_text(path, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
         self.say(f"  kept of the teacher: {kept_words(found)}")
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """What figures depend on: where it changes, done stages are measured again."""
+        report, data = self.recipe.report, self.recipe.data
+        return {
+            **{name: report[name] for name in ("tokens", "prompts", "max_new_tokens")},
+            "text": basenames(report.get("files", data.get("validation"))),
+        }
 
     @property
     def yardstick(self) -> Yardstick:
@@ -429,15 +440,16 @@ class Run:
     def samples(self) -> list[dict[str, str]]:
         """Prompts with the teacher's answers; the students' are in kept.json."""
         path = self.folder / "samples.json"
-        if not path.exists():
-            found = [
+        if not path.exists() or read_json(path)["how"] != self.how:
+            samples = [
                 {"prompt": text_of(self.teacher, prompt), "teacher": answer.text}
                 for prompt, answer in zip(
                     self.yardstick.prompts, self.yardstick.answers, strict=True
                 )
             ]
+            found = {"how": self.how, "samples": samples}
             write_text(path, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-        return read_json(path)
+        return read_json(path)["samples"]
 
     def publish(self, model: Path) -> None:
         """The last student at run/model, sharing its files where the file system can."""

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -283,6 +284,29 @@ def test_other_settings_are_refused(everything, override, words):
         pipeline.run_recipe(recipe, resume=True, overrides=[override], progress=False)
     assert "\n" not in str(caught.value)
     assert (recipe.parent / "out" / "results.json").read_bytes() == before
+
+
+def test_what_is_measured_may_change(everything, tmp_path):
+    """Done stages are measured again, so that a report never mixes two ways of measuring."""
+    recipe, results = everything
+    copied = tmp_path / "out"
+    shutil.copytree(recipe.parent / "out", copied)
+    again = pipeline.run_recipe(
+        recipe, copied, True, overrides=["report.prompts=3"], progress=False
+    )
+    assert len(again["samples"]) == 3
+    for before, after in zip(results["stages"][1:], again["stages"][1:], strict=True):
+        assert len(after["kept"]["answers"]) == 3
+        assert after["kept"]["likelihood"] == before["kept"]["likelihood"]
+        assert after["seconds"] == before["seconds"]
+    with pytest.raises(mil.StateError, match=r"\[distill\] is done, its before was 'align'"):
+        pipeline.run_recipe(
+            recipe,
+            copied,
+            True,
+            overrides=['stages=["label", "stepwise", "distill", "align"]'],
+            progress=False,
+        )
 
 
 def small(folder, teacher, data, extra=""):
