@@ -6,6 +6,8 @@
 #include "table.h"
 
 #include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 
 #define MOST_DEVICES 16
 
@@ -42,8 +44,11 @@ table_of(mil_dtype activation_dtype, int device)
     ops.add = mil_cuda_add;
     ops.gather_rows = mil_cuda_gather_rows;
     ops.widen = mil_cuda_widen;
-    ops.project = mil_cuda_project;
-    ops.rope_append = mil_cuda_rope_append;
+    const char *fuse = getenv("MAMBAINLLAMA_CUDA_FUSE"); /* 0: one kernel an operator, to compare and to profile */
+    if (fuse == NULL || strcmp(fuse, "0") != 0) {
+        ops.project = mil_cuda_project;
+        ops.rope_append = mil_cuda_rope_append;
+    }
     ops.sample = mil_cuda_sample;
     ops.accept = mil_cuda_accept;
     ops.advance = mil_cuda_advance;
