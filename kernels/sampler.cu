@@ -13,8 +13,8 @@
  * top-k and top-p ask for the largest key (score, or weight) such that tokens from it on up count enough (1 each,
  * or their weight).  Of tokens at that very weight top-p keeps the first ones only.  Two ways lead there:
  *
- *   few        the largest scores of 512 groups of tokens are at hand from the search for the best one; at least k tokens
- *              are not below the k-th of those, and seldom many more.  One block sorts these few and finishes the row
+ *   few        the largest scores of 256 groups of tokens are at hand from the search for the best one; at least k tokens
+ *              are not below the k-th of those, and seldom many more (top-p alone tries with about 900).  One block sorts these few and finishes the row
  *   many       where that may be too many, or too few for top-p, the key is found ten bits at a time by histograms
  */
 #include "sampler.cuh"
@@ -219,20 +219,27 @@ power_of_two(int count)
     return count <= 1 ? 1 : 1 << (32 - __clz(count - 1));
 }
 
-/* Largest first (bitonic); size is a power of two. */
+/* Largest first (bitonic); size is a power of two.  Steps of up to 32 keep the pairs of a warp among its own 64 keys. */
 static __device__ void
 sort_keys(uint64_t *keys, int size)
 {
+    __syncthreads();
     for (int run = 2; run <= size; run *= 2) {
         for (int step = run / 2; step > 0; step /= 2) {
-            __syncthreads();
             for (int i = threadIdx.x; i < size / 2; i += THREADS) {
-                int low = i / step * 2 * step + i % step, high = low + step;
+                int low = 2 * i - (i & (step - 1)), high = low + step;
                 uint64_t a = keys[low], b = keys[high];
                 if ((a < b) == ((low & run) == 0)) {
                     keys[low] = b;
                     keys[high] = a;
                 }
+            }
+            bool next_is_wide = step == 1 ? run > MIL_WARP : step > 2 * MIL_WARP;
+            if (step > MIL_WARP || next_is_wide) {
+                __syncthreads();
+            }
+            else {
+                __syncwarp();
             }
         }
     }
@@ -254,7 +261,7 @@ find_bound(sampler_memory *memory, int k)
     }
     __syncthreads();
     int larger = 0;
-#pragma unroll 8
+#pragma unroll 16
     for (int i = 0; i < GROUPS; i++) {
         larger += all[i] > own || (all[i] == own && i < (int)threadIdx.x);
     }
@@ -361,18 +368,20 @@ cut_top_p(sampler_memory *memory, int kept, uint64_t before, const uint64_t (&ma
  * the weight of all tokens, where top-k does not say otherwise.  Returns the token at quantile `uniform`, in every thread. */
 template <int BLOCKS>
 static __device__ int
-finish_few(sampler_memory *memory, int count, uint64_t total, const mil_sample_options &options,
-           double uniform, mil_filter &f)
+finish_few(sampler_memory *memory, const int (&listed)[BLOCKS], int count, uint64_t total,
+           const mil_sample_options &options, double uniform, mil_filter &f)
 {
     static_assert(MOST_FEW == 4 * THREADS, "a thread has four candidates");
-    int size = power_of_two(count), from = 0, kept = count;
-    for (int block = 0; block < BLOCKS; block++) {
-        const team_part *part = part_of<BLOCKS>(memory, block);
-        int listed = part->listed;
-        for (int i = threadIdx.x; i < listed; i += THREADS) {
-            memory->sorted[from + i] = part->list[i];
+    int size = power_of_two(count), kept = count;
+    for (int i = threadIdx.x; i < count; i += THREADS) {
+        int block = 0, at = i;
+#pragma unroll
+        for (int other = 0; other < BLOCKS - 1; other++) {
+            bool beyond = block == other && at >= listed[other];
+            at -= beyond ? listed[other] : 0;
+            block += beyond;
         }
-        from += listed;
+        memory->sorted[i] = part_of<BLOCKS>(memory, block)->list[at];
     }
     for (int i = count + (int)threadIdx.x; i < size; i += THREADS) {
         memory->sorted[i] = 0;
@@ -438,7 +447,7 @@ finish_few(sampler_memory *memory, int count, uint64_t total, const mil_sample_o
 template <int BLOCKS, typename Score>
 static __device__ bool
 gather_few(sampler_memory *memory, const share &s, const mil_sample_options &options, const mil_filter &f,
-           Score score, int *count, uint64_t *total)
+           Score score, int (&listed)[BLOCKS], int *count, uint64_t *total)
 {
     constexpr int GROUPS = BLOCKS * WARPS * WARP_GROUPS;
     uint64_t before, enough = 0;
@@ -451,15 +460,17 @@ gather_few(sampler_memory *memory, const share &s, const mil_sample_options &opt
             measure<BLOCKS>(memory, s, 0, &before, [&](int i) { return mass_of(weight_of(score(i), f)); });
         enough = (uint64_t)ceil((double)options.top_p * (double)*total);
     }
-    float bound = find_bound<BLOCKS>(memory, options.top_k > 0 ? (int)options.top_k : GROUPS);
+    float bound = find_bound<BLOCKS>(memory, options.top_k > 0 ? (int)options.top_k : GROUPS - GROUPS / 32);
     list_candidates(memory, s, bound, score);
     uint64_t mass = measure<BLOCKS>(memory, s, 1, &before, [&](int i) {
         float x = score(i);
         return x >= bound ? mass_of(weight_of(x, f)) : 0;
     });
     *count = 0;
+#pragma unroll
     for (int i = 0; i < BLOCKS; i++) {
-        *count += part_of<BLOCKS>(memory, i)->listed;
+        listed[i] = part_of<BLOCKS>(memory, i)->listed;
+        *count += listed[i];
     }
     return *count <= MOST_FEW && mass >= enough;
 }
@@ -537,7 +548,7 @@ finish_many(sampler_memory *memory, const share &s, int vocab, const mil_sample_
 /* A team a row. */
 template <int BLOCKS, bool KEEP>
 static __global__ void
-MIL_CLUSTER(BLOCKS) __launch_bounds__(THREADS, 1) sample_kernel(const mil_sample a)
+MIL_CLUSTER(BLOCKS) __launch_bounds__(THREADS, 2) sample_kernel(const mil_sample a)
 {
     extern __shared__ __align__(16) unsigned char raw[];
     sampler_memory *memory = reinterpret_cast<sampler_memory *>(raw);
@@ -565,14 +576,14 @@ MIL_CLUSTER(BLOCKS) __launch_bounds__(THREADS, 1) sample_kernel(const mil_sample
     }
     bool draws = a.token != NULL && !f.certain, filters = options.top_k > 0 || options.top_p < 1.0f;
     double uniform = draws ? uniform_of(options.seed, (uint64_t)a.position[row], a.stream) : 0.0;
-    int count, token = -1;
+    int listed[BLOCKS], count, token = -1;
     uint64_t total;
     if (f.certain) {
         token = writes ? f.best : -1;
     }
-    else if (filters && gather_few<BLOCKS>(memory, s, options, f, score, &count, &total)) {
+    else if (filters && gather_few<BLOCKS>(memory, s, options, f, score, listed, &count, &total)) {
         if (blockIdx.x % BLOCKS == 0) {
-            token = finish_few<BLOCKS>(memory, count, total, options, uniform, f);
+            token = finish_few<BLOCKS>(memory, listed, count, total, options, uniform, f);
             token = threadIdx.x == 0 ? token : -1;
         }
     }

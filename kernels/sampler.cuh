@@ -22,7 +22,7 @@
 #define LIMBS 3
 #define MOST_VOCAB (1 << 19) /* that many weights of 2^44 fit into 64 bits */
 #define ONE 0x1p44f
-#define WARP_GROUPS 4 /* groups of tokens a warp whose best scores are kept */
+#define WARP_GROUPS 2 /* groups of tokens a warp whose best scores are kept */
 #define MOST_FEW (2 * BINS)
 
 /* Blocks of a cluster read these of each other; each is written once a kernel or, of bins, in turns. */
@@ -41,7 +41,6 @@ struct team_part {
 
 struct sampler_memory {
     team_part part;
-    uint32_t limbs[LIMBS][BINS];
     uint64_t warp_sums[WARPS];
     uint64_t scan[WARPS];
     float warp_score[WARPS];
@@ -50,7 +49,10 @@ struct sampler_memory {
     uint64_t above, inside;
     float bound;
     int kept, group_first, group_last, crossing;
-    uint64_t sorted[MOST_FEW];
+    union {
+        uint32_t limbs[LIMBS][BINS];
+        uint64_t sorted[MOST_FEW];
+    };
     alignas(16) float scores[1]; /* this block's part of the row, where it is kept */
 };
 
