@@ -249,6 +249,8 @@ def sft(
 class DistillTask(Task):
     """KL and CE on batches of tokens; without a teacher or its soft labels, CE alone."""
 
+    config: Any  # of the stage: settings that it lacks have the value that changes nothing
+
     def __init__(
         self,
         model: Any,
@@ -270,7 +272,7 @@ class DistillTask(Task):
         documents = self.read(data)
         distills = isinstance(config, DistillConfig)
         self.labelled = distills and teacher is None and documents.soft is not None
-        self.kl_weight = config.kl_weight if distills and (teacher or self.labelled) else 0.0
+        self.kl_weight = self.config.kl_weight if distills and (teacher or self.labelled) else 0.0
         held: Documents | None = None
         if isinstance(validation, float):
             documents, held = documents.split(validation)

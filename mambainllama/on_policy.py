@@ -57,7 +57,7 @@ def sample_continuations(
     """
     draw = np.random.default_rng([seed, 4, step])
     prompts = [prompt for batch in batches for prompt in prompts_of(batch, prompt_length, draw)]
-    requests = []
+    requests: list[dict[str, Any]] = []
     for prompt in prompts:
         prompt = prompt[: sequence_length - 1]
         requests.append(

@@ -26,7 +26,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -104,7 +104,7 @@ class DPOConfig(TrainingConfig):
     loss_on: str = "answers"
     train: str = "all"
 
-    _FREE = (*TrainingConfig._FREE, "store_reference")
+    _FREE: ClassVar[tuple[str, ...]] = (*TrainingConfig._FREE, "store_reference")
 
     def __post_init__(self):
         super().__post_init__()
@@ -426,6 +426,9 @@ def append_numbers(path: Path, numbers: np.ndarray) -> None:
 
 class PreferenceTask(Task):
     """The loss of pairs, in place of one against a teacher."""
+
+    config: DPOConfig
+    batches: PairBatches
 
     def __init__(
         self,

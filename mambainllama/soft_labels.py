@@ -238,7 +238,7 @@ def write_part(path: Path, arrays: dict[str, np.ndarray]) -> None:
     fresh = path.with_name(f"{TEMPORARY}{path.name}")
     try:
         with open(fresh, "wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, **arrays)  # type: ignore[arg-type]
             file.flush()
             os.fsync(file.fileno())
         os.replace(fresh, path)

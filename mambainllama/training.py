@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, ClassVar, TextIO
 
 import numpy as np
 
@@ -151,7 +151,7 @@ class TrainingConfig:
             return words
 
     # Fields that change when a run saves, reports or how it computes, but not what it computes.
-    _FREE = (
+    _FREE: ClassVar[tuple[str, ...]] = (
         "log_every",
         "eval_every",
         "eval_batches",
