@@ -491,16 +491,17 @@ decode_rows(mil_context *context, const attention_arguments *a, int64_t longest)
                       dim3(LANES * MT * MIL_WARP), sizeof(decode_memory<D, MT, STEPS>) + inbox, *a);
 }
 
-/* Where there are no more blocks than multiprocessors, each takes their whole memory for reading ahead. */
+/* Where there are no more blocks than multiprocessors, each takes their whole memory for reading ahead; more than 32 query
+ * rows then make two clusters a key head, of which one finds the keys in L2. */
 template <typename T, int D>
 static mil_status
 decode_width(mil_context *context, const attention_arguments *a, int64_t longest)
 {
-    int64_t slots = longest * a->group, blocks = (int64_t)CLUSTER * a->kv_heads * a->rows.sequences;
+    int64_t slots = longest * a->group, clusters = (int64_t)a->kv_heads * a->rows.sequences;
     int multiprocessors = 0;
     MIL_CUDA_TRY(
         cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, context->ops->device));
-    bool deep = blocks <= multiprocessors;
+    bool deep = clusters * mil_ceil_div(slots, 32) * CLUSTER <= multiprocessors;
     if constexpr (D > 128) {
         return slots <= 16 ? decode_rows<T, D, 1, 1>(context, a, longest)
                            : decode_rows<T, D, 2, 1>(context, a, longest);
@@ -509,12 +510,12 @@ decode_width(mil_context *context, const attention_arguments *a, int64_t longest
         return deep ? decode_rows<T, D, 1, 3>(context, a, longest)
                     : decode_rows<T, D, 1, 1>(context, a, longest);
     }
-    else if (slots <= 32) {
-        return deep ? decode_rows<T, D, 2, 3>(context, a, longest)
-                    : decode_rows<T, D, 2, 1>(context, a, longest);
+    else if (deep) {
+        return decode_rows<T, D, 2, 3>(context, a, longest);
     }
     else {
-        return decode_rows<T, D, 4, 1>(context, a, longest);
+        return slots <= 32 ? decode_rows<T, D, 2, 1>(context, a, longest)
+                           : decode_rows<T, D, 4, 1>(context, a, longest);
     }
 }
 
