@@ -104,7 +104,7 @@ def sample(core: _core.Model, requests: list[dict[str, Any]], stop: set[int]) ->
     def finished(index: int, result: dict[str, Any]) -> None:
         results[index] = result["tokens"]
 
-    _core.generate(core, requests, on_tokens=hear, on_finish=finished)
+    _core.generate(core, requests, max_batch=len(requests), on_tokens=hear, on_finish=finished)
     return results
 
 

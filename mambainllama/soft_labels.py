@@ -353,7 +353,7 @@ def well_formed(part: dict[str, np.ndarray], top: int) -> bool:
         return False
     count, logprobs = int(targets.sum()), part["top_logprobs"]
     shapes = part["top_tokens"].shape == (count, top) and logprobs.shape == (count, top + 1)
-    return shapes and logprobs.dtype == np.float16
+    return shapes and logprobs.dtype == np.float16 and not np.isnan(logprobs).any()
 
 
 def bar(parts: list[Any], progress: bool) -> Any:

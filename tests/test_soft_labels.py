@@ -174,6 +174,7 @@ def test_damaged_parts_are_refused(teacher, tokens, tmp_path):
         {"targets": np.ones_like(arrays["targets"])},
         {"top_logprobs": arrays["top_logprobs"].astype(np.float64)},
         {"tokens": arrays["tokens"].astype(np.float32)},
+        {"top_logprobs": np.full_like(arrays["top_logprobs"], np.nan)},
     ):
         np.savez(path, **(arrays | changes))
         with pytest.raises(mil.FormatError, match="do not belong together"):
