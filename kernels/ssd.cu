@@ -5,9 +5,10 @@
  *   y_i = h_i H^T C_i + sum_{s <= i} W[i, s] dt_s (C_i . B_s) x_s + D x_i
  *   H'  = h_last H + sum_s W[last, s] dt_s B_s (outer) x_s
  *
- * A block has one head of one sequence and a slice of COLUMNS of its head_dim, and holds that slice of H in
- * registers while it goes through the windows from the boundary on: H is read once for all rows of the call, and
- * written where a window is folded (every 16th token in decoding).
+ * A block has one head of one sequence and holds a slice of COLUMNS of its head_dim of H in registers while it goes
+ * through the windows from the boundary on: H is read once for all rows of the call, and written where a window is
+ * folded (every 16th token in decoding).  Where there are many sequences a block does several slices of its head one
+ * after another, with the same scores.
  *
  *   thread      V = 4 neighbouring columns, and rows n = lane + 32 j of H; 8 threads side by side make the slice, 32
  *               of them (in n) a column: 16 KB of H for a state of 128 x 128, so that one sequence of a model spreads
@@ -42,7 +43,7 @@ struct ssd_arguments {
     void *y;
     int64_t y_stride;
     int64_t least, most; /* rows of the sequences that this launch is for */
-    int slices;          /* blocks that share a head of a sequence */
+    int slices, slices_a_block; /* of a head */
 };
 
 /* -exp(A_log) log2(e), finite so that 0 * A is 0. */
@@ -95,7 +96,7 @@ template <typename T, int V, int J> struct window_inputs {
 template <typename T, int V, int J>
 static __device__ __forceinline__ void
 ask_for_window(const ssd_arguments &a, const window_place &p, const mil_span &span, const mil_tails &tails,
-               int64_t start, int first, int length, window_inputs<T, V, J> &in)
+               int64_t start, int first, int length, bool whole, window_inputs<T, V, J> &in)
 {
     using inputs = window_inputs<T, V, J>;
     const int64_t row = span.row + start - span.before; /* of the window's first token, if it is of this call */
@@ -105,7 +106,7 @@ ask_for_window(const ssd_arguments &a, const window_place &p, const mil_span &sp
 #pragma unroll
     for (int k = 0; k < inputs::SHARE; k++) {
         int e = threadIdx.x + k * THREADS, s = e / inputs::VECTORS, n = e % inputs::VECTORS * V;
-        bool there = s < length && n < a.state_dim;
+        bool there = whole && s < length && n < a.state_dim;
         in.B[k].load(there && s < first, tail_B + (int64_t)s * a.B_groups * a.state_dim + n, there && s >= first,
                      rows_B + s * a.B_stride + n);
         if (there && s >= first) {
@@ -127,12 +128,13 @@ struct window_owner {
     bool x, B, dt;
 };
 
-/* Puts the window into shared memory, and rows of this call that the block owns into the tails. */
+/* Puts the window (if not `whole`, x only) into shared memory, and rows of this call that the block owns into the
+ * tails. */
 template <typename T, int V, int J>
 static __device__ __forceinline__ void
 take_window(const ssd_arguments &a, const window_place &p, const mil_tails &tails, const window_owner &owner,
-            int64_t start, int first, int length, float exponent, float bias, const window_inputs<T, V, J> &in,
-            window_memory<V * QUADS, LANES_N * J> &m)
+            int64_t start, int first, int length, bool whole, float exponent, float bias,
+            const window_inputs<T, V, J> &in, window_memory<V * QUADS, LANES_N * J> &m)
 {
     using inputs = window_inputs<T, V, J>;
     const float zeros[V] = {};
@@ -140,7 +142,7 @@ take_window(const ssd_arguments &a, const window_place &p, const mil_tails &tail
 #pragma unroll
     for (int k = 0; k < inputs::SHARE; k++) {
         int e = threadIdx.x + k * THREADS, s = e / inputs::VECTORS, n = e % inputs::VECTORS * V;
-        if (s >= length) {
+        if (!whole || s >= length) {
             continue;
         }
         if (n >= a.state_dim) {
@@ -170,7 +172,7 @@ take_window(const ssd_arguments &a, const window_place &p, const mil_tails &tail
         }
     }
     s = threadIdx.x;
-    if (s < WINDOW) {
+    if (whole && s < WINDOW) {
         float dt = s >= length ? 0.0f : s < first ? in.dt : mil_time_step(in.dt + bias, a.dt_min, a.dt_max);
         m.dt[s] = dt;
         m.decay[s] = exp2f(dt * exponent);
@@ -201,26 +203,40 @@ fill_weights(int first, int length, bool folds, window_memory<COLUMNS, ROWS> &m)
     const int lane = threadIdx.x % PAIR_LANES, s = threadIdx.x / PAIR_LANES % WINDOW;
     constexpr int ROWS_AT_ONCE = THREADS / PAIR_LANES / WINDOW;
     static_assert(ROWS_AT_ONCE == 1, "a block computes a row of weights at a time");
-    for (int i = first; i < length; i++) {
-        float dot = 0.0f, product = multiply_decays(m.decay, s, i);
+    for (int i = first; i < length; i += GROUP) {
+        float dot[GROUP] = {}, product[GROUP];
+#pragma unroll
+        for (int r = 0; r < GROUP; r++) {
+            product[r] = multiply_decays(m.decay, s, min(i + r, WINDOW - 1));
+        }
 #pragma unroll
         for (int n = lane * V; n < ROWS; n += PAIR_LANES * V) {
-            float C[V], B[V];
-            mil_load<V>(&m.C[i][n], C);
-            mil_load<V>(&m.B[s][n], B); /* beyond row i it may be anything, and is not used */
+            float B[V];
+            mil_load<V>(&m.B[s][n], B); /* beyond the rows it may be anything, and is not used */
 #pragma unroll
-            for (int v = 0; v < V; v++) {
-                dot = fmaf(C[v], B[v], dot);
+            for (int r = 0; r < GROUP; r++) {
+                float C[V];
+                mil_load<V>(&m.C[min(i + r, WINDOW - 1)][n], C);
+#pragma unroll
+                for (int v = 0; v < V; v++) {
+                    dot[r] = fmaf(C[v], B[v], dot[r]);
+                }
             }
         }
 #pragma unroll
         for (int step = PAIR_LANES / 2; step > 0; step /= 2) {
-            dot += __shfl_xor_sync(MIL_ALL_LANES, dot, step);
+#pragma unroll
+            for (int r = 0; r < GROUP; r++) {
+                dot[r] += __shfl_xor_sync(MIL_ALL_LANES, dot[r], step);
+            }
         }
-        if (lane == 0 && s <= i) {
-            m.weight[i][s] = product * m.dt[s] * dot;
-            if (s == 0) {
-                m.from_start[i] = m.decay[0] * product;
+#pragma unroll
+        for (int r = 0; r < GROUP; r++) {
+            if (lane == 0 && s <= i + r && i + r < length) {
+                m.weight[i + r][s] = product[r] * m.dt[s] * dot[r];
+                if (s == 0) {
+                    m.from_start[i + r] = m.decay[0] * product[r];
+                }
             }
         }
     }
@@ -359,92 +375,88 @@ store_H(const ssd_arguments &a, const window_place &p, const float (&H)[J][V], f
     }
 }
 
-/* Asks for the slice of H and for the tails' first window. */
-template <int V, int J>
+/* Asks for the columns of H and for the tails' first window. */
 static __device__ __forceinline__ void
-prefetch_state(const ssd_arguments &a, const window_place &p, const mil_tails &tails, const float *state)
+prefetch_state(const ssd_arguments &a, const window_place &p, int columns, const mil_tails &tails, const float *state)
 {
     constexpr int LINE = 32; /* floats */
-    const int lane_n = threadIdx.x / QUADS;
-    if (threadIdx.x % QUADS == 0) {
+    const int lane_n = threadIdx.x / QUADS, first = threadIdx.x % QUADS * LINE;
+    for (int c = first; c < columns; c += QUADS * LINE) {
         for (int n = lane_n; n < a.state_dim; n += LANES_N) {
-            mil_prefetch(state + (int64_t)n * a.head_dim + p.column);
+            mil_prefetch(state + (int64_t)n * a.head_dim + p.column + c);
         }
+        mil_prefetch(tails.x + (int64_t)(lane_n % WINDOW) * a.x_heads * a.head_dim + p.x_column + c);
+    }
+    if (threadIdx.x % QUADS == 6) {
         mil_prefetch(tails.dt + (lane_n % WINDOW) * a.heads + p.head);
     }
-    else if (threadIdx.x % QUADS == 1) {
-        mil_prefetch(tails.x + (int64_t)(lane_n % WINDOW) * a.x_heads * a.head_dim + p.x_column);
-    }
-    else if (threadIdx.x % QUADS == 2 && p.is_first_of_group) {
+    else if (threadIdx.x % QUADS == 7 && p.is_first_of_group) {
         for (int n = lane_n / WINDOW * LINE; n < a.state_dim; n += LANES_N / WINDOW * LINE) {
             mil_prefetch(tails.B + (int64_t)(lane_n % WINDOW) * a.B_groups * a.state_dim + p.B_column + n);
         }
     }
 }
 
-/* This head's and slice's part of the tails after a fold, with the blocks that share it. */
+/* This block's part of the tails after a fold: those that it is the last to have read. `sharers`: blocks a head. */
 template <typename T>
 static __device__ __forceinline__ void
-move_tails(const ssd_arguments &a, const window_place &p, const mil_span &span, const mil_tails &tails, float bias)
+move_tails(const ssd_arguments &a, const window_place &p, const mil_span &span, const mil_tails &tails, int sharers,
+           float bias)
 {
-    const int slices = a.slices, of_x = a.heads / a.x_heads, of_B = a.heads / a.B_groups;
-    mil_tail_share(tails.x, (int64_t)a.x_heads * a.head_dim, p.x_column, p.columns, span, of_x,
-                   [&](int64_t row, int column) {
-                       return mil_float(((const T *)a.x)[(span.row + row) * a.x_stride + p.x_column + column]);
-                   });
-    mil_tail_share(tails.B, (int64_t)a.B_groups * a.state_dim, p.B_column, a.state_dim, span, of_B * slices,
-                   [&](int64_t row, int column) {
-                       return mil_float(((const T *)a.B)[(span.row + row) * a.B_stride + p.B_column + column]);
-                   });
-    mil_tail_share(tails.dt, a.heads, p.head, 1, span, slices,
-                   [&](int64_t row, int) { return get_time_step<T>(a, span.row + row, p.head, bias); });
+    const int64_t x_width = (int64_t)a.x_heads * a.head_dim, B_width = (int64_t)a.B_groups * a.state_dim;
+    const mil_slots slots = {
+        {mil_slot(tails.x, x_width, p.x_column), mil_slot(tails.B, B_width, p.B_column),
+         mil_slot(tails.dt, a.heads, p.head)},
+        {(unsigned)(a.heads / a.x_heads), (unsigned)(a.heads / a.B_groups * sharers), (unsigned)sharers}};
+    const unsigned last = mil_last_of(slots);
+    if (last & 1) {
+        mil_tail_move(tails.x, x_width, p.x_column, p.columns, span, [&](int64_t row, int column) {
+            return mil_float(((const T *)a.x)[(span.row + row) * a.x_stride + p.x_column + column]);
+        });
+    }
+    if (last & 2) {
+        mil_tail_move(tails.B, B_width, p.B_column, a.state_dim, span, [&](int64_t row, int column) {
+            return mil_float(((const T *)a.B)[(span.row + row) * a.B_stride + p.B_column + column]);
+        });
+    }
+    if (last & 4) {
+        mil_tail_move(tails.dt, a.heads, p.head, 1, span,
+                      [&](int64_t row, int) { return get_time_step<T>(a, span.row + row, p.head, bias); });
+    }
 }
 
-/* Grid: slices of a head, heads, sequences. */
+/* All windows of one slice. Where there is but one window, what `m` has of it besides x is good for the next slice. */
 template <typename T, int V, int J>
-static __global__ void __launch_bounds__(THREADS, J <= 4 ? 3 : 1)
-ssd_windows_kernel(const __grid_constant__ ssd_arguments a, const __grid_constant__ mil_states states)
+static __device__ __forceinline__ void
+run_slice(const ssd_arguments &a, const window_place &p, const mil_span &span, const mil_tails &tails,
+          const window_owner &owner, bool is_first, float *state, float exponent, float bias, float D,
+          window_memory<V * QUADS, LANES_N * J> &m)
 {
-    extern __shared__ __align__(128) char shared[];
-    auto &m = *reinterpret_cast<window_memory<V * QUADS, LANES_N * J> *>(shared);
-    const int of_x = a.heads / a.x_heads, of_B = a.heads / a.B_groups;
-    const mil_tails tails = states.of[blockIdx.z];
-    window_place p;
-    p.head = blockIdx.y;
-    p.column = blockIdx.x * V * QUADS;
-    p.columns = min(V * QUADS, a.head_dim - p.column);
-    p.x_column = (int64_t)(p.head / of_x) * a.head_dim + p.column;
-    p.B_column = (int64_t)(p.head / of_B) * a.state_dim;
-    p.C_column = (int64_t)(p.head / (a.heads / a.C_groups)) * a.state_dim;
-    p.is_first_of_group = p.head % of_B == 0 && blockIdx.x == 0;
-    float *state = states.given ? tails.state + (int64_t)p.head * a.state_dim * a.head_dim : NULL;
-    mil_trigger();
-    if (state != NULL) {
-        prefetch_state<V, J>(a, p, tails, state);
-    }
-    const float exponent = get_exponent(a, p.head), bias = a.dt_bias[p.head], D = a.D[p.head];
-    mil_wait();
+    const int64_t total = span.before + span.count;
+    const bool whole = is_first || total > WINDOW;
+    window_inputs<T, V, J> in;
     float H[J][V];
     load_H<V, J>(a, p, state, H);
-    const mil_span span = mil_span_of(a.rows, a.first + blockIdx.z);
-    if (span.count < a.least || span.count > a.most) {
-        return;
-    }
-    const bool appends = state != NULL && span.after == span.boundary; /* no rows of the tails move */
-    const window_owner owner = {appends && p.head % of_x == 0, appends && p.is_first_of_group,
-                                appends && blockIdx.x == 0};
-    const int64_t total = span.before + span.count;
     for (int64_t start = 0; start < total; start += WINDOW) {
         int length = (int)min((int64_t)WINDOW, total - start);
         int first = (int)min((int64_t)length, max((int64_t)0, span.before - start));
         bool kept = state != NULL && span.boundary + start + WINDOW <= span.after;
         bool folds = kept || start + WINDOW < total;
-        window_inputs<T, V, J> in;
-        ask_for_window(a, p, span, tails, start, first, length, in);
+        if (start == 0) {
+            ask_for_window(a, p, span, tails, start, first, length, whole, in);
+        }
         __syncthreads(); /* the window before is done with */
-        take_window(a, p, tails, owner, start, first, length, exponent, bias, in, m);
+        take_window(a, p, tails, owner, start, first, length, whole, exponent, bias, in, m);
         __syncthreads();
-        fill_weights<V>(first, length, folds, m);
+        if (start + WINDOW < total) { /* the next window's inputs: on their way while this one is computed */
+            int64_t next = start + WINDOW;
+            int next_length = (int)min((int64_t)WINDOW, total - next);
+            ask_for_window(a, p, span, tails, next, (int)min((int64_t)next_length, max((int64_t)0, span.before - next)),
+                           next_length, whole, in);
+        }
+        if (whole) {
+            fill_weights<V>(first, length, folds, m);
+        }
         for (int i = first; i < length; i += GROUP) {
             if (i > first) {
                 __syncthreads();
@@ -459,8 +471,51 @@ ssd_windows_kernel(const __grid_constant__ ssd_arguments a, const __grid_constan
             store_H<V, J>(a, p, H, state);
         }
     }
+}
+
+/* Grid: groups of slices of a head, heads, sequences. */
+template <typename T, int V, int J>
+static __global__ void __launch_bounds__(THREADS, J <= 4 ? 2 : 1)
+ssd_windows_kernel(const __grid_constant__ ssd_arguments a, const __grid_constant__ mil_states states)
+{
+    extern __shared__ __align__(128) char shared[];
+    auto &m = *reinterpret_cast<window_memory<V * QUADS, LANES_N * J> *>(shared);
+    const int of_x = a.heads / a.x_heads, of_B = a.heads / a.B_groups;
+    const mil_tails tails = states.of[blockIdx.z];
+    const int slice = blockIdx.x * a.slices_a_block, slices = min(a.slices_a_block, a.slices - slice);
+    window_place p;
+    p.head = blockIdx.y;
+    p.column = slice * V * QUADS;
+    p.x_column = (int64_t)(p.head / of_x) * a.head_dim + p.column;
+    p.B_column = (int64_t)(p.head / of_B) * a.state_dim;
+    p.C_column = (int64_t)(p.head / (a.heads / a.C_groups)) * a.state_dim;
+    p.is_first_of_group = p.head % of_B == 0 && blockIdx.x == 0;
+    float *state = states.given ? tails.state + (int64_t)p.head * a.state_dim * a.head_dim : NULL;
+    mil_trigger();
+    if (state != NULL) {
+        prefetch_state(a, p, min(slices * V * QUADS, a.head_dim - p.column), tails, state);
+    }
+    const float exponent = get_exponent(a, p.head), bias = a.dt_bias[p.head], D = a.D[p.head];
+    mil_wait();
+    const mil_span span = mil_span_of(a.rows, a.first + blockIdx.z);
+    if (span.count < a.least || span.count > a.most) {
+        return;
+    }
+    const bool appends = state != NULL && span.after == span.boundary; /* no rows of the tails move */
+    window_owner owner = {appends && p.head % of_x == 0, appends && p.is_first_of_group, appends && blockIdx.x == 0};
+    const int first_column = p.column;
+    for (int k = 0; k < slices; k++) {
+        p.columns = min(V * QUADS, a.head_dim - p.column);
+        run_slice<T, V, J>(a, p, span, tails, owner, k == 0, state, exponent, bias, D, m);
+        owner.B = owner.dt = false;
+        p.column += V * QUADS;
+        p.x_column += V * QUADS;
+    }
     if (state != NULL && !appends) {
-        move_tails<T>(a, p, span, tails, bias);
+        p.x_column -= p.column - first_column; /* all columns of the block */
+        p.columns = min(p.column, a.head_dim) - first_column;
+        p.column = first_column;
+        move_tails<T>(a, p, span, tails, gridDim.x, bias);
     }
 }
 
@@ -477,7 +532,7 @@ ssd_windows_kernel(const __grid_constant__ ssd_arguments a, const __grid_constan
  * already the left operand of Y^T = H^T C^T: H never goes through shared memory.  The other products read it:
  *
  *   scores   S[i, s] = W[i, s] dt_s (C_i . B_s), 16 rows a warp, rounded and shared by all warps
- *   output   Y^T = h (H^T C^T) + x^T S^T + D x^T; written through x's place in shared memory
+ *   output   Y^T = h (H^T C^T) + x^T S^T + D x^T, half a chunk at a time; written through x's place in shared memory
  *   fold     H^T = h_last H^T + (to_end x)^T B
  *
  * The inputs of the next chunk arrive (cp.async) while one is computed; two blocks share a multiprocessor.  Decays are
@@ -716,15 +771,34 @@ fill_scores(const chunk_inputs<T, P, N> &in, int row, T *scores)
     }
 }
 
-/* Y^T = h H^T C^T for the warp's rows of H^T. */
-template <typename T, int P, int N, int M_TILES>
+/* Columns of Y^T at once: half a chunk, so that they and H^T fit into a thread's registers. */
+#define PART (CHUNK / 2)
+
+/* 16 * k .. of the chunk's x^T for the warp's rows, from `row` on: left operands. */
+template <typename T, int P, int M_TILES>
 static __device__ __forceinline__ void
-start_output(const chunk_inputs<T, P, N> &in, const float (&H)[M_TILES][N / 8][4], float (&Y)[M_TILES][CHUNK / 8][4])
+load_x(const T *tile, int row, int k, uint32_t (&x)[M_TILES][4])
 {
     const int lane = threadIdx.x % MIL_WARP;
 #pragma unroll
+    for (int m = 0; m < M_TILES; m++) {
+        load_matrices_transposed(
+            unit_at(tile, P / 8, 16 * k + lane % 8 + lane / 16 * 8, row / 8 + 2 * m + lane / 8 % 2), x[m]);
+    }
+}
+
+/* Columns `part` * PART .. of Y^T = h (H^T C^T) + x^T S^T + D x^T for the warp's rows, rounded in pairs of columns. */
+template <typename T, int P, int N, int M_TILES>
+static __device__ __forceinline__ void
+compute_output(const chunk_inputs<T, P, N> &in, const T *scores, int row, int part, float D,
+               const float (&H)[M_TILES][N / 8][4], uint32_t (&rounded)[M_TILES][PART / 8][2])
+{
+    const int lane = threadIdx.x % MIL_WARP, first = part * PART / 16; /* tile of 16 tokens */
+    const int r8 = lane % 8 + lane / 16 * 8, half = lane / 8 % 2;      /* of right operands: row, unit of two */
+    float Y[M_TILES][PART / 8][4] = {};
+    uint32_t left[M_TILES][4], right[4];
+#pragma unroll
     for (int k = 0; k < N / 16; k++) {
-        uint32_t left[M_TILES][4], C[4];
 #pragma unroll
         for (int m = 0; m < M_TILES; m++) {
 #pragma unroll
@@ -734,80 +808,83 @@ start_output(const chunk_inputs<T, P, N> &in, const float (&H)[M_TILES][N / 8][4
             }
         }
 #pragma unroll
-        for (int t = 0; t < CHUNK / 16; t++) {
-            load_matrices(unit_at(in.C, N / 8, 16 * t + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2), C);
+        for (int t = 0; t < PART / 16; t++) {
+            load_matrices(unit_at(in.C, N / 8, 16 * (first + t) + r8, 2 * k + half), right);
 #pragma unroll
             for (int m = 0; m < M_TILES; m++) {
-                multiply_add(Y[m][2 * t], left[m], C[0], C[1], T());
-                multiply_add(Y[m][2 * t + 1], left[m], C[2], C[3], T());
+                multiply_add(Y[m][2 * t], left[m], right[0], right[1], T());
+                multiply_add(Y[m][2 * t + 1], left[m], right[2], right[3], T());
             }
         }
     }
 #pragma unroll
-    for (int t = 0; t < CHUNK / 8; t++) {
-        float2 h = *(const float2 *)(in.from_start + 8 * t + lane % 4 * 2);
-#pragma unroll
-        for (int m = 0; m < M_TILES; m++) {
-            Y[m][t][0] *= h.x;
-            Y[m][t][1] *= h.y;
-            Y[m][t][2] *= h.x;
-            Y[m][t][3] *= h.y;
-        }
-    }
-}
-
-/* Y^T += x^T S^T + D x^T, H^T = h_last H^T + (to_end x)^T B for the warp's rows, from `row` on. */
-template <typename T, int P, int N, int M_TILES, bool OUTPUT>
-static __device__ __forceinline__ void
-take_tokens(const chunk_inputs<T, P, N> &in, const T *scores, int row, float D, bool folds,
-            float (&H)[M_TILES][N / 8][4], float (&Y)[M_TILES][CHUNK / 8][4])
-{
-    const int lane = threadIdx.x % MIL_WARP;
-    if (folds) {
-        const float last = in.last;
+    for (int t = 0; t < PART / 8; t++) {
+        float2 h = *(const float2 *)(in.from_start + part * PART + 8 * t + lane % 4 * 2);
 #pragma unroll
         for (int m = 0; m < M_TILES; m++) {
 #pragma unroll
-            for (int n = 0; n < N / 8; n++) {
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    H[m][n][e] *= last;
-                }
+            for (int e = 0; e < 4; e++) {
+                Y[m][t][e] *= e % 2 == 0 ? h.x : h.y;
             }
         }
     }
 #pragma unroll
-    for (int k = 0; k < CHUNK / 16; k++) {
-        uint32_t x[M_TILES][4], right[4];
+    for (int k = 0; k < PART / 16 * (part + 1); k++) {
+        load_x<T, P, M_TILES>(in.x, row, k, left);
 #pragma unroll
-        for (int m = 0; m < M_TILES; m++) {
-            load_matrices_transposed(
-                unit_at(in.x, P / 8, 16 * k + lane % 8 + lane / 16 * 8, row / 8 + 2 * m + lane / 8 % 2), x[m]);
-        }
-        if constexpr (OUTPUT) {
-#pragma unroll
-            for (int t = k; t < CHUNK / 16; t++) {
-                load_matrices(unit_at(scores, CHUNK / 8, 16 * t + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2), right);
-#pragma unroll
-                for (int m = 0; m < M_TILES; m++) {
-                    multiply_add(Y[m][2 * t], x[m], right[0], right[1], T());
-                    multiply_add(Y[m][2 * t + 1], x[m], right[2], right[3], T());
-                }
+        for (int t = 0; t < PART / 16; t++) {
+            if (first + t < k) {
+                continue;
             }
+            load_matrices(unit_at(scores, CHUNK / 8, 16 * (first + t) + r8, 2 * k + half), right);
 #pragma unroll
             for (int m = 0; m < M_TILES; m++) {
+                multiply_add(Y[m][2 * t], left[m], right[0], right[1], T());
+                multiply_add(Y[m][2 * t + 1], left[m], right[2], right[3], T());
+                if (first + t > k) {
+                    continue;
+                }
 #pragma unroll
                 for (int q = 0; q < 4; q++) { /* the left operand's layout is that of two tiles of Y^T */
-                    float2 value = unpack<T>(x[m][q]);
-                    float(&y)[4] = Y[m][2 * k + q / 2];
+                    float2 value = unpack<T>(left[m][q]);
+                    float(&y)[4] = Y[m][2 * t + q / 2];
                     y[q % 2 * 2] = fmaf(D, value.x, y[q % 2 * 2]);
                     y[q % 2 * 2 + 1] = fmaf(D, value.y, y[q % 2 * 2 + 1]);
                 }
             }
         }
-        if (!folds) {
-            continue;
+    }
+#pragma unroll
+    for (int m = 0; m < M_TILES; m++) {
+#pragma unroll
+        for (int t = 0; t < PART / 8; t++) {
+            rounded[m][t][0] = pack<T>(Y[m][t][0], Y[m][t][1]);
+            rounded[m][t][1] = pack<T>(Y[m][t][2], Y[m][t][3]);
         }
+    }
+}
+
+/* H^T = h_last H^T + (to_end x)^T B for the warp's rows. */
+template <typename T, int P, int N, int M_TILES>
+static __device__ __forceinline__ void
+fold_chunk(const chunk_inputs<T, P, N> &in, int row, float (&H)[M_TILES][N / 8][4])
+{
+    const int lane = threadIdx.x % MIL_WARP;
+    const float last = in.last;
+#pragma unroll
+    for (int m = 0; m < M_TILES; m++) {
+#pragma unroll
+        for (int n = 0; n < N / 8; n++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                H[m][n][e] *= last;
+            }
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < CHUNK / 16; k++) {
+        uint32_t x[M_TILES][4], B[4];
+        load_x<T, P, M_TILES>(in.x, row, k, x);
 #pragma unroll
         for (int q = 0; q < 4; q++) {
             float2 weight = *(const float2 *)(in.to_end + 16 * k + q / 2 * 8 + lane % 4 * 2);
@@ -819,37 +896,55 @@ take_tokens(const chunk_inputs<T, P, N> &in, const T *scores, int row, float D, 
         }
 #pragma unroll
         for (int n = 0; n < N / 16; n++) {
-            load_matrices_transposed(unit_at(in.B, N / 8, 16 * k + lane % 16, 2 * n + lane / 16), right);
+            load_matrices_transposed(unit_at(in.B, N / 8, 16 * k + lane % 16, 2 * n + lane / 16), B);
 #pragma unroll
             for (int m = 0; m < M_TILES; m++) {
-                multiply_add(H[m][2 * n], x[m], right[0], right[1], T());
-                multiply_add(H[m][2 * n + 1], x[m], right[2], right[3], T());
+                multiply_add(H[m][2 * n], x[m], B[0], B[1], T());
+                multiply_add(H[m][2 * n + 1], x[m], B[2], B[3], T());
             }
         }
     }
 }
 
-/* Y^T through the warp's columns of x's tile, then to y 16 bytes at a time. */
+/* Columns `part` * PART .. of Y^T into the warp's columns of x's tile. */
 template <typename T, int P, int M_TILES>
 static __device__ __forceinline__ void
-store_output(const ssd_arguments &a, const mil_span &span, int64_t start, int64_t total, int row, int64_t column,
-             const float (&Y)[M_TILES][CHUNK / 8][4], T *tile)
+place_output(const uint32_t (&rounded)[M_TILES][PART / 8][2], int row, int part, T *tile)
 {
-    constexpr int UNITS = 2 * M_TILES; /* of the warp */
     const int lane = threadIdx.x % MIL_WARP;
-    __syncwarp();
 #pragma unroll
     for (int m = 0; m < M_TILES; m++) {
 #pragma unroll
-        for (int t = 0; t < CHUNK / 8; t++) {
+        for (int t = 0; t < PART / 8; t += 2) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+            T *at = unit_at(tile, P / 8, part * PART + 8 * t + lane % 8 + lane / 16 * 8,
+                            row / 8 + 2 * m + lane / 8 % 2);
+            asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                             shared_address(at)),
+                         "r"(rounded[m][t][0]), "r"(rounded[m][t][1]), "r"(rounded[m][t + 1][0]),
+                         "r"(rounded[m][t + 1][1])
+                         : "memory");
+#else
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                unit_at(tile, P / 8, 8 * t + lane % 4 * 2 + e % 2, row / 8 + 2 * m + e / 2)[lane / 4] =
-                    mil_round<T>(Y[m][t][e]);
+            for (int e = 0; e < 8; e++) {
+                mil_vector<T, 2> pair =
+                    *reinterpret_cast<const mil_vector<T, 2> *>(&rounded[m][t + e / 4][e / 2 % 2]);
+                unit_at(tile, P / 8, part * PART + 8 * (t + e / 4) + lane % 4 * 2 + e % 2,
+                        row / 8 + 2 * m + e / 2 % 2)[lane / 4] = pair.at[e % 2];
             }
+#endif
         }
     }
-    __syncwarp();
+}
+
+/* The warp's columns of a chunk from its tile to y, 16 bytes at a time. */
+template <typename T, int P, int M_TILES>
+static __device__ __forceinline__ void
+store_output(const ssd_arguments &a, const mil_span &span, int64_t start, int64_t total, int row, int64_t column,
+             const T *tile)
+{
+    constexpr int UNITS = 2 * M_TILES; /* of the warp */
+    const int lane = threadIdx.x % MIL_WARP;
 #pragma unroll
     for (int s = lane / UNITS; s < CHUNK; s += MIL_WARP / UNITS) {
         int64_t token = start + s;
@@ -949,7 +1044,6 @@ ssd_chunks_kernel(const __grid_constant__ chunk_arguments c, const __grid_consta
     for (int64_t chunk = first; chunk < end; chunk++) {
         chunk_inputs<T, P, N> &in = m.inputs[chunk % 2];
         const bool folds = folded_of(chunk) > 0;
-        float Y[M_TILES][CHUNK / 8][4] = {};
         asm volatile("cp.async.wait_group 1;");
         __syncthreads();
         if (warp == 0) { /* the next chunk's decays; its dt were asked for a chunk ago */
@@ -961,15 +1055,23 @@ ssd_chunks_kernel(const __grid_constant__ chunk_arguments c, const __grid_consta
                         m.inputs[(chunk + 1) % 2]);
             ask_for_dt<T>(a, span, tails.dt, p.head, (chunk + 2) * CHUNK, total, dt);
         }
+        uint32_t Y[2][M_TILES][PART / 8][2]; /* of Y^T, rounded */
         if constexpr (OUTPUT) {
             fill_scores<T, P, N>(in, score_row, m.scores);
             __syncthreads();
-            start_output<T, P, N, M_TILES>(in, H, Y);
+            compute_output<T, P, N, M_TILES>(in, m.scores, row, 0, D, H, Y[0]);
+            compute_output<T, P, N, M_TILES>(in, m.scores, row, 1, D, H, Y[1]);
         }
-        take_tokens<T, P, N, M_TILES, OUTPUT>(in, m.scores, row, D, folds, H, Y);
+        if (folds) {
+            fold_chunk<T, P, N, M_TILES>(in, row, H);
+        }
         if constexpr (OUTPUT) {
+            __syncwarp(); /* the warp alone has read these columns of x, and is done with them */
+            place_output<T, P, M_TILES>(Y[0], row, 0, in.x);
+            place_output<T, P, M_TILES>(Y[1], row, 1, in.x);
+            __syncwarp();
             store_output<T, P, M_TILES>(a, span, chunk * CHUNK, total, row,
-                                        (int64_t)p.head * a.head_dim + p.column, Y, in.x);
+                                        (int64_t)p.head * a.head_dim + p.column, in.x);
             if (state != NULL && folds && chunk * CHUNK + CHUNK >= folded) {
                 each_of_H<N>(a.head_dim, row, H, [&](int64_t at, float &h) { state[at] = h; });
             }
@@ -985,7 +1087,7 @@ ssd_chunks_kernel(const __grid_constant__ chunk_arguments c, const __grid_consta
         }
     }
     else if (state != NULL && segment == 0) {
-        move_tails<T>(a, p, span, tails, bias);
+        move_tails<T>(a, p, span, tails, a.slices, bias);
     }
 }
 
@@ -1018,8 +1120,11 @@ template <typename T, int V, int J>
 static mil_status
 launch_windows(mil_context *context, ssd_arguments a, const mil_states &states, int64_t sequences)
 {
+    const int64_t enough = 512; /* blocks */
     a.slices = (int)mil_ceil_div(a.head_dim, V * QUADS);
-    dim3 grid((unsigned)a.slices, (unsigned)a.heads, (unsigned)sequences);
+    const int64_t at_once = sequences * a.heads * a.slices / enough;
+    a.slices_a_block = (int)(at_once < 1 ? 1 : at_once > a.slices ? a.slices : at_once);
+    dim3 grid((unsigned)mil_ceil_div(a.slices, a.slices_a_block), (unsigned)a.heads, (unsigned)sequences);
     return mil_launch(context, "ssd", ssd_windows_kernel<T, V, J>, grid, dim3(THREADS),
                       sizeof(window_memory<V * QUADS, LANES_N * J>), a, states);
 }
@@ -1028,10 +1133,9 @@ template <typename T, int V>
 static mil_status
 choose_rows(mil_context *context, const ssd_arguments &a, const mil_states &states, int64_t sequences)
 {
-    return a.state_dim <= 2 * LANES_N   ? launch_windows<T, V, 2>(context, a, states, sequences)
-           : a.state_dim <= 4 * LANES_N ? launch_windows<T, V, 4>(context, a, states, sequences)
-           : a.state_dim <= 8 * LANES_N ? launch_windows<T, V, 8>(context, a, states, sequences)
-                                        : launch_windows<T, V, 16>(context, a, states, sequences);
+    return a.state_dim <= 4 * LANES_N             ? launch_windows<T, V, 4>(context, a, states, sequences)
+           : a.state_dim <= 8 * LANES_N && V == 4 ? launch_windows<T, 4, 8>(context, a, states, sequences)
+                                                  : launch_windows<T, V, 16>(context, a, states, sequences);
 }
 
 /* Whether everything can be read 4 elements at a time. */
@@ -1087,7 +1191,7 @@ static mil_status
 launch_chunks(mil_context *context, const ssd_arguments &a, const mil_states &states, int64_t sequences,
               int64_t longest)
 {
-    const bool wide = a.head_dim % 128 == 0 && a.state_dim <= 128;
+    const bool wide = a.head_dim % 128 == 0 && a.state_dim == 128;
     chunk_arguments c = {};
     c.ssd = a;
     c.ssd.slices = a.head_dim / (wide ? 128 : 64);
@@ -1102,10 +1206,10 @@ launch_chunks(mil_context *context, const ssd_arguments &a, const mil_states &st
         }
     }
     if (status == MIL_OK) {
-        status = (wide ? (a.state_dim == 64 ? run_chunks<T, 64, 2> : run_chunks<T, 128, 2>)
-                       : (a.state_dim == 64    ? run_chunks<T, 64, 1>
-                          : a.state_dim == 128 ? run_chunks<T, 128, 1>
-                                               : run_chunks<T, 256, 1>))(context, c, states, sequences);
+        status = (wide                 ? run_chunks<T, 128, 2>
+                  : a.state_dim == 64  ? run_chunks<T, 64, 1>
+                  : a.state_dim == 128 ? run_chunks<T, 128, 1>
+                                       : run_chunks<T, 256, 1>)(context, c, states, sequences);
     }
     mil_arena_rewind(context->scratch, mark);
     return status;

@@ -96,23 +96,36 @@ mil_prefetch(const void *address)
     asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
-/* Whether this block is the last of `sharers` that call this with the same slot; the same answer in every thread.
- * What the others read before their calls they have read. */
-static __device__ __forceinline__ bool
-mil_is_last(float *slot, unsigned sharers)
+/* Whether this block is the last of `sharers` to come here with the same slot, for up to MIL_SLOTS slots at once: one
+ * bit each, the same in every thread.  What the others read before they came they have read. */
+#define MIL_SLOTS 3
+
+struct mil_slots {
+    float *slot[MIL_SLOTS];
+    unsigned sharers[MIL_SLOTS]; /* 0: not asked */
+};
+
+static __device__ __forceinline__ unsigned
+mil_last_of(const mil_slots &slots)
 {
-    __shared__ unsigned arrived;
+    __shared__ unsigned last;
     __syncthreads();
-    if (sharers == 1) {
-        return true;
+    if (threadIdx.x < MIL_WARP) {
+        bool is_last = false;
+#pragma unroll
+        for (int i = 0; i < MIL_SLOTS; i++) {
+            if (threadIdx.x == i && slots.sharers[i] > 0) {
+                unsigned most = slots.sharers[i] - 1; /* the count is back to 0 with the last */
+                __threadfence();
+                is_last = most == 0 || atomicInc((unsigned *)slots.slot[i], most) == most;
+                __threadfence();
+            }
+        }
+        unsigned bits = __ballot_sync(MIL_ALL_LANES, is_last);
+        if (threadIdx.x == 0) {
+            last = bits;
+        }
     }
-    if (threadIdx.x == 0) {
-        __threadfence();
-        arrived = atomicInc((unsigned *)slot, sharers - 1); /* back to 0 with the last */
-        __threadfence();
-    }
-    __syncthreads();
-    bool last = arrived == sharers - 1;
     __syncthreads();
     return last;
 }
@@ -126,9 +139,22 @@ mil_tail_move(float *tail, int64_t width, int64_t column, int columns, const mil
     int64_t shift = span.after - span.boundary, kept = span.past - span.after;
     float *at = tail + column;
     if (shift > 0 && kept > 0) { /* by at least a window, and fewer rows than that: no row is read and written */
-        for (int i = threadIdx.x; i < (int)kept * columns; i += blockDim.x) {
-            int row = i / columns, j = i % columns;
-            at[row * width + j] = at[(row + shift) * width + j];
+        constexpr int AT_ONCE = 8; /* loads under way */
+        float value[AT_ONCE];
+        int count = (int)kept * columns;
+        for (int i = threadIdx.x; i < count; i += AT_ONCE * blockDim.x) {
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; k++) {
+                int e = i + k * (int)blockDim.x;
+                value[k] = e < count ? at[(e / columns + shift) * width + e % columns] : 0.0f;
+            }
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; k++) {
+                int e = i + k * (int)blockDim.x;
+                if (e < count) {
+                    at[e / columns * width + e % columns] = value[k];
+                }
+            }
         }
         __syncthreads();
     }
@@ -140,15 +166,11 @@ mil_tail_move(float *tail, int64_t width, int64_t column, int columns, const mil
     }
 }
 
-/* The same for columns that `sharers` blocks read, all of which call this: the last one moves them. */
-template <typename Value>
-static __device__ __forceinline__ void
-mil_tail_share(float *tail, int64_t width, int64_t column, int columns, const mil_span &span, unsigned sharers,
-               Value value)
+/* The slot of columns that begin at `column`: in the row that no token has. */
+static __device__ __forceinline__ float *
+mil_slot(float *tail, int64_t width, int64_t column)
 {
-    if (mil_is_last(tail + (MIL_TAIL - 1) * width + column, sharers)) {
-        mil_tail_move(tail, width, column, columns, span, value);
-    }
+    return tail + (MIL_TAIL - 1) * width + column;
 }
 
 /* N values that are float32 in a tail or activations, loaded now and used later: so that many are under way at once. */
