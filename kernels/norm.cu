@@ -26,8 +26,8 @@ norm_by_block(norm_arguments a)
     mil_trigger();
     mil_wait();
     int64_t row = blockIdx.x / a.groups, group = blockIdx.x % a.groups;
-    norm_group<T, V>(a, row, group, group_output<T>(a, row, group), (int)threadIdx.x, MIL_NORM_THREADS,
-                     [&](float value) { return mil_block_sum(value, partial); });
+    norm_group<T, V>(a, row, group, norm_weight(a, group), group_output<T>(a, row, group), (int)threadIdx.x,
+                     MIL_NORM_THREADS, [&](float value) { return mil_block_sum(value, partial); });
 }
 
 template <typename T, int V>
@@ -39,7 +39,8 @@ norm_by_warp(norm_arguments a)
     mil_wait();
     if (item < a.rows * a.groups) {
         int64_t row = item / a.groups, group = item % a.groups;
-        norm_group<T, V>(a, row, group, group_output<T>(a, row, group), (int)threadIdx.x % MIL_WARP, MIL_WARP,
+        norm_group<T, V>(a, row, group, norm_weight(a, group), group_output<T>(a, row, group),
+                         (int)threadIdx.x % MIL_WARP, MIL_WARP,
                          [](float value) { return mil_warp_sum(value); });
     }
 }

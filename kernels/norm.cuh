@@ -36,14 +36,21 @@ load_input(const norm_arguments &a, const T *x, const T *z, int64_t column, floa
     }
 }
 
+/* The weights of a group, or NULL. */
+static __device__ __forceinline__ const float *
+norm_weight(const norm_arguments &a, int64_t group)
+{
+    return a.weight == NULL ? NULL : a.weight + (a.weight_per_group ? 0 : group * a.group);
+}
+
 /* One group into y by `threads` threads, of which this is number `thread`; `sum` adds up over them. */
 template <typename T, int V, typename Sum>
 static __device__ __forceinline__ void
-norm_group(const norm_arguments &a, int64_t row, int64_t group, T *y, int thread, int threads, Sum sum)
+norm_group(const norm_arguments &a, int64_t row, int64_t group, const float *weight, T *y, int thread,
+           int threads, Sum sum)
 {
     const T *x = (const T *)a.x + row * a.x_stride + group * a.group;
     const T *z = a.z == NULL ? NULL : (const T *)a.z + row * a.z_stride + group * a.group;
-    const float *weight = a.weight == NULL ? NULL : a.weight + (a.weight_per_group ? 0 : group * a.group);
     float value[V], gate[V];
     float squares = 0.0f;
     for (int64_t column = (int64_t)thread * V; column < a.group; column += (int64_t)threads * V) {

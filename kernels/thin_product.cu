@@ -28,7 +28,7 @@
 #define THREADS (WARPS * MIL_WARP)
 #define TILE 16  /* outputs of a block */
 #define CHUNK 32 /* inputs of a warp's step */
-#define UNROLL 4 /* steps whose loads are under way together */
+#define LOADS 8  /* 16-byte loads of weights that a thread has under way */
 #define NORMED_BYTES (64 << 10)
 
 struct thin_output {
@@ -145,21 +145,34 @@ write_gated(const thin_arguments &a, int first, const float (&up)[WARPS][TILE][R
     }
 }
 
+/* Starts copying the norm's weights, which nobody writes, into shared memory. */
+static __device__ __forceinline__ void
+fetch_norm_weight(const thin_arguments &a, float *weight)
+{
+    for (int i = (int)threadIdx.x * 4; i < a.in; i += THREADS * 4) {
+        asm volatile(
+            "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(weight + i)),
+            "l"(a.norm.weight + i));
+    }
+}
+
 /* The normed rows of x into shared memory, by the whole block; the bits of norm.cu. */
 template <typename T>
 static __device__ __forceinline__ void
-norm_rows(const thin_arguments &a, T *normed, float *partial)
+norm_rows(const thin_arguments &a, const float *weight, T *normed, float *partial)
 {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncthreads();
     int warp = (int)threadIdx.x / MIL_WARP, lane = (int)threadIdx.x % MIL_WARP;
     if (a.in <= MIL_NORM_WIDEST_FOR_WARP) {
         for (int row = warp; row < a.rows; row += WARPS) {
-            norm_group<T, 8>(a.norm, row, 0, normed + row * a.in, lane, MIL_WARP,
+            norm_group<T, 8>(a.norm, row, 0, weight, normed + row * a.in, lane, MIL_WARP,
                              [](float value) { return mil_warp_sum(value); });
         }
     }
     else {
         for (int row = 0; row < a.rows; row++) {
-            norm_group<T, 8>(a.norm, row, 0, normed + row * a.in, (int)threadIdx.x, MIL_NORM_THREADS,
+            norm_group<T, 8>(a.norm, row, 0, weight, normed + row * a.in, (int)threadIdx.x, MIL_NORM_THREADS,
                              [&](float value) { return mil_block_sum(value, partial); });
         }
     }
@@ -167,7 +180,7 @@ norm_rows(const thin_arguments &a, T *normed, float *partial)
 }
 
 /* One matrix's share of a block: 16 rows of weights on their way, and their sums with GROUPS * 8 rows of x. */
-template <typename T, int GROUPS>
+template <typename T, int GROUPS, int UNROLL>
 struct tile_sums {
     const T *low, *high;
     uint4 wl[UNROLL], wh[UNROLL];
@@ -223,28 +236,31 @@ struct tile_sums {
  * activation is written. */
 template <typename T, int GROUPS, bool NORMED, bool GATED>
 static __global__ void
-__launch_bounds__(THREADS, GROUPS == 1 && !GATED ? 3 : 2)
-    thin_kernel(const __grid_constant__ thin_arguments a)
+__launch_bounds__(THREADS, GROUPS == 1 ? 3 : 2) thin_kernel(const __grid_constant__ thin_arguments a)
 {
-    constexpr int MATRICES = GATED ? 2 : 1;
+    constexpr int MATRICES = GATED ? 2 : 1, UNROLL = LOADS / 2 / MATRICES;
     __shared__ float partial[MATRICES][WARPS][TILE][GROUPS * 8];
-    extern __shared__ uint4 normed_rows[];
+    extern __shared__ uint4 normed_rows[]; /* the rows, then the norm's weights */
     const thin_output &o = GATED ? a.outputs[0] : output_of(a, (int)blockIdx.x);
     int warp = (int)threadIdx.x / MIL_WARP, lane = (int)threadIdx.x % MIL_WARP, g = lane / 4, t = lane % 4;
     int first = ((int)blockIdx.x - o.first_tile) * TILE;
     int k = warp * CHUNK + 8 * t;
 
-    tile_sums<T, GROUPS> sums[MATRICES];
+    tile_sums<T, GROUPS, UNROLL> sums[MATRICES];
     sums[0].begin(o.weight, first, o.out, a.in, g, k);
     if constexpr (GATED) {
         sums[1].begin(a.outputs[1].weight, first, o.out, a.in, g, k);
+    }
+    float *norm_weights = (float *)((T *)normed_rows + a.rows * a.in);
+    if constexpr (NORMED) {
+        fetch_norm_weight(a, norm_weights);
     }
     mil_trigger();
     mil_wait();
     const T *x = (const T *)a.x;
     int64_t x_stride = a.x_stride;
     if constexpr (NORMED) {
-        norm_rows<T>(a, (T *)normed_rows, &partial[0][0][0][0]);
+        norm_rows<T>(a, norm_weights, (T *)normed_rows, &partial[0][0][0][0]);
         x = (const T *)normed_rows;
         x_stride = a.in;
     }
@@ -366,7 +382,14 @@ mil_thin_product(mil_context *context, const mil_linear *products, int64_t count
 
 /* ---- with the norm before and the gate after ------------------------------------------------------------------- */
 
-/* Whether the rows after the norm fit into the shared memory of a block of which three share a multiprocessor. */
+/* Shared memory for the rows after the norm and for its weights. */
+static size_t
+norm_bytes(const mil_norm *n)
+{
+    return (size_t)(n->rows * n->width) * 2 + (size_t)n->width * sizeof(float);
+}
+
+/* Whether a norm can go along: in blocks of which three share a multiprocessor. */
 static bool
 norm_fits(const mil_norm *n, const mil_linear *products, int64_t count)
 {
@@ -376,7 +399,8 @@ norm_fits(const mil_norm *n, const mil_linear *products, int64_t count)
         }
     }
     return n->group == n->width && n->z == NULL && n->width == products->in && n->width % 8 == 0 &&
-           (uintptr_t)n->x % 16 == 0 && n->x_stride % 8 == 0 && n->rows * n->width * 2 <= NORMED_BYTES;
+           (uintptr_t)n->x % 16 == 0 && n->x_stride % 8 == 0 && n->weight != NULL &&
+           (uintptr_t)n->weight % 16 == 0 && norm_bytes(n) <= NORMED_BYTES;
 }
 
 static bool
@@ -418,7 +442,7 @@ mil_thin_project(mil_context *context, const mil_norm *norm, const mil_linear *p
             a.gated_stride = gate->y_stride;
             a.activation = gate->activation;
         }
-        size_t shared = normed ? (size_t)(norm->rows * norm->width) * 2 : 0;
+        size_t shared = normed ? norm_bytes(norm) : 0;
         MIL_TRY(products->dtype == MIL_BF16 ? launch_fused<__nv_bfloat16>(context, a, tiles, shared, gated)
                                             : launch_fused<__half>(context, a, tiles, shared, gated));
     }
