@@ -1,22 +1,24 @@
-/* Causal softmax attention over packed sequences with grouped heads and sliding windows (csrc/cpu/attention.c has the
- * formula), and the writing of keys and values into caches.
+/* Causal softmax attention over packed sequences with grouped heads and sliding windows
+ * (csrc/cpu/attention.c has the formula), and the writing of keys and values into caches.
  *
- * Decoding (at most MIL_WINDOW rows a sequence, keys in caches) is bound by the reading of the cache.  One cluster of
- * blocks serves one key head of one sequence, with all query heads of its group and all rows at once: their
- * scores come from one tensor core product, padded to 16 rows, and every key and value is read once.
+ * Decoding (at most MIL_WINDOW rows a sequence, keys in caches) is bound by the reading of the cache.  One
+ * cluster of blocks serves one key head of one sequence, with all query heads of its group and all rows at
+ * once: their scores come from one tensor core product, padded to 16 rows, and every key and value is read
+ * once.
  *
- *   keys   | tile 0 | tile 1 | ...  | tile 7 | tile 8 | ...        tile t of 64 keys: block t % 8 of the cluster
+ *   keys   | tile 0 | tile 1 | ...  | tile 7 | tile 8 | ...     tile t of 64 keys: block t % 8
  *          | warps 0 1 2 3 : 16 keys each, for each 16 query rows
  *
- * Each warp walks its 16 keys of each of its block's tiles, two tiles a step, with a running maximum and sum; the next
- * steps are copied meanwhile.  The results of the four warps are merged as (0 1)(2 3) and sent to the shared memory of the
- * block that merges that part of them, in the order of the eight blocks.  Tiles begin at multiples of 64 keys of the sequence, whatever rows a call brings, and keys that a row may
- * not see take part as exact zeros: so a row's bits depend on its position and the keys only, be it alone, in a
- * verify window, or in a batch.  Nothing but the result goes back to memory, and there is one launch.
+ * Each warp walks its 16 keys of each of its block's tiles, two tiles a step, with a running maximum and
+ * sum; the next steps are copied meanwhile.  The results of the four warps are merged as (0 1)(2 3) and
+ * sent to the shared memory of the block that merges that part of them, in the order of the eight blocks.
+ * Tiles begin at multiples of 64 keys of the sequence, whatever rows a call brings, and keys that a row may
+ * not see take part as exact zeros: so a row's bits depend on its position and the keys only, be it alone,
+ * in a verify window, or in a batch.  Nothing but the result goes back to memory, and there is one launch.
  *
- * Prefill is in attention_prefill.cu.  float32 activations, head_dim no multiple of 8, caches of another type
- * than the activations, and GPUs without clusters take the plain kernel below: a block a row and head, in
- * float32 arithmetic, of the same bits for any grouping of rows for the same reason.
+ * Prefill is in attention_prefill.cu.  float32 activations, head_dim no multiple of 8, caches of another
+ * type than the activations, and GPUs without clusters take the plain kernel below: a block a row and head,
+ * in float32 arithmetic, of the same bits for any grouping of rows for the same reason.
  */
 #include "attention.cuh"
 #include "cluster.cuh"
@@ -24,7 +26,7 @@
 
 #include <limits.h>
 
-/* ---- appending to caches -------------------------------------------------------------------------------------------- */
+/* ---- appending to caches ----------------------------------------------------------------------------- */
 
 struct append_arguments {
     mil_device_rows rows;
@@ -133,15 +135,15 @@ mil_cuda_kv_append(mil_context *context, const mil_kv_append *arguments)
     return status;
 }
 
-/* ---- decoding ------------------------------------------------------------------------------------------------------- */
+/* ---- decoding ---------------------------------------------------------------------------------------- */
 
 #define CLUSTER 8    /* blocks that share the keys of one head: the portable most */
 #define LANES 4      /* warps that share a tile's keys */
 #define LANE_KEYS 16 /* the depth of one product */
 #define TILE (LANES * LANE_KEYS)
 
-/* Shared memory of a block; D is head_dim rounded up, MT the 16-row tiles of queries, STEPS how many pairs of tiles are
- * under way. */
+/* Shared memory of a block; D is head_dim rounded up, MT the 16-row tiles of queries, STEPS how many pairs
+ * of tiles are under way. */
 template <int D, int MT, int STEPS>
 struct decode_memory {
     alignas(128) uint16_t q[MT * 16 * D];
@@ -153,7 +155,8 @@ struct decode_memory {
         float values[LANES][MT * 16][D + 8]; /* of the lanes; 8 more for the banks' sake */
     };
     softmax_row lane_rows[LANES][MT * 16];
-    /* What the blocks of the cluster send to this one: all their rows, and of the values this block's share. */
+    /* What the blocks of the cluster send to this one: all their rows, and of the values this block's
+     * share. */
     softmax_row rows[CLUSTER][MT * 16];
     alignas(16) float inbox[1]; /* [CLUSTER, share, 4] */
 };
@@ -218,7 +221,8 @@ struct lane_copier {
         stride = keys.stride;
     }
 
-    /* Of the tile of keys first .. into `tile`; zeros from `end` on. STEP keys further on the swizzle is another. */
+    /* Of the tile of keys first .. into `tile`; zeros from `end` on. STEP keys further on the swizzle is
+     * another. */
     __device__ __forceinline__ void copy(const T *from, int first, int end, uint32_t tile) const
     {
         const T *at = from + (int64_t)(first + key) * stride;
@@ -232,8 +236,8 @@ struct lane_copier {
     }
 };
 
-/* The scores of 16 rows and the lane's 16 keys of one or both tiles of a pair, which begin at `first` and CLUSTER * TILE
- * later: their weights, and by the way the rescaling of the sums so far. */
+/* The scores of 16 rows and the lane's 16 keys of one or both tiles of a pair, which begin at `first` and
+ * CLUSTER * TILE later: their weights, and by the way the rescaling of the sums so far. */
 template <typename T, int D>
 static __device__ __forceinline__ void
 weigh_keys(const attention_arguments &a, const decode_warp &w, uint32_t q, uint32_t k, int first, bool both,
@@ -313,8 +317,8 @@ merge_quads(softmax_row &to, float4 &values, const softmax_row &from, const floa
     values.w = merge_values(values.w, more.w, earlier, later);
 }
 
-/* The lanes' results as (0 1)(2 3), sent to the block that merges that place of the rows: quad i of `quads` a row goes to
- * block i / share. */
+/* The lanes' results as (0 1)(2 3), sent to the block that merges that place of the rows: quad i of `quads`
+ * a row goes to block i / share. */
 template <int D, int MT, int STEPS>
 static __device__ __forceinline__ void
 send_values(decode_memory<D, MT, STEPS> *memory, int rows, int quads, int share)
@@ -395,8 +399,8 @@ MIL_CLUSTER(CLUSTER) __launch_bounds__(LANES * MT * MIL_WARP)
     w.thread = threadIdx.x % MIL_WARP;
     w.lane = threadIdx.x / MIL_WARP % LANES;
     w.m = threadIdx.x / MIL_WARP / LANES;
-    /* The pairs of tiles of any row of this block that are this block's.  Its n-th tile is rank + n * CLUSTER; even n begin a
-     * pair. */
+    /* The pairs of tiles of any row of this block that are this block's.  Its n-th tile is rank + n *
+     * CLUSTER; even n begin a pair. */
     int end = past + (first_slot + rows - 1) / a.group + 1, first_end = past + first_slot / a.group + 1;
     int first_tile = (first_end > a.window ? first_end - a.window : 0) / TILE;
     int tile = first_tile / (2 * CLUSTER) * 2 * CLUSTER + mil_cluster_rank(), tiles = (end + TILE - 1) / TILE;
@@ -491,8 +495,8 @@ decode_rows(mil_context *context, const attention_arguments *a, int64_t longest)
                       dim3(LANES * MT * MIL_WARP), sizeof(decode_memory<D, MT, STEPS>) + inbox, *a);
 }
 
-/* Where there are no more blocks than multiprocessors, each takes their whole memory for reading ahead; more than 32 query
- * rows then make two clusters a key head, of which one finds the keys in L2. */
+/* Where there are no more blocks than multiprocessors, each takes their whole memory for reading ahead;
+ * more than 32 query rows then make two clusters a key head, of which one finds the keys in L2. */
 template <typename T, int D>
 static mil_status
 decode_width(mil_context *context, const attention_arguments *a, int64_t longest)
@@ -528,7 +532,7 @@ decode(mil_context *context, const attention_arguments *a, int64_t longest)
                                 : decode_width<T, 256>(context, a, longest);
 }
 
-/* ---- the plain kernel ------------------------------------------------------------------------------------------------- */
+/* ---- the plain kernel -------------------------------------------------------------------------------- */
 
 #define PLAIN_WARPS 4
 #define PLAIN_MOST 256 /* head_dim */
@@ -558,8 +562,8 @@ dot(const float *q, const C *k, int head_dim)
     return sum;
 }
 
-/* A block a (row, query head).  Warp w takes the runs of 32 keys w, w + 4, ... of the sequence, a key a thread for the scores, a
- * column a thread for the values. */
+/* A block a (row, query head).  Warp w takes the runs of 32 keys w, w + 4, ... of the sequence, a key a
+ * thread for the scores, a column a thread for the values. */
 template <typename T, typename C, int N>
 static __global__ void
 __launch_bounds__(PLAIN_WARPS *MIL_WARP) plain_kernel(const __grid_constant__ attention_arguments a)
@@ -662,7 +666,7 @@ plain(mil_context *context, const attention_arguments *a, int64_t rows, mil_dtyp
                              : plain_of<T, float>(context, a, rows, aligned);
 }
 
-/* ---- choosing ----------------------------------------------------------------------------------------------------------- */
+/* ---- choosing ---------------------------------------------------------------------------------------- */
 
 static mil_status
 check_args(const mil_attention *a)
@@ -682,8 +686,8 @@ check_args(const mil_attention *a)
     return MIL_OK;
 }
 
-/* Sequences with few rows and sequences with many go to different kernels, so that a token's bits are the same whoever
- * else is in the call. */
+/* Sequences with few rows and sequences with many go to different kernels, so that a token's bits are the
+ * same whoever else is in the call. */
 template <typename T>
 static mil_status
 forward(mil_context *context, const mil_attention *given)

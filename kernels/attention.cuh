@@ -1,8 +1,8 @@
 /* What the attention kernels share: their arguments, where keys lie, and the tensor cores' 16-bit products.
  *
- * Tiles of 16-bit elements lie in shared memory as rows of D elements, in chunks of 8 (16 bytes).  Chunk c of row r is
- * kept at place c ^ (r % 8) of its row, so that the eight rows of one matrix that ldmatrix reads, which have the
- * same c, fall into different banks.
+ * Tiles of 16-bit elements lie in shared memory as rows of D elements, in chunks of 8 (16 bytes).  Chunk c
+ * of row r is kept at place c ^ (r % 8) of its row, so that the eight rows of one matrix that ldmatrix
+ * reads, which have the same c, fall into different banks.
  */
 #ifndef MIL_KERNELS_ATTENTION_CUH
 #define MIL_KERNELS_ATTENTION_CUH
@@ -16,7 +16,7 @@
 #define LOG2_E 1.4426950408889634f
 #define LN_2 0.6931471805599453f
 
-/* ---- arguments ---------------------------------------------------------------------------------------------------- */
+/* ---- arguments --------------------------------------------------------------------------------------- */
 
 /* Caches of up to this many sequences travel as kernel arguments, which saves an upload a layer. */
 #define CACHES_INLINE 64
@@ -90,8 +90,9 @@ mil_status
 mil_attention_list_caches(mil_context *context, const mil_kv_cache *caches, int64_t sequences,
                           cache_list *out);
 
-/* attention_prefill.cu: the sequences of more than MIL_WINDOW rows, `longest` the most of one, where 16-bit keys and
- * queries are of the activation type, lie at multiples of 16 bytes, and head_dim is a multiple of 8. */
+/* attention_prefill.cu: the sequences of more than MIL_WINDOW rows, `longest` the most of one, where 16-bit
+ * keys and queries are of the activation type, lie at multiples of 16 bytes, and head_dim is a multiple of
+ * 8. */
 mil_status
 mil_attention_prefill(mil_context *context, const attention_arguments *a, int64_t longest);
 
@@ -99,7 +100,7 @@ mil_attention_prefill(mil_context *context, const attention_arguments *a, int64_
 mil_status
 mil_attention_prefill_hopper(mil_context *context, const attention_arguments *a, int64_t longest, bool *done);
 
-/* ---- softmax ------------------------------------------------------------------------------------------------------- */
+/* ---- softmax ----------------------------------------------------------------------------------------- */
 
 static __device__ __forceinline__ float
 exp2_fast(float x)
@@ -114,8 +115,8 @@ struct softmax_row {
     float maximum, sum;
 };
 
-/* Adds the softmax of later keys to that of earlier ones and tells by which factors their values count.  Either may be
- * empty: its factor is 0, or 1 where both are. */
+/* Adds the softmax of later keys to that of earlier ones and tells by which factors their values count.
+ * Either may be empty: its factor is 0, or 1 where both are. */
 static __device__ __forceinline__ void
 merge_rows(softmax_row &to, const softmax_row &from, float &earlier, float &later)
 {
@@ -137,9 +138,9 @@ struct softmax_pair {
     float maximum[2], sum[2]; /* sum: of the thread's own scores until softmax_finish */
 };
 
-/* Scores s [N / 2] of N keys, as tensor cores leave them (i % 4 / 2 is the row), to weights; takes them into the running
- * rows and gives the factors by which earlier values shrink.  The maximum is of unscaled scores: scaling and
- * subtraction are one instruction. */
+/* Scores s [N / 2] of N keys, as tensor cores leave them (i % 4 / 2 is the row), to weights; takes them
+ * into the running rows and gives the factors by which earlier values shrink.  The maximum is of unscaled
+ * scores: scaling and subtraction are one instruction. */
 template <int N>
 static __device__ __forceinline__ void
 soften(float (&s)[N / 2], float scale, softmax_pair &rows, float (&factor)[2])
@@ -176,7 +177,7 @@ softmax_finish(float sum)
     return sum + __shfl_xor_sync(MIL_ALL_LANES, sum, 2);
 }
 
-/* ---- shared memory -------------------------------------------------------------------------------------------------- */
+/* ---- shared memory ----------------------------------------------------------------------------------- */
 
 static __device__ __forceinline__ uint32_t
 shared_address(const void *pointer)
@@ -213,7 +214,7 @@ chunk_place(int row, int chunk)
     return (uint32_t)(row * D * 2 + ((chunk ^ (row & 7)) << 4));
 }
 
-/* ---- 16-bit products -------------------------------------------------------------------------------------------------- */
+/* ---- 16-bit products --------------------------------------------------------------------------------- */
 
 template <typename T>
 constexpr bool is_half = false;
@@ -238,7 +239,8 @@ load_matrices_transposed(uint32_t (&to)[4], uint32_t from)
                  : "memory");
 }
 
-/* c [16, 8] += a [16, 16] b [16, 8].  Lane l holds of c rows l / 4 and l / 4 + 8, columns l % 4 * 2 and the next. */
+/* c [16, 8] += a [16, 16] b [16, 8].  Lane l holds of c rows l / 4 and l / 4 + 8, columns l % 4 * 2 and the
+ * next. */
 template <typename T>
 static __device__ __forceinline__ void
 multiply(float *c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
@@ -275,8 +277,8 @@ pack(float low, float high)
     return bits;
 }
 
-/* The right factors of two products: rows first .. first + 16 of a tile [*, D], transposed, in columns k * 16 ..; b[0] and b[1]
- * for the first 8 rows, b[2] and b[3] for the others. */
+/* The right factors of two products: rows first .. first + 16 of a tile [*, D], transposed, in columns k *
+ * 16 ..; b[0] and b[1] for the first 8 rows, b[2] and b[3] for the others. */
 template <int D>
 static __device__ __forceinline__ void
 load_right_rows(uint32_t (&b)[4], uint32_t tile, int first, int k)
@@ -285,7 +287,8 @@ load_right_rows(uint32_t (&b)[4], uint32_t tile, int first, int k)
     load_matrices(b, tile + chunk_place<D>(first + (lane & 7) + (lane >> 4) * 8, 2 * k + (lane >> 3 & 1)));
 }
 
-/* The same of rows first .. first + 16 as they are, in columns n * 16 ..: b[0] and b[1] for the first 8 columns. */
+/* The same of rows first .. first + 16 as they are, in columns n * 16 ..: b[0] and b[1] for the first 8
+ * columns. */
 template <int D>
 static __device__ __forceinline__ void
 load_right_columns(uint32_t (&b)[4], uint32_t tile, int first, int n)

@@ -1,17 +1,19 @@
-/* Attention of many rows a sequence on Hopper: flash attention over wgmma (Shah et al. 2024, without their copy engine).
+/* Attention of many rows a sequence on Hopper: flash attention over wgmma (Shah et al. 2024, without their
+ * copy engine).
  *
- * A block owns 64 query positions of one head for each of two or three groups of four warps, and walks the tiles of keys;
- * one more group does nothing but copy:
+ * A block owns 64 query positions of one head for each of two or three groups of four warps, and walks the
+ * tiles of keys; one more group does nothing but copy:
  *
  *   shared     Q [64 * groups, D] once; K and V [N, D] twice each, filled and emptied in turns
  *   a group    S = Q K^T [64, N] from shared memory into registers, softmax there, rounded into P,
  *              O += P V with P from registers
- *   overlap    S of tile j and O of tile j - 1 are started together; while the second runs, the softmax of the first is
- *              computed.  The groups start theirs in turns, so that one's softmax runs beside another's products
+ *   overlap    S of tile j and O of tile j - 1 are started together; while the second runs, the softmax
+ *              of the first is computed.  The groups start theirs in turns, so that one's softmax runs
+ *              beside another's products
  *
- * mma.sync, which attention_prefill.cu uses, reaches about 0.6 of these tensor cores' rate and needs its factors in
- * registers.  Copies are cp.async and no tensor maps: keys lie in as many caches as there are sequences, and
- * rows begin anywhere.
+ * mma.sync, which attention_prefill.cu uses, reaches about 0.6 of these tensor cores' rate and needs its
+ * factors in registers.  Copies are cp.async and no tensor maps: keys lie in as many caches as there are
+ * sequences, and rows begin anywhere.
  */
 #include "attention.cuh"
 #include "table.h"
@@ -60,7 +62,8 @@ struct copier {
     }
 };
 
-/* Lets the consumers know of copies once they are there: those of one tile when the next one's are under way. */
+/* Lets the consumers know of copies once they are there: those of one tile when the next one's are under
+ * way. */
 struct publisher {
     uint64_t *pending;
 

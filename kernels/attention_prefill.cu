@@ -1,16 +1,16 @@
-/* Attention of many rows a sequence: prompts, in one piece or in chunks upon a cache (kernels/attention.cu: decoding;
- * kernels/attention_hopper.cu: the same on Hopper's tensor cores, in other units).
+/* Attention of many rows a sequence: prompts, in one piece or in chunks upon a cache (kernels/attention.cu:
+ * decoding; kernels/attention_hopper.cu: the same on Hopper's tensor cores, in other units).
  *
- * Flash attention (Dao 2023): a block owns 64 or 128 query positions of one head and walks the tiles of keys that they see
- * with a running maximum and sum a row, so that scores never leave registers.
+ * Flash attention (Dao 2023): a block owns 64 or 128 query positions of one head and walks the tiles of
+ * keys that they see with a running maximum and sum a row, so that scores never leave registers.
  *
  *   shared     Q [128, D] once; K, V [64, D] twice: a tile is copied while the one before it is used
  *   a warp     32 query rows: each K or V fragment read from shared memory serves two products, else its
  *              128 bytes a clock would be the limit and not the tensor cores
  *   work       4 head_dim flops a (query, key); bytes are far from a limit from 128 rows on
  *
- * Tiles that every row of a warp sees whole skip the masking.  Blocks with the longest rows start first; the heads of
- * a group run side by side and find their keys in L2.
+ * Tiles that every row of a warp sees whole skip the masking.  Blocks with the longest rows start first;
+ * the heads of a group run side by side and find their keys in L2.
  */
 #include "attention.cuh"
 #include "table.h"

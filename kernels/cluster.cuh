@@ -1,4 +1,5 @@
-/* Clusters: blocks that run side by side, wait for each other and read each other's shared memory (sm_90 on).
+/* Clusters: blocks that run side by side, wait for each other and read each other's shared memory (sm_90
+ * on).
  *
  * Before sm_90 a cluster is one block: code that asks for no other rank's memory works there as it is.
  */
@@ -50,7 +51,8 @@ mil_cluster_sync()
 #endif
 }
 
-/* The same in two parts: what lies between runs while others are on their way. Only execution meets, not memory. */
+/* The same in two parts: what lies between runs while others are on their way. Only execution meets, not
+ * memory. */
 static __device__ __forceinline__ void
 mil_cluster_arrive()
 {

@@ -1,26 +1,30 @@
 /* From logits to tokens without the host: greedy and filtered sampling.
  *
- * The meaning is that of csrc/decode/sampler.c: weights exp((s - max) / temperature), 0 where top-k, top-p or min-p leave a
- * token out; the token at quantile u of them in index order; u from Philox by (seed, position, stream).
+ * The meaning is that of csrc/decode/sampler.c: weights exp((s - max) / temperature), 0 where top-k, top-p
+ * or min-p leave a token out; the token at quantile u of them in index order; u from Philox by (seed,
+ * position, stream).
  *
- * A cluster of 8 blocks serves a row: each keeps an eighth of it in shared memory, so that logits are read once, and
- * results meet in each other's shared memory.  Before sm_90, and for rows too long to keep, a block or eight read the row
- * again in each pass.
+ * A cluster of 8 blocks serves a row: each keeps an eighth of it in shared memory, so that logits are read
+ * once, and results meet in each other's shared memory.  Before sm_90, and for rows too long to keep, a
+ * block or eight read the row again in each pass.
  *
- * Sums of weights are sums of integers (sampler.cuh): so histograms may be filled by atomics, and a row's token depends on
- * neither the number of rows nor the shape of the grid.
+ * Sums of weights are sums of integers (sampler.cuh): so histograms may be filled by atomics, and a row's
+ * token depends on neither the number of rows nor the shape of the grid.
  *
- * top-k and top-p ask for the largest key (score, or weight) such that tokens from it on up count enough (1 each,
- * or their weight).  Of tokens at that very weight top-p keeps the first ones only.  Two ways lead there:
+ * top-k and top-p ask for the largest key (score, or weight) such that tokens from it on up count enough (1
+ * each, or their weight).  Of tokens at that very weight top-p keeps the first ones only.  Two ways lead
+ * there:
  *
- *   few        the largest scores of 256 groups of tokens are at hand from the search for the best one; at least k tokens
- *              are not below the k-th of those, and seldom many more (top-p alone tries with about 900).  One block sorts these few and finishes the row
- *   many       where that may be too many, or too few for top-p, the key is found ten bits at a time by histograms
+ *   few        the largest scores of 256 groups of tokens are at hand from the search for the best one;
+ *              at least k tokens are not below the k-th of those, and seldom many more (top-p alone tries
+ *              with about 900).  One block sorts these few and finishes the row
+ *   many       where that may be too many, or too few for top-p, the key is found ten bits at a time by
+ *              histograms
  */
 #include "sampler.cuh"
 #include "table.h"
 
-/* ---- many candidates: by histograms ---------------------------------------------------------------------------------------- */
+/* ---- many candidates: by histograms ------------------------------------------------------------------ */
 
 template <int BLOCKS>
 static __device__ __forceinline__ void
@@ -46,8 +50,8 @@ struct selection {
     uint64_t above, inside;
 };
 
-/* The largest key such that the tokens from it on up have a mass of at least `enough`, which is at least 1 and at most that
- * of all.  item(token, &key, &mass); keys have `bits` bits. */
+/* The largest key such that the tokens from it on up have a mass of at least `enough`, which is at least 1
+ * and at most that of all.  item(token, &key, &mass); keys have `bits` bits. */
 template <int BLOCKS, typename Item>
 static __device__ selection
 select_key(sampler_memory *memory, const share &s, int bits, uint64_t enough, Item item)
@@ -111,7 +115,7 @@ select_key(sampler_memory *memory, const share &s, int bits, uint64_t enough, It
     return found;
 }
 
-/* ---- one row ---------------------------------------------------------------------------------------------------------- */
+/* ---- one row ----------------------------------------------------------------------------------------- */
 
 struct best_of {
     float score;
@@ -127,7 +131,7 @@ keep_better(best_of &to, float score, int token, int bad)
     to.bad |= bad;
 }
 
-/* The first largest score of the row; on the way the block's part of it goes to shared memory where `keep`. */
+/* The first largest score of the row; on the way the block's part of it goes to shared memory where KEEP. */
 template <int BLOCKS, bool KEEP>
 static __device__ best_of
 find_best(sampler_memory *memory, const share &s, const float *row)
@@ -192,7 +196,7 @@ find_best(sampler_memory *memory, const share &s, const float *row)
     return best;
 }
 
-/* ---- few candidates ------------------------------------------------------------------------------------------------- */
+/* ---- few candidates ---------------------------------------------------------------------------------- */
 
 /* Sum of the threads before this one; *total of all. */
 static __device__ uint64_t
@@ -219,7 +223,8 @@ power_of_two(int count)
     return count <= 1 ? 1 : 1 << (32 - __clz(count - 1));
 }
 
-/* Largest first (bitonic); size is a power of two.  Steps of up to 32 keep the pairs of a warp among its own 64 keys. */
+/* Largest first (bitonic); size is a power of two.  Steps of up to 32 keep the pairs of a warp among its
+ * own 64 keys. */
 static __device__ void
 sort_keys(uint64_t *keys, int size)
 {
@@ -315,8 +320,9 @@ cut_top_k(sampler_memory *memory, int count, int k, mil_filter &f)
     return memory->kept;
 }
 
-/* top-p on the first `kept` sorted candidates: where they have `enough`.  There is a run of equal weights around that place, of which
- * the lowest tokens stay; it need not be in the order of tokens, because different scores can have one weight. */
+/* top-p on the first `kept` sorted candidates: where they have `enough`.  There is a run of equal weights
+ * around that place, of which the lowest tokens stay; it need not be in the order of tokens, because
+ * different scores can have one weight. */
 static __device__ void
 cut_top_p(sampler_memory *memory, int kept, uint64_t before, const uint64_t (&mass)[4], uint64_t enough,
           mil_filter &f)
@@ -364,8 +370,9 @@ cut_top_p(sampler_memory *memory, int kept, uint64_t before, const uint64_t (&ma
     f.last = memory->kept;
 }
 
-/* Finishes a row whose `count` candidates hold all that the filters can leave; the first block of the team alone.  `total` is
- * the weight of all tokens, where top-k does not say otherwise.  Returns the token at quantile `uniform`, in every thread. */
+/* Finishes a row whose `count` candidates hold all that the filters can leave; the first block of the team
+ * alone.  `total` is the weight of all tokens, where top-k does not say otherwise.  Returns the token at
+ * quantile `uniform`, in every thread. */
 template <int BLOCKS>
 static __device__ int
 finish_few(sampler_memory *memory, const int (&listed)[BLOCKS], int count, uint64_t total,
@@ -443,7 +450,8 @@ finish_few(sampler_memory *memory, const int (&listed)[BLOCKS], int count, uint6
     return memory->crossing;
 }
 
-/* Whether the candidates suffice, the same in all blocks; then they are listed.  *count of them and the *total weight of all. */
+/* Whether the candidates suffice, the same in all blocks; then they are listed.  *count of them and the
+ * *total weight of all. */
 template <int BLOCKS, typename Score>
 static __device__ bool
 gather_few(sampler_memory *memory, const share &s, const mil_sample_options &options, const mil_filter &f,
@@ -475,7 +483,7 @@ gather_few(sampler_memory *memory, const share &s, const mil_sample_options &opt
     return *count <= MOST_FEW && mass >= enough;
 }
 
-/* ---- one row, whole ------------------------------------------------------------------------------------------------ */
+/* ---- one row, whole ---------------------------------------------------------------------------------- */
 
 /* Leaves the smallest set of likely tokens with `top_p` of the weight. */
 template <int BLOCKS, typename Score>
@@ -521,7 +529,8 @@ keep_top_p(sampler_memory *memory, const share &s, int vocab, float top_p, mil_f
     }
 }
 
-/* Finishes a row whatever is left of it; one thread of the team gets the token at quantile `uniform`, the others -1. */
+/* Finishes a row whatever is left of it; one thread of the team gets the token at quantile `uniform`, the
+ * others -1. */
 template <int BLOCKS, typename Score>
 static __device__ int
 finish_many(sampler_memory *memory, const share &s, int vocab, const mil_sample_options &options,
@@ -602,7 +611,7 @@ MIL_CLUSTER(BLOCKS) __launch_bounds__(THREADS, 2) sample_kernel(const mil_sample
     team_sync<BLOCKS>(); /* the others may still be reading this block's memory */
 }
 
-/* ---- entry point ------------------------------------------------------------------------------------------------------------ */
+/* ---- entry point ------------------------------------------------------------------------------------- */
 
 mil_status
 mil_cuda_sample(mil_context *context, const mil_sample *arguments)

@@ -1,9 +1,9 @@
-/* What sampling (sampler.cu) and verdicts on drafts (verdict.cu) share: teams of blocks, random numbers, weights, and sums and
- * searches over a row of logits.
+/* What sampling (sampler.cu) and verdicts on drafts (verdict.cu) share: teams of blocks, random numbers,
+ * weights, and sums and searches over a row of logits.
  *
- * A team is a cluster of 8 blocks, or one block before sm_90; each block serves a part of the row, each warp a part of
- * that.  All sums of weights are sums of integers: a weight, at most 1, counts 2^44.  That is finer than the
- * rounding of its exponential, and integer sums have the same bits in any order.
+ * A team is a cluster of 8 blocks, or one block before sm_90; each block serves a part of the row, each
+ * warp a part of that.  All sums of weights are sums of integers: a weight, at most 1, counts 2^44.  That
+ * is finer than the rounding of its exponential, and integer sums have the same bits in any order.
  */
 #ifndef MIL_KERNELS_SAMPLER_CUH
 #define MIL_KERNELS_SAMPLER_CUH
@@ -93,7 +93,7 @@ part_of(const sampler_memory *memory, int rank)
     return BLOCKS == 1 ? &memory->part : mil_cluster_at(&memory->part, rank);
 }
 
-/* ---- random numbers and weights --------------------------------------------------------------------------------------- */
+/* ---- random numbers and weights ---------------------------------------------------------------------- */
 
 /* Uniform in [0, 1): Philox4x32-10 of key `seed` and counter (position, stream), as mil_uniform. */
 static __device__ double
@@ -167,7 +167,8 @@ mass_of(float weight)
     return __float2ull_rn(weight * ONE);
 }
 
-/* The place at quantile `uniform` of a total: the token sought is the first with more than this up to its end. */
+/* The place at quantile `uniform` of a total: the token sought is the first with more than this up to its
+ * end. */
 static __device__ __forceinline__ uint64_t
 quantile(double uniform, uint64_t total)
 {
@@ -175,7 +176,7 @@ quantile(double uniform, uint64_t total)
     return left < total ? left : total - 1;
 }
 
-/* ---- sums and searches over a row --------------------------------------------------------------------------------------- */
+/* ---- sums and searches over a row -------------------------------------------------------------------- */
 
 static __device__ __forceinline__ uint64_t
 warp_sum(uint64_t value)
@@ -200,7 +201,8 @@ warp_scan(uint64_t value)
     return value;
 }
 
-/* Sums mass(token) over the row: the total, and what lies before this warp's part.  `place` is one of part.total. */
+/* Sums mass(token) over the row: the total, and what lies before this warp's part.  `place` is one of
+ * part.total. */
 template <int BLOCKS, typename Mass>
 static __device__ __forceinline__ uint64_t
 measure(sampler_memory *memory, const share &s, int place, uint64_t *before, Mass mass)
@@ -238,7 +240,8 @@ measure(sampler_memory *memory, const share &s, int place, uint64_t *before, Mas
     return total;
 }
 
-/* After measure: the first token up to whose end there is more than `left`; one thread of the team gets it, others -1. */
+/* After measure: the first token up to whose end there is more than `left`; one thread of the team gets it,
+ * others -1. */
 template <typename Mass>
 static __device__ __forceinline__ int
 locate(const sampler_memory *memory, const share &s, uint64_t before, uint64_t left, Mass mass)
@@ -276,7 +279,7 @@ locate(const sampler_memory *memory, const share &s, uint64_t before, uint64_t l
     return -1;
 }
 
-/* ---- arguments --------------------------------------------------------------------------------------------------------- */
+/* ---- arguments --------------------------------------------------------------------------------------- */
 
 static inline mil_status
 check_vocab(const char *name, int64_t vocab)

@@ -1,9 +1,11 @@
-/* The verdicts of speculative decoding, without the host (csrc/decode/speculate.c has the rule and why it is exact).
+/* The verdicts of speculative decoding, without the host (csrc/decode/speculate.c has the rule and why it
+ * is exact).
  *
- * The distributions of the model's rows, and those that drafts were drawn from, come as logits and filters (mil_filter), so the
- * probability of one token costs one exponential: the verdicts on all drafts of a sequence are taken at once, a lane each.
- * Only the one token that follows the accepted drafts takes a pass over a row, from p, or from max(0, p - q) where a draft fell.
- * Random numbers are those of the host: (seed, position, stream).
+ * The distributions of the model's rows, and those that drafts were drawn from, come as logits and filters
+ * (mil_filter), so the probability of one token costs one exponential: the verdicts on all drafts of a
+ * sequence are taken at once, a lane each. Only the one token that follows the accepted drafts takes a pass
+ * over a row, from p, or from max(0, p - q) where a draft fell. Random numbers are those of the host:
+ * (seed, position, stream).
  */
 #include "sampler.cuh"
 #include "table.h"
@@ -17,7 +19,8 @@ probability(const mil_filter &f, const float *logits, int token)
     return (double)filtered(clean(logits[token]), token, f) / f.total;
 }
 
-/* What the draft of a row was drawn from: all on itself where there are no logits; tokens beyond draft_vocab had none. */
+/* What the draft of a row was drawn from: all on itself where there are no logits; tokens beyond
+ * draft_vocab had none. */
 static __device__ __forceinline__ double
 draft_probability(const mil_accept &a, int64_t row, int token)
 {

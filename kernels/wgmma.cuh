@@ -1,12 +1,14 @@
-/* Hopper's tensor core instruction (PTX wgmma): four warps multiply 64 rows by tiles in shared memory, in the background.
+/* Hopper's tensor core instruction (PTX wgmma): four warps multiply 64 rows by tiles in shared memory, in
+ * the background.
  *
- * Tiles lie as panels of 64 columns: rows of 128 bytes, whose chunk c of 16 bytes is at place c ^ (row % 8), panels one
- * after another, each at a multiple of 1024 bytes.  A left factor lies with its depth along the rows of the panel, a right
- * factor [N, depth] likewise, and a right factor [depth, N] as it is (`transposed`).
+ * Tiles lie as panels of 64 columns: rows of 128 bytes, whose chunk c of 16 bytes is at place c ^ (row %
+ * 8), panels one after another, each at a multiple of 1024 bytes.  A left factor lies with its depth along
+ * the rows of the panel, a right factor [N, depth] likewise, and a right factor [depth, N] as it is
+ * (`transposed`).
  *
- * The accumulators of an instruction under way must not be touched before wgmma_wait, nor its factors' memory; the
- * registers of a left factor neither.  Memory written by ordinary stores or cp.async is shown to the unit by wgmma_publish in
- * the writing threads before a barrier.
+ * The accumulators of an instruction under way must not be touched before wgmma_wait, nor its factors'
+ * memory; the registers of a left factor neither.  Memory written by ordinary stores or cp.async is shown
+ * to the unit by wgmma_publish in the writing threads before a barrier.
  */
 #ifndef MIL_KERNELS_WGMMA_CUH
 #define MIL_KERNELS_WGMMA_CUH
@@ -27,8 +29,8 @@ panel_place(int row, int chunk)
     return (uint32_t)(chunk / 8 * ROWS * 128 + row * 128 + (((chunk ^ row) & 7) << 4));
 }
 
-/* What an instruction is told of a factor at `address`: 128-byte swizzle, 1024 bytes from eight rows to the next eight, and from a
- * panel to the next (used by transposed factors only) `panel` bytes. */
+/* What an instruction is told of a factor at `address`: 128-byte swizzle, 1024 bytes from eight rows to the
+ * next eight, and from a panel to the next (used by transposed factors only) `panel` bytes. */
 static __device__ __forceinline__ uint64_t
 wgmma_factor(uint32_t address, uint32_t panel)
 {
@@ -83,7 +85,7 @@ wgmma_wait(float (&c)[N])
     wgmma_hold(c);
 }
 
-/* ---- registers and barriers of groups of four warps ---------------------------------------------------------------- */
+/* ---- registers and barriers of groups of four warps -------------------------------------------------- */
 
 /* A group's share of the registers grows or shrinks to COUNT a thread; all of its warps say so. */
 template <int COUNT>
@@ -117,7 +119,8 @@ barrier_announce(int barrier, int threads)
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-/* Barriers in shared memory, for what is filled and emptied in turns: the n-th completion has parity n % 2, from 0. */
+/* Barriers in shared memory, for what is filled and emptied in turns: the n-th completion has parity n % 2,
+ * from 0. */
 static __device__ __forceinline__ void
 phase_init(uint64_t *barrier, int arrivals)
 {
@@ -158,7 +161,7 @@ phase_wait(uint64_t *barrier, int parity)
     }
 }
 
-/* ---- instructions ------------------------------------------------------------------------------------------------------- */
+/* ---- instructions ------------------------------------------------------------------------------------ */
 
 /* Register lists of 32, 64 and 128 accumulators, for text and for operands. */
 #define WGMMA_TEXT_32                                                                                      \
@@ -206,7 +209,8 @@ constexpr bool wgmma_is_half = false;
 template <>
 constexpr bool wgmma_is_half<__half> = true;
 
-/* c [64, N] (+)= a [64, 16] b [N, 16]^T, both in shared memory; c has N / 2 values a thread, added to where `add`. */
+/* c [64, N] (+)= a [64, 16] b [N, 16]^T, both in shared memory; c has N / 2 values a thread, added to where
+ * `add`. */
 template <typename T, int COUNT>
 static __device__ __forceinline__ void
 wgmma_shared(float (&c)[COUNT], uint64_t a, uint64_t b, int add)
@@ -230,7 +234,8 @@ wgmma_shared(float (&c)[COUNT], uint64_t a, uint64_t b, int add)
 #endif
 }
 
-/* c [64, N] += a [64, 16] b [16, N], a in registers (as mma.sync's m16k16 in each warp), b transposed in shared memory. */
+/* c [64, N] += a [64, 16] b [16, N], a in registers (as mma.sync's m16k16 in each warp), b transposed in
+ * shared memory. */
 template <typename T, int COUNT>
 static __device__ __forceinline__ void
 wgmma_registers(float (&c)[COUNT], const uint32_t (&a)[4], uint64_t b)

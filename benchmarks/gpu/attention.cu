@@ -1,9 +1,9 @@
 /* Attention on CUDA: decoding in bytes of the cache a second against a copy, prefill in flops a second.
  *
- * Decoding: a graph holds one call for each of many layers, with caches of their own so that none is found in L2, and so
- * the gaps between kernels count.  Bytes are those of the keys and values, once; the limit is a device-to-device copy in
- * the same run, counting bytes read and written.  Prefill: causal, 4 * head_dim flops for each pair of a query and a
- * key that it sees.  Medians of several replays.
+ * Decoding: a graph holds one call for each of many layers, with caches of their own so that none is found
+ * in L2, and so the gaps between kernels count.  Bytes are those of the keys and values, once; the limit is
+ * a device-to-device copy in the same run, counting bytes read and written.  Prefill: causal, 4 * head_dim
+ * flops for each pair of a query and a key that it sees.  Medians of several replays.
  */
 #include "harness.h"
 

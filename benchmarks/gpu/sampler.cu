@@ -1,4 +1,5 @@
-/* Sampling on CUDA: microseconds a call in a graph of many, by rows and filters, at the vocabulary of Llama 3.
+/* Sampling on CUDA: microseconds a call in a graph of many, by rows and filters, at the vocabulary of Llama
+ * 3.
  *
  * Rows of logits rotate through more memory than L2 holds; in a decoding step they would be found there.
  */

@@ -1,4 +1,5 @@
-/* Attention and kv_append on CUDA against the CPU's: decoding, verify windows, batches, prompts in chunks, windows, and bits.
+/* Attention and kv_append on CUDA against the CPU's: decoding, verify windows, batches, prompts in chunks,
+ * windows, and bits.
  *
  * Keys beyond what a row may see are NaN on the device, so that a kernel that reads one is found out.
  */

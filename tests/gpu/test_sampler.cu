@@ -1,7 +1,7 @@
 /* Sampling and verdicts on CUDA against csrc/decode/sampler.c and the rule of csrc/decode/speculate.c.
  *
- * Exponentials of the two differ in their last bit, so a token may be another where the random number lies within
- * 1e-6 of the border of two tokens; everything else must be equal.
+ * Exponentials of the two differ in their last bit, so a token may be another where the random number lies
+ * within 1e-6 of the border of two tokens; everything else must be equal.
  */
 #include "harness.h"
 
