@@ -587,6 +587,27 @@ row_counts(const mil_linear_loss *a, int64_t row)
 
 /* Stored tokens of the rows that count: in the vocabulary, each only once (two would be taken out twice). */
 static mil_status
+check_top_tokens(mil_context *context, const mil_linear_loss *a)
+{
+    int64_t *seen; /* [vocab] the last row that held a token, + 1 */
+    MIL_TRY(MIL_PUSH(context->scratch, a->vocab, int64_t, &seen));
+    memset(seen, 0, (size_t)a->vocab * sizeof *seen);
+    for (int64_t row = 0; row < a->rows; row++) {
+        for (int64_t k = 0; row_counts(a, row) && k < a->top; k++) {
+            int32_t token = a->top_tokens[row * a->top + k];
+            bool outside = token < 0 || token >= a->vocab;
+            if (outside || seen[token] == row + 1) {
+                return mil_fail(MIL_ERR_VALUE, "linear_loss: top_tokens[%lld, %lld] = %d; %s", (long long)row,
+                                (long long)k, (int)token,
+                                outside ? "it is outside the vocabulary" : "it stands there twice");
+            }
+            seen[token] = row + 1;
+        }
+    }
+    return MIL_OK;
+}
+
+static mil_status
 check_top(const mil_linear_loss *a)
 {
     if (a->top == 0) {
@@ -602,20 +623,6 @@ check_top(const mil_linear_loss *a)
         return mil_fail(MIL_ERR_VALUE,
                         "linear_loss: temperature = %g; stored likeliest tokens were taken at temperature 1",
                         (double)a->temperature);
-    }
-    for (int64_t row = 0; row < a->rows; row++) {
-        const int32_t *tokens = a->top_tokens + row * a->top;
-        for (int64_t k = 0; row_counts(a, row) && k < a->top; k++) {
-            bool again = false;
-            for (int64_t i = 0; i < k; i++) {
-                again |= tokens[i] == tokens[k];
-            }
-            if (tokens[k] < 0 || tokens[k] >= a->vocab || again) {
-                return mil_fail(MIL_ERR_VALUE, "linear_loss: top_tokens[%lld, %lld] = %d; %s", (long long)row,
-                                (long long)k, (int)tokens[k],
-                                again ? "it stands there twice" : "it is outside the vocabulary");
-            }
-        }
     }
     return MIL_OK;
 }
@@ -748,6 +755,9 @@ run_block(mil_context *context, loss_pass *p, int64_t first, int64_t count)
 static mil_status
 run_loss(mil_context *context, loss_pass *p)
 {
+    if (p->a->top > 0) {
+        MIL_TRY(check_top_tokens(context, p->a));
+    }
     MIL_TRY(push_arrays(context, p));
     find_active_rows(p);
     for (int64_t first = 0; first < p->active; first += p->block_rows) {
