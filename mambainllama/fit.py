@@ -56,7 +56,7 @@ _GATE_STEPS = 1
 _GATE_SPREAD = 0.6  # a gate's standard deviation from one such step, at most
 _LOGIT_SPREAD = 2.0  # of the step sizes' logits, at most
 _IMPORTANCE = (0.0, 0.5, 1.0)  # strengths of step 2 that are tried
-_TRIAL_TOKENS = 16_384  # on so many tokens
+_TRIAL_TOKENS = 8_192  # on so many tokens
 # silu'(2) / silu(2): the calibrated gate is near 2.
 _GATE_SLOPE = 0.6192
 
@@ -132,7 +132,7 @@ class Fitter:
     @property
     def trial_tokens(self) -> int:
         """How many tokens tell one strength from another."""
-        return max(_TRIAL_TOKENS, 2 * self.config["hidden"])
+        return max(_TRIAL_TOKENS, 4 * self.config["hidden"])
 
     def prepare(self, layer, start, attention, old, strength: float) -> dict[str, np.ndarray]:
         """A copy of the start with levels and step sizes."""
