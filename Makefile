@@ -173,9 +173,21 @@ cuda: ## compile all CUDA sources, warnings being errors (needs no GPU)
 GPU_TEST_PROGRAMS := $(CUDA_TESTS:tests/gpu/%.cu=$(GPU)/%)
 
 .PHONY: test-gpu
-test-gpu: ## CUDA operators against the CPU's; fails without a GPU
+test-gpu: ## CUDA operators and models against the CPU's; fails without a GPU
+	@$(PYTHON) -c 'import setuptools, numpy, pytest' || { \
+	    echo "make test-gpu: $(PYTHON) lacks setuptools, numpy or pytest, or a dependency of the package"; exit 1; }
 	@$(MAKE) --no-print-directory --silent -j$(JOBS) $(GPU_TEST_PROGRAMS)
 	@failed=0; for program in $(GPU_TEST_PROGRAMS); do $$program || failed=1; done; exit $$failed
+	@MAMBAINLLAMA_CUDA=1 $(MAKE) --no-print-directory build
+	PYTHONPATH=. $(PYTHON) -c 'from mambainllama.devices import cuda_devices; exit(0 if cuda_devices() else "no GPU here")'
+	PYTHONPATH=. $(PYTHON) -m pytest tests/test_cuda.py $(ARGS)
+
+.PHONY: bench-gpu
+bench-gpu: ## kernels and decoding on this machine's GPU
+	@$(MAKE) --no-print-directory --silent -j$(JOBS) $(CUDA_BENCHES:benchmarks/gpu/%.cu=$(GPU)/bench_%)
+	@for program in $(CUDA_BENCHES:benchmarks/gpu/%.cu=$(GPU)/bench_%); do echo "== $$program"; $$program; done
+	@MAMBAINLLAMA_CUDA=1 $(MAKE) --no-print-directory build
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_decode.py $(ARGS)
 
 .PHONY: gpucheck
 gpucheck: ## the same under compute-sanitizer: memcheck, racecheck, initcheck, synccheck
