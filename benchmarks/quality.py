@@ -9,7 +9,8 @@ clip 1) reached, on these tokens, the figures in PUBLISHED below; ours prints it
 
 Defaults are our best settings for one epoch: fitted start, an eighth of the steps on layerwise
 alignment, hidden states matched at 0.3, batch 8, Muon at 2e-2 on matrices and AdamW at 4e-3 on the
-rest, the mean of the last tenth of the weights.  --published runs their recipe with our code, which should land on their figures.
+rest, the mean of the last tenth of the weights.  --published runs their recipe with our code, which
+should land on their figures.
 
 --tokens 0 measures the start alone.  --teacher packaged takes the teacher of this package and the
 text of Python's library (mambainllama.corpus) instead: nothing was tuned on it.
