@@ -383,14 +383,14 @@ def test_chat_on_a_pipe(teacher):
 def test_interrupting_a_run_says_what_it_saved(teacher, tokens, tmp_path):
     path = write_recipe(tmp_path, teacher, tokens, distill="max_steps = 100000\nbatch_size = 4")
     command = process("distill", path)
-    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics = tmp_path / "run" / "distill" / "metrics.jsonl"
     while command.poll() is None and (not metrics.exists() or metrics.stat().st_size < 500):
         time.sleep(0.05)
     command.send_signal(signal.SIGINT)
     _, error = command.communicate(timeout=60)
     assert command.returncode == 130
     assert "interrupted after step" in error and "Traceback" not in error
-    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert list((tmp_path / "run" / "distill" / "checkpoints").glob("step-*"))
 
 
 def test_a_closed_pipe_is_no_error(teacher):

@@ -594,6 +594,25 @@ def test_shipped_recipes_can_be_run(path, data, tmp_path):
     assert share is None or kept_layers == layers // share
 
 
+@pytest.mark.parametrize("name", ["published", "ours"])
+def test_base_recipes_run(name, teacher, data, tmp_path):
+    """Their stages follow each other to the end, in small."""
+    overrides = [f"teacher.model={teacher}", f"data.files={data / 'chats.jsonl'}"]
+    overrides += ["data.validation=0.2", "training.sequence_length=64", "training.batch_size=4"]
+    overrides += ["student.calibration_length=16", "report.prompts=2", "report.max_new_tokens=4"]
+    overrides += ["dpo.sequence_length=64", "dpo.prompt_length=32", f"dpo.files={data}/pairs.jsonl"]
+    overrides += [f"label.prompts={data / 'prompts.jsonl'}", "label.max_new_tokens=4"]
+    path = RECIPES / f"{name}.toml"
+    wanted = [s.name for s in read_recipe(path, ["teacher.model=any"]).stages]
+    for stage in set(wanted) - {"label", "convert"}:
+        overrides.append(f"{stage}.max_steps=1")
+        if stage in ("distill", "sft"):
+            overrides.append(f"{stage}.files={data / 'chats.jsonl'}")
+    found = pipeline.run_recipe(path, tmp_path / "run", overrides=overrides, progress=False)
+    assert [row["stage"] for row in found["stages"]] == wanted
+    assert found["stages"][-1]["steps"] == 1
+
+
 def test_the_documented_recipe_is_one(tmp_path):
     text = (RECIPES.parent / "docs" / "recipes.md").read_text()
     block = re.search(r"```toml\n(.*?)```", text, re.DOTALL)[1]
