@@ -286,7 +286,9 @@ def test_error_messages():
         ops.linear_loss(**(stored | {"top_logprobs": None}))
     row = int(np.argmax(stored["row_weight"] != 0))
     stored["top_tokens"][row, 2] = stored["top_tokens"][row, 0]
-    with pytest.raises(ArgumentError, match=rf"top_tokens\[{row}, 2\] = \d+; it stands there twice"):
+    with pytest.raises(
+        ArgumentError, match=rf"top_tokens\[{row}, 2\] = \d+; it stands there twice"
+    ):
         ops.linear_loss(**stored)
     inputs["labels"][3] = 301
     with pytest.raises(ValueError, match="labels"):
