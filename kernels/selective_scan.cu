@@ -87,20 +87,7 @@ cut_memory(const scan_arguments &a, float *shared)
 /* Where a block is. */
 struct scan_place {
     int channel, B_at, C_at; /* first channel; first columns of B and C that it may need */
-    bool B_shared;           /* its channels read one group of B, as do those of the B_sharers blocks of that group */
-    int B_sharers;           /* else: all blocks of the sequence, and what is said of a group is said of all of B */
 };
-
-/* The block of `columns` channels from `channel` on. */
-static __device__ __forceinline__ scan_place
-place_block(const scan_arguments &a, int channel, int columns)
-{
-    const int B_run = a.inner / a.B_groups, C_run = a.inner / a.C_groups;
-    scan_place p = {channel, channel / B_run * a.state_dim, channel / C_run * a.state_dim};
-    p.B_shared = B_run % columns == 0;
-    p.B_sharers = p.B_shared ? B_run / columns : gridDim.x;
-    return p;
-}
 
 /* Which of the tails' columns this block appends to, where no fold moves them. */
 struct scan_owner {
@@ -244,12 +231,11 @@ take_stage(const scan_arguments &a, const scan_place &p, const mil_span &span, c
         }
     }
     take_more_columns<T, V>(a, p, span, tails, start, first, length, m.B, m.C);
-    if (owner.B) {
-        const int columns = a.B_groups * a.state_dim, at = p.B_shared ? p.B_at : 0;
-        const int own = p.B_shared ? a.state_dim : columns;
+    if (owner.B) { /* all groups, whichever the block itself needs */
+        const int columns = a.B_groups * a.state_dim;
         const int64_t row = span.row + start - span.before;
-        for (int e = threadIdx.x; e < (length - first) * own; e += THREADS) {
-            int i = first + e / own, column = at + e % own;
+        for (int e = threadIdx.x; e < (length - first) * columns; e += THREADS) {
+            int i = first + e / columns, column = e % columns;
             tails.B[(start + i) * columns + column] = mil_float(((const T *)a.B)[(row + i) * a.B_stride + column]);
         }
     }
@@ -324,32 +310,32 @@ finish_rows(const scan_arguments &a, const scan_place &p, const mil_span &span, 
     }
 }
 
-/* The block's share of the tails where rows of them move, or where several channels read the same x. Its channels' x
- * and dt are its own; B, and x that several channels read, are moved by the last block that has read them. */
+/* The block's share of the tails where rows of them move, or where several blocks read the same x. x and dt are its own;
+ * B, and x that several channels read, are everybody's. */
 template <typename T, int COLUMNS>
 static __device__ __forceinline__ void
-move_tails(const scan_arguments &a, const scan_place &p, const mil_span &span, const mil_tails &tails)
+move_tails(const scan_arguments &a, const mil_span &span, const mil_tails &tails, int channel)
 {
-    const int columns = min(COLUMNS, a.inner - p.channel), B_columns = a.B_groups * a.state_dim;
-    const int x_columns = a.inner / a.x_repeat, B_at = p.B_shared ? p.B_at : 0;
-    const bool own_x = a.x_repeat == 1;
-    const mil_slots slots = {{mil_slot(tails.B, B_columns, B_at), mil_slot(tails.x, x_columns, 0)},
-                             {(unsigned)p.B_sharers, own_x ? 0u : gridDim.x}};
-    const unsigned last = mil_last_of(slots);
-    mil_tail_move(tails.dt, a.inner, p.channel, columns, span, [&](int64_t row, int i) {
-        return get_time_step<T>(a, span.row + row, p.channel + i, a.dt_bias_scale * a.dt_bias[p.channel + i]);
+    const int columns = min(COLUMNS, a.inner - channel), B_columns = a.B_groups * a.state_dim;
+    const int x_columns = a.inner / a.x_repeat;
+    auto x = [&](int64_t row, int64_t column) {
+        return mil_float(((const T *)a.x)[(span.row + row) * a.x_stride + column]);
+    };
+    __syncthreads();
+    mil_tail_move(tails.dt, a.inner, channel, columns, span, [&](int64_t row, int i) {
+        return get_time_step<T>(a, span.row + row, channel + i, a.dt_bias_scale * a.dt_bias[channel + i]);
     });
-    if (own_x || (last & 2)) {
-        const int at = own_x ? p.channel : 0;
-        mil_tail_move(tails.x, x_columns, at, own_x ? columns : x_columns, span, [&](int64_t row, int i) {
-            return mil_float(((const T *)a.x)[(span.row + row) * a.x_stride + at + i]);
-        });
+    if (a.x_repeat == 1) {
+        mil_tail_move(tails.x, x_columns, channel, columns, span,
+                      [&](int64_t row, int i) { return x(row, channel + i); });
     }
-    if (last & 1) {
-        mil_tail_move(tails.B, B_columns, B_at, p.B_shared ? a.state_dim : B_columns, span, [&](int64_t row, int i) {
-            return mil_float(((const T *)a.B)[(span.row + row) * a.B_stride + B_at + i]);
-        });
+    else {
+        mil_tail_share(tails.x, x_columns, 0, x_columns, span, gridDim.x,
+                       [&](int64_t row, int i) { return x(row, i); });
     }
+    mil_tail_share(tails.B, B_columns, 0, B_columns, span, gridDim.x, [&](int64_t row, int i) {
+        return mil_float(((const T *)a.B)[(span.row + row) * a.B_stride + i]);
+    });
 }
 
 /* Moves H between registers and `state` [state_dim, inner]; c: the thread's first channel. */
@@ -432,7 +418,7 @@ scan_steps_kernel(const __grid_constant__ scan_arguments a, const __grid_constan
     const mil_tails tails = states.of[blockIdx.y];
     const int channel = blockIdx.x * COLUMNS, c = channel + threadIdx.x % QUADS * V, lane_n = threadIdx.x / QUADS;
     const int B_run = a.inner / a.B_groups, C_run = a.inner / a.C_groups, inside = min(c, a.inner - V);
-    const scan_place p = place_block(a, channel, COLUMNS);
+    const scan_place p = {channel, channel / B_run * a.state_dim, channel / C_run * a.state_dim};
     const int B_own = inside / B_run * a.state_dim - p.B_at, C_own = inside / C_run * a.state_dim - p.C_at;
     float H[J][V], exponent[J][V], bias[V];
     mil_trigger();
@@ -452,7 +438,7 @@ scan_steps_kernel(const __grid_constant__ scan_arguments a, const __grid_constan
         return;
     }
     const bool appends = states.given && span.after == span.boundary && a.x_repeat == 1; /* nothing moves */
-    const scan_owner owner = {appends, appends && (p.B_shared ? channel % B_run == 0 : blockIdx.x == 0), appends};
+    const scan_owner owner = {appends, appends && blockIdx.x == 0, appends};
     const int64_t total = span.before + span.count;
     for (int64_t start = 0; start < total; start += a.stage) {
         const int length = (int)min((int64_t)a.stage, total - start);
@@ -490,7 +476,7 @@ scan_steps_kernel(const __grid_constant__ scan_arguments a, const __grid_constan
         finish_rows<T, COLUMNS>(a, p, span, start, first, length, D, m);
     }
     if (states.given && !appends) {
-        move_tails<T, COLUMNS>(a, p, span, tails);
+        move_tails<T, COLUMNS>(a, span, tails, channel);
     }
 }
 
@@ -786,7 +772,7 @@ scan_pieces_kernel(const __grid_constant__ scan_arguments a, const __grid_consta
     }
     mil_trigger();
     if (state != NULL) {
-        move_tails<T, COLUMNS>(a, place_block(a, channel, COLUMNS), span, tails);
+        move_tails<T, COLUMNS>(a, span, tails, channel);
     }
 }
 

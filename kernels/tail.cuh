@@ -130,6 +130,26 @@ mil_last_of(const mil_slots &slots)
     return last;
 }
 
+/* The same for one slot. */
+static __device__ __forceinline__ bool
+mil_is_last(float *slot, unsigned sharers)
+{
+    __shared__ unsigned arrived;
+    __syncthreads();
+    if (sharers == 1) {
+        return true;
+    }
+    if (threadIdx.x == 0) {
+        __threadfence();
+        arrived = atomicInc((unsigned *)slot, sharers - 1); /* back to 0 with the last */
+        __threadfence();
+    }
+    __syncthreads();
+    bool last = arrived == sharers - 1;
+    __syncthreads();
+    return last;
+}
+
 /* `columns` columns of a tail of `width` from `column` on, as one block moves them; `value` (row of this call,
  * column from 0) gives the new rows. */
 template <typename Value>
@@ -163,6 +183,17 @@ mil_tail_move(float *tail, int64_t width, int64_t column, int columns, const mil
     for (int i = threadIdx.x; i < fresh; i += blockDim.x) {
         int row = i / columns, j = i % columns;
         at[(first - span.after + row) * width + j] = value(first - span.past + row, j);
+    }
+}
+
+/* The same for columns that `sharers` blocks read, all of which call this: the last one moves them. */
+template <typename Value>
+static __device__ __forceinline__ void
+mil_tail_share(float *tail, int64_t width, int64_t column, int columns, const mil_span &span, unsigned sharers,
+               Value value)
+{
+    if (mil_is_last(tail + (MIL_TAIL - 1) * width + column, sharers)) {
+        mil_tail_move(tail, width, column, columns, span, value);
     }
 }
 
