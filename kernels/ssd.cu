@@ -17,7 +17,8 @@
  *   C_i . B_s   16 threads each, a row of them at once; decays multiplied up in a fixed tree, never exponents of
  *               differences
  *
- * So a row is the same bits in any call.  One row is a matter of latency: all of a window's inputs are asked for before
+ * So a row is the same bits in any call of at most MIL_WINDOW rows a sequence; longer ones (prompts) take tensor cores,
+ * below, where types and shapes allow.  One row is a matter of latency: all of a window's inputs are asked for before
  * the first is waited for, and the state is on its way to the second-level cache before the kernel may read it.  Bytes
  * of a decoding step: heads * state_dim * head_dim * 4 for H; the tail, 8 tokens on the average, is some hundredths of
  * that.
