@@ -181,10 +181,10 @@ class Hybrids:
         """KL(teacher || hybrid) where the layers in `kept` are attention, nats a token."""
         key = frozenset(kept)
         if key not in self.known:
-            self.known[key] = self._measure(self._core(key))
+            self.known[key] = self._measure(self._built(key))
         return self.known[key]
 
-    def _core(self, kept: frozenset[int]) -> _core.Model:
+    def _built(self, kept: frozenset[int]) -> _core.Model:
         """The hybrid, over the two models' own arrays."""
         config = dict(self.student.config)
         old = self.teacher.config["layers"]

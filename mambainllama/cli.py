@@ -109,7 +109,9 @@ def make_parser() -> argparse.ArgumentParser:
 def common_options() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     group = common.add_argument_group("common options")
-    group.add_argument("--device", default="auto", help="where to compute: cpu, cuda or cuda:1; auto is cpu")
+    group.add_argument(
+        "--device", default="auto", help="where to compute: cpu, cuda or cuda:1; auto is cpu"
+    )
     group.add_argument(
         "--dtype",
         default="auto",

@@ -370,11 +370,11 @@ def _key_logits(attention: Mapping, old: Mapping, inputs: Inputs) -> np.ndarray:
     mean = mean.reshape(heads, width)
     k = k.reshape(kv_heads, width, -1)
     if "q_norm.weight" in attention:
-        sizes = [inputs.size(part) for part in q.reshape(heads, width, -1)]
-        mean *= attention["q_norm.weight"] / np.maximum(sizes, 1e-6)[:, None]
+        q_sizes = [inputs.size(part) for part in q.reshape(heads, width, -1)]
+        mean *= attention["q_norm.weight"] / np.maximum(q_sizes, 1e-6)[:, None]
     if "k_norm.weight" in attention:
-        sizes = np.maximum([inputs.size(part) for part in k], 1e-6)[:, None, None]
-        k = k * attention["k_norm.weight"][:, None] / sizes
+        k_sizes = np.maximum([inputs.size(part) for part in k], 1e-6)[:, None, None]
+        k = k * attention["k_norm.weight"][:, None] / k_sizes
     k = k.repeat(heads // kv_heads, axis=0)
     rows = np.einsum("hp,hpd->hd", mean, k) * old.get("attention_scale", width**-0.5)
     return rows * np.minimum(1, _LOGIT_SPREAD / np.maximum(inputs.spread(rows), 1e-30))[:, None]

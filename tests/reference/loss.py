@@ -25,7 +25,8 @@ def divergence(ls, lt, direction, mix):
 def linear_loss(
     x, weight, teacher_x=None, teacher_weight=None, labels=None, row_weight=None,
     kl_weight=1.0, ce_weight=0.0, temperature=1.0, scale=1.0, direction="forward",
-    logit_scale=1.0, teacher_logit_scale=1.0, vocab=None, mix=0.5, top_tokens=None, top_logprobs=None,
+    logit_scale=1.0, teacher_logit_scale=1.0, vocab=None, mix=0.5, top_tokens=None,
+    top_logprobs=None,
 ):  # fmt: skip
     """The sums and gradients of `mambainllama.ops.linear_loss`, and `loss` itself."""
     rows, vocab = len(x), vocab or len(weight)
@@ -40,7 +41,6 @@ def linear_loss(
     if teacher_x is not None:
         teacher_z = teacher_logit_scale * teacher_x @ teacher_weight[:vocab].T
         ls, lt = log_softmax(z / temperature), log_softmax(teacher_z / temperature)
-        s, t = np.exp(ls), np.exp(lt)
         kl, grad = divergence(ls, lt, direction, mix)
         result |= {
             "kl": w @ kl,
@@ -61,9 +61,8 @@ def linear_loss(
         kl, slope = divergence(np.log(share), lt, direction, mix)
         within = members * np.exp(ls)[:, None] / share[:, :, None]
         grad_z += (scale * kl_weight * w)[:, None] * (slope[:, :, None] * within).sum(axis=1)
-        likeliest = np.take_along_axis(
-            top_tokens, np.asarray(top_logprobs)[:, : top_tokens.shape[1]].argmax(axis=1)[:, None], axis=1
-        )[:, 0]
+        first = np.asarray(top_logprobs)[:, : top_tokens.shape[1]].argmax(axis=1)
+        likeliest = np.take_along_axis(top_tokens, first[:, None], axis=1)[:, 0]
         result |= {"kl": w @ kl, "kl_rows": w.sum(), "agree": w @ (best == likeliest)}
         result["loss"] += scale * kl_weight * (w @ kl)
     if labels is not None:
