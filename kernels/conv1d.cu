@@ -12,8 +12,8 @@
  * The thread that has a column's first chunk is the only one that reads the column's tail, and moves it on when it
  * has computed: no other thread is in its way.
  */
-#include "tail.cuh"
 #include "table.h"
+#include "tail.cuh"
 
 #define THREADS 128
 #define CHUNK 64
@@ -116,7 +116,7 @@ convolve(const conv_arguments &a, const mil_span &span, const float *tail, int64
                 for (int j = 0; j < TAPS; j++) {
                     y[v] = j < missing ? y[v] : fmaf(weight[j][v], x[i + j][v], y[v]);
                 }
-                y[v] = !a.silu           ? y[v]
+                y[v] = !a.silu          ? y[v]
                        : sizeof(T) == 4 ? y[v] / (1.0f + expf(-y[v]))
                                         : __fdividef(y[v], 1.0f + __expf(-y[v]));
             }
@@ -160,8 +160,9 @@ move_columns(const conv_arguments &a, const mil_span &span, float *tail, int64_t
 }
 
 template <typename T, int V, int TAPS>
-static __global__ void __launch_bounds__(THREADS, 4)
-conv1d_forward_kernel(const __grid_constant__ conv_arguments a, const __grid_constant__ mil_states states)
+static __global__ void
+__launch_bounds__(THREADS, 4)
+    conv1d_forward_kernel(const __grid_constant__ conv_arguments a, const __grid_constant__ mil_states states)
 {
     int64_t input = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * V;
     bool mine = input < a.inputs;
@@ -197,9 +198,9 @@ launch(mil_context *context, const conv_arguments &a, const mil_states &states, 
 {
     const bool four = a.width == 4 && mil_is_aligned<float>(a.weight, 0);
     return four ? mil_launch(context, "conv1d", conv1d_forward_kernel<T, V, 4>, grid, dim3(THREADS), 0, a,
-                                     states)
-           : a.width < 4 ? mil_launch(context, "conv1d", conv1d_forward_kernel<T, V, 3>, grid, dim3(THREADS), 0, a,
-                                      states)
+                             states)
+           : a.width < 4 ? mil_launch(context, "conv1d", conv1d_forward_kernel<T, V, 3>, grid, dim3(THREADS),
+                                      0, a, states)
                          : mil_launch(context, "conv1d", conv1d_forward_kernel<T, V, MOST_TAPS>, grid,
                                       dim3(THREADS), 0, a, states);
 }
@@ -223,9 +224,9 @@ static mil_status
 conv1d(mil_context *context, const mil_conv1d *a)
 {
     const int64_t inputs = a->channels / a->repeat;
-    conv_arguments k = {mil_rows_of(a->rows), 0,         a->channels, inputs,   a->width,
-                        a->repeat,            a->repeat_group, a->x,  a->x_stride, a->weight,
-                        a->bias,              a->silu,   a->y,        a->y_stride};
+    conv_arguments k = {
+        mil_rows_of(a->rows), 0,         a->channels, inputs,  a->width, a->repeat,  a->repeat_group, a->x,
+        a->x_stride,          a->weight, a->bias,     a->silu, a->y,     a->y_stride};
     for (; k.first < a->rows.sequences; k.first += MIL_SEQUENCES) {
         int64_t count = a->rows.sequences - k.first;
         count = count < MIL_SEQUENCES ? count : MIL_SEQUENCES;
@@ -234,7 +235,9 @@ conv1d(mil_context *context, const mil_conv1d *a)
         int vector = inputs_a_thread<T>(a, mil_ceil_div(longest, CHUNK) * count);
         dim3 grid((unsigned)mil_ceil_div(inputs, THREADS * vector),
                   (unsigned)mil_ceil_div(longest > 0 ? longest : 1, CHUNK), (unsigned)count);
-        MIL_TRY((vector == 4 ? launch<T, 4> : vector == 2 ? launch<T, 2> : launch<T, 1>)(context, k, states, grid));
+        MIL_TRY((vector == 4   ? launch<T, 4>
+                 : vector == 2 ? launch<T, 2>
+                               : launch<T, 1>)(context, k, states, grid));
     }
     return MIL_OK;
 }
@@ -244,8 +247,8 @@ mil_cuda_conv1d_forward(mil_context *context, const mil_conv1d *arguments)
 {
     const mil_conv1d *a = arguments;
     if (a->width < 2 || a->width > MOST_TAPS) {
-        return mil_fail(MIL_ERR_SHAPE, "conv1d_forward: width = %lld taps; expected 2 to %d", (long long)a->width,
-                        MOST_TAPS);
+        return mil_fail(MIL_ERR_SHAPE, "conv1d_forward: width = %lld taps; expected 2 to %d",
+                        (long long)a->width, MOST_TAPS);
     }
     if (a->repeat < 1 || a->channels < 1 || a->channels % a->repeat != 0 ||
         (a->repeat > 1 && (a->repeat_group < 1 || a->channels / a->repeat % a->repeat_group != 0))) {

@@ -13,8 +13,8 @@
  * Tokens pass through shared memory, `stage` at a time.  The sum over n is a chain over j in a thread, a tree over the
  * 16 lanes (shuffles, then shared memory), so a row's bits depend on nothing but its sequence's tokens.
  */
-#include "tail.cuh"
 #include "table.h"
+#include "tail.cuh"
 
 #define QUADS 8    /* threads side by side */
 #define LANES_N 16 /* threads that share a channel */
@@ -50,13 +50,15 @@ template <typename T>
 static __device__ __forceinline__ float
 get_time_step(const scan_arguments &a, int64_t row, int channel, float bias)
 {
-    return mil_time_step(mil_float(((const T *)a.dt)[row * a.dt_stride + channel]) + bias, a.dt_min, a.dt_max);
+    return mil_time_step(mil_float(((const T *)a.dt)[row * a.dt_stride + channel]) + bias, a.dt_min,
+                         a.dt_max);
 }
 
 /* ---- step by step ------------------------------------------------------------------------------------------------ */
 
 /* Shared memory of a block: [stage, COLUMNS] each of x, z, dt and dt x, then partial sums, B and C. */
-template <int COLUMNS> struct scan_memory {
+template <int COLUMNS>
+struct scan_memory {
     float *x, *z, *dt, *input; /* [stage, COLUMNS] */
     float *partial;            /* [stage, WARPS, COLUMNS] */
     float *B, *C;              /* [stage, width] */
@@ -96,7 +98,8 @@ struct scan_owner {
 
 /* A thread's share of a stage on its way to shared memory: one token's x, dt and z of its V channels, and some of B
  * and C. All of it is asked for before the first value is waited for. */
-template <typename T, int V> struct scan_inputs {
+template <typename T, int V>
+struct scan_inputs {
     mil_either<T, V> x, dt;
     mil_vector<T, V> z;
     static constexpr int SHARE = 2; /* vectors of B, and of C; what more there is comes later */
@@ -122,11 +125,12 @@ place_column(int e, int width, int at, int columns, int length)
 
 template <typename T, int V>
 static __device__ __forceinline__ void
-ask_for_stage(const scan_arguments &a, const scan_place &p, const mil_span &span, const mil_tails &tails, int64_t start,
-              int first, int length, scan_inputs<T, V> &in)
+ask_for_stage(const scan_arguments &a, const scan_place &p, const mil_span &span, const mil_tails &tails,
+              int64_t start, int first, int length, scan_inputs<T, V> &in)
 {
     using inputs = scan_inputs<T, V>;
-    const int64_t row = span.row + start - span.before; /* of the stage's first token, if it is of this call */
+    const int64_t row =
+        span.row + start - span.before; /* of the stage's first token, if it is of this call */
     const int s = threadIdx.x / QUADS, c = p.channel + threadIdx.x % QUADS * V;
     const int B_columns = a.B_groups * a.state_dim, C_columns = a.C_groups * a.state_dim;
     if (s < length && c < a.inner) {
@@ -236,7 +240,8 @@ take_stage(const scan_arguments &a, const scan_place &p, const mil_span &span, c
         const int64_t row = span.row + start - span.before;
         for (int e = threadIdx.x; e < (length - first) * columns; e += THREADS) {
             int i = first + e / columns, column = e % columns;
-            tails.B[(start + i) * columns + column] = mil_float(((const T *)a.B)[(row + i) * a.B_stride + column]);
+            tails.B[(start + i) * columns + column] =
+                mil_float(((const T *)a.B)[(row + i) * a.B_stride + column]);
         }
     }
 }
@@ -293,8 +298,8 @@ store_partial(const float (&C)[J], const float (&H)[J][V], float *partial)
 /* y of a stage's rows, from row `first` of the stage on. D is that of the thread's column. */
 template <typename T, int COLUMNS>
 static __device__ __forceinline__ void
-finish_rows(const scan_arguments &a, const scan_place &p, const mil_span &span, int64_t start, int first, int length,
-            float D, const scan_memory<COLUMNS> &m)
+finish_rows(const scan_arguments &a, const scan_place &p, const mil_span &span, int64_t start, int first,
+            int length, float D, const scan_memory<COLUMNS> &m)
 {
     static_assert(THREADS % COLUMNS == 0, "a thread's column is always the same");
     const int column = threadIdx.x % COLUMNS, c = p.channel + column;
@@ -409,14 +414,16 @@ prefetch_state(const scan_arguments &a, const mil_tails &tails, int channel)
 
 /* Grid: blocks of channels, sequences. */
 template <typename T, int V, int J>
-static __global__ void __launch_bounds__(THREADS)
-scan_steps_kernel(const __grid_constant__ scan_arguments a, const __grid_constant__ mil_states states)
+static __global__ void
+__launch_bounds__(THREADS)
+    scan_steps_kernel(const __grid_constant__ scan_arguments a, const __grid_constant__ mil_states states)
 {
     constexpr int COLUMNS = V * QUADS;
     extern __shared__ __align__(16) float shared[];
     const scan_memory<COLUMNS> m = cut_memory<COLUMNS>(a, shared);
     const mil_tails tails = states.of[blockIdx.y];
-    const int channel = blockIdx.x * COLUMNS, c = channel + threadIdx.x % QUADS * V, lane_n = threadIdx.x / QUADS;
+    const int channel = blockIdx.x * COLUMNS, c = channel + threadIdx.x % QUADS * V,
+              lane_n = threadIdx.x / QUADS;
     const int B_run = a.inner / a.B_groups, C_run = a.inner / a.C_groups, inside = min(c, a.inner - V);
     const scan_place p = {channel, channel / B_run * a.state_dim, channel / C_run * a.state_dim};
     const int B_own = inside / B_run * a.state_dim - p.B_at, C_own = inside / C_run * a.state_dim - p.C_at;
@@ -513,7 +520,8 @@ fast_silu(float x)
 }
 
 /* What a thread has of two tokens: raw rows of x, dt and z. */
-template <typename T> struct raw_piece {
+template <typename T>
+struct raw_piece {
     mil_vector<T, VECTOR> x[2], dt[2], z[2];
 };
 
@@ -526,7 +534,8 @@ struct piece_place {
 
 template <typename T>
 static __device__ __forceinline__ void
-load_raw(const scan_arguments &a, const mil_span &span, const piece_place &p, int64_t start, raw_piece<T> &raw)
+load_raw(const scan_arguments &a, const mil_span &span, const piece_place &p, int64_t start,
+         raw_piece<T> &raw)
 {
 #pragma unroll
     for (int k = 0; k < 2; k++) {
@@ -621,8 +630,8 @@ finish_piece(const scan_arguments &a, const mil_span &span, const piece_place &p
 /* B or C of a piece as float32 [tokens, width], zeros where there is no token; only `inside` columns exist. */
 template <typename T>
 static __device__ __forceinline__ void
-load_columns(const T *from, int64_t stride, int width, int inside, int tokens, const mil_span &span, int64_t start,
-             float *to)
+load_columns(const T *from, int64_t stride, int width, int inside, int tokens, const mil_span &span,
+             int64_t start, float *to)
 {
     const int rows = max(1, THREADS / width), first = threadIdx.x / width; /* rows at a time; the thread's */
     if (first >= rows) {
@@ -686,8 +695,8 @@ run_tokens(float2 *pairs, const float *B, int B_width, const float *C, int C_wid
 /* Tail tokens of earlier calls. */
 template <int SIZE>
 static __device__ __forceinline__ void
-replay_tail(const scan_arguments &a, const mil_span &span, const mil_tails &tails, int c, int B_at, int n_first,
-            const float (&exponent)[SIZE], float (&H)[SIZE])
+replay_tail(const scan_arguments &a, const mil_span &span, const mil_tails &tails, int c, int B_at,
+            int n_first, const float (&exponent)[SIZE], float (&H)[SIZE])
 {
     for (int token = 0; token < span.before; token++) {
         float dt = tails.dt[(int64_t)token * a.inner + c];
@@ -702,11 +711,13 @@ replay_tail(const scan_arguments &a, const mil_span &span, const mil_tails &tail
 
 /* Grid: blocks of channels, sequences. SIZE * LANES is state_dim. */
 template <typename T, int SIZE, int LANES>
-static __global__ void __launch_bounds__(THREADS, SIZE <= 8 ? 4 : 2)
-scan_pieces_kernel(const __grid_constant__ scan_arguments a, const __grid_constant__ mil_states states)
+static __global__ void
+__launch_bounds__(THREADS, SIZE <= 8 ? 4 : 2)
+    scan_pieces_kernel(const __grid_constant__ scan_arguments a, const __grid_constant__ mil_states states)
 {
     constexpr int COLUMNS = THREADS / LANES, TOKENS = ELEMENTS / COLUMNS, ACROSS = COLUMNS / VECTOR;
-    static_assert(TOKENS % MIL_WINDOW == 0 && MIL_WINDOW % LANES == 0, "pieces are whole groups of 16 tokens");
+    static_assert(TOKENS % MIL_WINDOW == 0 && MIL_WINDOW % LANES == 0,
+                  "pieces are whole groups of 16 tokens");
     extern __shared__ __align__(16) float shared[];
     float2 *pairs = (float2 *)shared;
     float *B_piece = shared + 2 * ELEMENTS, *C_piece = B_piece + TOKENS * a.B_width;
@@ -746,18 +757,18 @@ scan_pieces_kernel(const __grid_constant__ scan_arguments a, const __grid_consta
     }
     for (; start < span.count; start += TOKENS) {
         __syncthreads(); /* the piece before is finished */
-        load_columns((const T *)a.B + B_at, a.B_stride, a.B_width, a.B_groups * a.state_dim - B_at, TOKENS, span,
-                     start, B_piece);
-        load_columns((const T *)a.C + C_at, a.C_stride, a.C_width, a.C_groups * a.state_dim - C_at, TOKENS, span,
-                     start, C_piece);
+        load_columns((const T *)a.B + B_at, a.B_stride, a.B_width, a.B_groups * a.state_dim - B_at, TOKENS,
+                     span, start, B_piece);
+        load_columns((const T *)a.C + C_at, a.C_stride, a.C_width, a.C_groups * a.state_dim - C_at, TOKENS,
+                     span, start, C_piece);
         store_pairs<T, COLUMNS>(a, span, p, start, raw, pairs);
         __syncthreads();
         load_raw(a, span, p, start + TOKENS, next);
         for (int group = 0; group < TOKENS; group += MIL_WINDOW) {
             for (int s = group; s < group + MIL_WINDOW; s += LANES) {
-                run_tokens<SIZE, LANES, COLUMNS>(pairs + s * COLUMNS + column, B_piece + s * a.B_width + B_own + n_first,
-                                                 a.B_width, C_piece + s * a.C_width + C_own + n_first, a.C_width,
-                                                 lane, exponent, H);
+                run_tokens<SIZE, LANES, COLUMNS>(
+                    pairs + s * COLUMNS + column, B_piece + s * a.B_width + B_own + n_first, a.B_width,
+                    C_piece + s * a.C_width + C_own + n_first, a.C_width, lane, exponent, H);
             }
             if (state != NULL && span.past + start + group + MIL_WINDOW == span.after && c < a.inner) {
 #pragma unroll
@@ -930,9 +941,10 @@ mil_cuda_scan_forward(mil_context *context, const mil_scan *arguments)
     }
     if (a->x_repeat < 1 || a->inner % a->x_repeat != 0 ||
         (a->x_repeat > 1 && (a->x_repeat_group < 1 || a->inner / a->x_repeat % a->x_repeat_group != 0))) {
-        return mil_fail(MIL_ERR_SHAPE,
-                        "scan_forward: inner = %lld is not a multiple of x_repeat = %lld times x_repeat_group = %lld",
-                        (long long)a->inner, (long long)a->x_repeat, (long long)a->x_repeat_group);
+        return mil_fail(
+            MIL_ERR_SHAPE,
+            "scan_forward: inner = %lld is not a multiple of x_repeat = %lld times x_repeat_group = %lld",
+            (long long)a->inner, (long long)a->x_repeat, (long long)a->x_repeat_group);
     }
     return MIL_FOR_ACT(context, scan, context, a);
 }

@@ -23,8 +23,8 @@
  * of a decoding step: heads * state_dim * head_dim * 4 for H; the tail, 8 tokens on the average, is some hundredths of
  * that.
  */
-#include "tail.cuh"
 #include "table.h"
+#include "tail.cuh"
 
 #define WINDOW MIL_WINDOW
 #define QUADS 8    /* threads side by side */
@@ -43,7 +43,7 @@ struct ssd_arguments {
     float dt_min, dt_max;
     void *y;
     int64_t y_stride;
-    int64_t least, most; /* rows of the sequences that this launch is for */
+    int64_t least, most;        /* rows of the sequences that this launch is for */
     int slices, slices_a_block; /* of a head */
 };
 
@@ -68,7 +68,8 @@ get_time_step(const ssd_arguments &a, int64_t row, int head, float bias)
 #define PAIR_LANES 16 /* threads of one C_i . B_s */
 
 /* What a block keeps of one window. ROWS = rows of H that it has room for. */
-template <int COLUMNS, int ROWS> struct window_memory {
+template <int COLUMNS, int ROWS>
+struct window_memory {
     float B[WINDOW][ROWS], C[WINDOW][ROWS], x[WINDOW][COLUMNS];
     float partial[GROUP][WARPS][COLUMNS];
     float weight[WINDOW][WINDOW]; /* W dt (C . B) of rows to be computed */
@@ -86,7 +87,8 @@ struct window_place {
 };
 
 /* A window's inputs on their way to shared memory: each thread's share of B, C and x. */
-template <typename T, int V, int J> struct window_inputs {
+template <typename T, int V, int J>
+struct window_inputs {
     static constexpr int VECTORS = LANES_N * J / V;          /* of a row of B */
     static constexpr int SHARE = WINDOW * VECTORS / THREADS; /* of B, and of C */
     mil_either<T, V> B[SHARE], x;
@@ -100,7 +102,8 @@ ask_for_window(const ssd_arguments &a, const window_place &p, const mil_span &sp
                int64_t start, int first, int length, bool whole, window_inputs<T, V, J> &in)
 {
     using inputs = window_inputs<T, V, J>;
-    const int64_t row = span.row + start - span.before; /* of the window's first token, if it is of this call */
+    const int64_t row =
+        span.row + start - span.before; /* of the window's first token, if it is of this call */
     const T *rows_B = (const T *)a.B + row * a.B_stride + p.B_column;
     const T *rows_C = (const T *)a.C + row * a.C_stride + p.C_column;
     const float *tail_B = tails.B + start * a.B_groups * a.state_dim + p.B_column;
@@ -108,8 +111,8 @@ ask_for_window(const ssd_arguments &a, const window_place &p, const mil_span &sp
     for (int k = 0; k < inputs::SHARE; k++) {
         int e = threadIdx.x + k * THREADS, s = e / inputs::VECTORS, n = e % inputs::VECTORS * V;
         bool there = whole && s < length && n < a.state_dim;
-        in.B[k].load(there && s < first, tail_B + (int64_t)s * a.B_groups * a.state_dim + n, there && s >= first,
-                     rows_B + s * a.B_stride + n);
+        in.B[k].load(there && s < first, tail_B + (int64_t)s * a.B_groups * a.state_dim + n,
+                     there && s >= first, rows_B + s * a.B_stride + n);
         if (there && s >= first) {
             in.C[k] = *(const mil_vector<T, V> *)(rows_C + s * a.C_stride + n);
         }
@@ -119,8 +122,9 @@ ask_for_window(const ssd_arguments &a, const window_place &p, const mil_span &sp
     in.x.load(there && s < first, tails.x + (start + s) * a.x_heads * a.head_dim + p.x_column + c,
               there && s >= first, (const T *)a.x + (row + s) * a.x_stride + p.x_column + c);
     if (threadIdx.x < length) {
-        in.dt = (int)threadIdx.x < first ? tails.dt[(start + threadIdx.x) * a.heads + p.head]
-                                    : mil_float(((const T *)a.dt)[(row + threadIdx.x) * a.dt_stride + p.head]);
+        in.dt = (int)threadIdx.x < first
+                    ? tails.dt[(start + threadIdx.x) * a.heads + p.head]
+                    : mil_float(((const T *)a.dt)[(row + threadIdx.x) * a.dt_stride + p.head]);
     }
 }
 
@@ -307,7 +311,8 @@ compute_rows(const ssd_arguments &a, const window_place &p, int64_t row, int i, 
         }
         y = fmaf(D, m.x[i + r][c], y);
         if (c < p.columns) {
-            ((T *)a.y)[(row + r) * a.y_stride + (int64_t)p.head * a.head_dim + p.column + c] = mil_round<T>(y);
+            ((T *)a.y)[(row + r) * a.y_stride + (int64_t)p.head * a.head_dim + p.column + c] =
+                mil_round<T>(y);
         }
     }
 }
@@ -378,7 +383,8 @@ store_H(const ssd_arguments &a, const window_place &p, const float (&H)[J][V], f
 
 /* Asks for the columns of H and for the tails' first window. */
 static __device__ __forceinline__ void
-prefetch_state(const ssd_arguments &a, const window_place &p, int columns, const mil_tails &tails, const float *state)
+prefetch_state(const ssd_arguments &a, const window_place &p, int columns, const mil_tails &tails,
+               const float *state)
 {
     constexpr int LINE = 32; /* floats */
     const int lane_n = threadIdx.x / QUADS, first = threadIdx.x % QUADS * LINE;
@@ -401,8 +407,8 @@ prefetch_state(const ssd_arguments &a, const window_place &p, int columns, const
 /* This block's part of the tails after a fold: those that it is the last to have read. `sharers`: blocks a head. */
 template <typename T>
 static __device__ __forceinline__ void
-move_tails(const ssd_arguments &a, const window_place &p, const mil_span &span, const mil_tails &tails, int sharers,
-           float bias)
+move_tails(const ssd_arguments &a, const window_place &p, const mil_span &span, const mil_tails &tails,
+           int sharers, float bias)
 {
     const int64_t x_width = (int64_t)a.x_heads * a.head_dim, B_width = (int64_t)a.B_groups * a.state_dim;
     const mil_slots slots = {
@@ -452,8 +458,9 @@ run_slice(const ssd_arguments &a, const window_place &p, const mil_span &span, c
         if (start + WINDOW < total) { /* the next window's inputs: on their way while this one is computed */
             int64_t next = start + WINDOW;
             int next_length = (int)min((int64_t)WINDOW, total - next);
-            ask_for_window(a, p, span, tails, next, (int)min((int64_t)next_length, max((int64_t)0, span.before - next)),
-                           next_length, whole, in);
+            ask_for_window(a, p, span, tails, next,
+                           (int)min((int64_t)next_length, max((int64_t)0, span.before - next)), next_length,
+                           whole, in);
         }
         if (whole) {
             fill_weights<V>(first, length, folds, m);
@@ -462,7 +469,8 @@ run_slice(const ssd_arguments &a, const window_place &p, const mil_span &span, c
             if (i > first) {
                 __syncthreads();
             }
-            compute_rows<T, V, J>(a, p, span.row + start + i - span.before, i, min(GROUP, length - i), D, H, m);
+            compute_rows<T, V, J>(a, p, span.row + start + i - span.before, i, min(GROUP, length - i), D, H,
+                                  m);
         }
         if (folds) {
             __syncthreads();
@@ -476,8 +484,9 @@ run_slice(const ssd_arguments &a, const window_place &p, const mil_span &span, c
 
 /* Grid: groups of slices of a head, heads, sequences. */
 template <typename T, int V, int J>
-static __global__ void __launch_bounds__(THREADS, J <= 4 ? 2 : 1)
-ssd_windows_kernel(const __grid_constant__ ssd_arguments a, const __grid_constant__ mil_states states)
+static __global__ void
+__launch_bounds__(THREADS, J <= 4 ? 2 : 1)
+    ssd_windows_kernel(const __grid_constant__ ssd_arguments a, const __grid_constant__ mil_states states)
 {
     extern __shared__ __align__(128) char shared[];
     auto &m = *reinterpret_cast<window_memory<V * QUADS, LANES_N * J> *>(shared);
@@ -503,7 +512,8 @@ ssd_windows_kernel(const __grid_constant__ ssd_arguments a, const __grid_constan
         return;
     }
     const bool appends = state != NULL && span.after == span.boundary; /* no rows of the tails move */
-    window_owner owner = {appends && p.head % of_x == 0, appends && p.is_first_of_group, appends && blockIdx.x == 0};
+    window_owner owner = {appends && p.head % of_x == 0, appends && p.is_first_of_group,
+                          appends && blockIdx.x == 0};
     const int first_column = p.column;
     for (int k = 0; k < slices; k++) {
         p.columns = min(V * QUADS, a.head_dim - p.column);
@@ -590,19 +600,21 @@ load_matrices_transposed(const void *row, uint32_t (&to)[4])
 static __device__ __forceinline__ void
 multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __nv_bfloat16)
 {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-                 "{%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 static __device__ __forceinline__ void
 multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half)
 {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-                 "{%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 template <typename T>
@@ -630,16 +642,18 @@ fast_power(float x)
 }
 
 /* A chunk's inputs, and what its tokens' dt give. */
-template <typename T, int P, int N> struct alignas(128) chunk_inputs {
+template <typename T, int P, int N>
+struct alignas(128) chunk_inputs {
     T x[CHUNK * P], B[CHUNK * N], C[CHUNK * N];
-    float2 sum[CHUNK];       /* of dt A log2(e) up to a token, as two floats */
+    float2 sum[CHUNK]; /* of dt A log2(e) up to a token, as two floats */
     float dt[CHUNK];
     float from_start[CHUNK]; /* h_i */
     float to_end[CHUNK];     /* W[last, s] dt_s; 0 after the last token to be folded */
     float last;              /* h_last */
 };
 
-template <typename T, int P, int N> struct chunk_memory {
+template <typename T, int P, int N>
+struct chunk_memory {
     chunk_inputs<T, P, N> inputs[2];
     T scores[CHUNK * CHUNK];
 };
@@ -647,7 +661,8 @@ template <typename T, int P, int N> struct chunk_memory {
 struct chunk_arguments {
     ssd_arguments ssd;
     int segments, segment_chunks;
-    float *segment_states; /* [sequences, heads, segments, N, P]: what each adds from 0; then what each starts from */
+    float *
+        segment_states; /* [sequences, heads, segments, N, P]: what each adds from 0; then what each starts from */
     float *segment_decays; /* [sequences, heads, segments] */
 };
 
@@ -680,23 +695,24 @@ ask_for_tile(T *tile, const T *rows, int64_t stride, const float *tail, int64_t 
 /* dt of two tokens a lane, raw from the activations or done from the tail; 0 where there is no token. */
 template <typename T>
 static __device__ __forceinline__ void
-ask_for_dt(const ssd_arguments &a, const mil_span &span, const float *tail, int head, int64_t start, int64_t total,
-           float (&dt)[2])
+ask_for_dt(const ssd_arguments &a, const mil_span &span, const float *tail, int head, int64_t start,
+           int64_t total, float (&dt)[2])
 {
 #pragma unroll
     for (int k = 0; k < 2; k++) {
         int64_t token = start + 2 * (threadIdx.x % MIL_WARP) + k;
         dt[k] = token < span.before ? tail[token * a.heads + head]
-                : token < total     ? mil_float(((const T *)a.dt)[(span.row + token - span.before) * a.dt_stride + head])
-                                    : 0.0f;
+                : token < total
+                    ? mil_float(((const T *)a.dt)[(span.row + token - span.before) * a.dt_stride + head])
+                    : 0.0f;
     }
 }
 
 /* Sums, decays and weights of a chunk from its dt, by one warp. `folded`: tokens of the chunk that a fold takes. */
 template <typename T, int P, int N>
 static __device__ __forceinline__ void
-fill_decays(const ssd_arguments &a, const mil_span &span, int64_t start, int64_t total, int folded, float exponent,
-            float bias, const float (&raw)[2], chunk_inputs<T, P, N> &in)
+fill_decays(const ssd_arguments &a, const mil_span &span, int64_t start, int64_t total, int folded,
+            float exponent, float bias, const float (&raw)[2], chunk_inputs<T, P, N> &in)
 {
     const int lane = threadIdx.x % MIL_WARP;
     const double least = -1e4; /* 2^least is 0, and sums of it are far from overflow */
@@ -705,7 +721,8 @@ fill_decays(const ssd_arguments &a, const mil_span &span, int64_t start, int64_t
 #pragma unroll
     for (int k = 0; k < 2; k++) {
         int64_t token = start + 2 * lane + k;
-        dt[k] = token < span.before || token >= total ? raw[k] : mil_time_step(raw[k] + bias, a.dt_min, a.dt_max);
+        dt[k] =
+            token < span.before || token >= total ? raw[k] : mil_time_step(raw[k] + bias, a.dt_min, a.dt_max);
         sum[k] = fmax((double)(dt[k] * exponent), least);
     }
     sum[1] += sum[0];
@@ -738,7 +755,8 @@ template <typename T, int P, int N>
 static __device__ __forceinline__ void
 fill_scores(const chunk_inputs<T, P, N> &in, int row, T *scores)
 {
-    const int lane = threadIdx.x % MIL_WARP, pairs = row / 16 + 1; /* of tiles of 8 columns, up to the diagonal */
+    const int lane = threadIdx.x % MIL_WARP,
+              pairs = row / 16 + 1; /* of tiles of 8 columns, up to the diagonal */
     float sum[CHUNK / 8][4] = {};
 #pragma unroll
     for (int k = 0; k < N / 16; k++) {
@@ -747,7 +765,8 @@ fill_scores(const chunk_inputs<T, P, N> &in, int row, T *scores)
 #pragma unroll
         for (int t = 0; t < CHUNK / 16; t++) {
             if (t < pairs) {
-                load_matrices(unit_at(in.B, N / 8, 16 * t + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2), B);
+                load_matrices(unit_at(in.B, N / 8, 16 * t + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2),
+                              B);
                 multiply_add(sum[2 * t], C, B[0], B[1], T());
                 multiply_add(sum[2 * t + 1], C, B[2], B[3], T());
             }
@@ -765,7 +784,8 @@ fill_scores(const chunk_inputs<T, P, N> &in, int row, T *scores)
                 float decay = fast_power((own.x - other.x) + (own.y - other.y));
                 value[e] = s <= i ? decay * in.dt[s] * sum[t][e] : 0.0f;
             }
-            *(uint32_t *)(unit_at(scores, CHUNK / 8, row + lane / 4, t) + lane % 4 * 2) = pack<T>(value[0], value[1]);
+            *(uint32_t *)(unit_at(scores, CHUNK / 8, row + lane / 4, t) + lane % 4 * 2) =
+                pack<T>(value[0], value[1]);
             *(uint32_t *)(unit_at(scores, CHUNK / 8, row + lane / 4 + 8, t) + lane % 4 * 2) =
                 pack<T>(value[2], value[3]);
         }
@@ -795,7 +815,7 @@ compute_output(const chunk_inputs<T, P, N> &in, const T *scores, int row, int pa
                const float (&H)[M_TILES][N / 8][4], uint32_t (&rounded)[M_TILES][PART / 8][2])
 {
     const int lane = threadIdx.x % MIL_WARP, first = part * PART / 16; /* tile of 16 tokens */
-    const int r8 = lane % 8 + lane / 16 * 8, half = lane / 8 % 2;      /* of right operands: row, unit of two */
+    const int r8 = lane % 8 + lane / 16 * 8, half = lane / 8 % 2; /* of right operands: row, unit of two */
     float Y[M_TILES][PART / 8][4] = {};
     uint32_t left[M_TILES][4], right[4];
 #pragma unroll
@@ -804,7 +824,7 @@ compute_output(const chunk_inputs<T, P, N> &in, const T *scores, int row, int pa
         for (int m = 0; m < M_TILES; m++) {
 #pragma unroll
             for (int q = 0; q < 4; q++) {
-                const float(&h)[4] = H[m][2 * k + q / 2];
+                const float (&h)[4] = H[m][2 * k + q / 2];
                 left[m][q] = pack<T>(h[q % 2 * 2], h[q % 2 * 2 + 1]);
             }
         }
@@ -848,7 +868,7 @@ compute_output(const chunk_inputs<T, P, N> &in, const T *scores, int row, int pa
 #pragma unroll
                 for (int q = 0; q < 4; q++) { /* the left operand's layout is that of two tiles of Y^T */
                     float2 value = unpack<T>(left[m][q]);
-                    float(&y)[4] = Y[m][2 * t + q / 2];
+                    float (&y)[4] = Y[m][2 * t + q / 2];
                     y[q % 2 * 2] = fmaf(D, value.x, y[q % 2 * 2]);
                     y[q % 2 * 2 + 1] = fmaf(D, value.y, y[q % 2 * 2 + 1]);
                 }
@@ -941,8 +961,8 @@ place_output(const uint32_t (&rounded)[M_TILES][PART / 8][2], int row, int part,
 /* The warp's columns of a chunk from its tile to y, 16 bytes at a time. */
 template <typename T, int P, int M_TILES>
 static __device__ __forceinline__ void
-store_output(const ssd_arguments &a, const mil_span &span, int64_t start, int64_t total, int row, int64_t column,
-             const T *tile)
+store_output(const ssd_arguments &a, const mil_span &span, int64_t start, int64_t total, int row,
+             int64_t column, const T *tile)
 {
     constexpr int UNITS = 2 * M_TILES; /* of the warp */
     const int lane = threadIdx.x % MIL_WARP;
@@ -978,8 +998,9 @@ each_of_H(int64_t head_dim, int row, float (&H)[M_TILES][N / 8][4], Move move)
 
 /* Grid: (segments, slices of a head), heads, sequences. */
 template <typename T, int N, int M_TILES, bool OUTPUT>
-static __global__ void __launch_bounds__(CHUNK_THREADS, N > 128 ? 1 : 2)
-ssd_chunks_kernel(const __grid_constant__ chunk_arguments c, const __grid_constant__ mil_states states)
+static __global__ void
+__launch_bounds__(CHUNK_THREADS, N > 128 ? 1 : 2)
+    ssd_chunks_kernel(const __grid_constant__ chunk_arguments c, const __grid_constant__ mil_states states)
 {
     constexpr int P = 64 * M_TILES;
     extern __shared__ __align__(128) char shared[];
@@ -987,7 +1008,8 @@ ssd_chunks_kernel(const __grid_constant__ chunk_arguments c, const __grid_consta
     const ssd_arguments &a = c.ssd;
     const mil_tails tails = states.of[blockIdx.z];
     const int slice = blockIdx.x % a.slices, segment = blockIdx.x / a.slices, warp = threadIdx.x / MIL_WARP;
-    const int row = warp * 16 * M_TILES, score_row = (warp + blockIdx.y) % 4 * 16; /* work is even over schedulers */
+    const int row = warp * 16 * M_TILES,
+              score_row = (warp + blockIdx.y) % 4 * 16; /* work is even over schedulers */
     const bool given = states.given;
     window_place p = {};
     p.head = blockIdx.y;
@@ -1018,11 +1040,11 @@ ssd_chunks_kernel(const __grid_constant__ chunk_arguments c, const __grid_consta
                                given ? tails.x + p.x_column : NULL, (int64_t)a.x_heads * a.head_dim, start,
                                span.before, total);
             ask_for_tile<T, N>(in.B, (const T *)a.B + span.row * a.B_stride + p.B_column, a.B_stride,
-                               given ? tails.B + p.B_column : NULL, (int64_t)a.B_groups * N, start, span.before,
-                               total);
+                               given ? tails.B + p.B_column : NULL, (int64_t)a.B_groups * N, start,
+                               span.before, total);
             if constexpr (OUTPUT) {
-                ask_for_tile<T, N>(in.C, (const T *)a.C + span.row * a.C_stride + p.C_column, a.C_stride, NULL, 0,
-                                   start, span.before, total);
+                ask_for_tile<T, N>(in.C, (const T *)a.C + span.row * a.C_stride + p.C_column, a.C_stride,
+                                   NULL, 0, start, span.before, total);
             }
         }
         asm volatile("cp.async.commit_group;");
@@ -1097,7 +1119,8 @@ static __global__ void
 ssd_segments_kernel(const __grid_constant__ chunk_arguments c, const __grid_constant__ mil_states states)
 {
     const ssd_arguments &a = c.ssd;
-    const int64_t size = (int64_t)a.state_dim * a.head_dim, i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    const int64_t size = (int64_t)a.state_dim * a.head_dim,
+                  i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     mil_wait();
     const mil_span span = mil_span_of(a.rows, a.first + blockIdx.z);
     if (i >= size || span.count < a.least) {
@@ -1166,14 +1189,17 @@ run_chunks(mil_context *context, const chunk_arguments &c, const mil_states &sta
 {
     const ssd_arguments &a = c.ssd;
     const size_t shared = sizeof(chunk_memory<T, 64 * M_TILES, N>);
-    dim3 grid((unsigned)(c.segments * a.slices), (unsigned)a.heads, (unsigned)sequences), threads(CHUNK_THREADS);
+    dim3 grid((unsigned)(c.segments * a.slices), (unsigned)a.heads, (unsigned)sequences),
+        threads(CHUNK_THREADS);
     if (c.segments > 1) {
         dim3 parts((unsigned)mil_ceil_div((int64_t)a.state_dim * a.head_dim, 256), (unsigned)a.heads,
                    (unsigned)sequences);
-        MIL_TRY(mil_launch(context, "ssd", ssd_chunks_kernel<T, N, M_TILES, false>, grid, threads, shared, c, states));
+        MIL_TRY(mil_launch(context, "ssd", ssd_chunks_kernel<T, N, M_TILES, false>, grid, threads, shared, c,
+                           states));
         MIL_TRY(mil_launch(context, "ssd", ssd_segments_kernel, parts, dim3(256), 0, c, states));
     }
-    return mil_launch(context, "ssd", ssd_chunks_kernel<T, N, M_TILES, true>, grid, threads, shared, c, states);
+    return mil_launch(context, "ssd", ssd_chunks_kernel<T, N, M_TILES, true>, grid, threads, shared, c,
+                      states);
 }
 
 /* Whether tensor cores can take the shape. */
@@ -1182,9 +1208,9 @@ static bool
 takes_chunks(const ssd_arguments &a)
 {
     return sizeof(T) == 2 && a.head_dim % 64 == 0 &&
-           (a.state_dim == 64 || a.state_dim == 128 || a.state_dim == 256) && mil_is_aligned<T>(a.x, a.x_stride) &&
-           mil_is_aligned<T>(a.B, a.B_stride) && mil_is_aligned<T>(a.C, a.C_stride) &&
-           mil_is_aligned<T>(a.y, a.y_stride);
+           (a.state_dim == 64 || a.state_dim == 128 || a.state_dim == 256) &&
+           mil_is_aligned<T>(a.x, a.x_stride) && mil_is_aligned<T>(a.B, a.B_stride) &&
+           mil_is_aligned<T>(a.C, a.C_stride) && mil_is_aligned<T>(a.y, a.y_stride);
 }
 
 template <typename T>
@@ -1266,18 +1292,21 @@ mil_status
 mil_cuda_ssd_forward(mil_context *context, const mil_ssd *arguments)
 {
     const mil_ssd *a = arguments;
-    if (a->heads < 1 || a->heads > 65535 || a->head_dim < 1 || a->state_dim < 1 || a->state_dim > 16 * LANES_N) {
-        return mil_fail(MIL_ERR_SHAPE,
-                        "ssd_forward: heads = %lld, head_dim = %lld, state_dim = %lld; CUDA takes 1 to 65535 heads "
-                        "and states of 1 to %d",
-                        (long long)a->heads, (long long)a->head_dim, (long long)a->state_dim, 16 * LANES_N);
+    if (a->heads < 1 || a->heads > 65535 || a->head_dim < 1 || a->state_dim < 1 ||
+        a->state_dim > 16 * LANES_N) {
+        return mil_fail(
+            MIL_ERR_SHAPE,
+            "ssd_forward: heads = %lld, head_dim = %lld, state_dim = %lld; CUDA takes 1 to 65535 heads "
+            "and states of 1 to %d",
+            (long long)a->heads, (long long)a->head_dim, (long long)a->state_dim, 16 * LANES_N);
     }
     if (a->x_heads < 1 || a->heads % a->x_heads != 0 || a->B_groups < 1 || a->heads % a->B_groups != 0 ||
         a->C_groups < 1 || a->heads % a->C_groups != 0) {
         return mil_fail(MIL_ERR_SHAPE,
                         "ssd_forward: heads = %lld is not a multiple of x_heads = %lld, B_groups = %lld and "
                         "C_groups = %lld",
-                        (long long)a->heads, (long long)a->x_heads, (long long)a->B_groups, (long long)a->C_groups);
+                        (long long)a->heads, (long long)a->x_heads, (long long)a->B_groups,
+                        (long long)a->C_groups);
     }
     return MIL_FOR_ACT(context, ssd, context, a);
 }

@@ -44,7 +44,8 @@ table_of(mil_dtype activation_dtype, int device)
     ops.add = mil_cuda_add;
     ops.gather_rows = mil_cuda_gather_rows;
     ops.widen = mil_cuda_widen;
-    const char *fuse = getenv("MAMBAINLLAMA_CUDA_FUSE"); /* 0: one kernel an operator, to compare and to profile */
+    const char *fuse =
+        getenv("MAMBAINLLAMA_CUDA_FUSE"); /* 0: one kernel an operator, to compare and to profile */
     if (fuse == NULL || strcmp(fuse, "0") != 0) {
         ops.project = mil_cuda_project;
         ops.rope_append = mil_cuda_rope_append;

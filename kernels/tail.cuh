@@ -64,8 +64,9 @@ mil_shortest(const mil_rows &rows, int64_t first, int64_t count)
 /* ---- spans ---------------------------------------------------------------------------------------------------- */
 
 struct mil_span {
-    int64_t row;                   /* first row of this call */
-    int64_t past, boundary, after; /* tokens before the rows; in the states on entry; in the states on return */
+    int64_t row; /* first row of this call */
+    int64_t past, boundary,
+        after; /* tokens before the rows; in the states on entry; in the states on return */
     int64_t count;
     int before; /* tokens in the tails on entry: past - boundary */
 };
@@ -158,7 +159,8 @@ mil_tail_move(float *tail, int64_t width, int64_t column, int columns, const mil
 {
     int64_t shift = span.after - span.boundary, kept = span.past - span.after;
     float *at = tail + column;
-    if (shift > 0 && kept > 0) { /* by at least a window, and fewer rows than that: no row is read and written */
+    if (shift > 0 &&
+        kept > 0) { /* by at least a window, and fewer rows than that: no row is read and written */
         constexpr int AT_ONCE = 8; /* loads under way */
         float value[AT_ONCE];
         int count = (int)kept * columns;
@@ -189,8 +191,8 @@ mil_tail_move(float *tail, int64_t width, int64_t column, int columns, const mil
 /* The same for columns that `sharers` blocks read, all of which call this: the last one moves them. */
 template <typename Value>
 static __device__ __forceinline__ void
-mil_tail_share(float *tail, int64_t width, int64_t column, int columns, const mil_span &span, unsigned sharers,
-               Value value)
+mil_tail_share(float *tail, int64_t width, int64_t column, int columns, const mil_span &span,
+               unsigned sharers, Value value)
 {
     if (mil_is_last(tail + (MIL_TAIL - 1) * width + column, sharers)) {
         mil_tail_move(tail, width, column, columns, span, value);
@@ -205,13 +207,13 @@ mil_slot(float *tail, int64_t width, int64_t column)
 }
 
 /* N values that are float32 in a tail or activations, loaded now and used later: so that many are under way at once. */
-template <typename T, int N> struct mil_either {
+template <typename T, int N>
+struct mil_either {
     mil_vector<float, N> old;
     mil_vector<T, N> fresh;
     bool is_old;
 
-    __device__ __forceinline__ void
-    load(bool from_tail, const float *tail, bool from_rows, const T *rows)
+    __device__ __forceinline__ void load(bool from_tail, const float *tail, bool from_rows, const T *rows)
     {
         is_old = from_tail;
         if (from_tail) {
@@ -222,8 +224,7 @@ template <typename T, int N> struct mil_either {
         }
     }
 
-    __device__ __forceinline__ void
-    get(float (&out)[N]) const
+    __device__ __forceinline__ void get(float (&out)[N]) const
     {
 #pragma unroll
         for (int i = 0; i < N; i++) {

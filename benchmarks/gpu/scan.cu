@@ -16,7 +16,8 @@ static void
 time_shape(harness *h, const scan_shape *s, int64_t sequences, int64_t count, int64_t tail, bool stateful)
 {
     enum { MOST = 48 };
-    const int64_t rows_count = sequences * count, B = s->B_groups * s->state_dim, C = s->C_groups * s->state_dim;
+    const int64_t rows_count = sequences * count, B = s->B_groups * s->state_dim,
+                  C = s->C_groups * s->state_dim;
     const int64_t state = s->inner * s->state_dim;
     double set = (double)rows_count * (double)(4 * s->inner + B + C) * 2 +
                  (stateful ? (double)(sequences * state) * 4 : 0);
@@ -49,16 +50,17 @@ time_shape(harness *h, const scan_shape *s, int64_t sequences, int64_t count, in
         a.states = stateful ? timing_states(h, sequences, state, 0, s->inner, B, s->inner) : NULL;
         scans[i] = a;
     }
-    double seconds = timing_of(h, layers, [&](int i) { return h->gpu.ops->scan_forward(&h->gpu, &scans[i]); });
+    double seconds =
+        timing_of(h, layers, [&](int i) { return h->gpu.ops->scan_forward(&h->gpu, &scans[i]); });
     double bytes = (double)rows_count * (double)(4 * s->inner + B + C) * 2 +
                    (stateful ? (double)(sequences * state) * 4 : 0);
     printf("%-6s b %-4lld rows %-6lld tail %-3lld %9.2f us %8.1f GB/s %5.1f %% of a copy\n", s->name,
            (long long)sequences, (long long)count, (long long)tail, seconds * 1e6, bytes / seconds * 1e-9,
            100 * bytes / seconds / copy_rate);
     for (int i = 0; i < layers; i++) {
-        void *arrays[] = {(void *)scans[i].x,       (void *)scans[i].dt,    (void *)scans[i].z,
-                          (void *)scans[i].B,       (void *)scans[i].C,     (void *)scans[i].dt_bias,
-                          (void *)scans[i].A_log,   (void *)scans[i].D,     scans[i].y};
+        void *arrays[] = {(void *)scans[i].x,     (void *)scans[i].dt, (void *)scans[i].z,
+                          (void *)scans[i].B,     (void *)scans[i].C,  (void *)scans[i].dt_bias,
+                          (void *)scans[i].A_log, (void *)scans[i].D,  scans[i].y};
         for (size_t j = 0; j < sizeof arrays / sizeof *arrays; j++) {
             timing_need(cudaFree(arrays[j]));
         }
@@ -77,7 +79,8 @@ time_shape(harness *h, const scan_shape *s, int64_t sequences, int64_t count, in
 int
 main(void)
 {
-    static const scan_shape shapes[] = {{"2.8B", 5120, 16, 1, 1}, {"8B", 4096, 16, 64, 256}, {"issue", 4096, 16, 1, 1}};
+    static const scan_shape shapes[] = {
+        {"2.8B", 5120, 16, 1, 1}, {"8B", 4096, 16, 64, 256}, {"issue", 4096, 16, 1, 1}};
     static harness h;
     harness_begin(&h, MIL_BF16);
     copy_rate = timing_copy_rate(&h);

@@ -26,10 +26,12 @@ static void
 time_shape(harness *h, const ssd_shape *s, int64_t sequences, int64_t count, int64_t tail, bool stateful)
 {
     enum { MOST = 48 };
-    const int64_t rows_count = sequences * count, x = s->x_heads * s->head_dim, B = s->B_groups * s->state_dim;
+    const int64_t rows_count = sequences * count, x = s->x_heads * s->head_dim,
+                  B = s->B_groups * s->state_dim;
     const int64_t C = s->C_groups * s->state_dim, conv = x + B + C, y = s->heads * s->head_dim;
     const int64_t state = y * s->state_dim;
-    double set = (double)rows_count * (double)(2 * conv + y) * 2 + (stateful ? (double)(sequences * state) * 4 : 0);
+    double set =
+        (double)rows_count * (double)(2 * conv + y) * 2 + (stateful ? (double)(sequences * state) * 4 : 0);
     int layers = set * MOST < 400e6 ? MOST : set > 200e6 ? 2 : (int)(400e6 / set) + 1;
     mil_dtype act = h->act;
     mil_conv1d convs[MOST];
@@ -73,16 +75,20 @@ time_shape(harness *h, const ssd_shape *s, int64_t sequences, int64_t count, int
         convs[i] = c;
         ssds[i] = a;
     }
-    double seconds = timing_of(h, layers, [&](int i) { return h->gpu.ops->conv1d_forward(&h->gpu, &convs[i]); });
+    double seconds =
+        timing_of(h, layers, [&](int i) { return h->gpu.ops->conv1d_forward(&h->gpu, &convs[i]); });
     report(s, "conv", sequences, count, tail, seconds,
-           (double)rows_count * (double)conv * 4 + (stateful ? (double)(sequences * conv) * (3 + (double)count) * 4 : 0));
+           (double)rows_count * (double)conv * 4 +
+               (stateful ? (double)(sequences * conv) * (3 + (double)count) * 4 : 0));
     seconds = timing_of(h, layers, [&](int i) { return h->gpu.ops->ssd_forward(&h->gpu, &ssds[i]); });
     report(s, "ssd", sequences, count, tail, seconds,
-           (double)rows_count * (double)(conv + y + s->heads) * 2 + (stateful ? (double)(sequences * state) * 4 : 0));
+           (double)rows_count * (double)(conv + y + s->heads) * 2 +
+               (stateful ? (double)(sequences * state) * 4 : 0));
     for (int i = 0; i < layers; i++) {
-        void *arrays[] = {(void *)convs[i].x, (void *)convs[i].weight, (void *)convs[i].bias, convs[i].y,
-                          (void *)ssds[i].dt, (void *)ssds[i].dt_bias, (void *)ssds[i].A_log, (void *)ssds[i].D,
-                          ssds[i].y};
+        void *arrays[] = {
+            (void *)convs[i].x, (void *)convs[i].weight, (void *)convs[i].bias, convs[i].y,
+            (void *)ssds[i].dt, (void *)ssds[i].dt_bias, (void *)ssds[i].A_log, (void *)ssds[i].D,
+            ssds[i].y};
         for (size_t j = 0; j < sizeof arrays / sizeof *arrays; j++) {
             timing_need(cudaFree(arrays[j]));
         }

@@ -86,7 +86,8 @@ timing_copy_rate(harness *h)
 static __global__ void
 timing_fill(void *array, int64_t count, mil_dtype dtype, float scale, unsigned seed)
 {
-    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (int64_t)gridDim.x * blockDim.x) {
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < count;
+         i += (int64_t)gridDim.x * blockDim.x) {
         uint64_t bits = ((uint64_t)i + 1) * 0x9e3779b97f4a7c15u + seed * 0xbf58476d1ce4e5b9u;
         bits = (bits ^ (bits >> 30)) * 0x94d049bb133111ebu;
         float value = scale * ((float)(bits >> 40) * 0x1p-23f - 1.0f);

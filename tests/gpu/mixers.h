@@ -18,12 +18,12 @@ typedef struct mixer_call {
 
 typedef struct mixer_case {
     char name[128];
-    int64_t width, y_width;                        /* of a row of inputs, of outputs */
-    int64_t state, conv_rows, conv, x, B, dt;      /* floats of the state; widths of the tails */
-    double tolerance;                              /* of y, relative to the largest */
-    const void *arguments;                         /* the operator's, without rows, inputs and outputs */
-    void (*run)(harness *h, const struct mixer_case *c, bool gpu, const mil_rows *rows, const void *inputs, void *y,
-                const mil_mixer_state *states);
+    int64_t width, y_width;                   /* of a row of inputs, of outputs */
+    int64_t state, conv_rows, conv, x, B, dt; /* floats of the state; widths of the tails */
+    double tolerance;                         /* of y, relative to the largest */
+    const void *arguments;                    /* the operator's, without rows, inputs and outputs */
+    void (*run)(harness *h, const struct mixer_case *c, bool gpu, const mil_rows *rows, const void *inputs,
+                void *y, const mil_mixer_state *states);
 } mixer_case;
 
 /* In [-1, 1). */
@@ -85,8 +85,8 @@ mixer_compare_states(harness *h, const mixer_case *c, const mixer_states *s, int
 /* Runs the calls; sequence i reads stream streams[i]. Where `stateless`, sequences begin with the only call and
  * leave nothing. What CUDA gives for sequence i's token t goes to y[i] + t * y_width, where y is given. */
 static inline void
-mixer_session(harness *h, const mixer_case *c, int64_t sequences, const int64_t *streams, const mixer_call *calls,
-              int64_t call_count, bool stateless, bool compare, float **y)
+mixer_session(harness *h, const mixer_case *c, int64_t sequences, const int64_t *streams,
+              const mixer_call *calls, int64_t call_count, bool stateless, bool compare, float **y)
 {
     mixer_states states[MIXER_SEQUENCES];
     mil_mixer_state cpu[MIXER_SEQUENCES], gpu[MIXER_SEQUENCES];
@@ -143,13 +143,15 @@ mixer_test_parity(harness *h, const mixer_case *c)
 {
     static const int64_t streams[] = {1, 2, 3};
     static const mixer_call calls[] = {
-        {{1, 5, 16}, {0, 2, 0}},  {{1, 16, 3}, {0, 0, 3}},  {{20, 12, 16}, {0, 5, 15}}, {{9, 16, 1}, {4, 16, 0}},
-        {{16, 1, 40}, {0, 0, 0}}, {{1, 16, 16}, {0, 0, 1}}, {{130, 16, 1}, {0, 0, 0}},  {{3, 16, 0}, {1, 9, 0}},
-        {{16, 16, 16}, {}},       {{16, 16, 16}, {}},       {{1, 1, 1}, {}},            {{1, 64, 97}, {}},
-        {{2, 3, 4}, {}},          {{0, 1, 17}, {}},         {{5, 5, 5}, {0, 1, 2}},
+        {{1, 5, 16}, {0, 2, 0}},   {{1, 16, 3}, {0, 0, 3}},  {{20, 12, 16}, {0, 5, 15}},
+        {{9, 16, 1}, {4, 16, 0}},  {{16, 1, 40}, {0, 0, 0}}, {{1, 16, 16}, {0, 0, 1}},
+        {{130, 16, 1}, {0, 0, 0}}, {{3, 16, 0}, {1, 9, 0}},  {{16, 16, 16}, {}},
+        {{16, 16, 16}, {}},        {{1, 1, 1}, {}},          {{1, 64, 97}, {}},
+        {{2, 3, 4}, {}},           {{0, 1, 17}, {}},         {{5, 5, 5}, {0, 1, 2}},
     };
     mixer_session(h, c, 3, streams, calls, sizeof calls / sizeof *calls, false, true, NULL);
-    static const mixer_call alone[] = {{{1}, {}}, {{17}, {}}, {{64}, {}}, {{65}, {}}, {{200}, {}}, {{333}, {}}};
+    static const mixer_call alone[] = {{{1}, {}},  {{17}, {}},  {{64}, {}},
+                                       {{65}, {}}, {{200}, {}}, {{333}, {}}};
     for (size_t i = 0; i < sizeof alone / sizeof *alone; i++) {
         mixer_session(h, c, 1, streams, &alone[i], 1, true, true, NULL);
     }
@@ -169,8 +171,9 @@ mixer_same_rows(harness *h, const mixer_case *c, const char *how, const float *y
             i++;
         }
         h->failures++;
-        printf("FAILED: %s %s: %s: token %lld, column %lld: %.9g, alone %.9g\n", harness_act_name(h), c->name, how,
-               (long long)(i / c->y_width), (long long)(i % c->y_width), (double)y[i], (double)expected[i]);
+        printf("FAILED: %s %s: %s: token %lld, column %lld: %.9g, alone %.9g\n", harness_act_name(h), c->name,
+               how, (long long)(i / c->y_width), (long long)(i % c->y_width), (double)y[i],
+               (double)expected[i]);
     }
 }
 
@@ -186,12 +189,13 @@ mixer_test_bits(harness *h, const mixer_case *c)
         single[i] = one;
     }
     static const mixer_call windows[] = {
-        {{5}, {3}}, {{16}, {0}}, {{4}, {0}}, {{16}, {14}}, {{16}, {6}}, {{16}, {0}}, {{2}, {0}}, {{16}, {0}}, {{15}, {}},
+        {{5}, {3}},  {{16}, {0}}, {{4}, {0}},  {{16}, {14}}, {{16}, {6}},
+        {{16}, {0}}, {{2}, {0}},  {{16}, {0}}, {{15}, {}},
     }; /* keeps 2, 18, 22, 24, 34, 50, 52, 68, 83 tokens */
     static const mixer_call batched[] = {
-        {{1, 4, 16, 2, 1}, {}},        {{3, 4, 16, 2, 12}, {}}, {{16, 4, 16, 2, 12}, {0, 0, 16}},
-        {{1, 4, 16, 2, 12}, {}},       {{1, 4, 16, 2, 12}, {}}, {{1, 4, 16, 2, 12}, {}},
-        {{1, 4, 1, 2, 12}, {}},        {{1, 16, 1, 2, 12}, {}}, {{1, 16, 1, 2, 12}, {}},
+        {{1, 4, 16, 2, 1}, {}},  {{3, 4, 16, 2, 12}, {}}, {{16, 4, 16, 2, 12}, {0, 0, 16}},
+        {{1, 4, 16, 2, 12}, {}}, {{1, 4, 16, 2, 12}, {}}, {{1, 4, 16, 2, 12}, {}},
+        {{1, 4, 1, 2, 12}, {}},  {{1, 16, 1, 2, 12}, {}}, {{1, 16, 1, 2, 12}, {}},
         {{1, 16, 1, 2, 12}, {}},
     }; /* the second: 28 + 48 tokens; the last: 1 + 108 */
     float *alone = (float *)malloc(TOKENS * (size_t)c->y_width * sizeof(float));

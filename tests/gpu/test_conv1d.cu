@@ -58,9 +58,9 @@ int
 main(void)
 {
     static const conv_case cases[] = {
-        {64, 4, 1, 1, true, true},   {37, 4, 1, 1, true, true},   {256, 2, 1, 1, false, true}, {96, 3, 1, 1, true, false},
-        {40, 8, 1, 1, true, true},   {64, 5, 1, 1, false, false}, {64, 4, 4, 16, true, true},  {24, 4, 3, 12, true, true},
-        {4352, 4, 1, 1, true, true},
+        {64, 4, 1, 1, true, true},  {37, 4, 1, 1, true, true},  {256, 2, 1, 1, false, true},
+        {96, 3, 1, 1, true, false}, {40, 8, 1, 1, true, true},  {64, 5, 1, 1, false, false},
+        {64, 4, 4, 16, true, true}, {24, 4, 3, 12, true, true}, {4352, 4, 1, 1, true, true},
     };
     static const mil_dtype types[] = {MIL_F32, MIL_BF16, MIL_F16};
     static harness h;
