@@ -5,99 +5,12 @@
  * a device-to-device copy in the same run, counting bytes read and written.  Prefill: causal, 4 * head_dim
  * flops for each pair of a query and a key that it sees.  Medians of several replays.
  */
-#include "harness.h"
-
-static cudaStream_t stream;
-
-static int
-compare_doubles(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-/* Median seconds of a graph's replay. */
-static double
-time_graph(cudaGraphExec_t graph)
-{
-    enum { REPEATS = 21 };
-    double seconds[REPEATS];
-    cudaEvent_t start, end;
-    cudaEventCreate(&start);
-    cudaEventCreate(&end);
-    for (int i = -3; i < REPEATS; i++) {
-        float ms;
-        cudaEventRecord(start, stream);
-        cudaGraphLaunch(graph, stream);
-        cudaEventRecord(end, stream);
-        cudaEventSynchronize(end);
-        cudaEventElapsedTime(&ms, start, end);
-        if (i >= 0) {
-            seconds[i] = ms * 1e-3;
-        }
-    }
-    cudaEventDestroy(start);
-    cudaEventDestroy(end);
-    qsort(seconds, REPEATS, sizeof *seconds, compare_doubles);
-    return seconds[REPEATS / 2];
-}
-
-static void
-begin_capture()
-{
-    cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal);
-}
-
-static double
-time_captured()
-{
-    cudaGraph_t graph;
-    cudaGraphExec_t exec;
-    if (cudaStreamEndCapture(stream, &graph) != cudaSuccess ||
-        cudaGraphInstantiate(&exec, graph, 0) != cudaSuccess) {
-        printf("FAILED: capture: %s\n", cudaGetErrorString(cudaGetLastError()));
-        exit(1);
-    }
-    double seconds = time_graph(exec);
-    cudaGraphExecDestroy(exec);
-    cudaGraphDestroy(graph);
-    return seconds;
-}
-
-/* bfloat16 of magnitude 2^-1 .. 1, random signs and mantissas. */
-static __global__ void
-fill(uint32_t *to, size_t count, uint32_t seed)
-{
-    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < count;
-         i += (size_t)gridDim.x * blockDim.x) {
-        uint32_t v = (uint32_t)i * 2654435761u + seed;
-        v ^= v >> 15;
-        v *= 2246822519u;
-        v ^= v >> 13;
-        to[i] = (v & 0x807f807fu) | 0x3f003f00u;
-    }
-}
+#include "timing.h"
 
 static void *
-random_bytes(harness *h, size_t bytes)
+random_halves(harness *h, int64_t count)
 {
-    void *memory;
-    harness_need(h->gpu.ops->alloc(&h->gpu, bytes + 16, &memory));
-    fill<<<1024, 256, 0, stream>>>((uint32_t *)memory, bytes / 4, (uint32_t)bytes);
-    return memory;
-}
-
-static double
-copy_rate(harness *h)
-{
-    size_t bytes = (size_t)1 << 30;
-    void *from = random_bytes(h, bytes), *to = random_bytes(h, bytes);
-    begin_capture();
-    cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream);
-    double rate = 2.0 * (double)bytes / time_captured();
-    h->gpu.ops->free(&h->gpu, from);
-    h->gpu.ops->free(&h->gpu, to);
-    return rate;
+    return timing_array(h, count, MIL_BF16, 1.0f);
 }
 
 static void
@@ -110,7 +23,7 @@ bench_decode(harness *h, double copy, int64_t batch, int64_t context, int64_t co
     size_t cache = (size_t)((context + 16) * kv_heads * head_dim) * 2, one = 2 * (size_t)batch * cache;
     int64_t layers = (int64_t)(((size_t)1 << 30) / one);
     layers = layers < 2 ? 2 : layers > 64 ? 64 : layers;
-    char *memory = (char *)random_bytes(h, one * (size_t)layers);
+    char *memory = (char *)random_halves(h, (int64_t)one * layers / 2);
     for (int64_t s = 0; s <= batch; s++) {
         offsets[s] = s * count;
         past[s < batch ? s : 0] = context - count;
@@ -121,25 +34,19 @@ bench_decode(harness *h, double copy, int64_t batch, int64_t context, int64_t co
     a.kv_heads = kv_heads;
     a.head_dim = head_dim;
     a.scale = 1.0f / sqrtf((float)head_dim);
-    a.q = random_bytes(h, (size_t)(batch * count * heads * head_dim) * 2);
+    a.q = random_halves(h, batch * count * heads * head_dim);
     a.q_stride = a.y_stride = heads * head_dim;
-    a.y = random_bytes(h, (size_t)(batch * count * heads * head_dim) * 2);
+    a.y = random_halves(h, batch * count * heads * head_dim);
     a.caches = caches;
-    for (int captured = 0; captured < 2; captured++) { /* the first time the workspace grows */
-        if (captured) {
-            begin_capture();
+    double seconds = timing_of(h, (int)layers, [&](int layer) {
+        for (int64_t s = 0; s < batch; s++) {
+            caches[s].k = memory + (size_t)layer * one + 2 * (size_t)s * cache;
+            caches[s].v = (char *)caches[s].k + cache;
+            caches[s].dtype = MIL_BF16;
+            caches[s].capacity = context + 16;
         }
-        for (int64_t layer = 0; layer < (captured ? layers : 1); layer++) {
-            for (int64_t s = 0; s < batch; s++) {
-                caches[s].k = memory + (size_t)layer * one + 2 * (size_t)s * cache;
-                caches[s].v = (char *)caches[s].k + cache;
-                caches[s].dtype = MIL_BF16;
-                caches[s].capacity = context + 16;
-            }
-            harness_need(h->gpu.ops->attention_forward(&h->gpu, &a));
-        }
-    }
-    double seconds = time_captured() / (double)layers;
+        return h->gpu.ops->attention_forward(&h->gpu, &a);
+    });
     double rate = (double)(batch * context * kv_heads * head_dim) * 4.0 / seconds;
     printf(
         "decode   batch %3lld  context %6lld  rows %2lld  heads %2lld/%-2lld  head_dim %3lld   %8.2f us  "
@@ -170,15 +77,11 @@ bench_prefill(harness *h, int64_t batch, int64_t length, int64_t heads, int64_t 
     a.scale = 1.0f / sqrtf((float)head_dim);
     a.q_stride = a.y_stride = heads * head_dim;
     a.kv_stride = kv_heads * head_dim;
-    a.q = random_bytes(h, (size_t)(rows * heads * head_dim) * 2);
-    a.y = random_bytes(h, (size_t)(rows * heads * head_dim) * 2);
-    a.k = random_bytes(h, (size_t)(rows * kv_heads * head_dim) * 2);
-    a.v = random_bytes(h, (size_t)(rows * kv_heads * head_dim) * 2);
-    begin_capture();
-    for (int i = 0; i < CALLS; i++) {
-        harness_need(h->gpu.ops->attention_forward(&h->gpu, &a));
-    }
-    double seconds = time_captured() / CALLS;
+    a.q = random_halves(h, rows * heads * head_dim);
+    a.y = random_halves(h, rows * heads * head_dim);
+    a.k = random_halves(h, rows * kv_heads * head_dim);
+    a.v = random_halves(h, rows * kv_heads * head_dim);
+    double seconds = timing_of(h, CALLS, [&](int) { return h->gpu.ops->attention_forward(&h->gpu, &a); });
     double flops = 4.0 * (double)(batch * heads * head_dim) * 0.5 * (double)length * (double)(length + 1);
     printf(
         "prefill  batch %3lld  length  %6lld  heads %2lld/%-2lld  head_dim %3lld   %9.1f us  %6.1f Tflop/s\n",
@@ -197,8 +100,7 @@ main(void)
 {
     static harness h;
     harness_begin(&h, MIL_BF16);
-    stream = mil_stream(&h.gpu);
-    double copy = copy_rate(&h);
+    double copy = timing_copy_rate(&h);
     printf("copy: %.1f GB/s (read and written)\n", copy * 1e-9);
     int64_t contexts[] = {16, 512, 1024, 4096, 16384, 65536};
     for (int64_t context : contexts) {

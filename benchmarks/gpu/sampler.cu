@@ -3,54 +3,17 @@
  *
  * Rows of logits rotate through more memory than L2 holds; in a decoding step they would be found there.
  */
-#include "harness.h"
+#include "timing.h"
 
-enum { CALLS = 32, REPEATS = 21, VOCAB = 128256 };
-
-static int
-compare_doubles(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
+enum { CALLS = 32, VOCAB = 128256 };
 
 static double
 bench(harness *h, const float *logits, int64_t row_count, mil_sample a)
 {
-    cudaStream_t stream = mil_stream(&h->gpu);
-    cudaGraph_t graph;
-    cudaGraphExec_t exec;
-    cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal);
-    for (int i = 0; i < CALLS; i++) {
+    return timing_of(h, CALLS, [&](int i) {
         a.logits = logits + (i * a.rows) % (row_count - a.rows + 1) * VOCAB;
-        harness_need(h->gpu.ops->sample(&h->gpu, &a));
-    }
-    if (cudaStreamEndCapture(stream, &graph) != cudaSuccess ||
-        cudaGraphInstantiate(&exec, graph, 0) != cudaSuccess) {
-        printf("FAILED: capture: %s\n", cudaGetErrorString(cudaGetLastError()));
-        exit(1);
-    }
-    double seconds[REPEATS];
-    cudaEvent_t start, end;
-    cudaEventCreate(&start);
-    cudaEventCreate(&end);
-    for (int i = -3; i < REPEATS; i++) {
-        float ms;
-        cudaEventRecord(start, stream);
-        cudaGraphLaunch(exec, stream);
-        cudaEventRecord(end, stream);
-        cudaEventSynchronize(end);
-        cudaEventElapsedTime(&ms, start, end);
-        if (i >= 0) {
-            seconds[i] = ms * 1e-3 / CALLS;
-        }
-    }
-    cudaEventDestroy(start);
-    cudaEventDestroy(end);
-    cudaGraphExecDestroy(exec);
-    cudaGraphDestroy(graph);
-    qsort(seconds, REPEATS, sizeof *seconds, compare_doubles);
-    return seconds[REPEATS / 2];
+        return h->gpu.ops->sample(&h->gpu, &a);
+    });
 }
 
 int
