@@ -1,12 +1,18 @@
 """What every test shares: test data, fixed random numbers, bfloat16, and thread counts."""
 
 import os
+import signal
 from pathlib import Path
 
 # Tests run teams larger than the machine; threads that spin while they wait then keep those that
-# work
-# from running. libgomp reads this when it is loaded, so it is set before anything else is imported.
+# work from running. libgomp reads this when it is loaded, so it is set before anything else is
+# imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# A shell starts its background jobs deaf to SIGINT, and so would be the processes that tests
+# interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
