@@ -199,7 +199,7 @@ gpucheck: ## the same under compute-sanitizer: memcheck, racecheck, initcheck, s
 # ---- style --------------------------------------------------------------------------------------------
 
 C_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.c' 'csrc/*.h' 'tests/c/*.c' 'tests/c/*.h' \
-          'kernels/*.[ch]' 'kernels/*.cu' 'kernels/*.cuh' 'tests/gpu/*' 'benchmarks/gpu/*.cu')
+          'kernels/*.[ch]' 'kernels/*.cu' 'kernels/*.cuh' 'tests/gpu/*' 'benchmarks/gpu/*')
 PY_FILES := mambainllama tests setup.py $(wildcard benchmarks)
 
 .PHONY: format

@@ -260,9 +260,6 @@ mil_is_aligned(const void *pointer, int64_t stride)
     return (uintptr_t)pointer % 16 == 0 && stride % mil_lanes<T> == 0;
 }
 
-/* The widest vector, 16 bytes at most, in which rows of `width` elements of all these arrays can move: the
- * kernel templates are instantiated for that and for 1. */
-
 /* ---- packed rows (mil_rows.device) ---------------------------------------------------------------------------- */
 
 struct mil_device_rows {

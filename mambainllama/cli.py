@@ -456,6 +456,16 @@ def add_skip_bad(parser: Any) -> None:
     )
 
 
+def add_run_options(parser: Any, config: str) -> None:
+    """Where one stage's run goes, and its settings: those of `config`."""
+    parser.add_argument("--output", default="run", help="folder of metrics, checkpoints and model")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help=f"a setting of mil.{config}"
+    )
+    add_skip_bad(parser)
+
+
 def run_distill(options: argparse.Namespace) -> None:
     from .pipeline import check_recipe, run_recipe
     from .recipe import read_recipe
@@ -594,12 +604,7 @@ def add_sft(commands: Any, common: Any) -> None:
     parser.add_argument("model", help="folder or Hub id")
     parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="training files")
     parser.add_argument("--validation", metavar="FILE", help="held-out file, or a share: 0.02")
-    parser.add_argument("--output", default="run", help="folder of metrics, checkpoints and model")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of mil.SftConfig"
-    )
-    add_skip_bad(parser)
+    add_run_options(parser, "SftConfig")
 
 
 def run_sft(options: argparse.Namespace) -> None:
@@ -669,12 +674,7 @@ def add_dpo(commands: Any, common: Any) -> None:
     parser.add_argument(
         "--reference", help="compare with this model (default: the model as it is at the start)"
     )
-    parser.add_argument("--output", default="run", help="folder of metrics, checkpoints and model")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of mil.DPOConfig"
-    )
-    add_skip_bad(parser)
+    add_run_options(parser, "DPOConfig")
 
 
 def run_dpo(options: argparse.Namespace) -> None:
