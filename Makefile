@@ -164,13 +164,13 @@ $(CUDA_BENCHES:benchmarks/gpu/%.cu=$(GPU)/bench_%): $(GPU)/bench_%: $(GPU)/bench
 	$(NVCC) $^ -o $@ -Xcompiler -fopenmp -ldl
 -include $(patsubst %.cu,$(GPU)/%.d,$(CUDA_KERNELS) $(CUDA_TESTS) $(CUDA_BENCHES)) $(CUDA_CORE:%.c=$(GPU)/%.d)
 
-.PHONY: cuda
-cuda: ## compile all CUDA sources, warnings being errors (needs no GPU)
-	@$(MAKE) --no-print-directory --silent -j$(JOBS) \
-	    $(patsubst %.cu,$(GPU)/%.o,$(CUDA_KERNELS) $(CUDA_TESTS) $(CUDA_BENCHES))
-	@echo "cuda: $(words $(CUDA_KERNELS)) kernel files compiled for $(ARCHS)"
-
 GPU_TEST_PROGRAMS := $(CUDA_TESTS:tests/gpu/%.cu=$(GPU)/%)
+GPU_BENCH_PROGRAMS := $(CUDA_BENCHES:benchmarks/gpu/%.cu=$(GPU)/bench_%)
+
+.PHONY: cuda
+cuda: ## compile and link all CUDA sources, warnings being errors (needs no GPU)
+	@$(MAKE) --no-print-directory --silent -j$(JOBS) $(GPU_TEST_PROGRAMS) $(GPU_BENCH_PROGRAMS)
+	@echo "cuda: $(words $(CUDA_KERNELS)) kernel files compiled and linked for $(ARCHS)"
 
 .PHONY: test-gpu
 test-gpu: ## CUDA operators and models against the CPU's; fails without a GPU
@@ -184,8 +184,8 @@ test-gpu: ## CUDA operators and models against the CPU's; fails without a GPU
 
 .PHONY: bench-gpu
 bench-gpu: ## kernels and decoding on this machine's GPU
-	@$(MAKE) --no-print-directory --silent -j$(JOBS) $(CUDA_BENCHES:benchmarks/gpu/%.cu=$(GPU)/bench_%)
-	@for program in $(CUDA_BENCHES:benchmarks/gpu/%.cu=$(GPU)/bench_%); do echo "== $$program"; $$program; done
+	@$(MAKE) --no-print-directory --silent -j$(JOBS) $(GPU_BENCH_PROGRAMS)
+	@for program in $(GPU_BENCH_PROGRAMS); do echo "== $$program"; $$program; done
 	@MAMBAINLLAMA_CUDA=1 $(MAKE) --no-print-directory build
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu_decode.py $(ARGS)
 

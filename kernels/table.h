@@ -2,11 +2,11 @@
 #ifndef MIL_KERNELS_TABLE_H
 #define MIL_KERNELS_TABLE_H
 
-#include "device.h"
-
 #ifdef __cplusplus
 extern "C" {
 #endif
+
+#include "device.h"
 
 /* table.cu: the table of one device for one activation type; fails in one line where there is no such device. */
 mil_status
