@@ -190,11 +190,13 @@ bench-gpu: ## kernels and decoding on this machine's GPU
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu_decode.py $(ARGS)
 
 .PHONY: gpucheck
-gpucheck: ## the same under compute-sanitizer: memcheck, racecheck, initcheck, synccheck
+gpucheck: ## the same under compute-sanitizer, all four tools; ARGS=3 checks every eighth case, from the third
 	@$(MAKE) --no-print-directory --silent -j$(JOBS) $(GPU_TEST_PROGRAMS)
 	@for tool in memcheck racecheck initcheck synccheck; do for program in $(GPU_TEST_PROGRAMS); do \
-	    echo "$$tool $$program"; compute-sanitizer --tool $$tool --error-exitcode 1 $$program || exit 1; \
-	done; done
+	    for part in $(or $(ARGS),1 2 3 4 5 6 7 8); do echo $$tool $$program $$part/8; done; done; done | \
+	    OMP_NUM_THREADS=1 xargs -P $(JOBS) -L 1 sh -c 'MIL_GPU_PART=$$2 compute-sanitizer --tool $$0 \
+	    --error-exitcode 1 $$1 >$$1.$$0.$${2%/*}.log 2>&1 && echo "ok     $$0 $$*" || \
+	    { echo "FAILED $$0 $$*: see $$1.$$0.$${2%/*}.log"; exit 255; }'
 
 # ---- style --------------------------------------------------------------------------------------------
 

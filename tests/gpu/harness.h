@@ -13,6 +13,8 @@
  *     }
  *
  * Arrays live until harness_reset.  A failure prints one line and counts; harness_end returns the exit status.
+ * MIL_GPU_PART=2/4 in the environment runs every fourth case, from the second on: under compute-sanitizer a
+ * whole program would take too long in one process.
  */
 #ifndef MIL_TESTS_GPU_HARNESS_H
 #define MIL_TESTS_GPU_HARNESS_H
@@ -42,7 +44,7 @@ typedef struct harness {
     harness_array arrays[HARNESS_MOST];
     int array_count;
     uint64_t random;
-    int checks, failures;
+    int checks, failures, cases;
 } harness;
 
 static void *
@@ -75,11 +77,12 @@ harness_need(mil_status status)
 static inline void
 harness_begin(harness *h, mil_dtype act)
 {
-    int checks = h->checks, failures = h->failures;
+    int checks = h->checks, failures = h->failures, cases = h->cases;
     setvbuf(stdout, NULL, _IOLBF, 0); /* a program that is stopped has told what it found */
     memset(h, 0, sizeof *h);
     h->checks = checks;
     h->failures = failures;
+    h->cases = cases;
     h->act = act;
     h->random = 88172645463325252u;
     const mil_ops *ops;
@@ -91,12 +94,26 @@ harness_begin(harness *h, mil_dtype act)
     h->cpu.ops = &mil_cpu_ops;
     h->cpu.scratch = &h->cpu_scratch;
     h->cpu.host = &h->cpu_host;
-    h->cpu.threads = 8;
+    const char *threads = getenv("OMP_NUM_THREADS");
+    h->cpu.threads = threads != NULL && atoi(threads) > 0 ? atoi(threads) : 8;
     h->gpu.ops = ops;
     h->gpu.scratch = &h->gpu_scratch;
     h->gpu.host = &h->gpu_host;
     h->gpu.threads = 1;
     harness_need(ops->open(&h->gpu));
+}
+
+/* Whether the next case belongs to this process's part. */
+static inline bool
+harness_turn(harness *h)
+{
+    const char *part = getenv("MIL_GPU_PART");
+    int mine = 1, parts = 1, at = h->cases++;
+    if (part != NULL && (sscanf(part, "%d/%d", &mine, &parts) != 2 || parts < 1 || mine < 1)) {
+        printf("MIL_GPU_PART=%s: give it as part/parts, such as 2/4\n", part);
+        exit(1);
+    }
+    return at % parts == mine - 1;
 }
 
 /* Uniform in [-1, 1), with the low bits of float32 in use. */

@@ -108,6 +108,9 @@ static void
 test_sample(harness *h, const char *name, shape kind, int64_t rows, int64_t vocab, int64_t padding,
             mil_sample_options options)
 {
+    if (!harness_turn(h)) {
+        return;
+    }
     static sampled s;
     char what[160];
     int64_t stride = vocab + padding, position[MOST_ROWS];
@@ -199,6 +202,9 @@ static void
 test_accept(harness *h, const char *name, int64_t sequences, int64_t drafts, int64_t vocab,
             int64_t draft_vocab, float noise, mil_sample_options options, bool certain)
 {
+    if (!harness_turn(h)) {
+        return;
+    }
     static sampled p, q;
     int64_t rows = sequences * (drafts + 1), position[MOST_ROWS], first_position[MOST_ROWS],
             offsets[MOST_ROWS];
