@@ -1,0 +1,81 @@
+/* Mamba-2's selective scan: what the kernels for a few rows a sequence (ssd_step.cu) and for prompts (ssd.cu) share. */
+#ifndef MIL_KERNELS_SSD_CUH
+#define MIL_KERNELS_SSD_CUH
+
+#include "table.h"
+#include "tail.cuh"
+
+#define MIL_SSD_STATES 512 /* most states of a head */
+
+static const float log2_e = 1.442695041f;
+
+struct ssd_arguments {
+    mil_device_rows rows;
+    int64_t first; /* sequence of blockIdx.z = 0 */
+    int heads, head_dim, state_dim, x_heads, B_groups, C_groups;
+    const void *x, *B, *C, *dt;
+    int64_t x_stride, B_stride, C_stride, dt_stride;
+    const float *dt_bias, *A_log, *D;
+    float dt_min, dt_max;
+    void *y;
+    int64_t y_stride;
+    int64_t least, most;        /* rows of the sequences that this launch is for */
+    int slices, slices_a_block; /* of a head */
+};
+
+/* -exp(A_log) log2(e), finite so that 0 * A is 0. */
+static __device__ __forceinline__ float
+get_exponent(const ssd_arguments &a, int head)
+{
+    return -log2_e * fminf(expf(a.A_log[head]), 1e30f);
+}
+
+template <typename T>
+static __device__ __forceinline__ float
+get_time_step(const ssd_arguments &a, int64_t row, int head, float bias)
+{
+    return mil_time_step(mil_float(((const T *)a.dt)[row * a.dt_stride + head]) + bias, a.dt_min, a.dt_max);
+}
+
+/* Where a block is. */
+struct window_place {
+    int head, column; /* first column in the head */
+    int columns;      /* of the slice: fewer at the head's end */
+    int64_t x_column, B_column, C_column;
+    bool is_first_of_group; /* of the blocks that read the same B */
+};
+
+/* This block's part of the tails after a fold: those that it is the last to have read. `sharers`: blocks a head. */
+template <typename T>
+static __device__ __forceinline__ void
+move_tails(const ssd_arguments &a, const window_place &p, const mil_span &span, const mil_tails &tails,
+           int sharers, float bias)
+{
+    const int64_t x_width = (int64_t)a.x_heads * a.head_dim, B_width = (int64_t)a.B_groups * a.state_dim;
+    const mil_slots slots = {
+        {mil_slot(tails.x, x_width, p.x_column), mil_slot(tails.B, B_width, p.B_column),
+         mil_slot(tails.dt, a.heads, p.head)},
+        {(unsigned)(a.heads / a.x_heads), (unsigned)(a.heads / a.B_groups * sharers), (unsigned)sharers}};
+    const unsigned last = mil_last_of(slots);
+    if (last & 1) {
+        mil_tail_move(tails.x, x_width, p.x_column, p.columns, span, [&](int64_t row, int column) {
+            return mil_float(((const T *)a.x)[(span.row + row) * a.x_stride + p.x_column + column]);
+        });
+    }
+    if (last & 2) {
+        mil_tail_move(tails.B, B_width, p.B_column, a.state_dim, span, [&](int64_t row, int column) {
+            return mil_float(((const T *)a.B)[(span.row + row) * a.B_stride + p.B_column + column]);
+        });
+    }
+    if (last & 4) {
+        mil_tail_move(tails.dt, a.heads, p.head, 1, span,
+                      [&](int64_t row, int) { return get_time_step<T>(a, span.row + row, p.head, bias); });
+    }
+}
+
+/* The rows of all sequences that bring least .. most of them, window by window. */
+mil_status
+mil_ssd_windows(mil_context *context, const ssd_arguments *arguments, const mil_states *states,
+                int64_t sequences);
+
+#endif

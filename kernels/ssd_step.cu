@@ -1,0 +1,509 @@
+/* Mamba-2's selective scan of a few rows a sequence (device.h: mil_ssd, csrc/cpu/ssd.c), in its dual form.
+ *
+ * With H the state before a window of MIL_WINDOW tokens, W[i, s] = decay_{s+1} .. decay_i, h_i = decay_0 .. decay_i:
+ *
+ *   y_i = h_i H^T C_i + sum_{s <= i} W[i, s] dt_s (C_i . B_s) x_s + D x_i
+ *   H'  = h_last H + sum_s W[last, s] dt_s B_s (outer) x_s
+ *
+ * A block has one head of one sequence and holds a slice of COLUMNS of its head_dim of H in registers while it goes
+ * through the windows from the boundary on: H is read once for all rows of the call, and written where a window is
+ * folded (every 16th token in decoding).  Where there are many sequences a block does several slices of its head one
+ * after another, with the same scores.
+ *
+ *   thread      V = 4 neighbouring columns, and rows n = lane + 32 j of H; 8 threads side by side make the slice, 32
+ *               of them (in n) a column: 16 KB of H for a state of 128 x 128, so that one sequence of a model spreads
+ *               over the whole chip
+ *   C_i . H     a chain over j in each thread, then a fixed tree over the 32: shuffles, then shared memory
+ *   C_i . B_s   16 threads each, a row of them at once; decays multiplied up in a fixed tree, never exponents of
+ *               differences
+ *
+ * So a row is the same bits in any call of at most MIL_WINDOW rows a sequence; longer ones (prompts) take tensor cores
+ * (ssd.cu) where types and shapes allow.  One row is a matter of latency: all of a window's inputs are asked for before
+ * the first is waited for, and the state is on its way to the second-level cache before the kernel may read it.  Bytes
+ * of a decoding step: heads * state_dim * head_dim * 4 for H; the tail, 8 tokens on the average, is some hundredths of
+ * that.
+ */
+#include "ssd.cuh"
+
+#define WINDOW MIL_WINDOW
+#define QUADS 8    /* threads side by side */
+#define LANES_N 32 /* threads that share a column */
+#define GROUP 4    /* rows whose partial sums are in shared memory at once */
+
+#define THREADS (QUADS * LANES_N)
+#define WARPS (THREADS / MIL_WARP)
+#define PAIR_LANES 16 /* threads of one C_i . B_s */
+
+/* What a block keeps of one window. ROWS = rows of H that it has room for. */
+template <int COLUMNS, int ROWS>
+struct window_memory {
+    float B[WINDOW][ROWS], C[WINDOW][ROWS], x[WINDOW][COLUMNS];
+    float partial[GROUP][WARPS][COLUMNS];
+    float weight[WINDOW][WINDOW]; /* W dt (C . B) of rows to be computed */
+    float dt[WINDOW], decay[WINDOW];
+    float from_start[WINDOW]; /* h_i */
+    float to_end[WINDOW];     /* W[last, s] dt_s */
+};
+
+/* A window's inputs on their way to shared memory: each thread's share of B, C and x. */
+template <typename T, int V, int J>
+struct window_inputs {
+    static constexpr int VECTORS = LANES_N * J / V;          /* of a row of B */
+    static constexpr int SHARE = WINDOW * VECTORS / THREADS; /* of B, and of C */
+    mil_either<T, V> B[SHARE], x;
+    mil_vector<T, V> C[SHARE];
+    float dt;
+};
+
+template <typename T, int V, int J>
+static __device__ __forceinline__ void
+ask_for_window(const ssd_arguments &a, const window_place &p, const mil_span &span, const mil_tails &tails,
+               int64_t start, int first, int length, bool whole, window_inputs<T, V, J> &in)
+{
+    using inputs = window_inputs<T, V, J>;
+    const int64_t row =
+        span.row + start - span.before; /* of the window's first token, if it is of this call */
+    const T *rows_B = (const T *)a.B + row * a.B_stride + p.B_column;
+    const T *rows_C = (const T *)a.C + row * a.C_stride + p.C_column;
+    const float *tail_B = tails.B + start * a.B_groups * a.state_dim + p.B_column;
+#pragma unroll
+    for (int k = 0; k < inputs::SHARE; k++) {
+        int e = threadIdx.x + k * THREADS, s = e / inputs::VECTORS, n = e % inputs::VECTORS * V;
+        bool there = whole && s < length && n < a.state_dim;
+        in.B[k].load(there && s < first, tail_B + (int64_t)s * a.B_groups * a.state_dim + n,
+                     there && s >= first, rows_B + s * a.B_stride + n);
+        if (there && s >= first) {
+            in.C[k] = *(const mil_vector<T, V> *)(rows_C + s * a.C_stride + n);
+        }
+    }
+    int s = threadIdx.x / QUADS, c = threadIdx.x % QUADS * V;
+    bool there = s < length && c < p.columns;
+    in.x.load(there && s < first, tails.x + (start + s) * a.x_heads * a.head_dim + p.x_column + c,
+              there && s >= first, (const T *)a.x + (row + s) * a.x_stride + p.x_column + c);
+    if (threadIdx.x < length) {
+        in.dt = (int)threadIdx.x < first
+                    ? tails.dt[(start + threadIdx.x) * a.heads + p.head]
+                    : mil_float(((const T *)a.dt)[(row + threadIdx.x) * a.dt_stride + p.head]);
+    }
+}
+
+/* Which of the tails' columns this block appends to, where no fold moves them. */
+struct window_owner {
+    bool x, B, dt;
+};
+
+/* Puts the window (if not `whole`, x only) into shared memory, and rows of this call that the block owns into the
+ * tails. */
+template <typename T, int V, int J>
+static __device__ __forceinline__ void
+take_window(const ssd_arguments &a, const window_place &p, const mil_tails &tails, const window_owner &owner,
+            int64_t start, int first, int length, bool whole, float exponent, float bias,
+            const window_inputs<T, V, J> &in, window_memory<V * QUADS, LANES_N * J> &m)
+{
+    using inputs = window_inputs<T, V, J>;
+    const float zeros[V] = {};
+    float value[V];
+#pragma unroll
+    for (int k = 0; k < inputs::SHARE; k++) {
+        int e = threadIdx.x + k * THREADS, s = e / inputs::VECTORS, n = e % inputs::VECTORS * V;
+        if (!whole || s >= length) {
+            continue;
+        }
+        if (n >= a.state_dim) {
+            mil_store<V>(&m.B[s][n], zeros);
+            mil_store<V>(&m.C[s][n], zeros);
+            continue;
+        }
+        in.B[k].get(value);
+        mil_store<V>(&m.B[s][n], value);
+        if (s >= first) {
+            if (owner.B) {
+                mil_store<V>(tails.B + (start + s) * a.B_groups * a.state_dim + p.B_column + n, value);
+            }
+#pragma unroll
+            for (int v = 0; v < V; v++) {
+                value[v] = mil_float(in.C[k].at[v]);
+            }
+            mil_store<V>(&m.C[s][n], value);
+        }
+    }
+    int s = threadIdx.x / QUADS, c = threadIdx.x % QUADS * V;
+    if (s < length && c < p.columns) {
+        in.x.get(value);
+        mil_store<V>(&m.x[s][c], value);
+        if (owner.x && s >= first) {
+            mil_store<V>(tails.x + (start + s) * a.x_heads * a.head_dim + p.x_column + c, value);
+        }
+    }
+    s = threadIdx.x;
+    if (whole && s < WINDOW) {
+        float dt = s >= length ? 0.0f : s < first ? in.dt : mil_time_step(in.dt + bias, a.dt_min, a.dt_max);
+        m.dt[s] = dt;
+        m.decay[s] = exp2f(dt * exponent);
+        if (owner.dt && s >= first && s < length) {
+            tails.dt[(start + s) * a.heads + p.head] = dt;
+        }
+    }
+}
+
+/* The product of the decays after s up to i, by PAIR_LANES threads side by side. */
+static __device__ __forceinline__ float
+multiply_decays(const float *decay, int s, int i)
+{
+    int lane = threadIdx.x % PAIR_LANES;
+    float value = lane > s && lane <= i ? decay[lane] : 1.0f;
+#pragma unroll
+    for (int step = WINDOW / 2; step > 0; step /= 2) {
+        value *= __shfl_xor_sync(MIL_ALL_LANES, value, step);
+    }
+    return value;
+}
+
+/* Weights of rows first .. length, and what a fold needs. */
+template <int V, int COLUMNS, int ROWS>
+static __device__ __forceinline__ void
+fill_weights(int first, int length, bool folds, window_memory<COLUMNS, ROWS> &m)
+{
+    const int lane = threadIdx.x % PAIR_LANES, s = threadIdx.x / PAIR_LANES % WINDOW;
+    constexpr int ROWS_AT_ONCE = THREADS / PAIR_LANES / WINDOW;
+    static_assert(ROWS_AT_ONCE == 1, "a block computes a row of weights at a time");
+    for (int i = first; i < length; i += GROUP) {
+        float dot[GROUP] = {}, product[GROUP];
+#pragma unroll
+        for (int r = 0; r < GROUP; r++) {
+            product[r] = multiply_decays(m.decay, s, min(i + r, WINDOW - 1));
+        }
+#pragma unroll
+        for (int n = lane * V; n < ROWS; n += PAIR_LANES * V) {
+            float B[V];
+            mil_load<V>(&m.B[s][n], B); /* beyond the rows it may be anything, and is not used */
+#pragma unroll
+            for (int r = 0; r < GROUP; r++) {
+                float C[V];
+                mil_load<V>(&m.C[min(i + r, WINDOW - 1)][n], C);
+#pragma unroll
+                for (int v = 0; v < V; v++) {
+                    dot[r] = fmaf(C[v], B[v], dot[r]);
+                }
+            }
+        }
+#pragma unroll
+        for (int step = PAIR_LANES / 2; step > 0; step /= 2) {
+#pragma unroll
+            for (int r = 0; r < GROUP; r++) {
+                dot[r] += __shfl_xor_sync(MIL_ALL_LANES, dot[r], step);
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < GROUP; r++) {
+            if (lane == 0 && s <= i + r && i + r < length) {
+                m.weight[i + r][s] = product[r] * m.dt[s] * dot[r];
+                if (s == 0) {
+                    m.from_start[i + r] = m.decay[0] * product[r];
+                }
+            }
+        }
+    }
+    if (folds) {
+        float product = multiply_decays(m.decay, s, WINDOW - 1);
+        if (lane == 0) {
+            m.to_end[s] = product * m.dt[s];
+            if (s == 0 && first == length) { /* else it is there, as a row's */
+                m.from_start[WINDOW - 1] = m.decay[0] * product;
+            }
+        }
+    }
+}
+
+/* sum over COUNT values that lie `step` apart: a tree that joins neighbours first. */
+template <int COUNT>
+static __device__ __forceinline__ float
+add_tree(const float *values, int step)
+{
+    if constexpr (COUNT == 1) {
+        return values[0];
+    }
+    else {
+        return add_tree<COUNT / 2>(values, step) + add_tree<COUNT / 2>(values + COUNT / 2 * step, step);
+    }
+}
+
+/* Up to GROUP rows from i on: C_i . H into m.partial, then y. */
+template <typename T, int V, int J>
+static __device__ __forceinline__ void
+compute_rows(const ssd_arguments &a, const window_place &p, int64_t row, int i, int count, float D,
+             const float (&H)[J][V], window_memory<V * QUADS, LANES_N * J> &m)
+{
+    constexpr int COLUMNS = V * QUADS;
+    const int quad = threadIdx.x % QUADS, lane_n = threadIdx.x / QUADS, warp = threadIdx.x / MIL_WARP;
+#pragma unroll
+    for (int r = 0; r < GROUP; r++) {
+        if (r < count) {
+            float sum[V] = {};
+#pragma unroll
+            for (int j = 0; j < J; j++) {
+                float C = m.C[i + r][lane_n + j * LANES_N];
+#pragma unroll
+                for (int v = 0; v < V; v++) {
+                    sum[v] = fmaf(C, H[j][v], sum[v]);
+                }
+            }
+#pragma unroll
+            for (int v = 0; v < V; v++) {
+#pragma unroll
+                for (int step = QUADS; step < MIL_WARP; step *= 2) {
+                    sum[v] += __shfl_xor_sync(MIL_ALL_LANES, sum[v], step);
+                }
+            }
+            if (threadIdx.x % MIL_WARP < QUADS) {
+                mil_store<V>(&m.partial[r][warp][quad * V], sum);
+            }
+        }
+    }
+    __syncthreads(); /* also the weights are there now */
+    for (int e = threadIdx.x; e < count * COLUMNS; e += THREADS) {
+        int r = e / COLUMNS, c = e % COLUMNS;
+        float y = m.from_start[i + r] * add_tree<WARPS>(&m.partial[r][0][c], COLUMNS);
+#pragma unroll
+        for (int s = 0; s < WINDOW; s++) {
+            y = s <= i + r ? fmaf(m.weight[i + r][s], m.x[s][c], y) : y;
+        }
+        y = fmaf(D, m.x[i + r][c], y);
+        if (c < p.columns) {
+            ((T *)a.y)[(row + r) * a.y_stride + (int64_t)p.head * a.head_dim + p.column + c] =
+                mil_round<T>(y);
+        }
+    }
+}
+
+/* H' of the window. */
+template <int V, int J>
+static __device__ __forceinline__ void
+fold(const window_memory<V * QUADS, LANES_N * J> &m, float (&H)[J][V])
+{
+    const int quad = threadIdx.x % QUADS, lane_n = threadIdx.x / QUADS;
+    float last = m.from_start[WINDOW - 1];
+#pragma unroll
+    for (int j = 0; j < J; j++) {
+#pragma unroll
+        for (int v = 0; v < V; v++) {
+            H[j][v] *= last;
+        }
+    }
+#pragma unroll 4
+    for (int s = 0; s < WINDOW; s++) {
+        float x[V], weight = m.to_end[s];
+        mil_load<V>(&m.x[s][quad * V], x);
+#pragma unroll
+        for (int j = 0; j < J; j++) {
+            float B = weight * m.B[s][lane_n + j * LANES_N];
+#pragma unroll
+            for (int v = 0; v < V; v++) {
+                H[j][v] = fmaf(B, x[v], H[j][v]);
+            }
+        }
+    }
+}
+
+/* Moves the slice of H between registers and memory; `state` is the head's [state_dim, head_dim]. */
+template <int V, int J>
+static __device__ __forceinline__ void
+load_H(const ssd_arguments &a, const window_place &p, const float *state, float (&H)[J][V])
+{
+    const int c = threadIdx.x % QUADS * V, lane_n = threadIdx.x / QUADS;
+#pragma unroll
+    for (int j = 0; j < J; j++) {
+        int n = lane_n + j * LANES_N;
+        if (state != NULL && n < a.state_dim && c < p.columns) {
+            mil_load<V>(state + (int64_t)n * a.head_dim + p.column + c, H[j]);
+        }
+        else {
+#pragma unroll
+            for (int v = 0; v < V; v++) {
+                H[j][v] = 0.0f;
+            }
+        }
+    }
+}
+
+template <int V, int J>
+static __device__ __forceinline__ void
+store_H(const ssd_arguments &a, const window_place &p, const float (&H)[J][V], float *state)
+{
+    const int c = threadIdx.x % QUADS * V, lane_n = threadIdx.x / QUADS;
+#pragma unroll
+    for (int j = 0; j < J; j++) {
+        int n = lane_n + j * LANES_N;
+        if (n < a.state_dim && c < p.columns) {
+            mil_store<V>(state + (int64_t)n * a.head_dim + p.column + c, H[j]);
+        }
+    }
+}
+
+/* Asks for the columns of H and for the tails' first window. */
+static __device__ __forceinline__ void
+prefetch_state(const ssd_arguments &a, const window_place &p, int columns, const mil_tails &tails,
+               const float *state)
+{
+    constexpr int LINE = 32; /* floats */
+    const int lane_n = threadIdx.x / QUADS, first = threadIdx.x % QUADS * LINE;
+    for (int c = first; c < columns; c += QUADS * LINE) {
+        for (int n = lane_n; n < a.state_dim; n += LANES_N) {
+            mil_prefetch(state + (int64_t)n * a.head_dim + p.column + c);
+        }
+        mil_prefetch(tails.x + (int64_t)(lane_n % WINDOW) * a.x_heads * a.head_dim + p.x_column + c);
+    }
+    if (threadIdx.x % QUADS == 6) {
+        mil_prefetch(tails.dt + (lane_n % WINDOW) * a.heads + p.head);
+    }
+    else if (threadIdx.x % QUADS == 7 && p.is_first_of_group) {
+        for (int n = lane_n / WINDOW * LINE; n < a.state_dim; n += LANES_N / WINDOW * LINE) {
+            mil_prefetch(tails.B + (int64_t)(lane_n % WINDOW) * a.B_groups * a.state_dim + p.B_column + n);
+        }
+    }
+}
+
+/* All windows of one slice. Where there is but one window, what `m` has of it besides x is good for the next slice. */
+template <typename T, int V, int J>
+static __device__ __forceinline__ void
+run_slice(const ssd_arguments &a, const window_place &p, const mil_span &span, const mil_tails &tails,
+          const window_owner &owner, bool is_first, float *state, float exponent, float bias, float D,
+          window_memory<V * QUADS, LANES_N * J> &m)
+{
+    const int64_t total = span.before + span.count;
+    const bool whole = is_first || total > WINDOW;
+    window_inputs<T, V, J> in;
+    float H[J][V];
+    load_H<V, J>(a, p, state, H);
+    for (int64_t start = 0; start < total; start += WINDOW) {
+        int length = (int)min((int64_t)WINDOW, total - start);
+        int first = (int)min((int64_t)length, max((int64_t)0, span.before - start));
+        bool kept = state != NULL && span.boundary + start + WINDOW <= span.after;
+        bool folds = kept || start + WINDOW < total;
+        if (start == 0) {
+            ask_for_window(a, p, span, tails, start, first, length, whole, in);
+        }
+        __syncthreads(); /* the window before is done with */
+        take_window(a, p, tails, owner, start, first, length, whole, exponent, bias, in, m);
+        __syncthreads();
+        if (start + WINDOW < total) { /* the next window's inputs: on their way while this one is computed */
+            int64_t next = start + WINDOW;
+            int next_length = (int)min((int64_t)WINDOW, total - next);
+            ask_for_window(a, p, span, tails, next,
+                           (int)min((int64_t)next_length, max((int64_t)0, span.before - next)), next_length,
+                           whole, in);
+        }
+        if (whole) {
+            fill_weights<V>(first, length, folds, m);
+        }
+        for (int i = first; i < length; i += GROUP) {
+            if (i > first) {
+                __syncthreads();
+            }
+            compute_rows<T, V, J>(a, p, span.row + start + i - span.before, i, min(GROUP, length - i), D, H,
+                                  m);
+        }
+        if (folds) {
+            __syncthreads();
+            fold<V, J>(m, H);
+        }
+        if (kept && start + 2 * WINDOW + span.boundary > span.after) {
+            store_H<V, J>(a, p, H, state);
+        }
+    }
+}
+
+/* Grid: groups of slices of a head, heads, sequences. */
+template <typename T, int V, int J>
+static __global__ void
+__launch_bounds__(THREADS, J <= 4 ? 2 : 1)
+    ssd_windows_kernel(const __grid_constant__ ssd_arguments a, const __grid_constant__ mil_states states)
+{
+    extern __shared__ __align__(128) char shared[];
+    auto &m = *reinterpret_cast<window_memory<V * QUADS, LANES_N * J> *>(shared);
+    const int of_x = a.heads / a.x_heads, of_B = a.heads / a.B_groups;
+    const mil_tails tails = states.of[blockIdx.z];
+    const int slice = blockIdx.x * a.slices_a_block, slices = min(a.slices_a_block, a.slices - slice);
+    window_place p;
+    p.head = blockIdx.y;
+    p.column = slice * V * QUADS;
+    p.x_column = (int64_t)(p.head / of_x) * a.head_dim + p.column;
+    p.B_column = (int64_t)(p.head / of_B) * a.state_dim;
+    p.C_column = (int64_t)(p.head / (a.heads / a.C_groups)) * a.state_dim;
+    p.is_first_of_group = p.head % of_B == 0 && blockIdx.x == 0;
+    float *state = states.given ? tails.state + (int64_t)p.head * a.state_dim * a.head_dim : NULL;
+    mil_trigger();
+    if (state != NULL) {
+        prefetch_state(a, p, min(slices * V * QUADS, a.head_dim - p.column), tails, state);
+    }
+    const float exponent = get_exponent(a, p.head), bias = a.dt_bias[p.head], D = a.D[p.head];
+    mil_wait();
+    const mil_span span = mil_span_of(a.rows, a.first + blockIdx.z);
+    if (span.count < a.least || span.count > a.most) {
+        return;
+    }
+    const bool appends = state != NULL && span.after == span.boundary; /* no rows of the tails move */
+    window_owner owner = {appends && p.head % of_x == 0, appends && p.is_first_of_group,
+                          appends && blockIdx.x == 0};
+    const int first_column = p.column;
+    for (int k = 0; k < slices; k++) {
+        p.columns = min(V * QUADS, a.head_dim - p.column);
+        run_slice<T, V, J>(a, p, span, tails, owner, k == 0, state, exponent, bias, D, m);
+        owner.B = owner.dt = false;
+        p.column += V * QUADS;
+        p.x_column += V * QUADS;
+    }
+    if (state != NULL && !appends) {
+        p.x_column -= p.column - first_column; /* all columns of the block */
+        p.columns = min(p.column, a.head_dim) - first_column;
+        p.column = first_column;
+        move_tails<T>(a, p, span, tails, gridDim.x, bias);
+    }
+}
+
+/* ---- launches --------------------------------------------------------------------------------------------------- */
+
+template <typename T, int V, int J>
+static mil_status
+launch_windows(mil_context *context, ssd_arguments a, const mil_states &states, int64_t sequences)
+{
+    const int64_t enough = 512; /* blocks */
+    a.slices = (int)mil_ceil_div(a.head_dim, V * QUADS);
+    const int64_t at_once = sequences * a.heads * a.slices / enough;
+    a.slices_a_block = (int)(at_once < 1 ? 1 : at_once > a.slices ? a.slices : at_once);
+    dim3 grid((unsigned)mil_ceil_div(a.slices, a.slices_a_block), (unsigned)a.heads, (unsigned)sequences);
+    return mil_launch(context, "ssd", ssd_windows_kernel<T, V, J>, grid, dim3(THREADS),
+                      sizeof(window_memory<V * QUADS, LANES_N * J>), a, states);
+}
+
+template <typename T, int V>
+static mil_status
+choose_rows(mil_context *context, const ssd_arguments &a, const mil_states &states, int64_t sequences)
+{
+    return a.state_dim <= 4 * LANES_N             ? launch_windows<T, V, 4>(context, a, states, sequences)
+           : a.state_dim <= 8 * LANES_N && V == 4 ? launch_windows<T, 4, 8>(context, a, states, sequences)
+                                                  : launch_windows<T, V, 16>(context, a, states, sequences);
+}
+
+/* Whether everything can be read 4 elements at a time. */
+template <typename T>
+static bool
+takes_vectors(const ssd_arguments &a)
+{
+    return a.head_dim % 4 == 0 && a.state_dim % 4 == 0 && mil_is_aligned<T>(a.x, a.x_stride) &&
+           mil_is_aligned<T>(a.B, a.B_stride) && mil_is_aligned<T>(a.C, a.C_stride);
+}
+
+template <typename T>
+static mil_status
+windows(mil_context *context, const ssd_arguments &a, const mil_states &states, int64_t sequences)
+{
+    return (takes_vectors<T>(a) ? choose_rows<T, 4> : choose_rows<T, 1>)(context, a, states, sequences);
+}
+
+mil_status
+mil_ssd_windows(mil_context *context, const ssd_arguments *arguments, const mil_states *states,
+                int64_t sequences)
+{
+    return MIL_FOR_ACT(context, windows, context, *arguments, *states, sequences);
+}
