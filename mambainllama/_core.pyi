@@ -341,6 +341,17 @@ class Model:
     def parameter_specs(
         cls, config: Mapping[str, Any], /
     ) -> list[tuple[str, tuple[int, ...], bool, bool]]: ...
+    @classmethod
+    def footprint(
+        cls,
+        config: Mapping[str, Any],
+        *,
+        dtype: str = "float32",
+        activation: str | None = None,
+        sequences: int = 1,
+        rows: int = 1,
+        logits: int = 0,
+    ) -> dict[str, int]: ...
     @property
     def config(self) -> Any: ...
     def parameters(self) -> dict[str, _Array]: ...
@@ -465,6 +476,7 @@ def generate(
     verify_cost: float = 0.0,
     draft_cost: float = 0.0,
     _break_accept: int = 0,
+    workspace: int = 0,
 ) -> Any: ...
 def sample(
     logits: _Array, options: Mapping[str, Any], *, history: _Array | None = None, position: int = 0

@@ -106,6 +106,7 @@ typedef struct mil_engine {
     mil_sequence **running; /* [running_count], likewise */
     int64_t waiting_count, waiting_capacity, running_count;
     int64_t joined;   /* requests that ever ran */
+    bool crowded;     /* there was no memory for one more; until one leaves */
     mil_burst *burst; /* burst.c; NULL until the first */
     struct mil_pack { /* one forward pass in the making */
         int32_t *tokens;

@@ -261,22 +261,31 @@ change_guard(mil_engine *engine)
             mil_sequence_delete(sequence);
         }
     }
+    if (kept < engine->running_count) {
+        engine->crowded = false;
+    }
     engine->running_count = kept;
     int64_t joined = 0;
     mil_status status = MIL_OK;
-    while (status == MIL_OK && joined < engine->waiting_count &&
+    while (!engine->crowded && joined < engine->waiting_count &&
            engine->running_count < engine->options.max_batch) {
-        mil_sequence *sequence = engine->waiting[joined++];
-        engine->running[engine->running_count++] =
-            sequence; /* released with the engine where joining fails */
+        mil_sequence *sequence = engine->waiting[joined];
         sequence->serial = ++engine->joined;
         status = mil_sequence_join(engine, sequence);
+        if (status != MIL_OK) {
+            mil_sequence_leave(sequence);
+            break;
+        }
+        engine->running[engine->running_count++] = sequence;
+        joined++;
     }
     for (int64_t i = joined; i < engine->waiting_count; i++) {
         engine->waiting[i - joined] = engine->waiting[i];
     }
     engine->waiting_count -= joined;
-    return status;
+    /* A text that finds no memory beside others waits until one of them has ended. */
+    engine->crowded |= status == MIL_ERR_MEMORY && engine->running_count > 0;
+    return engine->crowded ? MIL_OK : status;
 }
 
 /* Adds the next rows of a prompt; `left`: prompt rows that the round still takes. */

@@ -100,24 +100,33 @@ take_sampling_memory(mil_sequence *sequence, const mil_engine_options *options)
     return MIL_OK;
 }
 
-/* The states: those of the request, or fresh ones. */
+/* Most new tokens that a fresh state has room for from the start; what is longer grows. */
+#define ROOM_AT_ONCE 4096
+
+/* The states: those of the request, or fresh ones.  Fresh ones take the memory of the whole text now, so that it is
+ * lacking before the text begins, if at all, and not in its middle. */
 static mil_status
 take_states(mil_sequence *sequence, const mil_engine_options *options)
 {
     const mil_request *request = &sequence->request;
-    int64_t expected = request->max_new_tokens < 256 ? request->max_new_tokens : 256;
-    int64_t capacity = request->prompt_count + expected + request->draft_tokens;
+    int64_t most = request->max_new_tokens, at_once = most < ROOM_AT_ONCE ? most : ROOM_AT_ONCE;
+    /* A round's drafts, and what a burst draws after the end, are read before they are known to be in vain. */
+    int64_t capacity = request->prompt_count + at_once + request->draft_tokens + MIL_WINDOW;
+    int64_t expected = most > (int64_t)1 << 36 ? 0 : capacity - at_once + most;
     sequence->state = request->state;
     if (sequence->state == NULL) {
         MIL_TRY(request->origin != NULL ? mil_state_copy(&sequence->own_state, request->origin)
                                         : mil_state_init(&sequence->own_state, options->model, capacity));
         sequence->state = &sequence->own_state;
+        sequence->own_state.expected = expected;
+        MIL_TRY(mil_state_reserve(sequence->state, capacity));
     }
     if (options->draft_kind == MIL_DRAFT_MODEL && request->draft_tokens > 0) {
         sequence->draft_state = request->draft_state;
         if (sequence->draft_state == NULL) {
             MIL_TRY(mil_state_init(&sequence->own_draft_state, options->draft, capacity));
             sequence->draft_state = &sequence->own_draft_state;
+            sequence->own_draft_state.expected = expected;
         }
     }
     return MIL_OK;
@@ -203,20 +212,38 @@ mil_sequence_new(const mil_request *request, mil_sequence **out)
     return MIL_OK;
 }
 
+static void
+drop(void **array)
+{
+    mil_free(*array);
+    *array = NULL;
+}
+
+void
+mil_sequence_leave(mil_sequence *sequence)
+{
+    mil_generation *g = &sequence->generation;
+    mil_state_release(&sequence->own_state);
+    mil_state_release(&sequence->own_draft_state);
+    sequence->state = sequence->draft_state = NULL;
+    drop((void **)&g->prompt_logprobs);
+    drop((void **)&g->prompt_top_tokens);
+    drop((void **)&g->prompt_top_logprobs);
+    drop((void **)&sequence->occurrences);
+    drop((void **)&sequence->weight);
+    drop((void **)&sequence->scratch);
+    drop((void **)&sequence->draft_weight);
+}
+
 void
 mil_sequence_delete(mil_sequence *sequence)
 {
     if (sequence == NULL) {
         return;
     }
+    mil_sequence_leave(sequence);
     mil_generation_release(&sequence->generation);
-    mil_state_release(&sequence->own_state);
-    mil_state_release(&sequence->own_draft_state);
     mil_free((void *)sequence->request.stop_tokens);
-    mil_free(sequence->occurrences);
-    mil_free(sequence->weight);
-    mil_free(sequence->scratch);
-    mil_free(sequence->draft_weight);
     mil_free(sequence);
 }
 

@@ -46,6 +46,9 @@ mil_sequence_new(const mil_request *request, mil_sequence **out) MIL_MUST_CHECK;
 /* States and sampling memory, when its turn has come. */
 mil_status
 mil_sequence_join(const mil_engine *engine, mil_sequence *sequence) MIL_MUST_CHECK;
+/* Gives them back: the sequence waits again. Also after joining half way. */
+void
+mil_sequence_leave(mil_sequence *sequence);
 void
 mil_sequence_delete(mil_sequence *sequence);
 

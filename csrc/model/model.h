@@ -171,9 +171,11 @@ typedef struct mil_state {
     int64_t length;          /* tokens seen */
     int64_t boundary;        /* tokens folded into the mixers' states */
     int64_t capacity;        /* tokens that the KV caches hold */
+    int64_t expected;        /* tokens that will ever be asked for, as far as known: growth ends there; 0: unknown */
     mil_layer_state *layers; /* [layer_count] */
     void *mixer_memory;      /* one block for all mixers, on the model's device like the caches */
     size_t mixer_bytes;
+    void *cache_memory; /* one block for the caches of all layers: a device's blocks are rounded up to MiBs */
 } mil_state;
 
 /* Empty, with room for `capacity` tokens in the caches (grown by mil_state_reserve). */
@@ -181,7 +183,8 @@ mil_status
 mil_state_init(mil_state *state, const mil_model *model, int64_t capacity) MIL_MUST_CHECK;
 void
 mil_state_release(mil_state *state); /* twice is safe */
-/* Room for at least `capacity` tokens; grows by half as much again at least. */
+/* Room for at least `capacity` tokens; grows by half as much again at least, but not beyond what is expected. On failure
+ * nothing has changed. */
 mil_status
 mil_state_reserve(mil_state *state, int64_t capacity) MIL_MUST_CHECK;
 mil_status

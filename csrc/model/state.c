@@ -2,7 +2,8 @@
  * the mixers (device.h explains the tail; design.md, "The state of a sequence").
  *
  * All mixers of a sequence live in one block of fixed size, so copying a sequence without attention is one
- * memcpy however long it is.  KV caches grow with the sequence, one pair of arrays a layer.
+ * memcpy however long it is.  KV caches grow with the sequence; those of all layers share one block, too, since a
+ * device rounds blocks up to MiBs and takes longer to make many.
  *
  * The image of a state is what `write` lays out and `read` checks:
  *
@@ -17,6 +18,9 @@ typedef struct image_header {
     int64_t length, boundary, mixer_bytes, cache_bytes; /* cache bytes of one token, all layers */
     int64_t layer_count, cache_dtype;
 } image_header;
+
+/* Where each cache begins: kernels read rows of 16 bytes. */
+#define CACHE_ALIGNMENT 256
 
 static const char image_magic[8] = "milstat1";
 
@@ -129,29 +133,79 @@ void
 mil_state_release(mil_state *state)
 {
     if (state->layers != NULL) {
-        for (int64_t i = 0; i < state->model->config.layer_count; i++) {
-            device_free(state->model, state->layers[i].kv.k);
-            device_free(state->model, state->layers[i].kv.v);
-        }
+        device_free(state->model, state->cache_memory);
         device_free(state->model, state->mixer_memory);
     }
     mil_free(state->layers);
     *state = (mil_state){0};
 }
 
-/* Replaces *array by one of `bytes` that begins with the `used` bytes of the old. */
-static mil_status
-grow(const mil_model *model, void **array, int64_t used, int64_t bytes)
+/* Points each attention layer's k and v, of `capacity` tokens, into `block` (NULL: none) and returns the bytes that
+ * all of them need. */
+static int64_t
+lay_out_caches(const mil_model *model, mil_kv_cache *caches, int64_t capacity, char *block)
 {
-    mil_context context = memory_context(model);
-    void *larger;
-    MIL_TRY(model->ops->alloc(&context, (size_t)bytes, &larger));
-    mil_status status = device_copy(model, larger, *array, (size_t)used);
-    device_free(model, status == MIL_OK ? *array : larger);
-    if (status == MIL_OK) {
-        *array = larger;
+    int64_t offset = 0;
+    for (int64_t i = 0; i < model->config.layer_count; i++) {
+        const mil_layer_config *c = &model->layers[i].config;
+        if (c->mixer != MIL_ATTENTION) {
+            continue;
+        }
+        int64_t bytes = capacity * kv_row_bytes(model, c);
+        bytes = (bytes + CACHE_ALIGNMENT - 1) / CACHE_ALIGNMENT * CACHE_ALIGNMENT;
+        if (block != NULL) {
+            caches[i] = (mil_kv_cache){
+                .k = block + offset,
+                .v = block + offset + bytes,
+                .dtype = model->cache_dtype,
+                .capacity = capacity,
+            };
+        }
+        offset += 2 * bytes;
     }
-    return status;
+    return offset;
+}
+
+/* The tokens that are there, from the old caches into the new ones. */
+static mil_status
+move_tokens(const mil_state *state, const mil_kv_cache *caches)
+{
+    for (int64_t i = 0; i < state->model->config.layer_count; i++) {
+        const mil_layer_config *c = &state->model->layers[i].config;
+        if (c->mixer == MIL_ATTENTION) {
+            size_t used = (size_t)(state->length * kv_row_bytes(state->model, c));
+            MIL_TRY(device_copy(state->model, caches[i].k, state->layers[i].kv.k, used));
+            MIL_TRY(device_copy(state->model, caches[i].v, state->layers[i].kv.v, used));
+        }
+    }
+    return MIL_OK;
+}
+
+static mil_status
+replace_caches(mil_state *state, mil_kv_cache *caches, int64_t capacity)
+{
+    const mil_model *model = state->model;
+    mil_context context = memory_context(model);
+    void *block = NULL;
+    int64_t bytes = lay_out_caches(model, NULL, capacity, NULL);
+    if (bytes > 0) {
+        MIL_TRY(model->ops->alloc(&context, (size_t)bytes, &block));
+        lay_out_caches(model, caches, capacity, block);
+        mil_status status = move_tokens(state, caches);
+        if (status != MIL_OK) {
+            device_free(model, block);
+            return status;
+        }
+    }
+    for (int64_t i = 0; i < model->config.layer_count; i++) {
+        if (model->layers[i].config.mixer == MIL_ATTENTION) {
+            state->layers[i].kv = caches[i];
+        }
+    }
+    device_free(model, state->cache_memory);
+    state->cache_memory = block;
+    state->capacity = capacity;
+    return MIL_OK;
 }
 
 mil_status
@@ -160,29 +214,22 @@ mil_state_reserve(mil_state *state, int64_t capacity)
     if (capacity <= state->capacity) {
         return MIL_OK;
     }
-    if (capacity > (int64_t)1 << 40) {
+    if (capacity > (int64_t)1 << 36) {
         return mil_fail(MIL_ERR_VALUE, "state: a capacity of %lld tokens is beyond reason",
                         (long long)capacity);
     }
     int64_t wanted = state->capacity + state->capacity / 2;
-    wanted = capacity > wanted ? capacity : wanted;
-    for (int64_t i = 0; i < state->model->config.layer_count; i++) {
-        const mil_layer_config *c = &state->model->layers[i].config;
-        if (c->mixer != MIL_ATTENTION) {
-            continue;
-        }
-        mil_kv_cache *kv = &state->layers[i].kv;
-        if (kv->capacity >= wanted) { /* an earlier attempt stopped half way */
-            continue;
-        }
-        int64_t row = kv_row_bytes(state->model, c);
-        kv->dtype = state->model->cache_dtype;
-        MIL_TRY(grow(state->model, &kv->k, state->length * row, wanted * row));
-        MIL_TRY(grow(state->model, &kv->v, state->length * row, wanted * row));
-        kv->capacity = wanted;
+    if (state->expected > 0 && wanted > state->expected) {
+        wanted = state->expected;
     }
-    state->capacity = wanted;
-    return MIL_OK;
+    wanted = capacity > wanted ? capacity : wanted;
+    mil_kv_cache *caches = mil_alloc((size_t)state->model->config.layer_count, sizeof *caches);
+    if (caches == NULL) {
+        return mil_fail(MIL_ERR_MEMORY, "state: out of memory");
+    }
+    mil_status status = replace_caches(state, caches, wanted);
+    mil_free(caches);
+    return status;
 }
 
 mil_status

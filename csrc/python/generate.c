@@ -524,6 +524,24 @@ read_draft(core_state *core, PyObject *draft, mil_engine_options *options)
     return 0;
 }
 
+/* Takes the workspace of the largest round in one block now: taken bit by bit it would need more, and what is lacking
+ * would be noticed late. */
+static mil_status
+reserve(core_state *core, const mil_ops *ops, size_t bytes)
+{
+    mil_context context;
+    mil_status status;
+    Py_BEGIN_ALLOW_THREADS
+        status = core_context_acquire(core, ops, &context);
+        if (status == MIL_OK) {
+            void *memory;
+            status = mil_arena_push(context.scratch, bytes, 1, &memory);
+            core_context_release(core, &context);
+        }
+    Py_END_ALLOW_THREADS
+    return status;
+}
+
 static PyObject *
 wanted(PyObject *callback)
 {
@@ -533,16 +551,16 @@ wanted(PyObject *callback)
 static PyObject *
 generate(PyObject *module, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"model",        "requests",   "draft",         "max_batch",
-                            "prefill_rows", "on_tokens",  "on_finish",     "more",
-                            "verify_cost",  "draft_cost", "_break_accept", NULL};
+    static char *names[] = {"model",         "requests",  "draft", "max_batch",   "prefill_rows",
+                            "on_tokens",     "on_finish", "more",  "verify_cost", "draft_cost",
+                            "_break_accept", "workspace", NULL};
     PyObject *model_object, *requests, *draft = NULL, *on_tokens = NULL, *on_finish = NULL, *more = NULL;
-    Py_ssize_t max_batch = 0, prefill_rows = 0;
+    Py_ssize_t max_batch = 0, prefill_rows = 0, workspace = 0;
     double verify_cost = 0.0, draft_cost = 0.0;
     int broken = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO|$OnnOOOddi:generate", names, &model_object,
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO|$OnnOOOddin:generate", names, &model_object,
                                      &requests, &draft, &max_batch, &prefill_rows, &on_tokens, &on_finish,
-                                     &more, &verify_cost, &draft_cost, &broken)) {
+                                     &more, &verify_cost, &draft_cost, &broken, &workspace)) {
         return NULL;
     }
     generate_call call = {
@@ -570,7 +588,10 @@ generate(PyObject *module, PyObject *args, PyObject *keywords)
         return core_raise_format(call.core, MIL_ERR_VALUE,
                                  "generate: with more, on_finish must take the results");
     }
-    mil_status status = mil_engine_init(&call.engine, &options);
+    mil_status status = workspace > 0 ? reserve(call.core, model->model.ops, (size_t)workspace) : MIL_OK;
+    if (status == MIL_OK) {
+        status = mil_engine_init(&call.engine, &options);
+    }
     if (status != MIL_OK) {
         return core_raise(call.core, status);
     }
@@ -732,7 +753,7 @@ static PyMethodDef methods[] = {
     {"generate", (PyCFunction)(void (*)(void))generate, METH_VARARGS | METH_KEYWORDS,
      "generate(model, requests, *, draft=None, max_batch=16, prefill_rows=512, on_tokens=None, "
      "on_finish=None, more=None,\n"
-     "         verify_cost=0, draft_cost=0, _break_accept=0) -> list of dicts. See "
+     "         verify_cost=0, draft_cost=0, _break_accept=0, workspace=0) -> list of dicts. See "
      "mambainllama/generate.py."},
     {"sample", (PyCFunction)(void (*)(void))sample, METH_VARARGS | METH_KEYWORDS,
      "sample(logits, options, *, history=None, position=0) -> (token, weights, sum of weights)."},

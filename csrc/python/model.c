@@ -5,6 +5,8 @@
  */
 #include "python/types.h"
 
+#include "model/rehearsal.h"
+
 /* ---- arguments shared with the other bindings ------------------------------------------------------------ */
 
 core_model *
@@ -369,6 +371,62 @@ model_parameter_specs(PyObject *type, PyObject *config)
     mil_model_release(&model);
     mil_arena_release(&arena);
     return specs;
+}
+
+/* A dtype's number from its name; -1 with an exception. */
+static int
+dtype_number(core_state *core, const char *name)
+{
+    for (int i = MIL_F32; i <= MIL_F16; i++) {
+        if (strcmp(name, mil_dtype_name((mil_dtype)i)) == 0) {
+            return i;
+        }
+    }
+    core_raise_format(core, MIL_ERR_DTYPE, "footprint: %s is not float32, bfloat16 or float16", name);
+    return -1;
+}
+
+static PyObject *
+model_footprint(PyObject *type, PyObject *args, PyObject *keywords)
+{
+    static char *names[] = {"config", "dtype", "activation", "sequences", "rows", "logits", NULL};
+    core_state *core = PyType_GetModuleState((PyTypeObject *)type);
+    PyObject *config;
+    const char *dtype = "float32", *activation = NULL;
+    long long sequences = 1, rows = 1, logits = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O!|$szLLL:footprint", names, &PyDict_Type, &config,
+                                     &dtype, &activation, &sequences, &rows, &logits)) {
+        return NULL;
+    }
+    int of_matrices = dtype_number(core, dtype);
+    int of_rows = activation == NULL ? MIL_F32 : dtype_number(core, activation);
+    if (of_matrices < 0 || of_rows < 0) {
+        return NULL;
+    }
+    mil_rehearsal rehearsal = {
+        .dtype = (mil_dtype)of_matrices,
+        .activation = (mil_dtype)of_rows,
+        .keeps_current = activation == NULL, /* only the CPU does */
+        .sequences = sequences,
+        .rows = rows,
+        .logits = logits,
+    };
+    mil_arena arena = {0};
+    mil_model_config parsed;
+    mil_footprint found;
+    PyObject *result = NULL;
+    if (core_read_config(core, config, &arena, &parsed) == 0) {
+        mil_status status;
+        Py_BEGIN_ALLOW_THREADS
+            status = mil_rehearse(&parsed, &rehearsal, &found);
+        Py_END_ALLOW_THREADS
+        result = status != MIL_OK
+                     ? core_raise(core, status)
+                     : Py_BuildValue("{s:L,s:L,s:L}", "workspace", (long long)found.workspace, "mixers",
+                                     (long long)found.mixer_bytes, "token", (long long)found.token_bytes);
+    }
+    mil_arena_release(&arena);
+    return result;
 }
 
 static PyObject *
@@ -802,6 +860,11 @@ state_get_model(PyObject *self, void *unused)
 static PyMethodDef model_methods[] = {
     {"parameter_specs", model_parameter_specs, METH_O | METH_CLASS,
      "parameter_specs(config): list of (name, shape, is_matrix, required) that a configuration asks for."},
+    {"footprint", (PyCFunction)(void (*)(void))model_footprint, METH_VARARGS | METH_KEYWORDS | METH_CLASS,
+     "footprint(config, *, dtype=\"float32\", activation=None, sequences=1, rows=1, logits=0): bytes of "
+     "workspace of such a pass, of a text's mixers, and of one token's keys and values; activation: a "
+     "device's, "
+     "None: the CPU."},
     {"parameters", model_parameters, METH_NOARGS, "name -> array, as given."},
     {"dtypes", model_dtypes, METH_NOARGS, "name -> \"float32\", \"bfloat16\" or \"float16\"."},
     {"forward", KEYWORD_METHOD(model_forward), "Logits (and captured activations) of packed rows of tokens."},
