@@ -106,9 +106,10 @@ typedef struct mil_linear {
     const void *x; /* [rows, in] act; all products of one call share x */
     int64_t x_stride;
     const void *weight; /* [out, in] of `dtype`; a 16-bit product rounds x to that type once (CPU) */
-    mil_dtype dtype;
-    const float *bias; /* [out] or NULL */
-    void *y;           /* [rows, out] act */
+    mil_dtype dtype;    /* float8 and int8: not on the CPU */
+    const float *scale; /* [out] of float8 and int8: row j of W is scale[j] * weight[j]; else NULL */
+    const float *bias;  /* [out] or NULL */
+    void *y;            /* [rows, out] act */
     int64_t y_stride;
     bool accumulate;
     bool fast;         /* training: any reduction order, x not rounded */
@@ -116,8 +117,23 @@ typedef struct mil_linear {
 } mil_linear;
 
 /* Either gradient may be NULL. Reduction order is free, as with `fast`. */
+    const void *next;  /* a hint: weights that are read soon after, and their bytes; or NULL */
+    int64_t next_bytes;
 typedef struct mil_linear_grad {
     int64_t rows, in, out;
+/* Codes of 8 bits for weights, with one scale a row: value = code * scale, rounded to nearest even.
+ *   float8  e4m3; scale is the least power of two that keeps the row within 448, so values are exact in 16 bits
+ *   int8    -127 .. 127; scale = largest magnitude / 127
+ * A row of zeros has the scale 1. */
+typedef struct mil_quantize {
+    int64_t rows, columns;
+    const void *values; /* [rows, columns] of `from`: float32, bfloat16 or float16 */
+    mil_dtype from, dtype;
+    void *codes;  /* [rows, columns] of `dtype` */
+    float *scale; /* [rows] */
+    int32_t *bad; /* [1] set where a value is not finite, else left */
+} mil_quantize;
+
     const void *x; /* [rows, in] act */
     int64_t x_stride;
     const void *weight; /* [out, in] of `dtype` */
@@ -346,6 +362,7 @@ typedef struct mil_embedding {
     float scale;
     void *y; /* [rows, hidden] act */
     int64_t y_stride;
+    const float *row_scale; /* [vocab] of float8 and int8, as in mil_linear; else NULL */
 } mil_embedding;
 
 typedef struct mil_embedding_grad {
@@ -525,7 +542,7 @@ typedef struct mil_advance {
 
 /* ---- the table -------------------------------------------------------------------------------------- */
 
-#define MIL_OPS_VERSION 2
+#define MIL_OPS_VERSION 3
 #define MIL_OPS_CAPSULE "mambainllama.ops" /* name of a PyCapsule that holds a table */
 
 struct mil_ops {
@@ -613,3 +630,5 @@ struct mil_ops {
 extern const mil_ops mil_cpu_ops;
 
 #endif
+    /* Optional: weights into 8 bits, all pointers of the device. */
+    mil_status (*quantize)(mil_context *context, const mil_quantize *arguments);

@@ -5,6 +5,7 @@
  * it, one element otherwise.
  */
 #include "activate.cuh"
+#include "quantized.cuh"
 #include "table.h"
 
 #define THREADS 256
@@ -85,6 +86,7 @@ struct embedding_arguments {
     int64_t hidden;
     const int32_t *tokens;
     const void *table;
+    const float *row_scale;
     float scale;
     void *y;
     int64_t y_stride;
@@ -98,8 +100,10 @@ embedding_kernel(embedding_arguments a)
     mil_wait();
     int64_t row = blockIdx.x, column = my_column<1>(a.hidden);
     if (column >= 0) {
-        float value = mil_float(((const W *)a.table)[a.tokens[row] * a.hidden + column]) * a.scale;
-        ((T *)a.y)[row * a.y_stride + column] = mil_round<T>(value);
+        int64_t token = a.tokens[row];
+        float value = mil_float(((const W *)a.table)[token * a.hidden + column]);
+        value *= a.row_scale == NULL ? 1.0f : a.row_scale[token];
+        ((T *)a.y)[row * a.y_stride + column] = mil_round<T>(value * a.scale);
     }
 }
 
@@ -107,9 +111,11 @@ template <typename T>
 static mil_status
 embedding(mil_context *context, const mil_embedding *e)
 {
-    embedding_arguments a = {e->hidden, e->tokens, e->table, e->scale, e->y, e->y_stride};
+    embedding_arguments a = {e->hidden, e->tokens, e->table, e->row_scale, e->scale, e->y, e->y_stride};
     auto kernel = e->dtype == MIL_BF16  ? embedding_kernel<T, __nv_bfloat16>
                   : e->dtype == MIL_F16 ? embedding_kernel<T, __half>
+                  : e->dtype == MIL_F8  ? embedding_kernel<T, mil_f8>
+                  : e->dtype == MIL_I8  ? embedding_kernel<T, mil_i8>
                                         : embedding_kernel<T, float>;
     return mil_launch(context, "embedding", kernel, grid_of(e->rows, e->hidden, 1), dim3(THREADS), 0, a);
 }
@@ -196,15 +202,13 @@ mil_cuda_widen(mil_context *context, int64_t rows, int64_t width, mil_dtype dtyp
                int64_t x_stride, float scale, float *y)
 {
     dim3 grid = grid_of(rows, width, 1), block(THREADS);
-    switch (dtype) {
-        case MIL_BF16:
-            return mil_launch(context, "widen", widen_kernel<__nv_bfloat16>, grid, block, 0, width,
-                              (const __nv_bfloat16 *)x, x_stride, scale, y);
-        case MIL_F16:
-            return mil_launch(context, "widen", widen_kernel<__half>, grid, block, 0, width,
-                              (const __half *)x, x_stride, scale, y);
-        case MIL_F32:
-            break;
+    if (dtype == MIL_BF16) {
+        return mil_launch(context, "widen", widen_kernel<__nv_bfloat16>, grid, block, 0, width,
+                          (const __nv_bfloat16 *)x, x_stride, scale, y);
+    }
+    if (dtype == MIL_F16) {
+        return mil_launch(context, "widen", widen_kernel<__half>, grid, block, 0, width, (const __half *)x,
+                          x_stride, scale, y);
     }
     return mil_launch(context, "widen", widen_kernel<float>, grid, block, 0, width, (const float *)x,
                       x_stride, scale, y);

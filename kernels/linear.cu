@@ -9,6 +9,7 @@
  */
 #include "thin_product.cuh"
 
+#include "quantized.cuh"
 #include "table.h"
 
 #include <cublasLt.h>
@@ -276,7 +277,7 @@ is_thin(const mil_context *context, const mil_linear *products, int64_t count)
 {
     bool thin = count <= MIL_THIN_PRODUCTS;
     for (int64_t i = 0; i < count; i++) {
-        thin = thin && mil_thin_product_fits(context, &products[i]);
+        thin = thin && products[i].dtype == products->dtype && mil_thin_product_fits(context, &products[i]);
     }
     return thin;
 }
@@ -286,6 +287,9 @@ mil_cuda_linear_forward(mil_context *context, const mil_linear *products, int64_
 {
     if (is_thin(context, products, count)) {
         return mil_thin_product(context, products, count);
+    }
+    if (mil_dtype_is_scaled(products->dtype)) {
+        return mil_scaled_products(context, products, count);
     }
     for (int64_t i = 0; i < count; i++) {
         MIL_TRY(dense_product(context, &products[i]));

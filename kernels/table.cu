@@ -50,6 +50,7 @@ table_of(mil_dtype activation_dtype, int device)
         ops.project = mil_cuda_project;
         ops.rope_append = mil_cuda_rope_append;
     }
+    ops.quantize = mil_cuda_quantize;
     ops.sample = mil_cuda_sample;
     ops.accept = mil_cuda_accept;
     ops.advance = mil_cuda_advance;

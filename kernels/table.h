@@ -50,6 +50,10 @@ mil_status
 mil_cuda_project(mil_context *context, const mil_norm *norm, const mil_linear *products, int64_t count,
                  const mil_glu *gate);
 
+/* quantized.cu */
+mil_status
+mil_cuda_quantize(mil_context *context, const mil_quantize *arguments);
+
 /* norm.cu */
 mil_status
 mil_cuda_norm_forward(mil_context *context, const mil_norm *arguments);

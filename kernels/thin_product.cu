@@ -11,6 +11,9 @@
  *   A warp w of the block's 8 takes chunks w, w + 8, ... in ascending order; the 8 partial sums are added in
  *   order of w.
  *
+ * Weights of 8 bits (quantized.cuh) take the same way: 16 codes a load, so a chunk has 64 inputs, become four
+ * fragments in registers, and the scale of an output's row multiplies the finished sum.
+ *
  * A norm before the products and the gated activation after them need no kernels of their own: every block
  * norms the few rows for itself in the order of norm.cu, and a block that has summed a tile of both gate and up
  * writes only their product.  Both give the bits of the separate kernels.
@@ -23,17 +26,25 @@
 
 #include "activate.cuh"
 #include "norm.cuh"
+#include "quantized.cuh"
+
+#include <stdlib.h>
 
 #define WARPS 8
 #define THREADS (WARPS * MIL_WARP)
-#define TILE 16  /* outputs of a block */
-#define CHUNK 32 /* inputs of a warp's step */
-#define LOADS 8  /* 16-byte loads of weights that a thread has under way */
+#define TILE 16 /* outputs of a block */
+#define LOADS 8 /* 16-byte loads of weights that a thread has under way */
 #define NORMED_BYTES (64 << 10)
+
+/* Inputs in a load of 16 bytes, and in a step of a warp: four such loads of each row. */
+template <typename W>
+constexpr int PER_LOAD = 16 / (int)sizeof(W);
+template <typename W>
+constexpr int CHUNK = 4 * PER_LOAD<W>;
 
 struct thin_output {
     const void *weight;
-    const float *bias;
+    const float *scale, *bias;
     void *y;
     int64_t y_stride;
     int out, first_tile;
@@ -48,6 +59,9 @@ struct thin_arguments {
     void *gated;         /* where the first two outputs are a gate's */
     int64_t gated_stride;
     mil_activation activation;
+    bool ahead;       /* ask for the whole tile at once */
+    const void *next; /* what is read after this, and how much of it a block asks for */
+    int64_t next_bytes, next_total;
     thin_output outputs[MIL_THIN_PRODUCTS];
 };
 
@@ -103,6 +117,7 @@ add_partial(const thin_output &o, int out, const float (&partial)[WARPS][TILE][R
     for (int warp = 0; warp < WARPS; warp++) {
         sum += partial[warp][column][row];
     }
+    sum *= o.scale == NULL ? 1.0f : o.scale[out];
     return sum + (o.bias == NULL ? 0.0f : o.bias[out]);
 }
 
@@ -179,24 +194,46 @@ norm_rows(const thin_arguments &a, const float *weight, T *normed, float *partia
     __syncthreads();
 }
 
+/* Asks for bytes that will be read soon to come as far as the second-level cache; both multiples of 16. */
+static __device__ __forceinline__ void
+fetch_ahead(const void *from, int64_t bytes)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (bytes > 0) {
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"((uint32_t)bytes)
+                     : "memory");
+    }
+#endif
+}
+
 /* One matrix's share of a block: 16 rows of weights on their way, and their sums with GROUPS * 8 rows of x. */
-template <typename T, int GROUPS, int UNROLL>
+template <typename T, typename W, int GROUPS, int UNROLL>
 struct tile_sums {
-    const T *low, *high;
+    static constexpr int STEP = UNROLL * WARPS * CHUNK<W>, X_LOADS = (int)(sizeof(T) / sizeof(W));
+    const W *low, *high;
     uint4 wl[UNROLL], wh[UNROLL];
     float c[GROUPS][4];
 
     __device__ __forceinline__ void begin(const void *weight, int first, int out, int in, int g, int k)
     {
-        low = (const T *)weight + (int64_t)min(first + g, out - 1) * in;
-        high = (const T *)weight + (int64_t)min(first + g + 8, out - 1) * in;
+        low = (const W *)weight + (int64_t)min(first + g, out - 1) * in;
+        high = (const W *)weight + (int64_t)min(first + g + 8, out - 1) * in;
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
-            fetch(u, k + u * WARPS * CHUNK, in);
+            fetch(u, k + u * WARPS * CHUNK<W>, in);
         }
 #pragma unroll
         for (int i = 0; i < GROUPS * 4; i++) {
             c[i / 4][i % 4] = 0.0f;
+        }
+    }
+
+    /* What follows the first step, on its way without waiting for registers. */
+    __device__ __forceinline__ void fetch_rest(const void *weight, int first, int out, int in) const
+    {
+        if (threadIdx.x < TILE) {
+            int row = min(first + (int)threadIdx.x, out - 1);
+            fetch_ahead((const W *)weight + (int64_t)row * in + STEP, (in - STEP) * (int)sizeof(W));
         }
     }
 
@@ -208,14 +245,30 @@ struct tile_sums {
     }
 
     /* Takes chunk `u` and fetches the one that will lie in its place. */
-    __device__ __forceinline__ void take(int u, int next, int in, const uint4 (&x)[GROUPS])
+    __device__ __forceinline__ void take(int u, int next, int in, const uint4 (&x)[GROUPS][X_LOADS])
     {
         uint4 l = wl[u], h = wh[u];
         fetch(u, next, in);
+        if constexpr (X_LOADS == 1) {
 #pragma unroll
-        for (int group = 0; group < GROUPS; group++) {
-            multiply(c[group], l.x, h.x, l.y, h.y, x[group].x, x[group].y, T());
-            multiply(c[group], l.z, h.z, l.w, h.w, x[group].z, x[group].w, T());
+            for (int group = 0; group < GROUPS; group++) {
+                const uint4 &v = x[group][0];
+                multiply(c[group], l.x, h.x, l.y, h.y, v.x, v.y, T());
+                multiply(c[group], l.z, h.z, l.w, h.w, v.z, v.w, T());
+            }
+        }
+        else {
+            const uint32_t lows[4] = {l.x, l.y, l.z, l.w}, highs[4] = {h.x, h.y, h.z, h.w};
+#pragma unroll
+            for (int word = 0; word < 4; word++) {
+                uint32_t a0 = mil_expand(lows[word], 0, W(), T()), a1 = mil_expand(highs[word], 0, W(), T());
+                uint32_t a2 = mil_expand(lows[word], 1, W(), T()), a3 = mil_expand(highs[word], 1, W(), T());
+#pragma unroll
+                for (int group = 0; group < GROUPS; group++) {
+                    const uint4 &v = x[group][word / 2];
+                    multiply(c[group], a0, a1, a2, a3, word % 2 ? v.z : v.x, word % 2 ? v.w : v.y, T());
+                }
+            }
         }
     }
 
@@ -232,24 +285,31 @@ struct tile_sums {
     }
 };
 
-/* GROUPS of 8 rows; NORMED: x is the norm of a.norm.x; GATED: outputs[0] is up, outputs[1] the gate, and only their gated
- * activation is written. */
-template <typename T, int GROUPS, bool NORMED, bool GATED>
+/* W: of the weights, T or 8 bits; GROUPS of 8 rows; NORMED: x is the norm of a.norm.x; GATED: outputs[0] is up, outputs[1]
+ * the gate, and only their gated activation is written. */
+template <typename T, typename W, int GROUPS, bool NORMED, bool GATED>
 static __global__ void
 __launch_bounds__(THREADS, GROUPS == 1 ? 3 : 2) thin_kernel(const __grid_constant__ thin_arguments a)
 {
     constexpr int MATRICES = GATED ? 2 : 1, UNROLL = LOADS / 2 / MATRICES;
+    using sums_type = tile_sums<T, W, GROUPS, UNROLL>;
     __shared__ float partial[MATRICES][WARPS][TILE][GROUPS * 8];
     extern __shared__ uint4 normed_rows[]; /* the rows, then the norm's weights */
     const thin_output &o = GATED ? a.outputs[0] : output_of(a, (int)blockIdx.x);
     int warp = (int)threadIdx.x / MIL_WARP, lane = (int)threadIdx.x % MIL_WARP, g = lane / 4, t = lane % 4;
     int first = ((int)blockIdx.x - o.first_tile) * TILE;
-    int k = warp * CHUNK + 8 * t;
+    int k = warp * CHUNK<W> + PER_LOAD<W> * t;
 
-    tile_sums<T, GROUPS, UNROLL> sums[MATRICES];
-    sums[0].begin(o.weight, first, o.out, a.in, g, k);
-    if constexpr (GATED) {
-        sums[1].begin(a.outputs[1].weight, first, o.out, a.in, g, k);
+    sums_type sums[MATRICES];
+#pragma unroll
+    for (int m = 0; m < MATRICES; m++) {
+        sums[m].begin(m == 0 ? o.weight : a.outputs[1].weight, first, o.out, a.in, g, k);
+    }
+    if (a.ahead) {
+#pragma unroll
+        for (int m = 0; m < MATRICES; m++) {
+            sums[m].fetch_rest(m == 0 ? o.weight : a.outputs[1].weight, first, o.out, a.in);
+        }
     }
     float *norm_weights = (float *)((T *)normed_rows + a.rows * a.in);
     if constexpr (NORMED) {
@@ -266,23 +326,28 @@ __launch_bounds__(THREADS, GROUPS == 1 ? 3 : 2) thin_kernel(const __grid_constan
     }
 
     /* The whole warp stays in the loop until its last chunk: products take all its threads. */
-    for (int chunk = warp * CHUNK; chunk < a.in; chunk += UNROLL * WARPS * CHUNK) {
+    for (int chunk = warp * CHUNK<W>; chunk < a.in; chunk += sums_type::STEP) {
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
-            int at = k + u * WARPS * CHUNK, next = at + UNROLL * WARPS * CHUNK;
-            uint4 xv[GROUPS];
+            int at = k + u * WARPS * CHUNK<W>, next = at + sums_type::STEP;
+            uint4 xv[GROUPS][sums_type::X_LOADS];
 #pragma unroll
-            for (int group = 0; group < GROUPS; group++) {
-                int row = group * 8 + g;
+            for (int i = 0; i < GROUPS * sums_type::X_LOADS; i++) {
+                int row = i / sums_type::X_LOADS * 8 + g, part = i % sums_type::X_LOADS;
                 bool real = at < a.in && row < a.rows;
-                xv[group] = real ? *(const uint4 *)(x + row * x_stride + at) : make_uint4(0, 0, 0, 0);
+                xv[i / sums_type::X_LOADS][part] =
+                    real ? *(const uint4 *)(x + row * x_stride + at + 8 * part) : make_uint4(0, 0, 0, 0);
             }
 #pragma unroll
             for (int m = 0; m < MATRICES; m++) {
                 sums[m].take(u, next, a.in, xv);
             }
         }
-        k += UNROLL * WARPS * CHUNK;
+        k += sums_type::STEP;
+    }
+    if (threadIdx.x == 0 && a.next_bytes > 0) {
+        int64_t from = blockIdx.x * a.next_bytes;
+        fetch_ahead((const char *)a.next + from, min(a.next_bytes, a.next_total - from));
     }
 #pragma unroll
     for (int m = 0; m < MATRICES; m++) {
@@ -329,12 +394,21 @@ __launch_bounds__(THREADS) thin_kernel_float(const __grid_constant__ thin_argume
 bool
 mil_thin_product_fits(const mil_context *context, const mil_linear *p)
 {
-    if (p->rows > MIL_THIN_ROWS || p->dtype != context->ops->activation_dtype || p->in > INT32_MAX / 2 ||
-        p->out > INT32_MAX / 2) {
+    mil_dtype act = context->ops->activation_dtype;
+    bool scaled = mil_dtype_is_scaled(p->dtype);
+    if (p->rows > MIL_THIN_ROWS || (p->dtype != act && !(scaled && act != MIL_F32)) ||
+        p->in > INT32_MAX / 2 || p->out > INT32_MAX / 2) {
         return false;
     }
-    return p->dtype == MIL_F32 || (p->in % 8 == 0 && (uintptr_t)p->weight % 16 == 0 &&
+    return p->dtype == MIL_F32 || (p->in % (scaled ? 16 : 8) == 0 && (uintptr_t)p->weight % 16 == 0 &&
                                    (uintptr_t)p->x % 16 == 0 && p->x_stride % 8 == 0);
+}
+
+static thin_output
+output_of(const mil_linear *p, int first_tile)
+{
+    return {p->weight,   p->scale,   p->bias,       p->y,           p->y_stride,
+            (int)p->out, first_tile, p->accumulate, p->float_output};
 }
 
 static thin_arguments
@@ -348,23 +422,50 @@ arguments_of(const mil_linear *products, int64_t count, int *tiles)
     a.x_stride = products->x_stride;
     *tiles = 0;
     for (int64_t i = 0; i < count; i++) {
-        const mil_linear *p = &products[i];
-        a.outputs[i] = {p->weight,   p->bias, p->y,          p->y_stride,
-                        (int)p->out, *tiles,  p->accumulate, p->float_output};
-        *tiles += (int)mil_ceil_div(p->out, TILE);
+        a.outputs[i] = output_of(&products[i], *tiles);
+        *tiles += (int)mil_ceil_div(products[i].out, TILE);
+    }
+    static int ahead = -1;
+    if (ahead < 0) {
+        const char *word = getenv("MIL_THIN_AHEAD");
+        ahead = word == NULL ? 0 : atoi(word);
+    }
+    a.ahead = ahead & 1;
+    if (products->next != NULL && (ahead & 2)) {
+        a.next = products->next;
+        a.next_total = products->next_bytes / 16 * 16;
+        a.next_bytes = mil_ceil_div(a.next_total, *tiles * 16) * 16;
     }
     return a;
 }
 
-template <typename T, bool NORMED, bool GATED>
+template <typename T, typename W, bool NORMED, bool GATED>
 static mil_status
-launch(mil_context *context, const thin_arguments &a, int tiles, size_t shared)
+launch_rows(mil_context *context, const thin_arguments &a, int tiles, size_t shared)
 {
     dim3 grid((unsigned)tiles), block(THREADS);
-    return a.rows <= 8
-               ? mil_launch(context, "thin product", thin_kernel<T, 1, NORMED, GATED>, grid, block, shared, a)
-               : mil_launch(context, "thin product", thin_kernel<T, 2, NORMED, GATED>, grid, block, shared,
-                            a);
+    return a.rows <= 8 ? mil_launch(context, "thin product", thin_kernel<T, W, 1, NORMED, GATED>, grid, block,
+                                    shared, a)
+                       : mil_launch(context, "thin product", thin_kernel<T, W, 2, NORMED, GATED>, grid, block,
+                                    shared, a);
+}
+
+template <typename T, bool NORMED, bool GATED>
+static mil_status
+launch_weights(mil_context *context, mil_dtype weights, const thin_arguments &a, int tiles, size_t shared)
+{
+    return weights == MIL_F8   ? launch_rows<T, mil_f8, NORMED, GATED>(context, a, tiles, shared)
+           : weights == MIL_I8 ? launch_rows<T, mil_i8, NORMED, GATED>(context, a, tiles, shared)
+                               : launch_rows<T, T, NORMED, GATED>(context, a, tiles, shared);
+}
+
+template <bool NORMED, bool GATED>
+static mil_status
+launch(mil_context *context, mil_dtype weights, const thin_arguments &a, int tiles, size_t shared)
+{
+    return context->ops->activation_dtype == MIL_BF16
+               ? launch_weights<__nv_bfloat16, NORMED, GATED>(context, weights, a, tiles, shared)
+               : launch_weights<__half, NORMED, GATED>(context, weights, a, tiles, shared);
 }
 
 mil_status
@@ -376,8 +477,7 @@ mil_thin_product(mil_context *context, const mil_linear *products, int64_t count
         return mil_launch(context, "thin product", thin_kernel_float, dim3((unsigned)tiles), dim3(THREADS), 0,
                           a);
     }
-    return products->dtype == MIL_BF16 ? launch<__nv_bfloat16, false, false>(context, a, tiles, 0)
-                                       : launch<__half, false, false>(context, a, tiles, 0);
+    return launch<false, false>(context, products->dtype, a, tiles, 0);
 }
 
 /* ---- with the norm before and the gate after ------------------------------------------------------------------- */
@@ -411,15 +511,6 @@ gate_fits(const mil_linear *products, int64_t count, const mil_glu *gate)
            products->dtype != MIL_F32;
 }
 
-template <typename T>
-static mil_status
-launch_fused(mil_context *context, const thin_arguments &a, int tiles, size_t shared, bool gated)
-{
-    return gated ? shared > 0 ? launch<T, true, true>(context, a, tiles, shared)
-                              : launch<T, false, true>(context, a, tiles, 0)
-                 : launch<T, true, false>(context, a, tiles, shared);
-}
-
 mil_status
 mil_thin_project(mil_context *context, const mil_norm *norm, const mil_linear *products, int64_t count,
                  const mil_glu *gate)
@@ -436,15 +527,17 @@ mil_thin_project(mil_context *context, const mil_norm *norm, const mil_linear *p
     else {
         a.norm = norm_arguments_of(norm);
         if (gated) {
-            const mil_linear *p = &products[1];
-            a.outputs[1] = {p->weight, p->bias, p->y, p->y_stride, (int)p->out, 0, false, false};
+            a.outputs[1] = output_of(&products[1], 0);
             a.gated = gate->y;
             a.gated_stride = gate->y_stride;
             a.activation = gate->activation;
         }
         size_t shared = normed ? norm_bytes(norm) : 0;
-        MIL_TRY(products->dtype == MIL_BF16 ? launch_fused<__nv_bfloat16>(context, a, tiles, shared, gated)
-                                            : launch_fused<__half>(context, a, tiles, shared, gated));
+        mil_dtype weights = products->dtype;
+        mil_status status = !normed ? launch<false, true>(context, weights, a, tiles, 0)
+                            : gated ? launch<true, true>(context, weights, a, tiles, shared)
+                                    : launch<true, false>(context, weights, a, tiles, shared);
+        MIL_TRY(status);
     }
     return gate == NULL || gated ? MIL_OK : context->ops->glu_forward(context, gate);
 }

@@ -1,78 +1,143 @@
 /* Products with few rows, in the shapes of a decoding step: bytes of weights a second against a copy.
  *
- * A graph holds `layers` times the four products of a Llama layer, each on weights of its own, so nothing is read twice
- * and the gaps between kernels count as they do in a real step.  The limit is a device-to-device copy in the same
- * run, counting bytes read and written.  Prints one line a shape and number of rows; medians of several replays.
+ * A graph holds, for each layer, its products one after another as a step has them, on weights of its own, so nothing
+ * is read twice and the gaps between kernels count.  The limit is a device-to-device copy in the same run, counting bytes
+ * read and written.  Prints one line a model, type of weights and number of rows; medians of several replays.
  *
- *   thin_product [hidden kv_width intermediate layers]
+ *   thin_product [model [type]]        model: 8b 3b 1b mamba-2.8b; type: bfloat16 float8 int8; all where not given
  */
 #include "timing.h"
 
-/* What the products of one layer read: hidden, kv width and intermediate. */
-typedef struct sizes {
-    int64_t hidden, kv, intermediate;
-} sizes;
+enum { MOST_PRODUCTS = 5, MOST_ROWS = 16 };
+
+/* One launch's products: `count` of the same size. */
+typedef struct launch_sizes {
+    int64_t in, out;
+    int count;
+} launch_sizes;
+
+typedef struct layer_sizes {
+    const char *name;
+    int layers, launches;
+    launch_sizes launch[MOST_PRODUCTS];
+} layer_sizes;
+
+static const layer_sizes models[] = {
+    {"8b", 32, 4, {{4096, 6144, 1}, {4096, 4096, 1}, {4096, 14336, 2}, {14336, 4096, 1}}},
+    {"3b", 28, 4, {{3072, 5120, 1}, {3072, 3072, 1}, {3072, 8192, 2}, {8192, 3072, 1}}},
+    {"1b", 16, 4, {{2048, 3072, 1}, {2048, 2048, 1}, {2048, 8192, 2}, {8192, 2048, 1}}},
+    {"mamba-2.8b", 64, 4, {{2560, 10240, 1}, {5120, 192, 1}, {160, 5120, 1}, {5120, 2560, 1}}},
+};
 
 static int64_t
-layer_elements(const sizes *n)
+layer_elements(const layer_sizes *n)
 {
-    return n->hidden * (n->hidden + 2 * n->kv) + n->hidden * n->hidden + 3 * n->hidden * n->intermediate;
+    int64_t elements = 0;
+    for (int i = 0; i < n->launches; i++) {
+        elements += n->launch[i].in * n->launch[i].out * n->launch[i].count;
+    }
+    return elements;
 }
 
-/* The products of one layer: q, k and v in one, o, up and gate, down. */
+/* What all products of a run share. */
+typedef struct operands {
+    mil_dtype dtype;
+    int64_t rows;
+    const void *x;
+    const float *scale;
+    char *y;
+} operands;
+
 static mil_status
-run_layer(harness *h, const sizes *n, int64_t rows, const void *weights, const void *x, void *y)
+run_layer(harness *h, const layer_sizes *n, const operands *o, const char *weights)
 {
-    int64_t shapes[5][2] = {{n->hidden, n->hidden + 2 * n->kv},
-                            {n->hidden, n->hidden},
-                            {n->hidden, n->intermediate},
-                            {n->hidden, n->intermediate},
-                            {n->intermediate, n->hidden}};
-    mil_linear l[5] = {};
-    const char *at = (const char *)weights;
-    for (int i = 0; i < 5; i++) {
-        l[i].rows = rows;
-        l[i].in = l[i].x_stride = shapes[i][0];
-        l[i].out = l[i].y_stride = shapes[i][1];
-        l[i].x = x;
-        l[i].y = (char *)y + (i == 3 ? 16 * n->intermediate * 2 : 0);
-        l[i].weight = at;
-        l[i].dtype = MIL_BF16;
-        at += shapes[i][0] * shapes[i][1] * 2;
+    int64_t size = (int64_t)mil_dtype_size(o->dtype);
+    for (int i = 0; i < n->launches; i++) {
+        const launch_sizes *s = &n->launch[i];
+        mil_linear l[2] = {};
+        for (int j = 0; j < s->count; j++) {
+            l[j].rows = o->rows;
+            l[j].in = l[j].x_stride = s->in;
+            l[j].out = l[j].y_stride = s->out;
+            l[j].x = o->x;
+            l[j].y = o->y + j * MOST_ROWS * s->out * 2;
+            l[j].weight = weights;
+            l[j].dtype = o->dtype;
+            l[j].scale = mil_dtype_is_scaled(o->dtype) ? o->scale : NULL;
+            weights += s->in * s->out * size;
+        }
+        const launch_sizes *next = &n->launch[(i + 1) % n->launches];
+        l[0].next = weights;
+        l[0].next_bytes = i + 1 < n->launches ? next->in * next->out * next->count * size : 0;
+        MIL_TRY(h->gpu.ops->linear_forward(&h->gpu, l, s->count));
     }
-    const mil_ops *ops = h->gpu.ops;
-    MIL_TRY(ops->linear_forward(&h->gpu, &l[0], 1));
-    MIL_TRY(ops->linear_forward(&h->gpu, &l[1], 1));
-    MIL_TRY(ops->linear_forward(&h->gpu, &l[2], 2));
-    return ops->linear_forward(&h->gpu, &l[4], 1);
+    return MIL_OK;
+}
+
+/* Bytes without the codes of NaN. */
+static __global__ void
+fill_codes(uint32_t *codes, int64_t words)
+{
+    for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < words;
+         i += (int64_t)gridDim.x * blockDim.x) {
+        uint32_t v = (uint32_t)i * 2654435761u;
+        v ^= v >> 15;
+        codes[i] = (v * 2246822519u) & 0xbfbfbfbfu;
+    }
+}
+
+static void
+run_model(harness *h, const layer_sizes *n, mil_dtype dtype, double copy)
+{
+    int64_t elements = layer_elements(n) * n->layers;
+    double bytes = (double)mil_dtype_size(dtype) * (double)elements;
+    char *weights;
+    if (mil_dtype_is_scaled(dtype)) {
+        weights = (char *)timing_array(h, elements / 4, MIL_F32, 1.0f);
+        fill_codes<<<1024, 256, 0, mil_stream(&h->gpu)>>>((uint32_t *)weights, elements / 4);
+    }
+    else {
+        weights = (char *)timing_array(h, elements, dtype, 0.02f);
+    }
+    operands o = {dtype, 0, timing_array(h, MOST_ROWS * 14336, MIL_BF16, 1.0f),
+                  (const float *)timing_array(h, 14336, MIL_F32, 0.02f),
+                  (char *)timing_array(h, 2 * MOST_ROWS * 14336, MIL_BF16, 1.0f)};
+    static const int64_t counts[] = {1, 5, 9, 16};
+    double one = 0;
+    for (int64_t rows : counts) {
+        o.rows = rows;
+        double seconds = n->layers * timing_of(h, n->layers, [&](int layer) {
+                             return run_layer(h, n, &o, weights + layer * (int64_t)(bytes / n->layers));
+                         });
+        one = rows == 1 ? seconds : one;
+        printf("%-10s %-8s rows %2lld: %8.1f us, %.2f TB/s = %5.1f %% of the copy, %.3f of one row\n",
+               n->name, mil_dtype_name(dtype), (long long)rows, seconds * 1e6, bytes / seconds * 1e-12,
+               100.0 * bytes / seconds / copy, seconds / one);
+    }
+    h->gpu.ops->free(&h->gpu, weights);
+    h->gpu.ops->free(&h->gpu, (void *)o.x);
+    h->gpu.ops->free(&h->gpu, (void *)o.scale);
+    h->gpu.ops->free(&h->gpu, o.y);
 }
 
 int
 main(int argc, char **argv)
 {
-    sizes n = {argc > 1 ? atoll(argv[1]) : 4096, argc > 2 ? atoll(argv[2]) : 1024,
-               argc > 3 ? atoll(argv[3]) : 14336};
-    int layers = argc > 4 ? atoi(argv[4]) : 32;
     static harness h;
     harness_begin(&h, MIL_BF16);
-    double copy = timing_copy_rate(&h), bytes = 2.0 * (double)(layer_elements(&n) * layers);
-    char *weights = (char *)timing_array(&h, layer_elements(&n) * layers, MIL_BF16, 0.02f);
-    void *x = timing_array(&h, 16 * n.intermediate, MIL_BF16, 1.0f);
-    void *y = timing_array(&h, 16 * 2 * n.intermediate, MIL_BF16, 1.0f);
+    double copy = timing_copy_rate(&h);
     cudaDeviceProp device;
     timing_need(cudaGetDeviceProperties(&device, 0));
-    printf("%s; copy %.2f TB/s; %d layers of hidden %lld, kv %lld, intermediate %lld: %.2f GB\n", device.name,
-           copy * 1e-12, layers, (long long)n.hidden, (long long)n.kv, (long long)n.intermediate,
-           bytes * 1e-9);
-    static const int64_t counts[] = {1, 2, 5, 8, 9, 16};
-    double one = 0;
-    for (int64_t rows : counts) {
-        double seconds = layers * timing_of(&h, layers, [&](int layer) {
-                             return run_layer(&h, &n, rows, weights + 2 * layer * layer_elements(&n), x, y);
-                         });
-        one = rows == 1 ? seconds : one;
-        printf("rows %2lld: %8.1f us, %.2f TB/s = %.1f %% of the copy, %.3f of one row\n", (long long)rows,
-               seconds * 1e6, bytes / seconds * 1e-12, 100.0 * bytes / seconds / copy, seconds / one);
+    printf("%s; copy %.2f TB/s\n", device.name, copy * 1e-12);
+    static const mil_dtype dtypes[] = {MIL_BF16, MIL_F8, MIL_I8};
+    for (const layer_sizes &n : models) {
+        for (mil_dtype dtype : dtypes) {
+            bool wanted = (argc < 2 || strcmp(argv[1], n.name) == 0 || strcmp(argv[1], "all") == 0) &&
+                          (argc < 3 || strcmp(argv[2], mil_dtype_name(dtype)) == 0);
+            if (wanted) {
+                run_model(&h, &n, dtype, copy);
+            }
+        }
     }
     return 0;
 }

@@ -1,5 +1,8 @@
 /* Element types, and exact conversions between the 16-bit floats and float32.
  *
+ * The 8-bit types are for weights alone: codes that stand for code * scale, with one float32 scale a row
+ * (device.h: mil_quantize).  float8 is e4m3 without infinities (sign, 4 bits of exponent, 3 of mantissa).
+ *
  * bfloat16 and float16 live in memory as uint16_t bit patterns; nothing computes in them.  Rounding is
  * to nearest even and keeps NaN a NaN, so a value that came from a 16-bit file goes back unchanged.
  */
@@ -10,18 +13,26 @@
 #include <stdint.h>
 #include <string.h>
 
-typedef enum mil_dtype { MIL_F32 = 0, MIL_BF16 = 1, MIL_F16 = 2 } mil_dtype;
+typedef enum mil_dtype { MIL_F32 = 0, MIL_BF16 = 1, MIL_F16 = 2, MIL_F8 = 3, MIL_I8 = 4 } mil_dtype;
+
+/* Whether values of this type are codes that need a scale. */
+static inline int
+mil_dtype_is_scaled(mil_dtype dtype)
+{
+    return dtype == MIL_F8 || dtype == MIL_I8;
+}
 
 static inline size_t
 mil_dtype_size(mil_dtype dtype)
 {
-    return dtype == MIL_F32 ? 4 : 2;
+    return dtype == MIL_F32 ? 4 : mil_dtype_is_scaled(dtype) ? 1 : 2;
 }
 
 static inline const char *
 mil_dtype_name(mil_dtype dtype)
 {
-    return dtype == MIL_F32 ? "float32" : dtype == MIL_BF16 ? "bfloat16" : "float16";
+    static const char *const names[] = {"float32", "bfloat16", "float16", "float8", "int8"};
+    return names[dtype];
 }
 
 static inline float

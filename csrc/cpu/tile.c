@@ -200,6 +200,8 @@ pack_rows_avx2(mil_tile_source from, int64_t first, int64_t count, int64_t width
         case MIL_F16:
             pack_rows_of((mil_tile_source){from.data, MIL_F16, from.stride}, first, count, width, factor, to);
             break;
+        default: /* 8 bits are for weights */
+            break;
     }
 }
 
@@ -215,6 +217,8 @@ pack_transposed_avx2(mil_tile_source from, int64_t first, int64_t count, int64_t
             break;
         case MIL_F16:
             pack_transposed_of((mil_tile_source){from.data, MIL_F16, from.stride}, first, count, width, to);
+            break;
+        default:
             break;
     }
 }

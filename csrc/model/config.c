@@ -213,6 +213,9 @@ mil_model_bind(mil_model *model)
         model->output = model->embedding;
     }
     model->cache_dtype = model->output->dtype;
+    if (mil_dtype_is_scaled(model->cache_dtype)) {
+        model->cache_dtype = model->ops->activation_dtype;
+    }
     return MIL_OK;
 }
 

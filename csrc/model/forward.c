@@ -121,6 +121,7 @@ embed_uploaded(mil_pass *pass, const int32_t *tokens, void *x)
         .tokens = tokens,
         .table = model->embedding->data,
         .dtype = model->embedding->dtype,
+        .row_scale = model->embedding->scale,
         .scale = model->config.embedding_scale,
         .y = x,
         .y_stride = model->config.hidden,
@@ -297,6 +298,7 @@ logits_of(const mil_pass *pass, const void *normed, int64_t count, float *logits
         .dtype = output->dtype,
         .y = logits,
         .y_stride = vocab,
+        .scale = output->scale,
         .fast = pass->fast,
         .float_output = true,
     };

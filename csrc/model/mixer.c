@@ -48,6 +48,7 @@ product(const mil_pass *pass, const mil_parameter *weight, const mil_parameter *
         .x_stride = x_stride,
         .weight = weight->data,
         .dtype = weight->dtype,
+        .scale = weight->scale,
         .bias = vector_of(bias),
         .y = y,
         .y_stride = weight->shape[0],

@@ -129,7 +129,8 @@ typedef struct mil_parameter {
     bool matrix;   /* stored in the model's dtype; the others are always float32 in memory */
     bool required; /* else data may stay NULL (biases, q and k norms) */
     mil_dtype dtype;
-    void *data; /* borrowed, on the model's device */
+    void *data;   /* borrowed, on the model's device */
+    float *scale; /* [shape[0]] where dtype is float8 or int8, beside data; else NULL */
 } mil_parameter;
 
 typedef struct mil_layer {

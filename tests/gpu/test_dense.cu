@@ -158,6 +158,255 @@ test_projects(harness *h)
     }
 }
 
+/* ---- weights of 8 bits -------------------------------------------------------------------------------------------- */
+
+/* A weight matrix in 8 bits on the device, its codes' values in float32 on the host. */
+typedef struct scaled_weights {
+    float *values; /* [out, in], the harness's */
+    void *codes;
+    float *scale;
+} scaled_weights;
+
+/* What device.h says of mil_quantize, in float64. */
+static double
+quantized(double value, double largest, mil_dtype dtype, float *scale)
+{
+    if (dtype == MIL_I8) {
+        *scale = largest > 0 ? (float)largest / 127.0f : 1.0f;
+        return fmin(fmax(rint((double)((float)value / *scale)), -127), 127);
+    }
+    *scale = 1.0f;
+    if (largest > 0) {
+        *scale = exp2f(-100);
+        while (448.0 * *scale < largest) {
+            *scale *= 2;
+        }
+    }
+    double magnitude = fabs(value) / *scale;
+    double step = magnitude < 0x1p-6 ? 0x1p-9 : exp2(floor(log2(magnitude)) - 3);
+    return copysign(fmin(rint(magnitude / step) * step, 448), value);
+}
+
+static double
+decoded(uint8_t code, mil_dtype dtype)
+{
+    if (dtype == MIL_I8) {
+        return (int8_t)code;
+    }
+    int exponent = code >> 3 & 15, mantissa = code & 7;
+    double magnitude = exponent == 0 ? mantissa * 0x1p-9 : (8 + mantissa) * exp2(exponent - 10);
+    return code & 0x80 ? -magnitude : magnitude;
+}
+
+/* Random rows of very different sizes, quantised on the device and checked against the rule. */
+static scaled_weights
+random_scaled(harness *h, int64_t out, int64_t in, mil_dtype dtype)
+{
+    harness_array w = harness_random(h, out * in, 1.0f);
+    for (int64_t i = 0; i < out * in; i++) {
+        w.cpu[i] *= i / in % 5 == 3 ? 0.0f : exp2f((float)(i / in % 7) - 6.0f) * (i % 11 == 0 ? 1.0f : 0.05f);
+    }
+    harness_upload(h, &w);
+    harness_array codes = harness_random_of(h, (out * in + 3) / 4, 1.0f, MIL_F32);
+    harness_array scale = harness_empty_of(h, out, MIL_F32), bad = harness_zeros(h, 1);
+    mil_quantize q = {};
+    q.rows = out;
+    q.columns = in;
+    q.values = w.gpu;
+    q.from = h->act;
+    q.dtype = dtype;
+    q.codes = codes.gpu;
+    q.scale = (float *)scale.gpu;
+    q.bad = (int32_t *)bad.gpu;
+    harness_check(h, h->gpu.ops->quantize(&h->gpu, &q));
+    uint8_t *got = (uint8_t *)malloc((size_t)(out * in));
+    harness_need(h->gpu.ops->copy(&h->gpu, got, codes.gpu, (size_t)(out * in)));
+    int64_t wrong = 0;
+    for (int64_t j = 0; j < out; j++) {
+        double largest = 0;
+        for (int64_t k = 0; k < in; k++) {
+            largest = fmax(largest, fabs((double)w.cpu[j * in + k]));
+        }
+        for (int64_t k = j * in; k < (j + 1) * in; k++) {
+            double expected = quantized((double)w.cpu[k], largest, dtype, &scale.cpu[j]);
+            wrong += decoded(got[k], dtype) != expected;
+            w.cpu[k] = (float)expected * scale.cpu[j];
+        }
+    }
+    h->checks++;
+    if (wrong > 0) {
+        h->failures++;
+        printf("FAILED: %s to %s: %lld of %lld codes are wrong\n", harness_act_name(h), mil_dtype_name(dtype),
+               (long long)wrong, (long long)(out * in));
+    }
+    harness_compare(h, "scales", scale, 0);
+    harness_compare(h, "nothing bad", bad, 0);
+    free(got);
+    return {w.cpu, codes.gpu, (float *)scale.gpu};
+}
+
+static void
+test_scaled_product(harness *h, int64_t rows, int64_t in, int64_t out, mil_dtype dtype, bool accumulate,
+                    bool float_output)
+{
+    char name[96];
+    snprintf(name, sizeof name, "%s product %lld x %lld -> %lld%s%s", mil_dtype_name(dtype), (long long)rows,
+             (long long)in, (long long)out, accumulate ? " accumulate" : "", float_output ? " float" : "");
+    scaled_weights w = random_scaled(h, out, in, dtype);
+    harness_array x = harness_random(h, rows * in, 1.0f), b = harness_random_of(h, out, 1.0f, MIL_F32);
+    mil_dtype y_dtype = float_output ? MIL_F32 : h->act;
+    harness_array y = accumulate ? harness_random_of(h, rows * out, 1.0f, y_dtype)
+                                 : harness_empty_of(h, rows * out, y_dtype);
+    mil_linear l = linear_of(rows, in, out, MIL_F32);
+    l.accumulate = accumulate;
+    l.float_output = float_output;
+    l.x = x.cpu;
+    l.weight = w.values;
+    l.bias = b.cpu;
+    l.y = y.cpu;
+    harness_check(h, mil_cpu_ops.linear_forward(&h->cpu, &l, 1));
+    l.dtype = dtype;
+    l.x = x.gpu;
+    l.weight = w.codes;
+    l.scale = w.scale;
+    l.bias = (const float *)b.gpu;
+    l.y = y.gpu;
+    harness_check(h, h->gpu.ops->linear_forward(&h->gpu, &l, 1));
+    /* Many rows meet int8 weights rounded to the activation type. */
+    bool rounded = dtype == MIL_I8 && h->act != MIL_F32 && (rows > 64 || in % 16 != 0);
+    harness_compare(h, name, y, float_output && !rounded ? 1e-5 : tolerance_of(h));
+    harness_reset(h);
+}
+
+/* Row 0 alone, among 2 to 64 rows, and by project with a norm and a gate. */
+static void
+test_scaled_bits(harness *h, int64_t in, int64_t out, mil_dtype dtype)
+{
+    scaled_weights w[2] = {random_scaled(h, out, in, dtype), random_scaled(h, out, in, dtype)};
+    harness_array x = harness_random(h, 64 * in, 1.0f), alone = harness_empty(h, out);
+    mil_linear l = linear_of(1, in, out, dtype);
+    l.x = x.gpu;
+    l.weight = w[0].codes;
+    l.scale = w[0].scale;
+    l.y = alone.gpu;
+    harness_check(h, h->gpu.ops->linear_forward(&h->gpu, &l, 1));
+    static const int64_t counts[] = {2, 5, 8, 9, 16, 17, 40, 64};
+    for (int64_t rows : counts) {
+        harness_array y = harness_empty(h, rows * out), z = harness_empty(h, rows * out);
+        mil_linear pair[2] = {l, l};
+        pair[0].rows = pair[1].rows = rows;
+        pair[0].y = y.gpu;
+        pair[1].y = z.gpu;
+        pair[1].weight = w[1].codes;
+        pair[1].scale = w[1].scale;
+        harness_check(h, h->gpu.ops->linear_forward(&h->gpu, pair, 2));
+        harness_same_bits(h, "a row's bits among others, 8-bit weights", alone, 0, y, 0, out);
+    }
+    harness_array scale = harness_random_of(h, in, 1.0f, MIL_F32);
+    static const int64_t projected[] = {1, 5, 16, 20};
+    for (int64_t rows : projected) {
+        harness_array u = harness_empty(h, rows * in), results[2];
+        for (int fused = 0; fused < 2; fused++) {
+            harness_array up = harness_empty(h, rows * out), gate = harness_empty(h, rows * out);
+            results[fused] = harness_empty(h, rows * out);
+            mil_norm n = {};
+            n.rows = rows;
+            n.width = n.group = n.x_stride = n.y_stride = in;
+            n.x = x.gpu;
+            n.weight = (const float *)scale.gpu;
+            n.eps = 1e-5f;
+            n.y = u.gpu;
+            mil_linear pair[2] = {l, l};
+            for (int i = 0; i < 2; i++) {
+                pair[i].rows = rows;
+                pair[i].x = u.gpu;
+                pair[i].weight = w[i].codes;
+                pair[i].scale = w[i].scale;
+                pair[i].y = i == 0 ? up.gpu : gate.gpu;
+            }
+            mil_glu g = {};
+            g.rows = rows;
+            g.width = g.gate_stride = g.up_stride = g.y_stride = out;
+            g.up = up.gpu;
+            g.gate = gate.gpu;
+            g.y = results[fused].gpu;
+            const mil_ops *ops = h->gpu.ops;
+            if (fused) {
+                harness_check(h, ops->project(&h->gpu, &n, pair, 2, &g));
+                continue;
+            }
+            harness_check(h, ops->norm_forward(&h->gpu, &n));
+            harness_check(h, ops->linear_forward(&h->gpu, pair, 2));
+            harness_check(h, ops->glu_forward(&h->gpu, &g));
+        }
+        harness_same_bits(h, "project, 8-bit weights", results[0], 0, results[1], 0, rows * out);
+    }
+    harness_reset(h);
+}
+
+/* An embedding table in 8 bits, and weights that are not finite. */
+static void
+test_scaled_table(harness *h, mil_dtype dtype)
+{
+    enum { VOCAB = 9, WIDTH = 40, ROWS = 4 };
+    int32_t tokens[ROWS] = {8, 0, 3, 4};
+    scaled_weights w = random_scaled(h, VOCAB, WIDTH, dtype);
+    harness_array x = harness_empty(h, ROWS * WIDTH);
+    mil_embedding e = {};
+    e.rows = ROWS;
+    e.hidden = WIDTH;
+    e.vocab = VOCAB;
+    e.scale = 1.0f;
+    e.y_stride = WIDTH;
+    e.tokens = tokens;
+    e.table = w.values;
+    e.dtype = MIL_F32;
+    e.y = x.cpu;
+    harness_check(h, mil_cpu_ops.embedding_forward(&h->cpu, &e));
+    e.tokens = (const int32_t *)harness_bytes(h, tokens, sizeof tokens);
+    e.table = w.codes;
+    e.dtype = dtype;
+    e.row_scale = w.scale;
+    e.y = x.gpu;
+    harness_check(h, h->gpu.ops->embedding_forward(&h->gpu, &e));
+    harness_compare(h, "embedding of 8 bits", x, dtype == MIL_F8 ? 0 : tolerance_of(h));
+    static const float strange[] = {NAN, INFINITY, -INFINITY};
+    for (float value : strange) {
+        harness_array row = harness_random(h, 300, 1.0f), codes = harness_zeros(h, 75),
+                      bad = harness_zeros(h, 1);
+        harness_array scale = harness_zeros(h, 1);
+        row.cpu[257] = value;
+        harness_upload(h, &row);
+        mil_quantize q = {1, 300, row.gpu, h->act, dtype, codes.gpu, (float *)scale.gpu, (int32_t *)bad.gpu};
+        harness_check(h, h->gpu.ops->quantize(&h->gpu, &q));
+        bad.cpu[0] = mil_bits_to_float(1);
+        harness_compare(h, "not finite", bad, 0);
+    }
+    harness_reset(h);
+}
+
+static void
+test_scaled(harness *h)
+{
+    static const int64_t sizes[][3] = {{1, 16, 1},    {1, 64, 16},    {3, 80, 17},    {5, 160, 100},
+                                       {8, 336, 33},  {9, 4096, 31},  {16, 528, 50},  {17, 128, 9},
+                                       {64, 272, 20}, {100, 256, 48}, {70, 4096, 40}, {2, 7, 5},
+                                       {20, 40, 7}};
+    for (int dtype = MIL_F8; dtype <= MIL_I8; dtype++) {
+        for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
+            const int64_t *n = sizes[i];
+            test_scaled_product(h, n[0], n[1], n[2], (mil_dtype)dtype, false, false);
+            test_scaled_product(h, n[0], n[1], n[2], (mil_dtype)dtype, true, false);
+            test_scaled_product(h, n[0], n[1], n[2], (mil_dtype)dtype, false, true);
+        }
+        if (h->act != MIL_F32) {
+            test_scaled_bits(h, 4096, 40, (mil_dtype)dtype);
+            test_scaled_bits(h, 96, 33, (mil_dtype)dtype);
+        }
+        test_scaled_table(h, (mil_dtype)dtype);
+    }
+}
+
 /* ---- norms -------------------------------------------------------------------------------------------------------- */
 
 static void
@@ -328,6 +577,7 @@ main(void)
         }
         if (harness_turn(&h)) {
             test_projects(&h);
+            test_scaled(&h);
         }
         if (harness_turn(&h)) {
             test_norms(&h);
