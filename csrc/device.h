@@ -552,6 +552,7 @@ struct mil_ops {
     mil_dtype activation_dtype;
     bool keeps_current; /* uses mil_mixer_state.current */
     int device;         /* which of several devices of this kind */
+    int64_t prefill_rows; /* prompt rows that fill it: what a round takes unless told otherwise */
 
     /* A call's queue of work: open sets context->stream and makes the device the calling thread's, finish waits
      * for all that was queued, close gives the queue back. NULL where operators return when they are done (CPU). */

@@ -22,6 +22,7 @@ table_of(mil_dtype activation_dtype, int device)
     ops.name = "cuda";
     ops.activation_dtype = activation_dtype;
     ops.device = device;
+    ops.prefill_rows = 8192; /* products of fewer rows than some thousands leave tensor cores idle */
     ops.open = mil_cuda_open;
     ops.finish = mil_cuda_finish;
     ops.close = mil_cuda_close;

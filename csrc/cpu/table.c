@@ -56,6 +56,7 @@ const mil_ops mil_cpu_ops = {
     .name = "cpu",
     .activation_dtype = MIL_F32,
     .keeps_current = true,
+    .prefill_rows = 512,
     .alloc = mil_cpu_alloc,
     .free = mil_cpu_free,
     .copy = mil_cpu_copy,

@@ -89,7 +89,7 @@ typedef struct mil_engine_options {
     mil_draft_kind draft_kind;
     const mil_model *draft; /* where MIL_DRAFT_MODEL */
     int64_t max_batch;      /* requests that run at once; 0: 16 */
-    int64_t prefill_rows;   /* prompt rows of one round, of all requests; 0: 512 */
+    int64_t prefill_rows;   /* prompt rows of one round, of all requests; 0: as the device has it */
     /* Cost of one more verified row, and of one drafted token, in one-row passes of the model.
      * 0: estimated from the parameters' bytes (speculate.c). */
     double verify_cost, draft_cost;

@@ -6,7 +6,6 @@
 #include "decode/sequence.h"
 
 #define DEFAULT_BATCH 16
-#define DEFAULT_PREFILL_ROWS 512
 /* Scores of a prompt need a row of logits for each token: chunks are cut so that these stay in 64 MiB. */
 #define SCORE_LOGITS ((int64_t)16 << 20)
 
@@ -18,7 +17,7 @@ mil_engine_init(mil_engine *engine, const mil_engine_options *options)
     *engine = (mil_engine){.options = *options};
     mil_engine_options *o = &engine->options;
     o->max_batch = o->max_batch == 0 ? DEFAULT_BATCH : o->max_batch;
-    o->prefill_rows = o->prefill_rows == 0 ? DEFAULT_PREFILL_ROWS : o->prefill_rows;
+    o->prefill_rows = o->prefill_rows == 0 ? o->model->ops->prefill_rows : o->prefill_rows;
     if (o->max_batch < 1 || o->max_batch > 1 << 16) {
         return mil_fail(MIL_ERR_VALUE, "generate: max_batch must lie in 1 .. 65536, not %lld",
                         (long long)o->max_batch);

@@ -751,7 +751,7 @@ ngram_propose(PyObject *module, PyObject *args)
 
 static PyMethodDef methods[] = {
     {"generate", (PyCFunction)(void (*)(void))generate, METH_VARARGS | METH_KEYWORDS,
-     "generate(model, requests, *, draft=None, max_batch=16, prefill_rows=512, on_tokens=None, "
+     "generate(model, requests, *, draft=None, max_batch=16, prefill_rows=0, on_tokens=None, "
      "on_finish=None, more=None,\n"
      "         verify_cost=0, draft_cost=0, _break_accept=0, workspace=0) -> list of dicts. See "
      "mambainllama/generate.py."},
