@@ -66,10 +66,26 @@ devices(PyObject *module, PyObject *unused)
     return list;
 }
 
+static PyObject *
+memory(PyObject *module, PyObject *args)
+{
+    (void)module;
+    int device;
+    if (!PyArg_ParseTuple(args, "i:memory", &device)) {
+        return NULL;
+    }
+    size_t free_bytes, bytes;
+    if (mil_cuda_memory(device, &free_bytes, &bytes) != MIL_OK) {
+        return raise();
+    }
+    return Py_BuildValue("KK", (unsigned long long)free_bytes, (unsigned long long)bytes);
+}
+
 static PyMethodDef methods[] = {
     {"table", table, METH_VARARGS, "table(dtype, device): a capsule of the operators of one device."},
     {"devices", devices, METH_NOARGS,
      "devices(): name, capability, multiprocessors, memory and free bytes of each."},
+    {"memory", memory, METH_VARARGS, "memory(device): its free bytes, and all of its bytes."},
     {NULL, NULL, 0, NULL},
 };
 

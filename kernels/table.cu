@@ -88,6 +88,13 @@ mil_cuda_describe(int device, mil_cuda_device_info *out)
 }
 
 mil_status
+mil_cuda_memory(int device, size_t *free_bytes, size_t *bytes)
+{
+    MIL_CUDA_TRY(cudaSetDevice(device));
+    return mil_cuda_status(cudaMemGetInfo(free_bytes, bytes), "asking for free memory");
+}
+
+mil_status
 mil_cuda_table(mil_dtype activation_dtype, int device, const mil_ops **out)
 {
     int count = 0;

@@ -23,6 +23,8 @@ mil_status
 mil_cuda_device_count(int *count); /* 0 without a driver, too: then the message of mil_cuda_table says why */
 mil_status
 mil_cuda_describe(int device, mil_cuda_device_info *out);
+mil_status
+mil_cuda_memory(int device, size_t *free_bytes, size_t *bytes); /* quicker than describing all */
 
 /* memory.cu */
 mil_status

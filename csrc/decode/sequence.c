@@ -100,11 +100,11 @@ take_sampling_memory(mil_sequence *sequence, const mil_engine_options *options)
     return MIL_OK;
 }
 
-/* Most new tokens that a fresh state has room for from the start; what is longer grows. */
+/* Most new tokens that a state has room for from the start; what is longer grows. */
 #define ROOM_AT_ONCE 4096
 
-/* The states: those of the request, or fresh ones.  Fresh ones take the memory of the whole text now, so that it is
- * lacking before the text begins, if at all, and not in its middle. */
+/* The states: those of the request, or fresh ones.  They take the memory of the whole text now, so that it is lacking
+ * before the text begins, if at all, and not in its middle. */
 static mil_status
 take_states(mil_sequence *sequence, const mil_engine_options *options)
 {
@@ -118,16 +118,17 @@ take_states(mil_sequence *sequence, const mil_engine_options *options)
         MIL_TRY(request->origin != NULL ? mil_state_copy(&sequence->own_state, request->origin)
                                         : mil_state_init(&sequence->own_state, options->model, capacity));
         sequence->state = &sequence->own_state;
-        sequence->own_state.expected = expected;
-        MIL_TRY(mil_state_reserve(sequence->state, capacity));
     }
+    sequence->state->expected = expected;
+    MIL_TRY(mil_state_reserve(sequence->state, capacity));
     if (options->draft_kind == MIL_DRAFT_MODEL && request->draft_tokens > 0) {
         sequence->draft_state = request->draft_state;
         if (sequence->draft_state == NULL) {
             MIL_TRY(mil_state_init(&sequence->own_draft_state, options->draft, capacity));
             sequence->draft_state = &sequence->own_draft_state;
-            sequence->own_draft_state.expected = expected;
         }
+        sequence->draft_state->expected = expected;
+        MIL_TRY(mil_state_reserve(sequence->draft_state, capacity));
     }
     return MIL_OK;
 }

@@ -219,7 +219,7 @@ mil_state_reserve(mil_state *state, int64_t capacity)
                         (long long)capacity);
     }
     int64_t wanted = state->capacity + state->capacity / 2;
-    if (state->expected > 0 && wanted > state->expected) {
+    if (capacity <= state->expected && wanted > state->expected) {
         wanted = state->expected;
     }
     wanted = capacity > wanted ? capacity : wanted;
