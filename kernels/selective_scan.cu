@@ -5,22 +5,36 @@
  *
  * Here are prompts; sequences of at most a window of rows are in selective_scan_step.cu.
  *
- * Sequences of more than a window, in 16-bit types: what counts is exponentials, inner * state_dim of them a token (and
- * 4 more a channel for softplus and gate), at 16 a cycle and multiprocessor.  So a thread has SIZE states of one channel
- * and per state and token five instructions, one of them the exponential; LANES threads share a channel, as few as keep
- * the chip busy.  The sum over n costs little because LANES tokens are summed at once, each lane ending with one of
- * them.
+ * Sequences of more than a window, in 16-bit types.  There are inner * state_dim exponentials a token, and 4 more a channel
+ * for softplus and gate.  The unit for them makes 16 a cycle and multiprocessor, a warp's in 8 cycles, and everything else
+ * must fit beside it: in the same 8 cycles a scheduler issues 8 instructions.  Therefore
+ *
+ *   update   multiply, exponential, multiply, multiply-add: nothing else a state.  A warp has 8 * HALVES channels and all
+ *            of their states; a lane has 4 of each 16 states of the channels g and g + 8, g = lane / 4, and reads
+ *            (dt, dt x) and B of a token with two loads
+ *   output   sum_n C H is a tensor core's: the lanes' states are, as they lie in registers, a left operand of 16 channels by
+ *            8 states of mma.m16n8k8 (tf32: 10 bits behind the point, all of float32's range, no conversion).  The right
+ *            operand is C of 8 tokens; only the column of the token at hand is kept.  One instruction in 4 states
+ *            instead of a multiply-add each and a sum over lanes
+ *   powers   POLYNOMIALS of 8 exponentials are polynomials on the multiply-add units, of which there is some room left:
+ *            exact at 0 and within 2e-5 of 1 - 2^x, so that slow decays stay what they are over any length
  *
  * Tokens go through shared memory in pieces of ELEMENTS / COLUMNS: pairs (dt, dt x), of which the first is then
- * overwritten by sum_n C H. A thread loads and finishes 8 neighbouring channels of a token with 16-byte accesses; those of
- * the next piece are on their way while this one is computed.  Pieces begin at multiples of 16 tokens, so the state to
- * be kept is always that between two groups of 16.
+ * overwritten by sum_n C H.  A thread copies (cp.async), prepares and finishes 8 neighbouring channels of a token; those of
+ * the next piece are on their way while this one is computed, in places that no other thread uses.  Pieces begin at
+ * multiples of 16 tokens, so the state to be kept is always that between two groups of 16.
  */
 #include "selective_scan.cuh"
 
+#include <stdlib.h>
+
 #define THREADS 128
-#define ELEMENTS 2048 /* of a piece */
-#define VECTOR 8      /* channels of a 16-byte access */
+#define WARPS (THREADS / MIL_WARP)
+#define ELEMENTS 2048                       /* of a piece */
+#define VECTOR 8                            /* channels of a 16-byte access */
+#define SHARE (ELEMENTS / VECTOR / THREADS) /* of such accesses a thread and piece */
+#define TILE 16                             /* states that a quad of lanes has of a channel */
+#define OWN 4                               /* of them a lane */
 
 static __device__ __forceinline__ float
 fast_log2(float x)
@@ -38,37 +52,6 @@ fast_silu(float x)
     return x * y;
 }
 
-/* What a thread has of two tokens: raw rows of x, dt and z. */
-template <typename T>
-struct raw_piece {
-    mil_vector<T, VECTOR> x[2], dt[2], z[2];
-};
-
-/* Where a thread loads: channels `channel` .. + VECTOR of tokens `token` and `token` + `apart` of a piece. */
-struct piece_place {
-    int channel, source; /* source: its first column of x */
-    int token, apart;
-    int column; /* the first of its channels within the block */
-};
-
-template <typename T>
-static __device__ __forceinline__ void
-load_raw(const scan_arguments &a, const mil_span &span, const piece_place &p, int64_t start,
-         raw_piece<T> &raw)
-{
-#pragma unroll
-    for (int k = 0; k < 2; k++) {
-        int64_t token = start + p.token + k * p.apart, row = span.row + token;
-        if (token >= 0 && token < span.count && p.channel < a.inner) {
-            raw.x[k] = *(const mil_vector<T, VECTOR> *)((const T *)a.x + row * a.x_stride + p.source);
-            raw.dt[k] = *(const mil_vector<T, VECTOR> *)((const T *)a.dt + row * a.dt_stride + p.channel);
-            if (a.z != NULL) {
-                raw.z[k] = *(const mil_vector<T, VECTOR> *)((const T *)a.z + row * a.z_stride + p.channel);
-            }
-        }
-    }
-}
-
 /* log(1 + e^x) without a branch; where e^x is small 1 + e^x would lose its digits. */
 static __device__ __forceinline__ float
 fast_softplus(float x)
@@ -76,6 +59,153 @@ fast_softplus(float x)
     float e = fast_power(log2_e * x), series = e * fmaf(e, fmaf(e, 1.0f / 3, -0.5f), 1.0f);
     float value = e < 0x1p-6f ? series : 0.6931471806f * fast_log2(1.0f + e);
     return x > 20.0f ? x : value;
+}
+
+/* 2^x for x <= 0 (2^-126 below -126): 2^n p(x - n), n the integer next to x, p of degree 4 with p(0) = 1 whose
+ * coefficients minimise the largest error of (p(f) - 1) / f. */
+static __device__ __forceinline__ float
+polynomial_power(float x)
+{
+    const float to_integer = 0x1.8p23f;
+    x = fmaxf(x, -126.0f);
+    const float moved = x + to_integer, f = x - (moved - to_integer);
+    float p = fmaf(f, fmaf(f, fmaf(f, 0.00967604f, 0.05583834f), 0.24022168f), 0.69313675f);
+    p = fmaf(f, p, 1.0f);
+    return __int_as_float(__float_as_int(p) + (__float_as_int(moved) << 23));
+}
+
+/* d += a b: 16 x 8 by 8 x 8, float32 of which the last 13 bits do not count. */
+static __device__ __forceinline__ void
+multiply_add(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1)
+{
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)),
+          "r"(__float_as_uint(a3)), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
+
+/* ---- shared memory ----------------------------------------------------------------------------------------------- */
+
+/* 16 bytes on their way from memory, or zeros. */
+static __device__ __forceinline__ void
+copy_vector(void *to, const void *from, bool there)
+{
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(to)),
+        "l"(from), "r"(there ? 16 : 0)
+        : "memory");
+}
+
+/* A block's sizes. Pairs: 2 more a warp, so that stores of several warps' and tokens' vectors meet no bank twice. */
+template <int HALVES>
+struct piece_shape {
+    static constexpr int COLUMNS = WARPS * 8 * HALVES, TOKENS = ELEMENTS / COLUMNS, ACROSS = COLUMNS / VECTOR;
+    static constexpr int WARP_PAIRS = 8 * HALVES + 2, TOKEN_PAIRS = WARPS * WARP_PAIRS;
+    static_assert(TOKENS % MIL_WINDOW == 0, "pieces are whole groups of 16 tokens");
+};
+
+/* Two pieces' inputs in turns; each thread has its own vectors of them. */
+template <typename T>
+struct raw_piece {
+    mil_vector<T, VECTOR> x[2][SHARE][THREADS], z[2][SHARE][THREADS], dt[SHARE][THREADS];
+};
+
+template <typename T, int HALVES>
+struct piece_memory {
+    raw_piece<T> *raw;
+    float2 *pairs;                  /* [TOKENS, TOKEN_PAIRS] */
+    float *B, *C;                   /* [TOKENS, width] */
+    mil_vector<T, VECTOR> *columns; /* B and C as given */
+};
+
+template <typename T, int HALVES>
+static inline size_t
+piece_bytes(int B_width, int C_width)
+{
+    using shape = piece_shape<HALVES>;
+    return sizeof(raw_piece<T>) + shape::TOKENS * (shape::TOKEN_PAIRS * sizeof(float2) +
+                                                   (B_width + C_width) * (sizeof(float) + sizeof(T)));
+}
+
+template <typename T, int HALVES>
+static __device__ __forceinline__ piece_memory<T, HALVES>
+cut_memory(const scan_arguments &a, char *shared)
+{
+    using shape = piece_shape<HALVES>;
+    piece_memory<T, HALVES> m;
+    m.raw = (raw_piece<T> *)shared;
+    m.pairs = (float2 *)(m.raw + 1);
+    m.B = (float *)(m.pairs + shape::TOKENS * shape::TOKEN_PAIRS);
+    m.C = m.B + shape::TOKENS * a.B_width;
+    m.columns = (mil_vector<T, VECTOR> *)(m.C + shape::TOKENS * a.C_width);
+    return m;
+}
+
+/* ---- pieces ---------------------------------------------------------------------------------------------------------- */
+
+/* What a thread loads and finishes: channels `channel` .. + VECTOR of tokens `token` + k * `apart` of a piece. */
+struct piece_place {
+    int channel, source; /* source: its first column of x */
+    int token, apart;
+    int pair;       /* of its first channel, in a token's */
+    int B_at, C_at; /* the block's first columns */
+};
+
+/* Asks for the columns of B or C of a piece that starts at `start`. */
+template <typename T>
+static __device__ __forceinline__ void
+ask_for_columns(const T *from, int64_t stride, int width, int inside, int tokens, const mil_span &span,
+                int64_t start, mil_vector<T, VECTOR> *to)
+{
+    const int across = width / VECTOR;
+    for (int e = threadIdx.x; e < tokens * across; e += THREADS) {
+        const int64_t token = start + e / across;
+        const int column = e % across * VECTOR;
+        const bool there = token >= 0 && token < span.count && column < inside;
+        copy_vector(to + e, there ? from + (span.row + token) * stride + column : from, there);
+    }
+}
+
+/* What the same thread asked for, as float32. */
+template <typename T>
+static __device__ __forceinline__ void
+widen_columns(const mil_vector<T, VECTOR> *from, int width, int tokens, float *to)
+{
+    for (int e = threadIdx.x; e < tokens * width / VECTOR; e += THREADS) {
+        float value[VECTOR];
+        mil_load<VECTOR>((const T *)(from + e), value);
+        *(float4 *)(to + e * VECTOR) = make_float4(value[0], value[1], value[2], value[3]);
+        *(float4 *)(to + e * VECTOR + 4) = make_float4(value[4], value[5], value[6], value[7]);
+    }
+}
+
+template <typename T, int HALVES>
+static __device__ __forceinline__ void
+ask_for_piece(const scan_arguments &a, const mil_span &span, const piece_place &p, int64_t start, int turn,
+              const piece_memory<T, HALVES> &m)
+{
+    constexpr int TOKENS = piece_shape<HALVES>::TOKENS;
+    if (start < span.count) {
+#pragma unroll
+        for (int k = 0; k < SHARE; k++) {
+            const int64_t token = start + p.token + k * p.apart;
+            const bool there = token >= 0 && token < span.count && p.channel < a.inner;
+            const int64_t row = there ? span.row + token : 0;
+            const int column = there ? p.channel : 0, source = there ? p.source : 0;
+            copy_vector(&m.raw->x[turn][k][threadIdx.x], (const T *)a.x + row * a.x_stride + source, there);
+            copy_vector(&m.raw->dt[k][threadIdx.x], (const T *)a.dt + row * a.dt_stride + column, there);
+            if (a.z != NULL) {
+                copy_vector(&m.raw->z[turn][k][threadIdx.x], (const T *)a.z + row * a.z_stride + column,
+                            there);
+            }
+        }
+        ask_for_columns((const T *)a.B + p.B_at, a.B_stride, a.B_width, a.B_groups * a.state_dim - p.B_at,
+                        TOKENS, span, start, m.columns);
+        ask_for_columns((const T *)a.C + p.C_at, a.C_stride, a.C_width, a.C_groups * a.state_dim - p.C_at,
+                        TOKENS, span, start, m.columns + TOKENS * a.B_width / VECTOR);
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
 static __device__ __forceinline__ void
@@ -87,177 +217,197 @@ load_vector(const float *from, float (&to)[VECTOR])
 }
 
 /* Pairs (dt, dt x) of the thread's part of a piece, zeros where there is no token: those leave H as it is. */
-template <typename T, int COLUMNS>
+template <typename T, int HALVES>
 static __device__ __forceinline__ void
-store_pairs(const scan_arguments &a, const mil_span &span, const piece_place &p, int64_t start,
-            const raw_piece<T> &raw, float2 *pairs)
+store_pairs(const scan_arguments &a, const mil_span &span, const piece_place &p, int64_t start, int turn,
+            const piece_memory<T, HALVES> &m)
 {
     float bias[VECTOR];
     load_vector(a.dt_bias + min(p.channel, a.inner - VECTOR), bias);
 #pragma unroll
-    for (int k = 0; k < 2; k++) {
-        int64_t token = start + p.token + k * p.apart;
-        bool inside = token >= 0 && token < span.count && p.channel < a.inner;
-        float pair[2 * VECTOR];
+    for (int k = 0; k < SHARE; k++) {
+        const int64_t token = start + p.token + k * p.apart;
+        const bool inside = token >= 0 && token < span.count;
+        float x[VECTOR], dt[VECTOR];
+        mil_load<VECTOR>(m.raw->x[turn][k][threadIdx.x].at, x);
+        mil_load<VECTOR>(m.raw->dt[k][threadIdx.x].at, dt);
+        float2 *to = m.pairs + (p.token + k * p.apart) * piece_shape<HALVES>::TOKEN_PAIRS + p.pair;
 #pragma unroll
         for (int i = 0; i < VECTOR; i++) {
-            float dt = fast_softplus(fmaf(a.dt_bias_scale, bias[i], mil_float(raw.dt[k].at[i])));
-            dt = dt < a.dt_min ? a.dt_min : dt;
-            dt = dt > a.dt_max ? a.dt_max : dt;
-            pair[2 * i] = inside ? dt : 0.0f;
-            pair[2 * i + 1] = inside ? dt * mil_float(raw.x[k].at[i]) : 0.0f;
-        }
-        float4 *to = (float4 *)(pairs + (p.token + k * p.apart) * COLUMNS + p.column);
-#pragma unroll
-        for (int i = 0; i < VECTOR / 2; i++) {
-            to[i] = make_float4(pair[4 * i], pair[4 * i + 1], pair[4 * i + 2], pair[4 * i + 3]);
+            float step = fast_softplus(fmaf(a.dt_bias_scale, bias[i], dt[i]));
+            step = step < a.dt_min ? a.dt_min : step;
+            step = step > a.dt_max ? a.dt_max : step;
+            step = inside ? step : 0.0f;
+            to[i * HALVES] = make_float2(step, step * x[i]);
         }
     }
 }
 
 /* y of the thread's part of a piece from the sums and what it had loaded. */
-template <typename T, int COLUMNS>
+template <typename T, int HALVES>
 static __device__ __forceinline__ void
-finish_piece(const scan_arguments &a, const mil_span &span, const piece_place &p, int64_t start,
-             const raw_piece<T> &raw, const float2 *pairs)
+finish_piece(const scan_arguments &a, const mil_span &span, const piece_place &p, int64_t start, int turn,
+             const piece_memory<T, HALVES> &m)
 {
     float D[VECTOR];
     load_vector(a.D + min(p.channel, a.inner - VECTOR), D);
 #pragma unroll
-    for (int k = 0; k < 2; k++) {
-        int64_t token = start + p.token + k * p.apart;
+    for (int k = 0; k < SHARE; k++) {
+        const int64_t token = start + p.token + k * p.apart;
         if (token < 0 || token >= span.count || p.channel >= a.inner) {
             continue;
         }
-        const float4 *from = (const float4 *)(pairs + (p.token + k * p.apart) * COLUMNS + p.column);
-        float y[VECTOR];
-#pragma unroll
-        for (int i = 0; i < VECTOR / 2; i++) {
-            float4 two = from[i];
-            y[2 * i] = two.x;
-            y[2 * i + 1] = two.z;
-        }
+        const float2 *from = m.pairs + (p.token + k * p.apart) * piece_shape<HALVES>::TOKEN_PAIRS + p.pair;
+        float x[VECTOR], y[VECTOR];
+        mil_load<VECTOR>(m.raw->x[turn][k][threadIdx.x].at, x);
 #pragma unroll
         for (int i = 0; i < VECTOR; i++) {
-            y[i] = fmaf(D[i], mil_float(raw.x[k].at[i]), y[i]);
-            y[i] *= a.z != NULL ? fast_silu(mil_float(raw.z[k].at[i])) : 1.0f;
+            y[i] = fmaf(D[i], x[i], from[i * HALVES].x);
+        }
+        if (a.z != NULL) {
+            float z[VECTOR];
+            mil_load<VECTOR>(m.raw->z[turn][k][threadIdx.x].at, z);
+#pragma unroll
+            for (int i = 0; i < VECTOR; i++) {
+                y[i] *= fast_silu(z[i]);
+            }
         }
         mil_store<VECTOR>((T *)a.y + (span.row + token) * a.y_stride + p.channel, y);
     }
 }
 
-/* B or C of a piece as float32 [tokens, width], zeros where there is no token; only `inside` columns exist. */
-template <typename T>
-static __device__ __forceinline__ void
-load_columns(const T *from, int64_t stride, int width, int inside, int tokens, const mil_span &span,
-             int64_t start, float *to)
-{
-    const int rows = max(1, THREADS / width), first = threadIdx.x / width; /* rows at a time; the thread's */
-    if (first >= rows) {
-        return;
+/* ---- the recurrence ------------------------------------------------------------------------------------------------- */
+
+/* A lane's states of its channels (one of each half): state TILE * k + OWN * (lane % 4) + j is number OWN * k + j. */
+template <int K, int HALVES>
+struct lane_states {
+    float exponent[HALVES][OWN * K]; /* A log2(e) */
+    float H[HALVES][OWN * K];
+
+    /* The state numbered i moves on; u: dt x. */
+    template <int POLYNOMIALS>
+    __device__ __forceinline__ void step(int half, int i, float dt, float u, float B)
+    {
+        const float x = dt * exponent[half][i];
+        const bool by_polynomial = (half * OWN + i % OWN) * POLYNOMIALS % (OWN * HALVES) >
+                                   OWN * HALVES - 1 - POLYNOMIALS; /* spread evenly */
+        H[half][i] = fmaf(by_polynomial ? polynomial_power(x) : fast_power(x), H[half][i], u * B);
     }
-    for (int c = threadIdx.x % width; c < width; c += THREADS) {
-#pragma unroll 4
-        for (int row = first; row < tokens; row += rows) {
-            int64_t token = start + row;
-            bool is_there = token >= 0 && token < span.count && c < inside;
-            to[row * width + c] = is_there ? mil_float(from[(span.row + token) * stride + c]) : 0.0f;
+};
+
+/* Eight tokens. pairs: the warp's of the first token; B, C: of the lane's first state and the first token. */
+template <int K, int HALVES, int POLYNOMIALS>
+static __device__ __forceinline__ void
+run_tokens(float2 *pairs, const float *B, int B_width, const float *C, int C_width, lane_states<K, HALVES> &s)
+{
+    constexpr int STRIDE = piece_shape<HALVES>::TOKEN_PAIRS;
+    const int g = threadIdx.x % MIL_WARP / 4, q = threadIdx.x % 4;
+    float right[OWN * K], y[4] = {};
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+        const float4 c = *(const float4 *)(C + g * C_width + k * TILE);
+        right[OWN * k] = c.x, right[OWN * k + 1] = c.y, right[OWN * k + 2] = c.z, right[OWN * k + 3] = c.w;
+    }
+#pragma unroll
+    for (int t = 0; t < 8; t++) {
+        float2 pair[2];
+        if constexpr (HALVES == 2) {
+            const float4 both = *(const float4 *)(pairs + t * STRIDE + g * HALVES);
+            pair[0] = make_float2(both.x, both.y);
+            pair[1] = make_float2(both.z, both.w);
         }
+        else {
+            pair[0] = pairs[t * STRIDE + g];
+        }
+        float sum[4] = {};
+#pragma unroll
+        for (int k = 0; k < K; k++) {
+            const float4 four = *(const float4 *)(B + t * B_width + k * TILE);
+            const float b[OWN] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+            for (int j = 0; j < OWN; j++) {
+#pragma unroll
+                for (int h = 0; h < HALVES; h++) {
+                    s.template step<POLYNOMIALS>(h, OWN * k + j, pair[h].x, pair[h].y, b[j]);
+                }
+            }
+#pragma unroll
+            for (int i = OWN * k; i < OWN * k + OWN; i += 2) {
+                multiply_add(sum, s.H[0][i], HALVES == 2 ? s.H[HALVES - 1][i] : 0.0f, s.H[0][i + 1],
+                             HALVES == 2 ? s.H[HALVES - 1][i + 1] : 0.0f, right[i], right[i + 1]);
+            }
+        }
+        if (q == t / 2) { /* the token's column */
+            y[t % 2] = sum[t % 2];
+            y[2 + t % 2] = sum[2 + t % 2];
+        }
+    }
+    __syncwarp(); /* all lanes have read these pairs */
+#pragma unroll
+    for (int h = 0; h < HALVES; h++) {
+        pairs[2 * q * STRIDE + g * HALVES + h].x = y[2 * h];
+        pairs[(2 * q + 1) * STRIDE + g * HALVES + h].x = y[2 * h + 1];
     }
 }
 
-/* From LANES tokens' parts in every lane to one token's sum in each: lane l gets token l's. */
-template <int LANES>
-static __device__ __forceinline__ float
-add_lanes(float (&y)[LANES], int lane)
-{
-#pragma unroll
-    for (int half = LANES / 2; half > 0; half /= 2) {
-        bool upper = lane & half;
-#pragma unroll
-        for (int u = 0; u < half; u++) {
-            float sent = upper ? y[u] : y[u + half], own = upper ? y[u + half] : y[u];
-            y[u] = own + __shfl_xor_sync(MIL_ALL_LANES, sent, half);
-        }
-    }
-    return y[0];
-}
-
-/* The recurrence over LANES tokens. B and C: the thread's SIZE columns of the first token. */
-template <int SIZE, int LANES, int COLUMNS>
+/* Tail tokens of earlier calls. first: the lane's first state; B_at: column of its B. */
+template <int K, int HALVES>
 static __device__ __forceinline__ void
-run_tokens(float2 *pairs, const float *B, int B_width, const float *C, int C_width, int lane,
-           const float (&exponent)[SIZE], float (&H)[SIZE])
+replay_tail(const scan_arguments &a, const mil_span &span, const mil_tails &tails, const int (&c)[HALVES],
+            int B_at, lane_states<K, HALVES> &s)
 {
-    constexpr int AT_ONCE = SIZE < 4 ? SIZE : 4;
-    float y[LANES];
+    for (int token = 0; token < span.before; token++) {
+        const float *B = tails.B + (int64_t)token * a.B_groups * a.state_dim + B_at;
 #pragma unroll
-    for (int u = 0; u < LANES; u++) {
-        const float2 pair = pairs[u * COLUMNS];
-        y[u] = 0.0f;
+        for (int h = 0; h < HALVES; h++) {
+            const float dt = tails.dt[(int64_t)token * a.inner + c[h]];
+            const float x = tails.x[(int64_t)token * (a.inner / a.x_repeat) + source_of(a, c[h])];
 #pragma unroll
-        for (int first = 0; first < SIZE; first += AT_ONCE) {
-            float b[AT_ONCE], c[AT_ONCE];
-            mil_load<AT_ONCE>(B + u * B_width + first, b);
-            mil_load<AT_ONCE>(C + u * C_width + first, c);
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; i++) {
-                const int n = first + i;
-                H[n] = fmaf(fast_power(pair.x * exponent[n]), H[n], pair.y * b[i]);
-                y[u] = fmaf(c[i], H[n], y[u]);
+            for (int i = 0; i < OWN * K; i++) {
+                s.template step<0>(h, i, dt, dt * x, B[i / OWN * TILE + i % OWN]);
             }
         }
     }
-    pairs[lane * COLUMNS].x = add_lanes<LANES>(y, lane); /* all lanes of the channel have read it */
 }
 
-/* Tail tokens of earlier calls. */
-template <int SIZE>
-static __device__ __forceinline__ void
-replay_tail(const scan_arguments &a, const mil_span &span, const mil_tails &tails, int c, int B_at,
-            int n_first, const float (&exponent)[SIZE], float (&H)[SIZE])
-{
-    for (int token = 0; token < span.before; token++) {
-        float dt = tails.dt[(int64_t)token * a.inner + c];
-        float x = tails.x[(int64_t)token * (a.inner / a.x_repeat) + source_of(a, c)];
-        const float *B = tails.B + (int64_t)token * a.B_groups * a.state_dim + B_at;
-#pragma unroll
-        for (int n = 0; n < SIZE; n++) {
-            H[n] = fmaf(fast_power(dt * exponent[n]), H[n], dt * x * B[n_first + n]);
-        }
-    }
-}
-
-/* Grid: blocks of channels, sequences. SIZE * LANES is state_dim. */
-template <typename T, int SIZE, int LANES>
+/* Grid: blocks of channels, sequences. TILE * K is state_dim. */
+template <typename T, int K, int HALVES, int POLYNOMIALS>
 static __global__ void
-__launch_bounds__(THREADS, SIZE <= 8 ? 4 : 2)
+__launch_bounds__(THREADS, K == 1   ? 5
+                           : K == 2 ? 4
+                                    : 3)
     scan_pieces_kernel(const __grid_constant__ scan_arguments a, const __grid_constant__ mil_states states)
 {
-    constexpr int COLUMNS = THREADS / LANES, TOKENS = ELEMENTS / COLUMNS, ACROSS = COLUMNS / VECTOR;
-    static_assert(TOKENS % MIL_WINDOW == 0 && MIL_WINDOW % LANES == 0,
-                  "pieces are whole groups of 16 tokens");
-    extern __shared__ __align__(16) float shared[];
-    float2 *pairs = (float2 *)shared;
-    float *B_piece = shared + 2 * ELEMENTS, *C_piece = B_piece + TOKENS * a.B_width;
-    const int column = threadIdx.x / LANES, lane = threadIdx.x % LANES, n_first = lane * SIZE;
-    const int channel = blockIdx.x * COLUMNS, c = channel + column, c_inside = min(c, a.inner - 1);
+    using shape = piece_shape<HALVES>;
+    extern __shared__ __align__(16) char shared[];
+    const piece_memory<T, HALVES> m = cut_memory<T, HALVES>(a, shared);
+    const int lane = threadIdx.x % MIL_WARP, warp = threadIdx.x / MIL_WARP, n = lane % 4 * OWN;
+    const int channel = blockIdx.x * shape::COLUMNS,
+              own = min(channel + warp * 8 * HALVES, a.inner - 8 * HALVES);
     const int B_run = a.inner / a.B_groups, C_run = a.inner / a.C_groups;
-    const int B_at = channel / B_run * a.state_dim, C_at = channel / C_run * a.state_dim;
-    const int B_own = c_inside / B_run * a.state_dim - B_at, C_own = c_inside / C_run * a.state_dim - C_at;
     const mil_tails tails = states.of[blockIdx.y];
     float *state = states.given ? tails.state : NULL;
     piece_place p;
-    p.token = threadIdx.x / ACROSS;
-    p.apart = THREADS / ACROSS;
-    p.column = threadIdx.x % ACROSS * VECTOR;
-    p.channel = channel + p.column;
+    p.token = threadIdx.x / shape::ACROSS;
+    p.apart = THREADS / shape::ACROSS;
+    const int column = threadIdx.x % shape::ACROSS * VECTOR, in_warp = column % (8 * HALVES);
+    p.channel = channel + column;
     p.source = source_of(a, min(p.channel, a.inner - VECTOR));
-    float H[SIZE], exponent[SIZE];
+    p.pair = column / (8 * HALVES) * shape::WARP_PAIRS + in_warp % 8 * HALVES + in_warp / 8;
+    p.B_at = channel / B_run * a.state_dim;
+    p.C_at = channel / C_run * a.state_dim;
+    const int B_own = own / B_run * a.state_dim - p.B_at + n, C_own = own / C_run * a.state_dim - p.C_at + n;
+    int c[HALVES];
+    lane_states<K, HALVES> s;
 #pragma unroll
-    for (int n = 0; n < SIZE; n++) {
-        exponent[n] = -log2_e * fminf(expf(a.A_log[(int64_t)c_inside * a.state_dim + n_first + n]), 1e30f);
-        H[n] = 0.0f;
+    for (int h = 0; h < HALVES; h++) {
+        c[h] = own + 8 * h + lane / 4;
+#pragma unroll
+        for (int i = 0; i < OWN * K; i++) {
+            const float *A_log = a.A_log + (int64_t)c[h] * a.state_dim + n;
+            s.exponent[h][i] = -log2_e * fminf(expf(A_log[i / OWN * TILE + i % OWN]), 1e30f);
+            s.H[h][i] = 0.0f;
+        }
     }
     mil_wait();
     const mil_span span = mil_span_of(a.rows, a.first + blockIdx.y);
@@ -265,83 +415,100 @@ __launch_bounds__(THREADS, SIZE <= 8 ? 4 : 2)
         return;
     }
     int64_t start = -(int64_t)(span.before % MIL_WINDOW); /* token of this call at which the piece begins */
-    raw_piece<T> raw, next;
-    load_raw(a, span, p, start, raw);
+    ask_for_piece<T, HALVES>(a, span, p, start, 0, m);
+    auto each_state = [&](auto move) {
+#pragma unroll
+        for (int h = 0; h < HALVES; h++) {
+#pragma unroll
+            for (int i = 0; i < OWN * K; i++) {
+                move(state[(int64_t)(i / OWN * TILE + n + i % OWN) * a.inner + c[h]], s.H[h][i]);
+            }
+        }
+    };
     if (state != NULL) {
-#pragma unroll
-        for (int n = 0; n < SIZE; n++) {
-            H[n] = state[(int64_t)(n_first + n) * a.inner + c_inside];
-        }
-        replay_tail<SIZE>(a, span, tails, c_inside, B_at + B_own, n_first, exponent, H);
+        each_state([](float &kept, float &H) { H = kept; });
+        replay_tail<K, HALVES>(a, span, tails, c, p.B_at + B_own, s);
     }
-    for (; start < span.count; start += TOKENS) {
-        __syncthreads(); /* the piece before is finished */
-        load_columns((const T *)a.B + B_at, a.B_stride, a.B_width, a.B_groups * a.state_dim - B_at, TOKENS,
-                     span, start, B_piece);
-        load_columns((const T *)a.C + C_at, a.C_stride, a.C_width, a.C_groups * a.state_dim - C_at, TOKENS,
-                     span, start, C_piece);
-        store_pairs<T, COLUMNS>(a, span, p, start, raw, pairs);
+    for (int turn = 0; start < span.count; start += shape::TOKENS, turn ^= 1) {
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
+        widen_columns(m.columns, a.B_width, shape::TOKENS, m.B);
+        widen_columns(m.columns + shape::TOKENS * a.B_width / VECTOR, a.C_width, shape::TOKENS, m.C);
+        store_pairs<T, HALVES>(a, span, p, start, turn, m);
+        ask_for_piece<T, HALVES>(a, span, p, start + shape::TOKENS, turn ^ 1, m);
         __syncthreads();
-        load_raw(a, span, p, start + TOKENS, next);
-        for (int group = 0; group < TOKENS; group += MIL_WINDOW) {
-            for (int s = group; s < group + MIL_WINDOW; s += LANES) {
-                run_tokens<SIZE, LANES, COLUMNS>(
-                    pairs + s * COLUMNS + column, B_piece + s * a.B_width + B_own + n_first, a.B_width,
-                    C_piece + s * a.C_width + C_own + n_first, a.C_width, lane, exponent, H);
-            }
-            if (state != NULL && span.past + start + group + MIL_WINDOW == span.after && c < a.inner) {
-#pragma unroll
-                for (int n = 0; n < SIZE; n++) {
-                    state[(int64_t)(n_first + n) * a.inner + c] = H[n];
-                }
+#pragma unroll 1
+        for (int t = 0; t < shape::TOKENS; t += 8) {
+            run_tokens<K, HALVES, POLYNOMIALS>(m.pairs + t * shape::TOKEN_PAIRS + warp * shape::WARP_PAIRS,
+                                               m.B + t * a.B_width + B_own, a.B_width,
+                                               m.C + t * a.C_width + C_own, a.C_width, s);
+            if (state != NULL && span.past + start + t + 8 == span.after &&
+                channel + warp * 8 * HALVES < a.inner) {
+                each_state([](float &kept, float &H) { kept = H; });
             }
         }
         __syncthreads();
-        finish_piece<T, COLUMNS>(a, span, p, start, raw, pairs);
-        raw = next;
+        finish_piece<T, HALVES>(a, span, p, start, turn,
+                                m); /* what it reads it writes in the next round itself */
     }
     mil_trigger();
     if (state != NULL) {
-        move_tails<T, COLUMNS>(a, span, tails, channel);
+        move_tails<T, shape::COLUMNS>(a, span, tails, channel);
     }
 }
 
 /* ---- launches ----------------------------------------------------------------------------------------------------- */
-template <typename T, int SIZE, int LANES>
+
+template <typename T, int K, int HALVES, int POLYNOMIALS>
 static mil_status
 launch_pieces(mil_context *context, scan_arguments a, const mil_states &states, int64_t sequences)
 {
-    constexpr int COLUMNS = THREADS / LANES, TOKENS = ELEMENTS / COLUMNS;
+    constexpr int COLUMNS = piece_shape<HALVES>::COLUMNS;
     a.B_width = group_columns(a.inner, a.B_groups, a.state_dim, COLUMNS);
     a.C_width = group_columns(a.inner, a.C_groups, a.state_dim, COLUMNS);
-    size_t floats = 2 * ELEMENTS + (size_t)TOKENS * (a.B_width + a.C_width);
-    return mil_launch(context, "scan", scan_pieces_kernel<T, SIZE, LANES>,
+    return mil_launch(context, "scan", scan_pieces_kernel<T, K, HALVES, POLYNOMIALS>,
                       dim3((unsigned)mil_ceil_div(a.inner, COLUMNS), (unsigned)sequences), dim3(THREADS),
-                      floats * sizeof(float), a, states);
+                      piece_bytes<T, HALVES>(a.B_width, a.C_width), a, states);
 }
 
-/* Many channels: two threads a channel. Few: as many as make the most of one sequence. */
+/* Whether a warp of that many channels has one B and one C. */
+static bool
+shares_columns(const scan_arguments &a, int channels)
+{
+    return a.inner / a.B_groups % channels == 0 && a.inner / a.C_groups % channels == 0;
+}
+
+/* Many channels: 16 a warp. Few: 8, for twice the warps. */
 template <typename T>
 static mil_status
-choose_lanes(mil_context *context, const scan_arguments &a, const mil_states &states, int64_t sequences)
+choose_halves(mil_context *context, const scan_arguments &a, const mil_states &states, int64_t sequences)
 {
-    const int64_t enough = 1 << 15; /* threads: 8 warps on each multiprocessor */
-    const bool many = 2 * sequences * a.inner >= enough;
-    return a.state_dim == 16   ? (many ? launch_pieces<T, 8, 2>(context, a, states, sequences)
-                                       : launch_pieces<T, 2, 8>(context, a, states, sequences))
-           : a.state_dim == 32 ? launch_pieces<T, 8, 4>(context, a, states, sequences)
-                               : launch_pieces<T, 8, 8>(context, a, states, sequences);
+    const int64_t enough = 1 << 10; /* warps: two on each scheduler */
+    if (!shares_columns(a, 16) || sequences * a.inner / 16 < enough) {
+        return a.state_dim == 16   ? launch_pieces<T, 1, 1, 1>(context, a, states, sequences)
+               : a.state_dim == 32 ? launch_pieces<T, 2, 1, 1>(context, a, states, sequences)
+                                   : launch_pieces<T, 4, 1, 1>(context, a, states, sequences);
+    }
+    const char *polynomials = getenv("MIL_SCAN_POLY");
+    if (a.state_dim == 16 && polynomials != NULL) {
+        return polynomials[0] == '0'   ? launch_pieces<T, 1, 2, 0>(context, a, states, sequences)
+               : polynomials[0] == '2' ? launch_pieces<T, 1, 2, 2>(context, a, states, sequences)
+                                       : launch_pieces<T, 1, 2, 3>(context, a, states, sequences);
+    }
+    return a.state_dim == 16   ? launch_pieces<T, 1, 2, 1>(context, a, states, sequences)
+           : a.state_dim == 32 ? launch_pieces<T, 2, 2, 1>(context, a, states, sequences)
+                               : launch_pieces<T, 4, 2, 1>(context, a, states, sequences);
 }
 
-/* Whether states divide among threads, and all rows can be read and written 16 bytes at a time. */
+/* Whether states divide among lanes, warps have one B and C, and all rows can be read and written 16 bytes at a time. */
 template <typename T>
 static bool
 takes_pieces(const scan_arguments &a)
 {
-    const bool divides = a.state_dim == 16 || a.state_dim == 32 || a.state_dim == 64;
-    return sizeof(T) == 2 && divides && a.inner % VECTOR == 0 &&
+    const bool divides = a.state_dim == TILE || a.state_dim == 2 * TILE || a.state_dim == 4 * TILE;
+    return sizeof(T) == 2 && divides && shares_columns(a, 8) &&
            (a.x_repeat == 1 || a.x_repeat_group % VECTOR == 0) && mil_is_aligned<T>(a.x, a.x_stride) &&
            mil_is_aligned<T>(a.dt, a.dt_stride) && mil_is_aligned<T>(a.y, a.y_stride) &&
+           mil_is_aligned<T>(a.B, a.B_stride) && mil_is_aligned<T>(a.C, a.C_stride) &&
            (a.z == NULL || mil_is_aligned<T>(a.z, a.z_stride)) && mil_is_aligned<float>(a.dt_bias, 0) &&
            mil_is_aligned<float>(a.D, 0);
 }
@@ -388,7 +555,7 @@ scan(mil_context *context, const mil_scan *s)
         }
         if constexpr (sizeof(T) == 2) {
             a.least = MIL_WINDOW + 1;
-            MIL_TRY(pieces ? choose_lanes<T>(context, a, states, count) : MIL_OK);
+            MIL_TRY(pieces ? choose_halves<T>(context, a, states, count) : MIL_OK);
         }
     }
     return MIL_OK;

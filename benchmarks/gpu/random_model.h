@@ -1,0 +1,104 @@
+/* Models of random weights in real shapes, and operator tables with holes: to time whole passes, and them without one
+ * operator. */
+#ifndef MIL_BENCHMARKS_GPU_RANDOM_MODEL_H
+#define MIL_BENCHMARKS_GPU_RANDOM_MODEL_H
+
+#include "timing.h"
+
+extern "C" {
+#include "model/model.h"
+}
+
+typedef struct model_shape {
+    int64_t hidden, layers, heads, kv_heads, intermediate, vocab;
+    int64_t mixer; /* of even layers: 0 attention, 1 Mamba-1, 2 Mamba-2; the odd ones are attention */
+} model_shape;
+
+static inline mil_layer_config
+model_layer(const model_shape *s, int64_t mixer)
+{
+    mil_layer_config c = {};
+    int64_t head_dim = s->hidden / s->heads, kv_width = s->kv_heads * head_dim;
+    c.mixer = (mil_mixer_kind)mixer;
+    c.heads = s->heads;
+    c.kv_heads = s->kv_heads;
+    c.head_dim = head_dim;
+    c.rotary = mixer == 0 ? head_dim : 0;
+    c.attention_scale = 1.0f / sqrtf((float)head_dim);
+    c.inner = s->hidden;
+    c.x_width = kv_width;
+    c.conv_width = 4;
+    c.state_dim = mixer == 1 ? 16 : head_dim;
+    c.dt_rank = s->hidden / 16;
+    c.B_groups = mixer == 1 ? kv_width / 16 : s->kv_heads;
+    c.C_groups = mixer == 1 ? s->hidden / 16 : s->heads;
+    c.repeat_before_conv = true;
+    c.norm_group = head_dim;
+    c.mixer_norm_eps = 1e-5f;
+    c.dt_bias_scale = 1.0f;
+    c.dt_max = INFINITY;
+    c.intermediate = s->intermediate;
+    c.gated = true;
+    c.activation = MIL_SILU;
+    return c;
+}
+
+/* The model on the device, through `ops`, which is the caller's copy of the device's table. */
+static inline mil_model *
+model_random(harness *h, const model_shape *s, mil_ops *ops)
+{
+    mil_layer_config *layers = (mil_layer_config *)calloc((size_t)s->layers, sizeof *layers);
+    for (int64_t i = 0; i < s->layers; i++) {
+        layers[i] = model_layer(s, i % 2 ? 0 : s->mixer);
+    }
+    float inv_freq[256];
+    for (int i = 0; i < 256; i++) {
+        inv_freq[i] = powf(500000.0f, -(float)i / 64.0f);
+    }
+    mil_model_config config = {};
+    config.vocab = s->vocab;
+    config.hidden = s->hidden;
+    config.layer_count = s->layers;
+    config.layers = layers;
+    config.norm_eps = 1e-5f;
+    config.embedding_scale = config.logit_scale = 1.0f;
+    config.rope.inv_freq = inv_freq;
+    config.rope.rotary = s->hidden / s->heads;
+    config.rope.scale = 1.0f;
+    mil_model *model = (mil_model *)calloc(1, sizeof *model);
+    harness_need(mil_model_init(model, &config));
+    free(layers);
+    model->ops = ops;
+    for (int64_t i = 0; i < model->parameter_count; i++) {
+        mil_parameter *p = &model->parameters[i];
+        p->dtype = p->matrix ? h->act : MIL_F32;
+        if (p->required) {
+            p->data = timing_array(h, p->count, p->dtype, 0.02f);
+        }
+    }
+    harness_need(mil_model_bind(model));
+    return model;
+}
+
+/* ---- operators that do nothing -------------------------------------------------------------------------------- */
+
+template <typename Arguments>
+static mil_status
+skip(mil_context *, const Arguments *)
+{
+    return MIL_OK;
+}
+
+static inline mil_status
+skip_linear(mil_context *, const mil_linear *, int64_t)
+{
+    return MIL_OK;
+}
+
+static inline mil_status
+skip_rope_append(mil_context *, const mil_rope *, const mil_rope *, const mil_kv_append *)
+{
+    return MIL_OK;
+}
+
+#endif
