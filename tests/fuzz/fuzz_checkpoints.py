@@ -196,11 +196,9 @@ def damage_json(rng, files):
     """A value of a configuration, index or tokenizer file."""
     name = pick(rng, sorted(name for name in files if name.endswith(".json")))
     if rng.random() < 0.5:  # the two that matter most
-        name = (
-            "mamba_config.json"
-            if "mamba_config.json" in files and rng.random() < 0.5
-            else "config.json"
-        )
+        mamba = "mamba_config.json" in files and rng.random() < 0.5
+        wanted = "mamba_config.json" if mamba else "config.json"
+        name = wanted if wanted in files else name  # a damage before may have taken it away
     try:
         value = json.loads(files[name])
     except (ValueError, RecursionError):  # damaged before
