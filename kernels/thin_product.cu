@@ -25,6 +25,7 @@
 #include "thin_product.cuh"
 
 #include "activate.cuh"
+#include "cluster.cuh"
 #include "norm.cuh"
 #include "quantized.cuh"
 
@@ -32,15 +33,18 @@
 
 #define WARPS 8
 #define THREADS (WARPS * MIL_WARP)
-#define TILE 16 /* outputs of a block */
-#define LOADS 8 /* 16-byte loads of weights that a thread has under way */
+#define TILE 16        /* outputs of a block */
+#define CHUNK_BYTES 64 /* of a row of weights: a warp's step */
+#define LOADS 8        /* 16-byte loads of weights that a thread has under way */
 #define NORMED_BYTES (64 << 10)
+#define SPLIT 4 /* blocks that share the inputs of a tile where tiles are few */
+#define FEW_TILES few_tiles()
 
-/* Inputs in a load of 16 bytes, and in a step of a warp: four such loads of each row. */
+/* Inputs in a load of 16 bytes, and in a step of a warp, which is four such loads of each row. */
 template <typename W>
 constexpr int PER_LOAD = 16 / (int)sizeof(W);
 template <typename W>
-constexpr int CHUNK = 4 * PER_LOAD<W>;
+constexpr int CHUNK = CHUNK_BYTES / (int)sizeof(W);
 
 struct thin_output {
     const void *weight;
@@ -96,7 +100,7 @@ multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-/* The product that a block's tile belongs to. */
+/* The product that a tile belongs to. */
 static __device__ __forceinline__ const thin_output &
 output_of(const thin_arguments &a, int tile)
 {
@@ -107,24 +111,32 @@ output_of(const thin_arguments &a, int tile)
     return a.outputs[i];
 }
 
-/* The warps' partial sums of one output, in order. */
-template <int ROWS>
+/* Partial sums of one output, in order. */
+template <int PARTS, int ROWS>
 static __device__ __forceinline__ float
-add_partial(const thin_output &o, int out, const float (&partial)[WARPS][TILE][ROWS], int column, int row)
+add_parts(const float (&partial)[PARTS][TILE][ROWS], int column, int row)
 {
     float sum = 0.0f;
 #pragma unroll
-    for (int warp = 0; warp < WARPS; warp++) {
-        sum += partial[warp][column][row];
+    for (int part = 0; part < PARTS; part++) {
+        sum += partial[part][column][row];
     }
+    return sum;
+}
+
+template <int PARTS, int ROWS>
+static __device__ __forceinline__ float
+add_partial(const thin_output &o, int out, const float (&partial)[PARTS][TILE][ROWS], int column, int row)
+{
+    float sum = add_parts(partial, column, row);
     sum *= o.scale == NULL ? 1.0f : o.scale[out];
     return sum + (o.bias == NULL ? 0.0f : o.bias[out]);
 }
 
-template <typename T, int ROWS>
+template <typename T, int PARTS, int ROWS>
 static __device__ __forceinline__ void
 write_tile(const thin_arguments &a, const thin_output &o, int first,
-           const float (&partial)[WARPS][TILE][ROWS])
+           const float (&partial)[PARTS][TILE][ROWS])
 {
     for (int i = (int)threadIdx.x; i < TILE * a.rows; i += THREADS) {
         int column = i % TILE, row = i / TILE, out = first + column;
@@ -206,10 +218,11 @@ fetch_ahead(const void *from, int64_t bytes)
 #endif
 }
 
-/* One matrix's share of a block: 16 rows of weights on their way, and their sums with GROUPS * 8 rows of x. */
-template <typename T, typename W, int GROUPS, int UNROLL>
+/* One matrix's share of a block: 16 rows of weights on their way, and their sums with GROUPS * 8 rows of x. TEAM warps
+ * share the inputs. */
+template <typename T, typename W, int GROUPS, int UNROLL, int TEAM>
 struct tile_sums {
-    static constexpr int STEP = UNROLL * WARPS * CHUNK<W>, X_LOADS = (int)(sizeof(T) / sizeof(W));
+    static constexpr int STEP = UNROLL * TEAM * CHUNK<W>, X_LOADS = (int)(sizeof(T) / sizeof(W));
     const W *low, *high;
     uint4 wl[UNROLL], wh[UNROLL];
     float c[GROUPS][4];
@@ -220,7 +233,7 @@ struct tile_sums {
         high = (const W *)weight + (int64_t)min(first + g + 8, out - 1) * in;
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
-            fetch(u, k + u * WARPS * CHUNK<W>, in);
+            fetch(u, k + u * TEAM * CHUNK<W>, in);
         }
 #pragma unroll
         for (int i = 0; i < GROUPS * 4; i++) {
@@ -286,26 +299,32 @@ struct tile_sums {
 };
 
 /* W: of the weights, T or 8 bits; GROUPS of 8 rows; NORMED: x is the norm of a.norm.x; GATED: outputs[0] is up, outputs[1]
- * the gate, and only their gated activation is written. */
-template <typename T, typename W, int GROUPS, bool NORMED, bool GATED>
+ * the gate, and only their gated activation is written; PARTS blocks of a cluster share the inputs of a tile. */
+template <typename T, typename W, int GROUPS, bool NORMED, bool GATED, int PARTS>
 static __global__ void
-__launch_bounds__(THREADS, GROUPS == 1 ? 3 : 2) thin_kernel(const __grid_constant__ thin_arguments a)
+__launch_bounds__(THREADS, GROUPS == 1 ? 3 : 2) MIL_CLUSTER(PARTS)
+    thin_kernel(const __grid_constant__ thin_arguments a)
 {
-    constexpr int MATRICES = GATED ? 2 : 1, UNROLL = LOADS / 2 / MATRICES;
-    using sums_type = tile_sums<T, W, GROUPS, UNROLL>;
+    constexpr int MATRICES = GATED ? 2 : 1, UNROLL = LOADS / 2 / MATRICES, TEAM = PARTS * WARPS;
+    using sums_type = tile_sums<T, W, GROUPS, UNROLL, TEAM>;
     __shared__ float partial[MATRICES][WARPS][TILE][GROUPS * 8];
-    extern __shared__ uint4 normed_rows[]; /* the rows, then the norm's weights */
-    const thin_output &o = GATED ? a.outputs[0] : output_of(a, (int)blockIdx.x);
+    __shared__ float gathered[PARTS][TILE][GROUPS * 8]; /* of the cluster's blocks; rank 0's is used */
+    extern __shared__ uint4 normed_rows[];              /* the rows, then the norm's weights */
+    int tile = (int)blockIdx.x / PARTS, rank = (int)blockIdx.x % PARTS;
+    const thin_output &o = GATED ? a.outputs[0] : output_of(a, tile);
     int warp = (int)threadIdx.x / MIL_WARP, lane = (int)threadIdx.x % MIL_WARP, g = lane / 4, t = lane % 4;
-    int first = ((int)blockIdx.x - o.first_tile) * TILE;
-    int k = warp * CHUNK<W> + PER_LOAD<W> * t;
+    int first = (tile - o.first_tile) * TILE, begin = (rank * WARPS + warp) * CHUNK<W>;
+    int k = begin + PER_LOAD<W> * t;
+    if constexpr (PARTS > 1) {
+        mil_cluster_arrive();
+    }
 
     sums_type sums[MATRICES];
 #pragma unroll
     for (int m = 0; m < MATRICES; m++) {
         sums[m].begin(m == 0 ? o.weight : a.outputs[1].weight, first, o.out, a.in, g, k);
     }
-    if (a.ahead) {
+    if (a.ahead && rank == 0) {
 #pragma unroll
         for (int m = 0; m < MATRICES; m++) {
             sums[m].fetch_rest(m == 0 ? o.weight : a.outputs[1].weight, first, o.out, a.in);
@@ -326,10 +345,10 @@ __launch_bounds__(THREADS, GROUPS == 1 ? 3 : 2) thin_kernel(const __grid_constan
     }
 
     /* The whole warp stays in the loop until its last chunk: products take all its threads. */
-    for (int chunk = warp * CHUNK<W>; chunk < a.in; chunk += sums_type::STEP) {
+    for (int chunk = begin; chunk < a.in; chunk += sums_type::STEP) {
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
-            int at = k + u * WARPS * CHUNK<W>, next = at + sums_type::STEP;
+            int at = k + u * TEAM * CHUNK<W>, next = at + sums_type::STEP;
             uint4 xv[GROUPS][sums_type::X_LOADS];
 #pragma unroll
             for (int i = 0; i < GROUPS * sums_type::X_LOADS; i++) {
@@ -356,6 +375,17 @@ __launch_bounds__(THREADS, GROUPS == 1 ? 3 : 2) thin_kernel(const __grid_constan
     __syncthreads();
     if constexpr (GATED) {
         write_gated<T>(a, first, partial[0], partial[1]);
+    }
+    else if constexpr (PARTS > 1) {
+        mil_cluster_wait(); /* all blocks have begun: their memory is theirs */
+        for (int i = (int)threadIdx.x; i < TILE * a.rows; i += THREADS) {
+            *mil_cluster_at(&gathered[rank][i % TILE][i / TILE], 0) =
+                add_parts(partial[0], i % TILE, i / TILE);
+        }
+        mil_cluster_sync();
+        if (rank == 0) {
+            write_tile<T>(a, o, first, gathered);
+        }
     }
     else {
         write_tile<T>(a, o, first, partial[0]);
@@ -433,30 +463,64 @@ arguments_of(const mil_linear *products, int64_t count, int *tiles)
     a.ahead = ahead & 1;
     if (products->next != NULL && (ahead & 2)) {
         a.next = products->next;
-        a.next_total = products->next_bytes / 16 * 16;
+        const char *most = getenv("MIL_THIN_NEXT");
+        int64_t limit = (int64_t)(most == NULL ? 24 : atoi(most)) << 20;
+        a.next_total = (products->next_bytes < limit ? products->next_bytes : limit) / 16 * 16;
         a.next_bytes = mil_ceil_div(a.next_total, *tiles * 16) * 16;
     }
     return a;
 }
 
-template <typename T, typename W, bool NORMED, bool GATED>
+template <typename T, typename W, bool NORMED, bool GATED, int PARTS>
 static mil_status
 launch_rows(mil_context *context, const thin_arguments &a, int tiles, size_t shared)
 {
-    dim3 grid((unsigned)tiles), block(THREADS);
-    return a.rows <= 8 ? mil_launch(context, "thin product", thin_kernel<T, W, 1, NORMED, GATED>, grid, block,
-                                    shared, a)
-                       : mil_launch(context, "thin product", thin_kernel<T, W, 2, NORMED, GATED>, grid, block,
-                                    shared, a);
+    dim3 grid((unsigned)(tiles * PARTS)), block(THREADS);
+    return a.rows <= 8 ? mil_launch(context, "thin product", thin_kernel<T, W, 1, NORMED, GATED, PARTS>, grid,
+                                    block, shared, a)
+                       : mil_launch(context, "thin product", thin_kernel<T, W, 2, NORMED, GATED, PARTS>, grid,
+                                    block, shared, a);
+}
+
+static int
+few_tiles()
+{
+    static int most = -1;
+    if (most < 0) {
+        const char *word = getenv("MIL_THIN_FEW");
+        most = word == NULL ? 0 : atoi(word);
+    }
+    return most;
+}
+
+/* Tiles that are few leave most of the chip idle, so a cluster shares the inputs of each.  Shapes alone decide: the order of
+ * sums must not depend on rows. */
+static bool
+is_split(const mil_context *context, mil_dtype weights, int tiles, int64_t in)
+{
+    return tiles <= FEW_TILES && in * (int64_t)mil_dtype_size(weights) >= 2 * WARPS * CHUNK_BYTES &&
+           mil_device_has_clusters(context);
+}
+
+template <typename T, typename W, bool NORMED, bool GATED>
+static mil_status
+launch_parts(mil_context *context, mil_dtype weights, const thin_arguments &a, int tiles, size_t shared)
+{
+    if constexpr (!GATED) {
+        if (is_split(context, weights, tiles, a.in)) {
+            return launch_rows<T, W, NORMED, GATED, SPLIT>(context, a, tiles, shared);
+        }
+    }
+    return launch_rows<T, W, NORMED, GATED, 1>(context, a, tiles, shared);
 }
 
 template <typename T, bool NORMED, bool GATED>
 static mil_status
 launch_weights(mil_context *context, mil_dtype weights, const thin_arguments &a, int tiles, size_t shared)
 {
-    return weights == MIL_F8   ? launch_rows<T, mil_f8, NORMED, GATED>(context, a, tiles, shared)
-           : weights == MIL_I8 ? launch_rows<T, mil_i8, NORMED, GATED>(context, a, tiles, shared)
-                               : launch_rows<T, T, NORMED, GATED>(context, a, tiles, shared);
+    return weights == MIL_F8   ? launch_parts<T, mil_f8, NORMED, GATED>(context, weights, a, tiles, shared)
+           : weights == MIL_I8 ? launch_parts<T, mil_i8, NORMED, GATED>(context, weights, a, tiles, shared)
+                               : launch_parts<T, T, NORMED, GATED>(context, weights, a, tiles, shared);
 }
 
 template <bool NORMED, bool GATED>
@@ -503,12 +567,14 @@ norm_fits(const mil_norm *n, const mil_linear *products, int64_t count)
            (uintptr_t)n->weight % 16 == 0 && norm_bytes(n) <= NORMED_BYTES;
 }
 
+/* Whether the gate can go along. Few tiles are better split. */
 static bool
-gate_fits(const mil_linear *products, int64_t count, const mil_glu *gate)
+gate_fits(const mil_context *context, const mil_linear *products, int64_t count, const mil_glu *gate)
 {
-    return count == 2 && products[0].out == products[1].out && gate->up == products[0].y &&
-           gate->gate == products[1].y && !products[0].accumulate && !products[1].accumulate &&
-           products->dtype != MIL_F32;
+    int tiles = count == 2 ? 2 * (int)mil_ceil_div(products->out, TILE) : 0;
+    return count == 2 && !is_split(context, products->dtype, tiles, products->in) &&
+           products[0].out == products[1].out && gate->up == products[0].y && gate->gate == products[1].y &&
+           !products[0].accumulate && !products[1].accumulate && products->dtype != MIL_F32;
 }
 
 mil_status
@@ -516,7 +582,8 @@ mil_thin_project(mil_context *context, const mil_norm *norm, const mil_linear *p
                  const mil_glu *gate)
 {
     int tiles;
-    bool normed = norm_fits(norm, products, count), gated = gate != NULL && gate_fits(products, count, gate);
+    bool normed = norm_fits(norm, products, count),
+         gated = gate != NULL && gate_fits(context, products, count, gate);
     thin_arguments a = arguments_of(products, gated ? 1 : count, &tiles);
     if (!normed) {
         MIL_TRY(context->ops->norm_forward(context, norm));

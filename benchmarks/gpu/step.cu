@@ -4,7 +4,8 @@
  * operator after another left out: the difference is what that operator really costs.  Weights are random, sampling is
  * not included.
  *
- *   step [hidden layers heads kv_heads intermediate vocab [mixer: 0 attention, 1 Mamba-1, 2 Mamba-2]]
+ *   step [hidden layers heads kv_heads intermediate vocab [mixer: 0 attention, 1 Mamba-1, 2 Mamba-2
+ *        [weights: 1 bfloat16, 3 float8, 4 int8 [1: the whole step alone]]]]
  */
 #include "timing.h"
 
@@ -69,14 +70,14 @@ layer_of(int64_t mixer, int64_t hidden, int64_t heads, int64_t kv_heads, int64_t
 }
 
 static __global__ void
-fill(uint32_t *to, size_t count)
+fill(uint32_t *to, size_t count, bool codes)
 {
     for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < count;
          i += (size_t)gridDim.x * blockDim.x) {
         uint32_t v = (uint32_t)i * 2654435761u;
         v ^= v >> 15;
         v *= 2246822519u;
-        to[i] = (v & 0x807f807fu) | 0x3c003c00u;
+        to[i] = codes ? v & 0xbfbfbfbfu : (v & 0x807f807fu) | 0x3c003c00u;
     }
 }
 
@@ -113,8 +114,8 @@ time_step(mil_context *context, const mil_model *model, const mil_step *step)
 int
 main(int argc, char **argv)
 {
-    int64_t n[7] = {4096, 32, 32, 8, 14336, 128256, 2};
-    for (int i = 1; i < argc && i <= 7; i++) {
+    int64_t n[9] = {4096, 32, 32, 8, 14336, 128256, 2, MIL_BF16, 0};
+    for (int i = 1; i < argc && i <= 9; i++) {
         n[i - 1] = atoll(argv[i]);
     }
     static harness h;
@@ -145,14 +146,16 @@ main(int argc, char **argv)
     size_t weight_bytes = 0;
     for (int64_t i = 0; i < model.parameter_count; i++) {
         mil_parameter *p = &model.parameters[i];
-        p->dtype = p->matrix ? MIL_BF16 : MIL_F32;
+        p->dtype = p->matrix ? (mil_dtype)n[7] : MIL_F32;
         if (!p->required) {
             continue;
         }
         size_t bytes = (size_t)p->count * mil_dtype_size(p->dtype);
         weight_bytes += bytes;
         harness_need(ops.alloc(&h.gpu, bytes, &p->data));
-        fill<<<1024, 256, 0, mil_stream(&h.gpu)>>>((uint32_t *)p->data, bytes / 4);
+        bool codes = mil_dtype_is_scaled(p->dtype);
+        fill<<<1024, 256, 0, mil_stream(&h.gpu)>>>((uint32_t *)p->data, bytes / 4, codes);
+        p->scale = codes ? (float *)timing_array(&h, p->shape[0], MIL_F32, 0.001f) : NULL;
     }
     harness_need(mil_model_bind(&model));
     mil_state state;
@@ -176,6 +179,9 @@ main(int argc, char **argv)
     double whole = time_step(&context, &model, &step);
     printf("%.2f GB of weights: %.1f us a step, %.2f TB/s\n", (double)weight_bytes * 1e-9, whole * 1e6,
            (double)weight_bytes / whole * 1e-12);
+    if (n[8] != 0) {
+        return 0;
+    }
     const mil_ops all = ops;
     static const char *const names[] = {"project",     "linear", "attention",
                                         "rope_append", "conv1d", "ssd",

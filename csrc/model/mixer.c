@@ -56,6 +56,14 @@ product(const mil_pass *pass, const mil_parameter *weight, const mil_parameter *
     };
 }
 
+/* Lets weights that are read after the operators in between come nearer while those run. */
+static void
+announce(mil_linear *products, const mil_parameter *weight)
+{
+    products->next = weight->data;
+    products->next_bytes = weight->count * (int64_t)mil_dtype_size(weight->dtype);
+}
+
 /* norm, then products of its output, then their gated activation where `gate` is given. */
 static mil_status
 project(const mil_pass *pass, const mil_norm *norm, const mil_linear *products, int64_t count,
@@ -304,6 +312,7 @@ attention_mixer_forward(mil_pass *pass, int64_t layer, mil_mixer_saved *saved)
         product(pass, l->p[MIL_P_K], l->p[MIL_P_K_BIAS], saved->u, hidden, saved->k_raw),
         product(pass, l->p[MIL_P_V], l->p[MIL_P_V_BIAS], saved->u, hidden, saved->v),
     };
+    announce(qkv, l->p[MIL_P_O]);
     MIL_TRY(project(pass, &saved->norm, qkv, 3, NULL));
     if (l->p[MIL_P_Q_NORM] != NULL) {
         mil_norm norm = head_norm(pass, l->p[MIL_P_Q_NORM], c->heads, c->head_dim, saved->q_raw, saved->q);
@@ -490,6 +499,7 @@ mamba2_mixer_forward(mil_pass *pass, int64_t layer, mil_mixer_saved *saved)
 
     mil_linear in = product(pass, l->p[MIL_P_IN], l->p[MIL_P_IN_BIAS], saved->u, pass->model->config.hidden,
                             saved->projected);
+    announce(&in, l->p[MIL_P_OUT]);
     MIL_TRY(project(pass, &saved->norm, &in, 1, NULL));
     mil_conv1d conv = mamba2_conv(pass, l, saved, states);
     MIL_TRY(ops->conv1d_forward(context, &conv));
@@ -730,6 +740,7 @@ mamba1_project_from_x(mil_pass *pass, const mil_layer *l, const mil_mixer_state 
     }
     mil_linear in = product(pass, l->p[MIL_P_IN], l->p[MIL_P_IN_BIAS], saved->u, pass->model->config.hidden,
                             saved->projected);
+    announce(&in, l->p[MIL_P_OUT]);
     MIL_TRY(project(pass, &saved->norm, &in, 1, NULL));
     mil_conv1d conv = mamba1_conv(pass, l, saved, states);
     MIL_TRY(context->ops->conv1d_forward(context, &conv));
@@ -765,6 +776,7 @@ mamba1_project_from_u(mil_pass *pass, const mil_layer *l, const mil_mixer_state 
         product(pass, l->p[MIL_P_Z], NULL, saved->u, hidden, saved->z),
         product(pass, l->p[MIL_P_DT_DOWN], NULL, saved->u, hidden, saved->dt_low),
     };
+    announce(products, l->p[MIL_P_OUT]);
     MIL_TRY(project(pass, &saved->norm, products, 5, NULL));
     mil_conv1d conv = mamba1_conv(pass, l, saved, states);
     return context->ops->conv1d_forward(context, &conv);

@@ -74,9 +74,10 @@ test_product_bits(harness *h, int64_t in, int64_t out)
         harness_check(h, h->gpu.ops->linear_forward(&h->gpu, pair, 2));
         harness_same_bits(h, "a row's bits among others", alone, 0, y, 0, out);
         harness_array again = harness_empty(h, rows * out);
-        pair[1].y = again.gpu;
-        harness_check(h, h->gpu.ops->linear_forward(&h->gpu, &pair[1], 1));
-        harness_same_bits(h, "a product's bits among others", z, 0, again, 0, rows * out);
+        mil_linear swapped[2] = {pair[1], pair[0]};
+        swapped[0].y = again.gpu;
+        harness_check(h, h->gpu.ops->linear_forward(&h->gpu, swapped, 2));
+        harness_same_bits(h, "a product's bits in another place", z, 0, again, 0, rows * out);
     }
     harness_reset(h);
 }
