@@ -1,19 +1,22 @@
-"""Decoding on a GPU: tokens a second of models in real shapes, against the rate of a copy.
+"""Decoding and reading prompts on a GPU: models in real shapes, against the rates of this device.
 
 The limit of one step is the bytes that it must read once (weights, and states of the whole batch)
-over the rate of a device-to-device copy measured in the same run with PyTorch, counting bytes read
-and written. Weights are random; speed does not depend on them.
+over the rate of a copy within the device, measured in the same run with PyTorch, counting bytes
+read and written. A prompt is counted in the flops of its products and of attention, against the
+rate of one large product. Weights are random; speed does not depend on them.
 
-    python benchmarks/gpu_decode.py [--models 8b-mamba2,1b-mamba2] [--batch 1] [--context 512]
+    python benchmarks/gpu_decode.py [--models 8b-mamba2] [--batch 1,32] [--context 512,4096]
+    python benchmarks/gpu_decode.py --prefill [--models 8b-mamba2] [--batch 8] [--context 2048]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 
 import numpy as np
+import torch
+from gpu_peers import copy_rate, product_rate
 from gpu_shapes import configs
 
 import mambainllama as mil
@@ -56,25 +59,6 @@ def build(name: str, device: str = "cuda:0", dtype: str = "bfloat16") -> Model:
     return Model(description, parameters, dtypes, config, mamba, name=name, device=device)
 
 
-def copy_rate() -> float:
-    """Bytes read and written a second by a device-to-device copy of 2 GiB."""
-    import torch
-
-    a = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
-    b = torch.empty_like(a)
-    times = []
-    for _ in range(12):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        b.copy_(a)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e-3)
-    del a, b
-    torch.cuda.empty_cache()
-    return 2 * (1 << 31) / float(np.median(times[2:]))
-
-
 def weight_bytes(model: Model) -> int:
     """Of one step: all matrices but the embedding table, unless it is the output product, too."""
     total = 0
@@ -84,56 +68,152 @@ def weight_bytes(model: Model) -> int:
     return total
 
 
-def time_decoding(model, batch, context, tokens, rounds=3, **options) -> dict:
-    """Seconds a token of a batch, the best of some rounds, and the last round's statistics."""
+def prompt_flops(model: Model, batch: int, length: int) -> float:
+    """Of reading `batch` prompts: products of all rows, causal attention, logits of the last rows;
+    scans, norms and convolutions are left out."""
+    config = model.config
+    matrices = sum(
+        int(np.prod(shape))
+        for name, shape, is_matrix, _ in _core.Model.parameter_specs(model._description.canonical)
+        if is_matrix and name not in ("model.embed_tokens.weight", "lm_head.weight")
+    )
+    pairs = length * (length + 1) / 2
+    attention = len(config.attention_layers) * 4 * config.heads * config.head_dim * pairs
+    logits = 2 * config.vocab_size * config.hidden_size
+    return batch * (2.0 * matrices * length + attention + logits)
+
+
+def prompts_of(model: Model, batch: int, context: int) -> list[list[int]]:
     random = np.random.default_rng(1)
-    prompts = [random.integers(0, model.config.vocab_size, context).tolist() for _ in range(batch)]
-    best, stats = float("inf"), None
+    return [random.integers(0, model.config.vocab_size, context).tolist() for _ in range(batch)]
+
+
+def time_decoding(model, batch, context, tokens, rounds=3, **options) -> dict:
+    """Seconds a token of a batch, the best of some rounds, and of its prompts in each round."""
+    prompts = prompts_of(model, batch, context)
+    steps, prefills = [], []
     for _ in range(rounds):
         out = mil.generate(
             model, prompts, max_new_tokens=tokens, stop=[], max_batch=batch, **options
         )
-        stats = out[0].stats
-        best = min(best, max(g.stats.decode_seconds for g in out) / (tokens - 1))
-    return {"seconds": best, "prefill": stats.prefill_seconds, "stats": stats}
+        steps.append(max(g.stats.decode_seconds for g in out) / max(tokens - 1, 1))
+        prefills.append(max(g.stats.prefill_seconds for g in out))
+    return {
+        "seconds": min(steps),
+        "all_seconds": steps,
+        "prefill_seconds": min(prefills),
+        "all_prefill_seconds": prefills,
+    }
+
+
+def decode(model, name, batch, context, tokens, rounds, rate) -> dict:
+    """One row of decoding, with its limit at the mean length of the timed tokens."""
+    found = time_decoding(model, batch, context, tokens, rounds)
+    length = context + tokens // 2
+    weights, state = weight_bytes(model), model.core.state_bytes(length)
+    limit = (weights + batch * state) / rate
+    return {
+        "kind": "decode",
+        "model": name,
+        "batch": batch,
+        "context": context,
+        "tokens": tokens,
+        **found,
+        "tokens_per_second": batch / found["seconds"],
+        "weight_bytes": weights,
+        "state_bytes": state,
+        "copy_rate": rate,
+        "of_limit": limit / found["seconds"],
+        "memory": memory_in_use(),
+    }
+
+
+def prefill(model, name, batch, context, rounds, rate) -> dict:
+    """One row of reading prompts; the first round, which loads kernels, is left out."""
+    found = time_decoding(model, batch, context, 1, rounds + 1)
+    seconds = float(np.median(found["all_prefill_seconds"][1:]))
+    flops = prompt_flops(model, batch, context)
+    return {
+        "kind": "prefill",
+        "model": name,
+        "batch": batch,
+        "context": context,
+        "seconds": seconds,
+        "all_seconds": found["all_prefill_seconds"],
+        "flops": flops,
+        "gemm_rate": rate,
+        "of_limit": flops / seconds / rate,
+        "memory": memory_in_use(),
+    }
+
+
+def memory_in_use() -> int:
+    """Bytes of the device that are taken, by whomever."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def numbers(text: str, count: int) -> list[int]:
+    """ "1,32" as numbers; one number stands for all."""
+    found = [int(word) for word in text.split(",")]
+    return found * count if len(found) == 1 else found
+
+
+def say(row: dict) -> None:
+    head = f"{row['model']:12s} batch {row['batch']} context {row['context']}: "
+    if row["kind"] == "prefill":
+        print(
+            head + f"prompts in {row['seconds'] * 1e3:.1f} ms, "
+            f"{row['flops'] / row['seconds'] * 1e-12:.0f} Tflop/s, "
+            f"{100 * row['of_limit']:.1f} % of one large product",
+            flush=True,
+        )
+    else:
+        print(
+            head + f"{row['seconds'] * 1e3:.3f} ms a step, "
+            f"{row['tokens_per_second']:.1f} tokens/s, "
+            f"{100 * row['of_limit']:.1f} % of the copy rate "
+            f"(weights {row['weight_bytes'] * 1e-9:.2f} GB, "
+            f"state {row['state_bytes'] * 1e-6:.1f} MB); prefill {row['prefill_seconds']:.3f} s",
+            flush=True,
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="8b-mamba2,8b-mamba1,3b-mamba2,1b-mamba2,mamba-2.8b")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=513)
+    parser.add_argument("--batch", default="1", help="one, or several with as many contexts")
+    parser.add_argument("--context", default="512")
+    parser.add_argument("--tokens", default="513")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--json")
+    parser.add_argument("--prefill", action="store_true", help="read prompts, generate nothing")
+    parser.add_argument("--rate", type=float, help="of a copy (--prefill: product), if known")
+    parser.add_argument("--json", help="append one line a row to this file")
     options = parser.parse_args()
-    rate = copy_rate()
+    rate = options.rate
+    if rate is None:
+        rate = product_rate(8192, 8192, 8192) if options.prefill else copy_rate()
+        torch.cuda.empty_cache()
     print(
-        f"{cuda_devices()[0]['name']}; copy {rate * 1e-12:.2f} TB/s; mambainllama {mil.__version__}"
+        f"{cuda_devices()[0]['name']}; "
+        f"{'product' if options.prefill else 'copy'} {rate * 1e-12:.2f} T/s; "
+        f"mambainllama {mil.__version__}"
     )
-    results = []
+    count = max(len(text.split(",")) for text in (options.batch, options.context, options.tokens))
+    lists = [numbers(text, count) for text in (options.batch, options.context, options.tokens)]
     for name in options.models.split(","):
-        started = time.perf_counter()
         model = build(name, dtype=options.dtype)
-        loaded = time.perf_counter() - started
-        result = time_decoding(model, options.batch, options.context, options.tokens)
-        length = options.context + options.tokens // 2
-        weights, state = weight_bytes(model), model.core.state_bytes(length)
-        limit = (weights + options.batch * state) / rate
-        print(
-            f"{name:12s} batch {options.batch} context {options.context}: "
-            f"{result['seconds'] * 1e3:.3f} ms a step, "
-            f"{options.batch / result['seconds']:.1f} tokens/s, "
-            f"{100 * limit / result['seconds']:.1f} % of the copy rate "
-            f"(weights {weights * 1e-9:.2f} GB, state {state * 1e-6:.1f} MB); "
-            f"prefill {result['prefill']:.3f} s, made in {loaded:.1f} s",
-            flush=True,
-        )
-        results.append({"model": name, **{k: v for k, v in result.items() if k != "stats"}})
+        for batch, context, tokens in zip(*lists, strict=True):
+            if options.prefill:
+                row = prefill(model, name, batch, context, options.rounds, rate)
+            else:
+                row = decode(model, name, batch, context, tokens, options.rounds, rate)
+            say(row)
+            if options.json:
+                with open(options.json, "a") as file:
+                    file.write(json.dumps(row) + "\n")
         del model
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"copy_rate": rate, "results": results}, file, indent=1)
 
 
 if __name__ == "__main__":

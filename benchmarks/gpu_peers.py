@@ -10,9 +10,9 @@ of their own.
 
 *Decoding* is written as somebody would who wants it fast and does not write kernels: q, k and v in
 one product, gate and up in another, static buffers, one CUDA graph of the whole step with the
-choice of the next token in it, attention by the fastest of PyTorch's own kernels at this shape (asked
-by timing them). It is recorded at one length, which favours it: in use, there would be a mask over
-the longest length or a graph for each one. Two variants:
+choice of the next token in it, attention by the fastest of PyTorch's own kernels at this shape
+(asked by timing them). It is recorded at one length, which favours it: in use, there would be a
+mask over the longest length or a graph for each one. Two variants:
 
     mamba-ssm        norms, gates and the state's step by mamba-ssm's Triton kernels; rotation and
                      convolution in PyTorch, as mamba-ssm does itself where causal-conv1d is absent
@@ -29,6 +29,7 @@ import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -798,17 +799,22 @@ SSD_SHAPES = {"8 x 2048": (8, 2048), "1 x 16384": (1, 16384)}
 
 def decode_all(options) -> None:
     dtype = FLOAT32 if options.float32_states else None
-    for name in options.models.split(","):
+    lists = [text.split(",") for text in (options.batch, options.context, options.tokens)]
+    count = max(map(len, lists))
+    work = zip(
+        *(map(int, words * count if len(words) == 1 else words) for words in lists), strict=True
+    )
+    for name, numbers in itertools.product(options.models.split(","), list(work)):
+        batch, context, _ = numbers
         for variant in options.variants.split(","):
             answer(
                 "decode",
-                lambda n=name, v=variant: decode(
-                    n, options.batch, options.context, options.tokens, v, dtype
-                ),
+                lambda n=name, s=numbers, v=variant: decode(n, *s, v, dtype),
                 model=name,
-                batch=options.batch,
-                context=options.context,
+                batch=batch,
+                context=context,
                 peer=f"torch + {variant}",
+                state_dtype="float32" if dtype else "bfloat16",
             )
 
 
@@ -831,7 +837,7 @@ def scan_all(options) -> None:
 def transformers_all(options) -> None:
     answer(
         "decode",
-        lambda: transformers_decode("8b", options.context, options.tokens),
+        lambda: transformers_decode("8b", 512, 513),
         model="8b",
         peer="transformers",
     )
@@ -854,9 +860,9 @@ def main() -> None:
     parser.add_argument("commands", nargs="+", choices=COMMANDS)
     parser.add_argument("--models", default="8b-mamba2")
     parser.add_argument("--variants", default=",".join(VARIANTS))
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=513, help="generated; timed in their middle")
+    parser.add_argument("--batch", default="1", help="one, or several with as many contexts")
+    parser.add_argument("--context", default="512")
+    parser.add_argument("--tokens", default="513", help="generated; timed in their middle")
     parser.add_argument("--float32-states", action="store_true", help="states as ours have them")
     parser.add_argument(
         "--mamba-source",
