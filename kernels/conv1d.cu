@@ -12,6 +12,8 @@
  * The thread that has a column's first chunk is the only one that reads the column's tail, and moves it on when it
  * has computed: no other thread is in its way.
  */
+#include "conv1d.cuh"
+
 #include "table.h"
 #include "tail.cuh"
 
@@ -116,9 +118,7 @@ convolve(const conv_arguments &a, const mil_span &span, const float *tail, int64
                 for (int j = 0; j < TAPS; j++) {
                     y[v] = j < missing ? y[v] : fmaf(weight[j][v], x[i + j][v], y[v]);
                 }
-                y[v] = !a.silu          ? y[v]
-                       : sizeof(T) == 4 ? y[v] / (1.0f + expf(-y[v]))
-                                        : __fdividef(y[v], 1.0f + __expf(-y[v]));
+                y[v] = mil_conv_activate<T>(y[v], a.silu);
             }
             if (row + i < end) {
                 mil_store<V>((T *)a.y + (span.row + row + i) * a.y_stride + channel, y);

@@ -517,32 +517,7 @@ template <typename T>
 static mil_status
 scan(mil_context *context, const mil_scan *s)
 {
-    scan_arguments a = {};
-    a.rows = mil_rows_of(s->rows);
-    a.inner = (int)s->inner;
-    a.state_dim = (int)s->state_dim;
-    a.B_groups = (int)s->B_groups;
-    a.C_groups = (int)s->C_groups;
-    a.x_repeat = (int)s->x_repeat;
-    a.x_repeat_group = (int)s->x_repeat_group;
-    a.x = s->x;
-    a.dt = s->dt;
-    a.B = s->B;
-    a.C = s->C;
-    a.z = s->z;
-    a.x_stride = s->x_stride;
-    a.dt_stride = s->dt_stride;
-    a.B_stride = s->B_stride;
-    a.C_stride = s->C_stride;
-    a.z_stride = s->z_stride;
-    a.dt_bias = s->dt_bias;
-    a.A_log = s->A_log;
-    a.D = s->D;
-    a.dt_bias_scale = s->dt_bias_scale;
-    a.dt_min = s->dt_min;
-    a.dt_max = s->dt_max;
-    a.y = s->y;
-    a.y_stride = s->y_stride;
+    scan_arguments a = scan_arguments_of(s);
     for (; a.first < s->rows.sequences; a.first += MIL_SEQUENCES) {
         int64_t count = s->rows.sequences - a.first;
         count = count < MIL_SEQUENCES ? count : MIL_SEQUENCES;

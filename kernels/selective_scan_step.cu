@@ -11,12 +11,8 @@
  * Tokens pass through shared memory, `stage` at a time.  The sum over n is a chain over j in a thread, a tree over the
  * 16 lanes (shuffles, then shared memory), so a row's bits depend on nothing but its sequence's tokens.
  */
-#include "selective_scan.cuh"
+#include "scan_step.cuh"
 
-#define QUADS 8    /* threads side by side */
-#define LANES_N 16 /* threads that share a channel */
-#define THREADS (QUADS * LANES_N)
-#define WARPS (THREADS / MIL_WARP)
 #define STAGE 16 /* tokens at a time, at most */
 
 /* ---- step by step ------------------------------------------------------------------------------------------------ */
@@ -211,46 +207,6 @@ take_stage(const scan_arguments &a, const scan_place &p, const mil_span &span, c
     }
 }
 
-/* One token: H moves on. */
-template <int V, int J>
-static __device__ __forceinline__ void
-step(const float (&dt)[V], const float (&input)[V], const float (&exponent)[J][V], const float (&B)[J],
-     float (&H)[J][V])
-{
-#pragma unroll
-    for (int j = 0; j < J; j++) {
-#pragma unroll
-        for (int v = 0; v < V; v++) {
-            H[j][v] = fmaf(fast_power(dt[v] * exponent[j][v]), H[j][v], input[v] * B[j]);
-        }
-    }
-}
-
-/* The thread's part of sum_n C H, summed over the lanes of its warp, into partial [WARPS, COLUMNS]. */
-template <int V, int J>
-static __device__ __forceinline__ void
-store_partial(const float (&C)[J], const float (&H)[J][V], float *partial)
-{
-    float sum[V] = {};
-#pragma unroll
-    for (int j = 0; j < J; j++) {
-#pragma unroll
-        for (int v = 0; v < V; v++) {
-            sum[v] = fmaf(C[j], H[j][v], sum[v]);
-        }
-    }
-#pragma unroll
-    for (int v = 0; v < V; v++) {
-#pragma unroll
-        for (int lanes = QUADS; lanes < MIL_WARP; lanes *= 2) {
-            sum[v] += __shfl_xor_sync(MIL_ALL_LANES, sum[v], lanes);
-        }
-    }
-    if (threadIdx.x % MIL_WARP < QUADS) {
-        mil_store<V>(partial + threadIdx.x / MIL_WARP * QUADS * V + threadIdx.x % QUADS * V, sum);
-    }
-}
-
 /* y of a stage's rows, from row `first` of the stage on. D is that of the thread's column. */
 template <typename T, int COLUMNS>
 static __device__ __forceinline__ void
@@ -268,56 +224,6 @@ finish_rows(const scan_arguments &a, const scan_place &p, const mil_span &span, 
             y *= sizeof(T) == 4 ? z / (1.0f + expf(-z)) : __fdividef(z, 1.0f + __expf(-z));
         }
         ((T *)a.y)[(span.row + start + s - span.before) * a.y_stride + c] = mil_round<T>(y);
-    }
-}
-
-/* Moves H between registers and `state` [state_dim, inner]; c: the thread's first channel. */
-template <int V, int J>
-static __device__ __forceinline__ void
-load_H(const scan_arguments &a, const float *state, int c, int lane_n, float (&H)[J][V])
-{
-#pragma unroll
-    for (int j = 0; j < J; j++) {
-        int n = lane_n + j * LANES_N;
-        if (state != NULL && n < a.state_dim && c < a.inner) {
-            mil_load<V>(state + (int64_t)n * a.inner + c, H[j]);
-        }
-        else {
-#pragma unroll
-            for (int v = 0; v < V; v++) {
-                H[j][v] = 0.0f;
-            }
-        }
-    }
-}
-
-template <int V, int J>
-static __device__ __forceinline__ void
-store_H(const scan_arguments &a, const float (&H)[J][V], int c, int lane_n, float *state)
-{
-#pragma unroll
-    for (int j = 0; j < J; j++) {
-        int n = lane_n + j * LANES_N;
-        if (n < a.state_dim && c < a.inner) {
-            mil_store<V>(state + (int64_t)n * a.inner + c, H[j]);
-        }
-    }
-}
-
-/* A log2(e), finite so that 0 * A is 0; 0 where there is no state. */
-template <int V, int J>
-static __device__ __forceinline__ void
-load_exponent(const scan_arguments &a, int c, int lane_n, float (&exponent)[J][V])
-{
-#pragma unroll
-    for (int j = 0; j < J; j++) {
-        int n = lane_n + j * LANES_N;
-#pragma unroll
-        for (int v = 0; v < V; v++) {
-            exponent[j][v] = n < a.state_dim && c < a.inner
-                                 ? -log2_e * fminf(expf(a.A_log[(int64_t)(c + v) * a.state_dim + n]), 1e30f)
-                                 : 0.0f;
-        }
     }
 }
 
