@@ -183,11 +183,10 @@ test-gpu: ## CUDA operators and models against the CPU's; fails without a GPU
 	PYTHONPATH=. $(PYTHON) -m pytest tests/test_cuda.py $(ARGS)
 
 .PHONY: bench-gpu
-bench-gpu: ## kernels and decoding on this machine's GPU
+bench-gpu: ## figures on this machine's GPU, peers included; ARGS="--only decode,ssd --save" (benchmarks/README.md)
 	@$(MAKE) --no-print-directory --silent -j$(JOBS) $(GPU_BENCH_PROGRAMS)
-	@for program in $(GPU_BENCH_PROGRAMS); do echo "== $$program"; $$program; done
 	@MAMBAINLLAMA_CUDA=1 $(MAKE) --no-print-directory build
-	PYTHONPATH=. $(PYTHON) benchmarks/gpu_decode.py $(ARGS)
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_all.py $(ARGS)
 
 .PHONY: gpucheck
 gpucheck: ## the same under compute-sanitizer, all four tools; ARGS=3 checks every eighth case, from the third
