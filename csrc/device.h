@@ -56,6 +56,9 @@ typedef struct mil_context {
  */
 #define MIL_WINDOW 16
 #define MIL_TAIL (2 * MIL_WINDOW)
+/* Added to a sequence's boundary: this call leaves it where it is.  A draft model's tokens come one a pass; with a held
+ * boundary such passes can be taken back like one pass of as many rows, as long as the tail has room. */
+#define MIL_HOLD 1
 
 typedef struct mil_rows {
     int64_t rows;            /* of all sequences */
@@ -114,13 +117,10 @@ typedef struct mil_linear {
     bool accumulate;
     bool fast;         /* training: any reduction order, x not rounded */
     bool float_output; /* y is float32 whatever act is (logits); not with accumulate */
-} mil_linear;
-
-/* Either gradient may be NULL. Reduction order is free, as with `fast`. */
     const void *next;  /* a hint: weights that are read soon after, and their bytes; or NULL */
     int64_t next_bytes;
-typedef struct mil_linear_grad {
-    int64_t rows, in, out;
+} mil_linear;
+
 /* Codes of 8 bits for weights, with one scale a row: value = code * scale, rounded to nearest even.
  *   float8  e4m3; scale is the least power of two that keeps the row within 448, so values are exact in 16 bits
  *   int8    -127 .. 127; scale = largest magnitude / 127
@@ -134,6 +134,9 @@ typedef struct mil_quantize {
     int32_t *bad; /* [1] set where a value is not finite, else left */
 } mil_quantize;
 
+/* Either gradient may be NULL. Reduction order is free, as with `fast`. */
+typedef struct mil_linear_grad {
+    int64_t rows, in, out;
     const void *x; /* [rows, in] act */
     int64_t x_stride;
     const void *weight; /* [out, in] of `dtype` */
@@ -290,6 +293,18 @@ typedef struct mil_scan {
     const mil_mixer_state *states; /* [sequences] or NULL */
 } mil_scan;
 
+/* A Mamba-1 mixer between its first products and its last one (see scan_mixer). */
+typedef struct mil_scan_mixer {
+    mil_conv1d conv;   /* its y is the scan's x */
+    mil_linear x_proj; /* [dt_low | B | C] of conv.y, in one row; out = 0: they came from the first products */
+    mil_norm norms[3]; /* of dt_low, B and C out of x_proj.y */
+    int64_t norm_count;
+    mil_linear dt; /* of dt_low; its y is the scan's dt */
+    mil_scan scan;
+    const void *next; /* a hint, as in mil_linear */
+    int64_t next_bytes;
+} mil_scan_mixer;
+
 typedef struct mil_scan_grad {
     mil_scan forward; /* without states; y is not read */
     const void *grad_y;
@@ -359,10 +374,10 @@ typedef struct mil_embedding {
     const int32_t *tokens; /* [rows] */
     const void *table;     /* [vocab, hidden] of `dtype` */
     mil_dtype dtype;
+    const float *row_scale; /* [vocab] of float8 and int8, as in mil_linear; else NULL */
     float scale;
     void *y; /* [rows, hidden] act */
     int64_t y_stride;
-    const float *row_scale; /* [vocab] of float8 and int8, as in mil_linear; else NULL */
 } mil_embedding;
 
 typedef struct mil_embedding_grad {
@@ -503,6 +518,10 @@ typedef struct mil_sample {
     int32_t *token;     /* [rows] or NULL: no draw */
     int32_t *bad;       /* [rows] 1 where a logit is NaN or infinite, else 0 */
     mil_filter *filter; /* [rows] or NULL */
+    /* A draft's draw belongs to one of several rows of a later pass: where spread > 0, filter is written at row * spread,
+     * and the token once more at placed[row * spread] where placed is given. */
+    int64_t spread;
+    int32_t *placed;
 } mil_sample;
 
 /* Verdicts on drafts (decode/speculate.c has the rule).  Sequence i has rows offsets[i] .. offsets[i + 1] of logits, those
@@ -522,8 +541,10 @@ typedef struct mil_accept {
     const float *draft_logits; /* [rows, draft_vocab] that drafts were drawn from; NULL: each was certain */
     int64_t draft_logits_stride, draft_vocab;
     const mil_filter *draft_filter; /* [rows] */
-    int32_t *accepted;              /* [sequences] out: drafts that stand */
-    int32_t *tokens; /* [rows] out: of each sequence those drafts and the one token after them */
+    double
+        forced; /* > 0: a draft stands with this probability whatever p and q say (to time models without sense) */
+    int32_t *accepted; /* [sequences] out: drafts that stand */
+    int32_t *tokens;   /* [rows] out: of each sequence those drafts and the one token after them */
 } mil_accept;
 
 /* Ends a decoding step of one row a sequence inside a recording: what was drawn becomes the next step's input, rows and
@@ -539,6 +560,50 @@ typedef struct mil_advance {
     int32_t *history;     /* [any, sequences]: row *steps gets `drawn` */
     int32_t *failed;      /* [sequences] set where bad is, else left */
 } mil_advance;
+
+/* Drafts from the text itself, as mil_ngram_propose (decode/ngram.c) finds them. All pointers are of the device. */
+typedef struct mil_propose {
+    int64_t sequences, drafts; /* most drafts of a sequence */
+    const int32_t *texts;      /* [sequences, texts_stride] */
+    int64_t texts_stride;
+    const int64_t *count; /* [sequences] tokens of each text, at least 1 */
+    int64_t longest, shortest;
+    int32_t *
+        tokens; /* [sequences, drafts + 1] out: the text's last token, then drafts (or any token of the text) */
+    int32_t *drafted; /* [sequences] drafts allowed; out: 0 where there are none */
+} mil_propose;
+
+/* Ends a speculative round inside a recording, after mil_accept: what was accepted enters the texts, everything that the
+ * next round reads moves on, and the round is written down.  With c the tokens of a text, rounds read
+ *
+ *   draft model   pass 0: tokens c - 2 and c - 1; pass j: the draft before, at c + j - 1 (boundaries held)
+ *   model         one pass: token c - 1 and all drafts
+ *
+ * so a draft's state has read c - 2 tokens when a round begins, and the model's c - 1: what was read beyond is taken back by
+ * the numbers alone.  All pointers are of the device. */
+typedef struct mil_settle {
+    int64_t sequences, drafts; /* drafts of each sequence in a round, as recorded */
+    const int32_t *accepted;   /* [sequences] */
+    const int32_t *verdict;    /* [sequences, drafts + 1] tokens of mil_accept */
+    const int32_t *bad;        /* [sequences, drafts + 1] of the model's rows */
+    const int32_t *draft_bad;  /* [drafts, sequences] of the draft model's, or NULL: n-gram drafts */
+    int64_t draft_vocab;       /* a text with a token from here on is drafted for no more */
+    const int32_t *wanted;     /* [sequences] drafts a round */
+    const int64_t *end;        /* [sequences] a text's length at which it ends */
+    int32_t *barred;           /* [sequences] set where no more drafts are to be offered */
+    int32_t *drafted;      /* [sequences] in: drafts offered; out: the most that the next round may offer */
+    int64_t *position;     /* [drafts, sequences] of each draft in its text: row 0 is c */
+    int64_t *rows;         /* [3, sequences + 1] mil_rows.device of the model's pass */
+    int64_t *draft_rows;   /* [drafts, 3, sequences + 1] of the draft model's, or NULL */
+    int32_t *tokens;       /* [sequences, drafts + 1] that the model reads: column 0 is written */
+    int32_t *draft_tokens; /* [sequences, 2] that the draft model's first pass reads, or NULL */
+    int32_t *texts;        /* [sequences, texts_stride] or NULL */
+    int64_t texts_stride;
+    int64_t *rounds; /* [1] moves on by one */
+    int32_t *
+        history; /* [any, sequences, drafts + 3]: row *rounds gets drafts offered, accepted, and the verdict */
+    int32_t *failed; /* [sequences] set where a row that counts is bad, else left */
+} mil_settle;
 
 /* ---- the table -------------------------------------------------------------------------------------- */
 
@@ -609,15 +674,22 @@ struct mil_ops {
      * between them may stay unwritten.
      *   project       norm_forward, linear_forward of products whose x is its y, and, where `gate` is given,
      *                 glu_forward of the first two products' outputs
-     *   rope_append   rope of q and of k, kv_append of that k */
+     *   rope_append   rope of q and of k, kv_append of that k
+     *   scan_mixer    conv1d_forward, linear_forward of x_proj (which may be summed in an order of its own), norm_forward of
+     *                 the norms, linear_forward of dt, scan_forward */
     mil_status (*project)(mil_context *context, const mil_norm *norm, const mil_linear *products,
                           int64_t count, const mil_glu *gate);
     mil_status (*rope_append)(mil_context *context, const mil_rope *q, const mil_rope *k,
                               const mil_kv_append *append);
+    mil_status (*scan_mixer)(mil_context *context, const mil_scan_mixer *arguments);
+    /* Optional: weights into 8 bits, all pointers of the device. */
+    mil_status (*quantize)(mil_context *context, const mil_quantize *arguments);
     /* Optional: tokens from logits without the host. */
     mil_status (*sample)(mil_context *context, const mil_sample *arguments);
     mil_status (*accept)(mil_context *context, const mil_accept *arguments);
     mil_status (*advance)(mil_context *context, const mil_advance *arguments);
+    mil_status (*propose)(mil_context *context, const mil_propose *arguments);
+    mil_status (*settle)(mil_context *context, const mil_settle *arguments);
     /* Optional: operators called between record_begin and record_end run only when the recording is replayed, any
      * number of times, with the arguments that they had.  Their memory must then be there (no arena may grow while
      * recording: run the same once before), and nothing may be copied to or from the host. record_end gives
@@ -628,8 +700,22 @@ struct mil_ops {
     void (*record_free)(mil_context *context, void *recording);
 };
 
+/* scan_mixer, operator by operator. */
+static inline mil_status
+mil_scan_mixer_apart(mil_context *context, const mil_scan_mixer *m)
+{
+    const mil_ops *ops = context->ops;
+    MIL_TRY(ops->conv1d_forward(context, &m->conv));
+    if (m->x_proj.out > 0) {
+        MIL_TRY(ops->linear_forward(context, &m->x_proj, 1));
+    }
+    for (int64_t i = 0; i < m->norm_count; i++) {
+        MIL_TRY(ops->norm_forward(context, &m->norms[i]));
+    }
+    MIL_TRY(ops->linear_forward(context, &m->dt, 1));
+    return ops->scan_forward(context, &m->scan);
+}
+
 extern const mil_ops mil_cpu_ops;
 
 #endif
-    /* Optional: weights into 8 bits, all pointers of the device. */
-    mil_status (*quantize)(mil_context *context, const mil_quantize *arguments);

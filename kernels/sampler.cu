@@ -599,13 +599,17 @@ MIL_CLUSTER(BLOCKS) __launch_bounds__(THREADS, 2) sample_kernel(const mil_sample
     else {
         token = finish_many<BLOCKS>(memory, s, vocab, options, uniform, f, score);
     }
+    int64_t spread = a.spread > 0 ? row * a.spread : row;
     if (token >= 0 && a.token != NULL) {
         a.token[row] = token;
+        if (a.placed != NULL) {
+            a.placed[spread] = token;
+        }
     }
     if (writes) {
         a.bad[row] = best.bad;
         if (a.filter != NULL) {
-            a.filter[row] = f;
+            a.filter[spread] = f;
         }
     }
     team_sync<BLOCKS>(); /* the others may still be reading this block's memory */

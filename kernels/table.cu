@@ -55,6 +55,8 @@ table_of(mil_dtype activation_dtype, int device)
     ops.sample = mil_cuda_sample;
     ops.accept = mil_cuda_accept;
     ops.advance = mil_cuda_advance;
+    ops.propose = mil_cuda_propose;
+    ops.settle = mil_cuda_settle;
     ops.record_begin = mil_cuda_record_begin;
     ops.record_end = mil_cuda_record_end;
     ops.replay = mil_cuda_replay;

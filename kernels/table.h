@@ -80,9 +80,15 @@ mil_cuda_sample(mil_context *context, const mil_sample *arguments);
 mil_status
 mil_cuda_accept(mil_context *context, const mil_accept *arguments);
 
+/* propose.cu */
+mil_status
+mil_cuda_propose(mil_context *context, const mil_propose *arguments);
+
 /* record.cu */
 mil_status
 mil_cuda_advance(mil_context *context, const mil_advance *arguments);
+mil_status
+mil_cuda_settle(mil_context *context, const mil_settle *arguments);
 mil_status
 mil_cuda_record_begin(mil_context *context);
 mil_status
@@ -99,6 +105,10 @@ mil_status
 mil_cuda_scan_forward(mil_context *context, const mil_scan *arguments);
 mil_status
 mil_cuda_ssd_forward(mil_context *context, const mil_ssd *arguments);
+
+/* scan_mixer.cu */
+mil_status
+mil_cuda_scan_mixer(mil_context *context, const mil_scan_mixer *arguments);
 
 /* elementwise.cu */
 mil_status

@@ -79,10 +79,12 @@ mil_span_of(const mil_device_rows &rows, int64_t index)
     int64_t end = rows.offsets[index + 1];
     span.row = rows.offsets[index];
     span.past = rows.past[index];
-    span.boundary = rows.boundary[index];
+    const int64_t boundary = rows.boundary[index];
+    const bool held = boundary % MIL_WINDOW == MIL_HOLD;
+    span.boundary = held ? boundary - MIL_HOLD : boundary;
     span.count = end - span.row;
     span.after = span.count > MIL_WINDOW ? end - span.row + span.past : span.past; /* mil_boundary_after */
-    span.after -= span.after % MIL_WINDOW;
+    span.after = held ? span.boundary : span.after - span.after % MIL_WINDOW;
     span.before = (int)(span.past - span.boundary);
     return span;
 }

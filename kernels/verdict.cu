@@ -45,7 +45,7 @@ count_accepted(const mil_accept &a, int64_t first_row, int drafted, uint64_t see
             int token = a.drafts[row];
             double p = probability(a.filter[row], a.logits + row * a.logits_stride, token);
             double uniform = uniform_of(seed, (uint64_t)(position + first + lane), MIL_SAMPLE_ACCEPT);
-            stands = uniform * draft_probability(a, row, token) < p;
+            stands = a.forced > 0.0 ? uniform < a.forced : uniform * draft_probability(a, row, token) < p;
         }
         uint32_t rejected = __ballot_sync(MIL_ALL_LANES, !stands);
         if (rejected != 0) {

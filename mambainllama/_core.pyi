@@ -476,6 +476,7 @@ def generate(
     verify_cost: float = 0.0,
     draft_cost: float = 0.0,
     _break_accept: int = 0,
+    _force_acceptance: float = 0.0,
     workspace: int = 0,
 ) -> Any: ...
 def sample(

@@ -27,8 +27,10 @@ mil_get_span(const mil_rows *rows, int64_t sequence)
     mil_span span = {.row = rows->offsets[sequence]};
     span.count = rows->offsets[sequence + 1] - span.row;
     span.past = rows->past != NULL ? rows->past[sequence] : 0;
-    span.boundary = rows->boundary != NULL ? rows->boundary[sequence] : 0;
-    span.after = mil_boundary_after(span.past, span.count);
+    int64_t boundary = rows->boundary != NULL ? rows->boundary[sequence] : 0;
+    bool held = boundary % MIL_WINDOW == MIL_HOLD;
+    span.boundary = held ? boundary - MIL_HOLD : boundary;
+    span.after = held ? span.boundary : mil_boundary_after(span.past, span.count);
     return span;
 }
 
@@ -69,7 +71,8 @@ mil_check_rows(const char *name, const mil_rows *rows, bool has_states)
                             (long long)i, (long long)span.past);
         }
         if (span.boundary % MIL_WINDOW != 0 || span.boundary > span.past ||
-            span.past - span.boundary >= MIL_TAIL) {
+            span.past - span.boundary >= MIL_TAIL ||
+            (span.after == span.boundary && span.past + span.count - span.boundary >= MIL_TAIL)) {
             return mil_fail(
                 MIL_ERR_VALUE,
                 "%s: boundary[%lld] = %lld; expected a multiple of %d, at most past = %lld and less "

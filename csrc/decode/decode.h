@@ -80,8 +80,10 @@ typedef enum mil_draft_kind { MIL_DRAFT_NONE = 0, MIL_DRAFT_MODEL, MIL_DRAFT_NGR
 /* Deliberate errors in the accept rule: tests prove with them that the statistics would notice. */
 typedef enum mil_broken_rule {
     MIL_RULE_RIGHT = 0,
-    MIL_RULE_ACCEPT_ALL,   /* every draft that the target could have drawn */
-    MIL_RULE_REDRAW_FROM_P /* a rejected draft is replaced from p instead of max(0, p - q) */
+    MIL_RULE_ACCEPT_ALL,    /* every draft that the target could have drawn */
+    MIL_RULE_REDRAW_FROM_P, /* a rejected draft is replaced from p instead of max(0, p - q) */
+    MIL_RULE_FORCED /* each draft with probability forced_acceptance, and n-gram drafts are always found: for timing
+                     * models of random weights as if their drafts were good */
 } mil_broken_rule;
 
 typedef struct mil_engine_options {
@@ -94,10 +96,12 @@ typedef struct mil_engine_options {
      * 0: estimated from the parameters' bytes (speculate.c). */
     double verify_cost, draft_cost;
     mil_broken_rule broken_rule;
+    double forced_acceptance; /* of MIL_RULE_FORCED, in (0, 1] */
 } mil_engine_options;
 
 typedef struct mil_sequence mil_sequence;
 typedef struct mil_burst mil_burst;
+typedef struct mil_draft_burst mil_draft_burst;
 
 /* Zero-initialised is not valid; see mil_engine_init. */
 typedef struct mil_engine {
@@ -108,10 +112,18 @@ typedef struct mil_engine {
     int64_t joined;   /* requests that ever ran */
     bool crowded;     /* there was no memory for one more; until one leaves */
     mil_burst *burst; /* burst.c; NULL until the first */
+    mil_draft_burst *draft_burst; /* draft_burst.c, likewise */
+    /* speculate.c, where all texts of a round draft equally many tokens */
+    bool together;
+    int64_t depth; /* drafts of a round */
+    int64_t quiet; /* plain steps since drafts were last worth it, or tried */
+    int64_t trial_after;
+    double weight_bytes, draft_weight_bytes;
     struct mil_pack { /* one forward pass in the making */
         int32_t *tokens;
         int64_t *offsets, *logit_rows;
         mil_state **states;
+        bool *held;
         mil_sequence **sequences;
         float *logits;
         int64_t token_capacity, sequence_capacity, row_capacity, logit_capacity;

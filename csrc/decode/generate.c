@@ -35,12 +35,16 @@ mil_engine_init(mil_engine *engine, const mil_engine_options *options)
                         "generate: the draft is on %s, the model on %s; load both on one device",
                         o->draft->ops->name, o->model->ops->name);
     }
+    if (o->broken_rule == MIL_RULE_FORCED && !(o->forced_acceptance > 0.0 && o->forced_acceptance <= 1.0)) {
+        return mil_fail(MIL_ERR_VALUE, "generate: a forced acceptance must lie in (0, 1], not %g",
+                        o->forced_acceptance);
+    }
     engine->running = mil_alloc((size_t)o->max_batch, sizeof *engine->running);
     if (engine->running == NULL) {
         return mil_fail(MIL_ERR_MEMORY, "generate: out of memory for a batch of %lld",
                         (long long)o->max_batch);
     }
-    mil_speculate_costs(o);
+    mil_speculate_costs(engine);
     return MIL_OK;
 }
 
@@ -54,12 +58,14 @@ mil_engine_release(mil_engine *engine)
         mil_sequence_delete(engine->waiting[i]);
     }
     mil_burst_delete(engine->burst);
+    mil_draft_burst_delete(engine->draft_burst);
     mil_free(engine->running);
     mil_free(engine->waiting);
     mil_free(engine->pack.tokens);
     mil_free(engine->pack.offsets);
     mil_free(engine->pack.logit_rows);
     mil_free(engine->pack.states);
+    mil_free(engine->pack.held);
     mil_free(engine->pack.sequences);
     mil_free(engine->pack.logits);
     *engine = (mil_engine){0};
@@ -168,7 +174,8 @@ mil_pack_begin(mil_engine *engine)
 }
 
 mil_status
-mil_pack_add(mil_engine *engine, mil_sequence *sequence, mil_state *state, int64_t rows, int64_t logit_count)
+mil_pack_add(mil_engine *engine, mil_sequence *sequence, mil_state *state, int64_t rows, int64_t logit_count,
+             bool held)
 {
     struct mil_pack *pack = &engine->pack;
     MIL_TRY(mil_state_reserve(state, state->length + rows));
@@ -178,6 +185,7 @@ mil_pack_add(mil_engine *engine, mil_sequence *sequence, mil_state *state, int64
     sequence->logit_count = logit_count;
     pack->sequences[pack->count] = sequence;
     pack->states[pack->count] = state;
+    pack->held[pack->count] = held;
     pack->count++;
     pack->rows += rows;
     pack->logit_count += logit_count;
@@ -217,6 +225,7 @@ mil_pack_run(mil_engine *engine, mil_context *context, const mil_model *model)
         .sequences = pack->count,
         .offsets = pack->offsets,
         .states = pack->states,
+        .held = pack->held,
         .logit_rows = pack->logit_rows,
         .logit_count = pack->logit_count,
         .logits = pack->logit_count > 0 ? pack->logits : NULL,
@@ -309,7 +318,7 @@ add_prompt_rows(mil_engine *engine, mil_sequence *sequence, int64_t *left)
     *left -= rows < *left ? rows : *left;
     bool first_token = rows == unread && request->max_new_tokens > 0;
     int64_t logits = request->prompt_logprobs ? rows : first_token ? 1 : 0;
-    return mil_pack_add(engine, sequence, sequence->state, rows, logits);
+    return mil_pack_add(engine, sequence, sequence->state, rows, logits, false);
 }
 
 static mil_status
@@ -324,7 +333,7 @@ pack_round(mil_engine *engine)
         }
         if (sequence->generation.count > 0) {
             int64_t rows = 1 + sequence->drafted;
-            MIL_TRY(mil_pack_add(engine, sequence, sequence->state, rows, rows));
+            MIL_TRY(mil_pack_add(engine, sequence, sequence->state, rows, rows, false));
         }
         else {
             MIL_TRY(add_prompt_rows(engine, sequence, &left));
@@ -422,10 +431,8 @@ plan_round(mil_engine *engine)
             continue;
         }
         MIL_TRY(mil_sequence_reserve(sequence, MIL_WINDOW + 1));
-        if (sequence->generation.count > 0) {
-            mil_speculate_plan(engine, sequence);
-        }
     }
+    mil_speculate_plan(engine);
     return MIL_OK;
 }
 
@@ -451,15 +458,19 @@ mil_engine_round(mil_engine *engine, mil_context *context)
         size_t most = (size_t)engine->options.max_batch;
         pack->sequences = mil_alloc(most, sizeof *pack->sequences);
         pack->states = mil_alloc(most, sizeof *pack->states);
+        pack->held = mil_alloc(most, sizeof *pack->held);
         pack->offsets = mil_alloc(most + 1, sizeof *pack->offsets);
-        if (pack->sequences == NULL || pack->states == NULL || pack->offsets == NULL) {
+        if (pack->sequences == NULL || pack->states == NULL || pack->held == NULL || pack->offsets == NULL) {
             return mil_fail(MIL_ERR_MEMORY, "generate: out of memory for a batch of %zu", most);
         }
     }
     MIL_TRY(plan_round(engine));
-    int64_t steps = mil_burst_steps(engine);
+    int64_t steps = mil_burst_steps(engine), rounds = mil_draft_burst_rounds(engine);
     if (steps > 0) {
         MIL_TRY(mil_burst_run(engine, context, steps));
+    }
+    else if (rounds > 0) {
+        MIL_TRY(mil_draft_burst_run(engine, context, rounds));
     }
     else {
         MIL_TRY(run_round(engine, context));

@@ -190,6 +190,7 @@ mil_sequence_join(const mil_engine *engine, mil_sequence *sequence)
             sequence->undraftable |= sequence->generation.tokens[i] >= options->draft->config.vocab;
         }
     }
+    sequence->offered = 1.0;
     sequence->generation.stats.cached_tokens = sequence->state->length;
     return MIL_OK;
 }
@@ -262,9 +263,12 @@ mil_generation_release(mil_generation *generation)
 }
 
 void
-mil_sequence_add(mil_sequence *sequence, int64_t vocab, int32_t token, const float *logits)
+mil_sequence_add(const mil_engine *engine, mil_sequence *sequence, int32_t token, const float *logits)
 {
     mil_generation *g = &sequence->generation;
+    const mil_engine_options *options = &engine->options;
+    int64_t vocab = options->model->config.vocab;
+    sequence->undraftable |= options->draft != NULL && token >= options->draft->config.vocab;
     if (g->count == 0) {
         sequence->first_token_at = omp_get_wtime();
     }

@@ -28,6 +28,8 @@ struct mil_sequence {
     mil_distribution drafts[MIL_WINDOW]; /* that each was drawn from; weights in draft_weight */
     float *draft_weight;                 /* [draft_tokens, vocab] or NULL */
     double tried, accepted;              /* recent drafts, older ones fading */
+    double offered;                      /* share of recent rounds that had any, likewise */
+    int64_t depth;                       /* drafts a round wherever the text's end allows them */
     int64_t quiet;                       /* rounds since the last speculation */
     bool undraftable;                    /* the text holds a token that the draft model does not know */
 
@@ -87,16 +89,42 @@ mil_sequence_stops(const mil_sequence *sequence, int32_t token)
 /* Adds one token to the text, with its log-probabilities from `logits`; ends the sequence at a stop token or
  * at its length. */
 void
-mil_sequence_add(mil_sequence *sequence, int64_t vocab, int32_t token, const float *logits);
+mil_sequence_add(const mil_engine *engine, mil_sequence *sequence, int32_t token, const float *logits);
+
+/* A request's settings as operators take them. */
+static inline mil_sample_options
+mil_device_sampling(const mil_sampling *sampling)
+{
+    return (mil_sample_options){
+        .temperature = sampling->temperature,
+        .top_p = sampling->top_p,
+        .min_p = sampling->min_p,
+        .top_k = sampling->top_k,
+        .seed = sampling->seed,
+    };
+}
 
 /* ---- speculate.c ------------------------------------------------------------------------------------ */
 
+/* Longest and shortest ends of a text that are looked for in it (ngram.c). */
+#define MIL_NGRAM_LONGEST 4
+#define MIL_NGRAM_SHORTEST 2
+
 /* Sets the costs that the options leave open. */
 void
-mil_speculate_costs(mil_engine_options *options);
-/* Sets `wanted`: the number of drafts that this round is worth. */
+mil_speculate_costs(mil_engine *engine);
+/* Sets `wanted` of all running sequences: the number of drafts that this round is worth. */
 void
-mil_speculate_plan(const mil_engine *engine, mil_sequence *sequence);
+mil_speculate_plan(mil_engine *engine);
+/* Plain steps in a row before drafts have to be thought of again, at least 1. */
+int64_t
+mil_speculate_quiet_steps(const mil_engine *engine);
+/* Tokens that a round of so many drafts is expected to give a text, going by all texts' drafts so far. */
+double
+mil_speculate_tokens(const mil_engine *engine, int64_t drafts);
+/* A round of `drafted` drafts, of which so many stood until the text's end or the first rejected one. */
+void
+mil_speculate_remember(mil_sequence *sequence, int64_t drafted, int64_t accepted, bool rejected);
 /* Fills tokens[count ..] with drafts for all running sequences that want some. */
 mil_status
 mil_speculate_draft(mil_engine *engine, mil_context *context) MIL_MUST_CHECK;
@@ -107,6 +135,9 @@ mil_speculate_settle(const mil_engine *engine, mil_sequence *sequence, const flo
 
 /* ---- burst.c ---------------------------------------------------------------------------------------- */
 
+/* Whether a sequence's next token can come without the host, as far as its request is concerned. */
+bool
+mil_burst_takes(const mil_sequence *sequence);
 /* Plain steps of all running sequences that may now be taken without the host in between; 0: a round is needed. */
 int64_t
 mil_burst_steps(const mil_engine *engine);
@@ -116,15 +147,26 @@ mil_burst_run(mil_engine *engine, mil_context *context, int64_t steps) MIL_MUST_
 void
 mil_burst_delete(mil_burst *burst);
 
+/* ---- draft_burst.c ---------------------------------------------------------------------------------- */
+
+/* The same for speculative rounds. */
+int64_t
+mil_draft_burst_rounds(const mil_engine *engine);
+mil_status
+mil_draft_burst_run(mil_engine *engine, mil_context *context, int64_t rounds) MIL_MUST_CHECK;
+void
+mil_draft_burst_delete(mil_draft_burst *burst);
+
 /* ---- generate.c ------------------------------------------------------------------------------------- */
 
 /* Starts a pass; adds the next `rows` tokens of a sequence that `state` has not read, the last `logit_count`
- * of them with logits; runs it: a sequence's logits start at row first_logit of engine->pack.logits. */
+ * of them with logits, `held`: without moving its boundary; runs it: a sequence's logits start at row first_logit of
+ * engine->pack.logits. */
 void
 mil_pack_begin(mil_engine *engine);
 mil_status
-mil_pack_add(mil_engine *engine, mil_sequence *sequence, mil_state *state, int64_t rows,
-             int64_t logit_count) MIL_MUST_CHECK;
+mil_pack_add(mil_engine *engine, mil_sequence *sequence, mil_state *state, int64_t rows, int64_t logit_count,
+             bool held) MIL_MUST_CHECK;
 mil_status
 mil_pack_run(mil_engine *engine, mil_context *context, const mil_model *model) MIL_MUST_CHECK;
 

@@ -13,14 +13,17 @@
  * stream's later numbers unseen by any kept token, so using them again at the same position is sound.
  *
  * The state goes back to the last accepted token exactly (device.h: the tail).  A pass of K + 1 <= 16
- * rows can always be taken back.  The draft model, though, reads one token a pass, and once such a pass
- * begins a new window the old one is folded: so a draft with mixers never drafts across a window's end
- * (draft_limit), which shortens a few rounds in sixteen and needs no copies of states.
+ * rows can always be taken back.  The draft model reads one token a pass; its boundary is held where such a
+ * pass would fold tokens that the verdict may take back, so all of a round's passes can go as well.
  *
  * How many drafts: with acceptance a (of this text so far, older rounds fading), K drafts give
  * 1 + a + .. + a^K tokens for 1 + K (verify_cost + draft_cost) passes; K maximises the ratio, and
  * is 0 where drafting does not pay, with a short trial every now and then.  The costs are numbers from the
  * models' sizes, not measured times, so that a text does not depend on the machine's mood.
+ *
+ * On a device that runs whole rounds by itself (draft_burst.c) all texts draft equally many tokens, because
+ * what a round costs depends on the batch: K follows all texts' acceptance, and moves only for a clear gain,
+ * since a new K means a new recording.
  */
 #include <math.h>
 
@@ -28,12 +31,23 @@
 
 #define PRIOR_TRIED 2.0 /* weight and value of the acceptance assumed at the start */
 #define PRIOR_ACCEPTED 1.4
-#define FADING 0.97     /* of old drafts, a draft */
-#define TRIAL_ROUNDS 32 /* rounds between trials where drafting does not pay */
+#define FADING 0.97      /* of old drafts, a draft */
+#define OFFER_FADING 0.1 /* weight of the last round in the share of rounds with drafts */
+#define TRIAL_ROUNDS 32  /* rounds between trials where drafting does not pay */
 #define TRIAL_DRAFTS 2
 #define VERIFY_COST 0.12 /* of a pass, each row beyond the first: 0.05 to 0.2 on CPUs, by dtype and mixer */
-#define NGRAM_LONGEST 4
-#define NGRAM_SHORTEST 2
+
+/* Of devices, from an H100 (docs/performance-log.md); only ratios matter. */
+#define DEVICE_RATE 2.8e12      /* bytes a second */
+#define DEVICE_OPERATIONS 5e14  /* a second, of large products */
+#define DEVICE_LAYER 12e-6      /* seconds of a layer's launches and small operators */
+#define DEVICE_LAYER_ROW 0.4e-6 /* more with each row of a text */
+#define DEVICE_THIN 0.006       /* more of a product's time with each row up to MIL_WINDOW */
+#define DEVICE_BROAD 1.3        /* of it beyond */
+#define DEVICE_TOKEN 10e-6      /* seconds of sampling one token */
+#define DEVICE_TRIAL 128        /* plain steps until the first trial; twice as many after each */
+#define DEVICE_TRIAL_MOST 2048
+#define CLEAR_GAIN 1.05
 
 /* ---- how many --------------------------------------------------------------------------------------- */
 
@@ -52,13 +66,20 @@ bytes_read(const mil_model *model)
 }
 
 void
-mil_speculate_costs(mil_engine_options *options)
+mil_speculate_costs(mil_engine *engine)
 {
+    mil_engine_options *options = &engine->options;
+    const mil_ops *ops = options->model->ops;
+    engine->together = ops->settle != NULL && ops->record_begin != NULL && options->verify_cost <= 0.0 &&
+                       options->draft_cost <= 0.0;
+    engine->trial_after = DEVICE_TRIAL;
+    engine->weight_bytes = bytes_read(options->model);
+    engine->draft_weight_bytes = options->draft != NULL ? bytes_read(options->draft) : 0.0;
     if (options->verify_cost <= 0.0) {
         options->verify_cost = VERIFY_COST;
     }
     if (options->draft_cost <= 0.0 && options->draft_kind == MIL_DRAFT_MODEL) {
-        options->draft_cost = bytes_read(options->draft) / bytes_read(options->model);
+        options->draft_cost = engine->draft_weight_bytes / engine->weight_bytes;
     }
 }
 
@@ -90,10 +111,6 @@ draft_limit(const mil_engine *engine, const mil_sequence *sequence)
     /* One token comes from the model itself, so the last of the request needs no draft. */
     int64_t left = sequence->request.max_new_tokens - sequence->generation.count - 1;
     int64_t limit = smaller(smaller(sequence->request.draft_tokens, left), MIL_WINDOW - 1);
-    if (sequence->draft_state != NULL && sequence->draft_state->mixer_bytes > 0) {
-        /* Passes of one row at count .. count + K - 2 must not begin a window that ends after `count`. */
-        limit = smaller(limit, MIL_WINDOW + 1 - sequence->count % MIL_WINDOW);
-    }
     limit = position_limit(engine->options.model, sequence->count, limit);
     return limit > 0 ? limit : 0;
 }
@@ -115,19 +132,10 @@ best_number(double acceptance, double cost, int64_t limit)
     return best;
 }
 
-void
-mil_speculate_plan(const mil_engine *engine, mil_sequence *sequence)
+/* By a text's own acceptance. */
+static void
+plan_alone(const mil_engine *engine, mil_sequence *sequence, int64_t limit)
 {
-    sequence->wanted = 0;
-    sequence->drafted = 0;
-    if (engine->options.draft_kind == MIL_DRAFT_NONE || sequence->undraftable) {
-        return;
-    }
-    int64_t limit = draft_limit(engine, sequence);
-    if (sequence->request.fixed_draft) {
-        sequence->wanted = limit;
-        return;
-    }
     double acceptance = (sequence->accepted + PRIOR_ACCEPTED) / (sequence->tried + PRIOR_TRIED);
     double cost = engine->options.verify_cost + engine->options.draft_cost;
     sequence->wanted = best_number(acceptance, cost, limit);
@@ -139,13 +147,184 @@ mil_speculate_plan(const mil_engine *engine, mil_sequence *sequence)
     }
 }
 
+/* ---- all texts together ------------------------------------------------------------------------------- */
+
+static bool
+is_decoding(const mil_sequence *sequence)
+{
+    return sequence->generation.finish == MIL_RUNNING && sequence->generation.count > 0;
+}
+
+/* Seconds of one pass of `rows` rows for each of `texts` texts, whose states have so many bytes. */
+static double
+pass_seconds(const mil_model *model, double weight_bytes, double texts, double rows, double state_bytes)
+{
+    double all = texts * rows, seconds = weight_bytes / DEVICE_RATE;
+    if (all <= MIL_WINDOW) {
+        seconds *= 1.0 + (all - 1.0) * DEVICE_THIN;
+    }
+    else {
+        seconds = fmax(seconds * DEVICE_BROAD, weight_bytes * all / DEVICE_OPERATIONS);
+    }
+    return seconds + state_bytes / DEVICE_RATE + DEVICE_TOKEN +
+           (double)model->config.layer_count * (DEVICE_LAYER + DEVICE_LAYER_ROW * (rows - 1.0));
+}
+
+double
+mil_speculate_tokens(const mil_engine *engine, int64_t drafts)
+{
+    double tried = PRIOR_TRIED, accepted = PRIOR_ACCEPTED, offered = 0.0, texts = 0.0;
+    for (int64_t i = 0; i < engine->running_count; i++) {
+        const mil_sequence *sequence = engine->running[i];
+        if (is_decoding(sequence)) {
+            tried += sequence->tried;
+            accepted += sequence->accepted;
+            offered += sequence->offered;
+            texts += 1.0;
+        }
+    }
+    double power = texts > 0.0 ? offered / texts : 1.0, tokens = 1.0;
+    for (int64_t i = 0; i < drafts; i++) {
+        power *= accepted / tried;
+        tokens += power;
+    }
+    return tokens;
+}
+
+/* What passes of all decoding texts have to do with. */
+typedef struct batch_load {
+    double texts, state_bytes, draft_state_bytes;
+} batch_load;
+
+static batch_load
+load_of(const mil_engine *engine)
+{
+    const mil_model *model = engine->options.model, *draft = engine->options.draft;
+    batch_load load = {0};
+    for (int64_t i = 0; i < engine->running_count; i++) {
+        const mil_sequence *sequence = engine->running[i];
+        if (is_decoding(sequence)) {
+            load.texts += 1.0;
+            load.state_bytes += (double)mil_state_bytes_at(model, sequence->count);
+            load.draft_state_bytes +=
+                draft != NULL ? (double)mil_state_bytes_at(draft, sequence->count) : 0.0;
+        }
+    }
+    return load;
+}
+
+/* Tokens in the time of a plain step, from rounds of so many drafts for all texts. */
+static double
+rate_of(const mil_engine *engine, const batch_load *load, int64_t drafts)
+{
+    if (drafts == 0) {
+        return 1.0;
+    }
+    const mil_model *model = engine->options.model, *draft = engine->options.draft;
+    double bytes = engine->weight_bytes, rows = (double)drafts + 1.0;
+    double plain = pass_seconds(model, bytes, load->texts, 1.0, load->state_bytes);
+    double seconds = pass_seconds(model, bytes, load->texts, rows, load->state_bytes) + DEVICE_TOKEN;
+    if (draft != NULL) {
+        seconds += (double)drafts *
+                   pass_seconds(draft, engine->draft_weight_bytes, load->texts, 1.0, load->draft_state_bytes);
+    }
+    return mil_speculate_tokens(engine, drafts) * plain / seconds;
+}
+
+/* Sets engine->depth; `most`: the most that any text may draft. */
+static void
+plan_depth(mil_engine *engine, int64_t most)
+{
+    batch_load load = load_of(engine);
+    int64_t best = 0;
+    double best_rate = 1.0;
+    for (int64_t drafts = 1; drafts <= most; drafts++) {
+        double rate = rate_of(engine, &load, drafts);
+        if (rate > best_rate) {
+            best = drafts;
+            best_rate = rate;
+        }
+    }
+    bool stays =
+        best > 0 && engine->depth <= most && best_rate < CLEAR_GAIN * rate_of(engine, &load, engine->depth);
+    engine->depth = stays ? engine->depth : best;
+    if (engine->depth > 0) {
+        engine->quiet = 0;
+        engine->trial_after = DEVICE_TRIAL;
+    }
+}
+
+/* Drafts of those texts that leave their number open. */
+static int64_t
+depth_together(mil_engine *engine)
+{
+    int64_t most = 0;
+    for (int64_t i = 0; i < engine->running_count; i++) {
+        const mil_sequence *sequence = engine->running[i];
+        if (is_decoding(sequence)) {
+            if (sequence->undraftable || sequence->request.draft_tokens == 0) {
+                return 0; /* rounds without the host are for all texts or none */
+            }
+            int64_t own = smaller(sequence->request.draft_tokens, MIL_WINDOW - 1);
+            most = own > most ? own : most;
+        }
+    }
+    plan_depth(engine, most);
+    if (engine->depth == 0 && engine->quiet >= engine->trial_after) {
+        engine->quiet = 0;
+        engine->trial_after = smaller(2 * engine->trial_after, DEVICE_TRIAL_MOST);
+        return smaller(TRIAL_DRAFTS, most);
+    }
+    return engine->depth;
+}
+
+int64_t
+mil_speculate_quiet_steps(const mil_engine *engine)
+{
+    int64_t left = MIL_WINDOW;
+    if (engine->options.draft_kind != MIL_DRAFT_NONE) {
+        left = engine->together ? smaller(left, engine->trial_after - engine->quiet) : 1;
+    }
+    return left > 1 ? left : 1;
+}
+
+void
+mil_speculate_plan(mil_engine *engine)
+{
+    if (engine->options.draft_kind == MIL_DRAFT_NONE) {
+        return;
+    }
+    int64_t together = engine->together ? depth_together(engine) : 0;
+    for (int64_t i = 0; i < engine->running_count; i++) {
+        mil_sequence *sequence = engine->running[i];
+        sequence->depth = 0;
+        if (!is_decoding(sequence) || sequence->undraftable) {
+            continue;
+        }
+        int64_t limit = draft_limit(engine, sequence);
+        sequence->depth = smaller(sequence->request.draft_tokens, MIL_WINDOW - 1);
+        if (sequence->request.fixed_draft) {
+            sequence->wanted = limit;
+        }
+        else if (engine->together) {
+            sequence->depth = smaller(sequence->depth, together);
+            sequence->wanted = smaller(sequence->depth, limit);
+        }
+        else {
+            plan_alone(engine, sequence, limit);
+            sequence->depth = sequence->wanted;
+        }
+    }
+}
+
 /* ---- drafts ----------------------------------------------------------------------------------------- */
 
 static void
-draft_from_text(mil_sequence *sequence)
+draft_from_text(const mil_engine *engine, mil_sequence *sequence)
 {
     int32_t *tokens = sequence->generation.tokens;
-    sequence->drafted = mil_ngram_propose(tokens, sequence->count, NGRAM_LONGEST, NGRAM_SHORTEST,
+    int64_t shortest = engine->options.broken_rule == MIL_RULE_FORCED ? 0 : MIL_NGRAM_SHORTEST;
+    sequence->drafted = mil_ngram_propose(tokens, sequence->count, MIL_NGRAM_LONGEST, shortest,
                                           sequence->wanted, tokens + sequence->count);
     for (int64_t i = 0; i < sequence->drafted; i++) {
         int32_t token = tokens[sequence->count + i];
@@ -198,7 +377,10 @@ draft_pass(mil_engine *engine, mil_context *context, int64_t most, int64_t *left
             int64_t unread = sequence->count + sequence->drafted - sequence->draft_state->length;
             bool whole = mil_rope_changes(&engine->options.draft->config.rope);
             int64_t rows = whole ? unread : smaller(unread, most);
-            MIL_TRY(mil_pack_add(engine, sequence, sequence->draft_state, rows, rows == unread ? 1 : 0));
+            int64_t past = sequence->draft_state->length;
+            bool held = past - past % MIL_WINDOW > sequence->count; /* the fold would reach into the drafts */
+            MIL_TRY(
+                mil_pack_add(engine, sequence, sequence->draft_state, rows, rows == unread ? 1 : 0, held));
         }
     }
     *left = engine->pack.count;
@@ -215,7 +397,7 @@ mil_speculate_draft(mil_engine *engine, mil_context *context)
     if (engine->options.draft_kind == MIL_DRAFT_NGRAM) {
         for (int64_t i = 0; i < engine->running_count; i++) {
             if (engine->running[i]->wanted > 0) {
-                draft_from_text(engine->running[i]);
+                draft_from_text(engine, engine->running[i]);
             }
         }
         return MIL_OK;
@@ -239,6 +421,9 @@ accepts(const mil_engine *engine, const mil_sequence *sequence, const mil_distri
         return target > 0.0;
     }
     double uniform = mil_uniform(sequence->request.sampling.seed, (uint64_t)position, MIL_STREAM_ACCEPT);
+    if (engine->options.broken_rule == MIL_RULE_FORCED) {
+        return uniform < engine->options.forced_acceptance;
+    }
     return uniform * mil_distribution_at(q, token) < target;
 }
 
@@ -255,15 +440,15 @@ draw_own(const mil_engine *engine, const mil_sequence *sequence, const mil_distr
     return mil_distribution_draw_rest(p, q, vocab, uniform);
 }
 
-/* The last verdicts enter the running acceptance. */
-static void
-remember(mil_sequence *sequence, int64_t accepted, bool rejected)
+void
+mil_speculate_remember(mil_sequence *sequence, int64_t drafted, int64_t accepted, bool rejected)
 {
     int64_t tried = accepted + (rejected ? 1 : 0);
     double fade = pow(FADING, (double)tried);
     sequence->tried = sequence->tried * fade + (double)tried;
     sequence->accepted = sequence->accepted * fade + (double)accepted;
-    sequence->generation.stats.drafted += sequence->drafted;
+    sequence->offered += OFFER_FADING * ((drafted > 0 ? 1.0 : 0.0) - sequence->offered);
+    sequence->generation.stats.drafted += drafted;
     sequence->generation.stats.accepted += accepted;
 }
 
@@ -294,12 +479,10 @@ mil_speculate_settle(const mil_engine *engine, mil_sequence *sequence, const flo
             token = draw_own(engine, sequence, &p, q, position);
             rejected = q != NULL;
         }
-        mil_sequence_add(sequence, vocab, token, row);
-        sequence->undraftable |=
-            engine->options.draft != NULL && token >= engine->options.draft->config.vocab;
+        mil_sequence_add(engine, sequence, token, row);
     }
-    if (drafted > 0) {
-        remember(sequence, accepted, rejected);
+    if (sequence->wanted > 0) {
+        mil_speculate_remember(sequence, drafted, accepted, rejected);
     }
     return MIL_OK;
 }

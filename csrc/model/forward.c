@@ -139,10 +139,12 @@ mil_embed(mil_pass *pass, const int32_t *tokens, void *x)
     return embed_uploaded(pass, uploaded, x);
 }
 
-/* device_rows: mil_rows.device where the numbers are there already, or NULL. */
+/* held: sequences whose boundary stays, or NULL; device_rows: mil_rows.device where the numbers are there already, or
+ * NULL. */
 static mil_status
 begin_pass(mil_pass *pass, mil_context *context, const mil_model *model, int64_t sequences,
-           const int64_t *offsets, mil_state *const *states, bool fast, const int64_t *device_rows)
+           const int64_t *offsets, mil_state *const *states, const bool *held, bool fast,
+           const int64_t *device_rows)
 {
     *pass = (mil_pass){
         .context = context,
@@ -169,7 +171,7 @@ begin_pass(mil_pass *pass, mil_context *context, const mil_model *model, int64_t
                 return mil_fail(MIL_ERR_VALUE, "forward: state %lld belongs to another model", (long long)i);
             }
             past[i] = states[i]->length;
-            boundary[i] = states[i]->boundary;
+            boundary[i] = states[i]->boundary + (held != NULL && held[i] ? MIL_HOLD : 0);
             MIL_TRY(mil_state_reserve(states[i], past[i] + offsets[i + 1] - offsets[i]));
             for (int64_t j = 0; j < i; j++) {
                 if (states[j] == states[i]) {
@@ -190,7 +192,7 @@ mil_status
 mil_pass_begin(mil_pass *pass, mil_context *context, const mil_model *model, int64_t sequences,
                const int64_t *offsets, mil_state *const *states, bool fast)
 {
-    return begin_pass(pass, context, model, sequences, offsets, states, fast, NULL);
+    return begin_pass(pass, context, model, sequences, offsets, states, NULL, fast, NULL);
 }
 
 /* ---- layers ------------------------------------------------------------------------------------------- */
@@ -282,7 +284,7 @@ final_norm(const mil_pass *pass, int64_t rows, const void *x, void *y)
 
 /* Logits, on the device, of rows after the final norm. */
 static mil_status
-logits_of(const mil_pass *pass, const void *normed, int64_t count, float *logits)
+logits_of(const mil_pass *pass, const void *normed, int64_t count, float *logits, int64_t logits_stride)
 {
     mil_context *context = pass->context;
     const mil_parameter *output = pass->model->output;
@@ -296,15 +298,22 @@ logits_of(const mil_pass *pass, const void *normed, int64_t count, float *logits
         .x_stride = hidden,
         .weight = output->data,
         .dtype = output->dtype,
-        .y = logits,
-        .y_stride = vocab,
         .scale = output->scale,
+        .y = logits,
+        .y_stride = logits_stride,
         .fast = pass->fast,
         .float_output = true,
     };
     MIL_TRY(context->ops->linear_forward(context, &product, 1));
-    return scale == 1.0f ? MIL_OK
-                         : context->ops->widen(context, count, vocab, MIL_F32, logits, vocab, scale, logits);
+    if (scale == 1.0f) {
+        return MIL_OK;
+    }
+    bool dense = logits_stride == vocab; /* scaling in place wants dense rows */
+    for (int64_t i = 0; i < (dense ? 1 : count); i++) {
+        float *at = logits + i * logits_stride;
+        MIL_TRY(context->ops->widen(context, dense ? count : 1, vocab, MIL_F32, at, vocab, scale, at));
+    }
+    return MIL_OK;
 }
 
 /* Logits of up to LOGIT_ROWS wanted rows of the residual stream x. */
@@ -322,7 +331,7 @@ logits_block(const mil_pass *pass, const void *x, const int64_t *wanted, int64_t
     MIL_TRY(context->ops->upload(context, wanted, (size_t)count * sizeof *wanted, &index));
     MIL_TRY(context->ops->gather_rows(context, count, hidden, index, x, hidden, picked, hidden));
     MIL_TRY(final_norm(pass, count, picked, picked));
-    MIL_TRY(logits_of(pass, picked, count, block));
+    MIL_TRY(logits_of(pass, picked, count, block, vocab));
     MIL_TRY(context->ops->copy(context, logits, block, (size_t)(count * vocab) * sizeof *logits));
     mil_arena_rewind(context->scratch, mark);
     return MIL_OK;
@@ -333,8 +342,8 @@ run_model(mil_context *context, const mil_model *model, const mil_forward *argum
 {
     int64_t rows = arguments->offsets[arguments->sequences], hidden = model->config.hidden;
     mil_pass pass;
-    MIL_TRY(mil_pass_begin(&pass, context, model, arguments->sequences, arguments->offsets, arguments->states,
-                           arguments->fast));
+    MIL_TRY(begin_pass(&pass, context, model, arguments->sequences, arguments->offsets, arguments->states,
+                       arguments->held, arguments->fast, NULL));
     pass.lean = arguments->capture_count == 0;
     void *x;
     MIL_TRY(mil_act_push(context, rows, hidden, &x));
@@ -364,7 +373,9 @@ mil_model_forward(mil_context *context, const mil_model *model, const mil_forwar
         for (int64_t i = 0; i < arguments->sequences; i++) {
             mil_state *state = arguments->states[i];
             int64_t count = arguments->offsets[i + 1] - arguments->offsets[i];
-            state->boundary = mil_boundary_after(state->length, count);
+            if (arguments->held == NULL || !arguments->held[i]) {
+                state->boundary = mil_boundary_after(state->length, count);
+            }
             state->length += count;
         }
     }
@@ -377,20 +388,27 @@ static mil_status
 run_step(mil_context *context, const mil_model *model, const mil_step *step)
 {
     int64_t *offsets, sequences = step->sequences, hidden = model->config.hidden;
+    int64_t count = step->count > 0 ? step->count : 1, skipped = step->last_only ? count - 1 : 0;
+    int64_t logit_rows = sequences * (count - skipped);
+    int64_t logits_stride = step->logits_stride > 0 ? step->logits_stride : model->config.vocab;
     MIL_TRY(MIL_PUSH(context->host, sequences + 1, int64_t, &offsets));
     for (int64_t i = 0; i <= sequences; i++) {
-        offsets[i] = i;
+        offsets[i] = i * count;
     }
     mil_pass pass;
     mil_forward plain = {.sequences = sequences};
-    void *x;
-    MIL_TRY(begin_pass(&pass, context, model, sequences, offsets, step->states, false, step->rows));
+    void *x, *normed;
+    MIL_TRY(begin_pass(&pass, context, model, sequences, offsets, step->states, NULL, false, step->rows));
     pass.lean = true;
-    MIL_TRY(mil_act_push(context, sequences, hidden, &x));
+    MIL_TRY(mil_act_push(context, sequences * count, hidden, &x));
+    MIL_TRY(mil_act_push(context, logit_rows, hidden, &normed));
     MIL_TRY(embed_uploaded(&pass, step->tokens, x));
     MIL_TRY(run_layers(&pass, &plain, x));
-    MIL_TRY(final_norm(&pass, sequences, x, x));
-    return logits_of(&pass, x, sequences, step->logits);
+    mil_norm norm = mil_stream_norm(&pass, model->final_norm, logit_rows,
+                                    mil_act_at(context, x, skipped * hidden), normed);
+    norm.x_stride = (1 + skipped) * hidden;
+    MIL_TRY(context->ops->norm_forward(context, &norm));
+    return logits_of(&pass, normed, logit_rows, step->logits, logits_stride);
 }
 
 mil_status

@@ -234,6 +234,7 @@ typedef struct mil_forward {
     int64_t sequences;
     const int64_t *offsets;   /* [sequences + 1] */
     mil_state *const *states; /* [sequences] with room for their rows, or NULL: every sequence starts fresh */
+    const bool *held;         /* [sequences] whose boundary stays (device.h: MIL_HOLD), or NULL: none */
     const int64_t *logit_rows; /* [logit_count] rows whose logits are wanted */
     int64_t logit_count;
     float *logits; /* [logit_count, vocab] host memory, or NULL */
@@ -247,14 +248,17 @@ mil_status
 mil_check_tokens(const mil_model *model, const int32_t *tokens, int64_t sequences,
                  const int64_t *offsets) MIL_MUST_CHECK;
 
-/* One row a sequence with everything on the device, so that it can be recorded and replayed: tokens and rows are read
- * there when it runs, nothing returns to the host, and the states' own counters do not move. */
+/* A few rows of each sequence with everything on the device, so that it can be recorded and replayed: tokens and rows are
+ * read there when it runs, nothing returns to the host, and the states' own counters do not move. */
 typedef struct mil_step {
     int64_t sequences;
+    int64_t count;            /* rows of each sequence, at most MIL_WINDOW; 0: one */
     mil_state *const *states; /* [sequences], with room for the rows of all replays */
-    const int32_t *tokens;    /* [sequences], device */
+    const int32_t *tokens;    /* [sequences, count], device */
     const int64_t *rows;      /* [3, sequences + 1], device: mil_rows.device */
-    float *logits;            /* [sequences, vocab], device */
+    bool last_only;           /* logits of each sequence's last row alone */
+    float *logits;            /* [sequences * count or sequences, vocab], device */
+    int64_t logits_stride;    /* 0: vocab */
 } mil_step;
 
 mil_status

@@ -26,6 +26,8 @@
     X(test_model_hostile_images)     \
     X(test_burst_failures)           \
     X(test_burst_is_rounds)          \
+    X(test_draft_burst_failures)     \
+    X(test_draft_burst_is_rounds)    \
     X(test_decode_draws)             \
     X(test_decode_speculation)       \
     X(test_decode_without_memory)

@@ -1,8 +1,9 @@
-/* Bursts of recorded steps, on a table that plays a device with recordings: the tokens, the ends and the states are those of
- * single rounds.
+/* Bursts of recorded steps and of speculative rounds, on a table that plays a device with recordings: the tokens, the ends
+ * and the states are those of single rounds.
  *
- * The played device computes with the CPU's operators.  While recording its operators do nothing; a replay runs the step
- * with the numbers that "the device" holds, which are the block that burst.c uploaded and mil_advance moves on.
+ * The played device computes with the CPU's operators.  While recording its operators do nothing but leave their arguments;
+ * a replay runs the step, or the round, with the numbers that "the device" holds, which are the block that was uploaded and
+ * that mil_advance or mil_settle moves on.
  */
 #include "harness.h"
 
@@ -15,12 +16,21 @@ enum { TEXTS = 4, NEW_TOKENS = 45 };
 
 /* ---- the played device ---------------------------------------------------------------------------------------- */
 
+/* What a recording replays. */
+typedef struct recorded {
+    mil_sample samples[MIL_WINDOW + 1]; /* of drafts, if any, and of the model's rows */
+    int64_t sample_count;
+    mil_advance advance;
+    mil_propose propose;
+    mil_accept accept;
+    mil_settle settle; /* sequences = 0: a plain step */
+} recorded;
+
 static struct {
     bool recording;
     mil_engine *engine;
-    mil_sample sample;
-    mil_advance advance;
-    int64_t recordings, replays, freed;
+    recorded now; /* in the making */
+    int64_t recordings, replays, round_replays, freed;
     int64_t bad_after; /* replays until a logit is said not to be finite; -1: never */
 } played;
 
@@ -46,20 +56,164 @@ played_linear(mil_context *context, const mil_linear *products, int64_t count)
     return played.recording ? MIL_OK : mil_cpu_ops.linear_forward(context, products, count);
 }
 
+static mil_sampling
+sampling_of(const mil_sample_options *o)
+{
+    return (mil_sampling){.temperature = o->temperature,
+                          .top_p = o->top_p,
+                          .min_p = o->min_p,
+                          .top_k = o->top_k,
+                          .repetition_penalty = 1.0f,
+                          .seed = o->seed};
+}
+
+/* The distribution of a row over the first `vocab` tokens, 0 beyond. */
 static mil_status
-played_sample(mil_context *context, const mil_sample *arguments)
+fill(mil_distribution *out, float *weight, const float *logits, const mil_sample_options *options,
+     int64_t vocab)
+{
+    mil_candidate scratch[VOCAB];
+    mil_sampling sampling = sampling_of(options);
+    memset(weight, 0, VOCAB * sizeof *weight);
+    *out = (mil_distribution){.weight = weight};
+    return mil_distribution_fill(&sampling, logits, NULL, vocab, scratch, out);
+}
+
+static mil_status
+played_sample(mil_context *context, const mil_sample *a)
 {
     (void)context;
-    played.sample = *arguments;
-    for (int64_t i = 0; i < arguments->rows && !played.recording; i++) {
-        const float *logits = arguments->logits + i * arguments->logits_stride;
-        int32_t best = 0;
-        for (int32_t token = 1; token < arguments->vocab; token++) {
-            best = logits[token] > logits[best] ? token : best;
-        }
-        arguments->token[i] = best;
-        arguments->bad[i] = played.bad_after == 0;
+    if (played.recording) {
+        played.now.samples[played.now.sample_count++] = *a;
+        return MIL_OK;
     }
+    for (int64_t i = 0; i < a->rows; i++) {
+        mil_distribution p;
+        float weight[VOCAB];
+        MIL_TRY(fill(&p, weight, a->logits + i * a->logits_stride, &a->options[i], a->vocab));
+        a->bad[i] = played.bad_after == 0;
+        if (a->token != NULL) {
+            double uniform = mil_uniform(a->options[i].seed, (uint64_t)a->position[i], (mil_stream)a->stream);
+            a->token[i] = mil_distribution_draw(&p, a->vocab, uniform);
+            if (a->placed != NULL) {
+                a->placed[i * a->spread] = a->token[i];
+            }
+        }
+    }
+    return MIL_OK;
+}
+
+static mil_status
+played_propose(mil_context *context, const mil_propose *a)
+{
+    (void)context;
+    played.now.propose = *a;
+    for (int64_t i = 0; i < a->sequences && !played.recording; i++) {
+        const int32_t *text = a->texts + i * a->texts_stride;
+        int32_t *tokens = a->tokens + i * (a->drafts + 1);
+        for (int64_t j = 0; j <= a->drafts; j++) {
+            tokens[j] = text[a->count[i] - 1];
+        }
+        if (mil_ngram_propose(text, a->count[i], a->longest, a->shortest, a->drafts, tokens + 1) == 0) {
+            a->drafted[i] = 0;
+        }
+    }
+    return MIL_OK;
+}
+
+/* How many drafts of one sequence stand, and the token after them: speculate.c's rule. */
+static mil_status
+judge(const mil_accept *a, int64_t sequence)
+{
+    int64_t row = a->offsets[sequence], drafted = a->drafted[sequence], position = a->position[sequence];
+    const mil_sample_options *options = &a->options[sequence];
+    a->accepted[sequence] = 0;
+    for (int64_t j = 0; j <= drafted; j++, row++, position++) {
+        mil_distribution p, q = {.certain = true, .best = a->drafts[row]};
+        float weight[VOCAB], draft_weight[VOCAB];
+        MIL_TRY(fill(&p, weight, a->logits + row * a->logits_stride, options, a->vocab));
+        double own = mil_uniform(options->seed, (uint64_t)position, MIL_STREAM_TARGET);
+        if (j == drafted) {
+            a->tokens[row] = mil_distribution_draw(&p, a->vocab, own);
+            break;
+        }
+        if (a->draft_logits != NULL) {
+            MIL_TRY(fill(&q, draft_weight, a->draft_logits + row * a->draft_logits_stride, options,
+                         a->draft_vocab));
+        }
+        int32_t token = a->drafts[row];
+        double uniform = mil_uniform(options->seed, (uint64_t)position, MIL_STREAM_ACCEPT);
+        bool stands = uniform * mil_distribution_at(&q, token) < mil_distribution_at(&p, token);
+        a->tokens[row] = stands ? token : mil_distribution_draw_rest(&p, &q, a->vocab, own);
+        if (!stands) {
+            break;
+        }
+        a->accepted[sequence]++;
+    }
+    return MIL_OK;
+}
+
+static mil_status
+played_accept(mil_context *context, const mil_accept *a)
+{
+    (void)context;
+    played.now.accept = *a;
+    for (int64_t i = 0; i < a->sequences && !played.recording; i++) {
+        MIL_TRY(judge(a, i));
+    }
+    return MIL_OK;
+}
+
+/* What device.h says of mil_settle, for one text. */
+static void
+settle_text(const mil_settle *s, int64_t i)
+{
+    int64_t width = s->drafts + 1, columns = s->sequences + 1, count = s->position[i];
+    int64_t accepted = s->accepted[i], next = count + accepted + 1, left = s->end[i] - next - 1;
+    const int32_t *verdict = s->verdict + i * width;
+    int32_t *history = s->history + (*s->rounds * s->sequences + i) * (width + 2),
+            last = s->tokens[i * width];
+    history[0] = s->drafted[i];
+    history[1] = (int32_t)accepted;
+    for (int64_t j = 0; j <= accepted; j++) {
+        history[2 + j] = verdict[j];
+        s->failed[i] |= s->bad[i * width + j];
+        s->barred[i] |= verdict[j] >= s->draft_vocab;
+        if (s->texts != NULL) {
+            s->texts[i * s->texts_stride + count + j] = verdict[j];
+        }
+    }
+    int64_t most = s->barred[i] ? 0 : s->wanted[i] < s->drafts ? s->wanted[i] : s->drafts;
+    s->drafted[i] = (int32_t)(left < 0 ? 0 : left < most ? left : most);
+    for (int64_t j = 0; j < s->drafts; j++) {
+        s->position[j * s->sequences + i] = next + j;
+    }
+    s->tokens[i * width] = verdict[accepted];
+    s->rows[2 * columns + i] = mil_boundary_after(s->rows[columns + i], width);
+    s->rows[columns + i] = next - 1;
+    for (int64_t j = 0; j < s->drafts && s->draft_rows != NULL; j++) {
+        int64_t *rows = s->draft_rows + j * 3 * columns;
+        rows[columns + i] = j == 0 ? next - 2 : next + j - 1;
+        rows[2 * columns + i] =
+            j == 0 ? mil_boundary_after(count - 2, 1) : mil_boundary_after(next - 2, 1) + MIL_HOLD;
+    }
+    if (s->draft_tokens != NULL) {
+        int32_t before = accepted > 0 ? verdict[accepted - 1] : last,
+                most_known = (int32_t)s->draft_vocab - 1;
+        s->draft_tokens[2 * i] = before < most_known ? before : most_known;
+        s->draft_tokens[2 * i + 1] = verdict[accepted] < most_known ? verdict[accepted] : most_known;
+    }
+}
+
+static mil_status
+played_settle(mil_context *context, const mil_settle *s)
+{
+    (void)context;
+    played.now.settle = *s;
+    for (int64_t i = 0; i < s->sequences && !played.recording; i++) {
+        settle_text(s, i);
+    }
+    *s->rounds += played.recording ? 0 : 1;
     return MIL_OK;
 }
 
@@ -67,7 +221,7 @@ static mil_status
 played_advance(mil_context *context, const mil_advance *a)
 {
     (void)context;
-    played.advance = *a;
+    played.now.advance = *a;
     for (int64_t i = 0; i < a->sequences && !played.recording; i++) {
         int64_t *past = a->rows + a->sequences + 1 + i, *boundary = past + a->sequences + 1;
         a->tokens[i] = a->drawn[i];
@@ -93,6 +247,7 @@ played_record_begin(mil_context *context)
 {
     (void)context;
     played.recording = true;
+    played.now = (recorded){0};
     return MIL_OK;
 }
 
@@ -102,7 +257,12 @@ played_record_end(mil_context *context, void **out)
     (void)context;
     played.recording = false;
     played.recordings++;
-    *out = &played;
+    recorded *kept = malloc(sizeof *kept);
+    if (kept == NULL) {
+        abort();
+    }
+    *kept = played.now;
+    *out = kept;
     return MIL_OK;
 }
 
@@ -111,41 +271,88 @@ played_record_free(mil_context *context, void *recording)
 {
     (void)context;
     played.freed += recording != NULL;
+    free(recording);
+}
+
+/* Runs a step with the device's numbers in the states, which then have their own again. */
+static mil_status
+run_step(mil_context *context, const mil_model *model, mil_step *step, bool drafts)
+{
+    mil_context plain = *context;
+    plain.kept = NULL;
+    mil_state *states[TEXTS];
+    int64_t lengths[TEXTS], boundaries[TEXTS], n = step->sequences;
+    for (int64_t i = 0; i < n; i++) {
+        const mil_sequence *sequence = played.engine->running[i];
+        states[i] = drafts ? sequence->draft_state : sequence->state;
+        lengths[i] = states[i]->length;
+        boundaries[i] = states[i]->boundary;
+        states[i]->length = step->rows[n + 1 + i];
+        states[i]->boundary = step->rows[2 * (n + 1) + i];
+    }
+    step->states = states;
+    mil_status status = mil_model_step(&plain, model, step);
+    for (int64_t i = 0; i < n; i++) {
+        states[i]->length = lengths[i];
+        states[i]->boundary = boundaries[i];
+    }
+    return status;
+}
+
+static mil_status
+replay_round(mil_context *context, const recorded *r)
+{
+    const mil_settle *s = &r->settle;
+    int64_t drafts = s->draft_rows != NULL ? s->drafts : 0, n = s->sequences;
+    for (int64_t j = 0; j < drafts; j++) {
+        const mil_sample *sample = &r->samples[j];
+        mil_step step = {
+            .sequences = n,
+            .count = j == 0 ? 2 : 1,
+            .tokens = j == 0 ? s->draft_tokens : r->samples[j - 1].token,
+            .rows = s->draft_rows + j * 3 * (n + 1),
+            .last_only = true,
+            .logits = (float *)(uintptr_t)sample->logits,
+            .logits_stride = sample->logits_stride,
+        };
+        MIL_TRY(run_step(context, played.engine->options.draft, &step, true));
+        MIL_TRY(played_sample(context, sample));
+    }
+    if (drafts == 0) {
+        MIL_TRY(played_propose(context, &r->propose));
+    }
+    mil_step step = {
+        .sequences = n,
+        .count = s->drafts + 1,
+        .tokens = s->tokens,
+        .rows = s->rows,
+        .logits = (float *)(uintptr_t)r->accept.logits,
+    };
+    played.round_replays++;
+    MIL_TRY(run_step(context, played.engine->options.model, &step, false));
+    MIL_TRY(played_sample(context, &r->samples[drafts]));
+    MIL_TRY(played_accept(context, &r->accept));
+    return played_settle(context, s);
 }
 
 static mil_status
 played_replay(mil_context *context, void *recording)
 {
-    (void)recording;
-    const mil_advance *a = &played.advance;
-    mil_state *states[TEXTS];
-    int64_t lengths[TEXTS], boundaries[TEXTS];
-    for (int64_t i = 0; i < a->sequences; i++) {
-        states[i] = played.engine->running[i]->state;
-        lengths[i] = states[i]->length;
-        boundaries[i] = states[i]->boundary;
-        states[i]->length = a->rows[a->sequences + 1 + i];
-        states[i]->boundary = a->rows[2 * (a->sequences + 1) + i];
-    }
-    mil_step step = {
-        .sequences = a->sequences,
-        .states = states,
-        .tokens = a->tokens,
-        .rows = a->rows,
-        .logits = (float *)(uintptr_t)played.sample.logits,
-    };
+    const recorded *r = recording;
     played.replays++;
     played.bad_after -= played.bad_after > 0;
-    mil_context plain = *context;
-    plain.kept = NULL;
-    mil_status status = mil_model_step(&plain, played.engine->options.model, &step);
-    for (int64_t i = 0; i < a->sequences; i++) {
-        states[i]->length = lengths[i];
-        states[i]->boundary = boundaries[i];
+    if (r->settle.sequences > 0) {
+        return replay_round(context, r);
     }
-    MIL_TRY(status);
-    MIL_TRY(played_sample(context, &played.sample));
-    return played_advance(context, &played.advance);
+    mil_step step = {
+        .sequences = r->advance.sequences,
+        .tokens = r->advance.tokens,
+        .rows = r->advance.rows,
+        .logits = (float *)(uintptr_t)r->samples[0].logits,
+    };
+    MIL_TRY(run_step(context, played.engine->options.model, &step, false));
+    MIL_TRY(played_sample(context, &r->samples[0]));
+    return played_advance(context, &r->advance);
 }
 
 static mil_ops
@@ -164,6 +371,9 @@ played_table(void)
     ops.linear_forward = played_linear;
     ops.sample = played_sample;
     ops.advance = played_advance;
+    ops.propose = played_propose;
+    ops.accept = played_accept;
+    ops.settle = played_settle;
     ops.finish = played_finish;
     ops.record_begin = played_record_begin;
     ops.record_end = played_record_end;
@@ -184,15 +394,29 @@ typedef struct outcome {
     int64_t lengths[TEXTS];
 } outcome;
 
-/* Runs all texts; those with a bit set in `lent` on a state of the caller's, which must end where its text ends and go on. */
+typedef struct setting {
+    int64_t max_batch;
+    int32_t stop;
+    unsigned lent; /* bits: texts on a state of the caller's, which must end where its text ends and go on */
+    mil_draft_kind draft_kind;
+    const mil_model *draft;
+    int64_t drafts;
+    bool adapts;
+    float temperature;
+} setting;
+
+/* Runs all texts. */
 static mil_status
-run_all(const mil_model *model, int64_t max_batch, int32_t stop, unsigned lent, outcome *out)
+run_texts(const mil_model *model, const setting *with, outcome *out)
 {
+    int32_t stop = with->stop;
+    unsigned lent = with->lent;
     mil_arena scratch = {0}, host = {0};
     mil_context context = {.ops = model->ops, .scratch = &scratch, .host = &host, .threads = 1};
     mil_engine engine = {0};
     mil_state states[TEXTS] = {0};
-    mil_engine_options options = {.model = model, .max_batch = max_batch};
+    mil_engine_options options = {
+        .model = model, .max_batch = with->max_batch, .draft_kind = with->draft_kind, .draft = with->draft};
     mil_status status = mil_engine_init(&engine, &options);
     played.engine = &engine;
     for (int64_t i = 0; i < TEXTS && status == MIL_OK; i++) {
@@ -203,8 +427,13 @@ run_all(const mil_model *model, int64_t max_batch, int32_t stop, unsigned lent, 
             .sampling = MIL_SAMPLING_DEFAULT,
             .stop_tokens = &stop,
             .stop_count = stop < 0 ? 0 : 1,
+            .draft_tokens = with->drafts,
+            .fixed_draft = !with->adapts,
             .tag = i,
         };
+        request.sampling.temperature = with->temperature;
+        request.sampling.top_k = with->temperature > 1.0f ? 7 : 0;
+        request.sampling.seed = (uint64_t)(40 + i);
         if (lent >> i & 1) {
             status = mil_state_init(&states[i], model, 0);
             request.state = &states[i];
@@ -232,6 +461,13 @@ run_all(const mil_model *model, int64_t max_batch, int32_t stop, unsigned lent, 
     return status;
 }
 
+static mil_status
+run_all(const mil_model *model, int64_t max_batch, int32_t stop, unsigned lent, outcome *out)
+{
+    setting with = {.max_batch = max_batch, .stop = stop, .lent = lent};
+    return run_texts(model, &with, out);
+}
+
 static void
 release(outcome *o)
 {
@@ -249,6 +485,19 @@ compare(const outcome *a, const outcome *b)
         CHECK(x->count == y->count &&
               memcmp(x->tokens, y->tokens, (size_t)(prompt_counts[i] + x->count) * sizeof *x->tokens) == 0);
         CHECK(x->stats.rounds == y->stats.rounds);
+        CHECK(x->stats.accepted == y->stats.accepted);
+        CHECK(a->lengths[i] == b->lengths[i]);
+    }
+}
+
+/* The same texts, whatever the rounds. */
+static void
+compare_texts(const outcome *a, const outcome *b)
+{
+    for (int64_t i = 0; i < TEXTS; i++) {
+        const mil_generation *x = &a->texts[i], *y = &b->texts[i];
+        CHECK(x->finish == y->finish && x->count == y->count &&
+              memcmp(x->tokens, y->tokens, (size_t)(prompt_counts[i] + x->count) * sizeof *x->tokens) == 0);
         CHECK(a->lengths[i] == b->lengths[i]);
     }
 }
@@ -305,5 +554,98 @@ test_burst_failures(void)
         CHECK(mil_memory_blocks() == before);
     }
     CHECK(status == MIL_OK && allowed > 30);
+    small_model_release(&m);
+}
+
+/* With a draft model or n-grams: rounds on the device against rounds with the host, and against no drafts where greedy. */
+void
+test_draft_burst_is_rounds(void)
+{
+    small_model m, d;
+    CHECK_OK(small_model_init(&m, 0.0f));
+    CHECK_OK(small_model_init(&d, 0.05f));
+    mil_ops ops = played_table();
+    int64_t replays = 0, accepted = 0, drafted = 0;
+    for (int run = 0; run < 120; run++) {
+        setting with = {
+            .max_batch = run % 3 == 0 ? 1 : TEXTS,
+            .stop = run % 4 == 0 ? -1 : (run * 7) % VOCAB,
+            .lent = run % 5 < 3 ? 0 : 5u << run % 2,
+            .draft_kind = run % 2 == 0 ? MIL_DRAFT_MODEL : MIL_DRAFT_NGRAM,
+            .draft = run % 2 == 0 ? &d.model : NULL,
+            .drafts = (int64_t[]){1, 2, 3, 4, 7, 15}[run / 2 % 6],
+            .temperature = (float[]){0.0f, 0.7f, 1.3f}[run / 12 % 3],
+        };
+        outcome plain = {0}, rounds = {0}, bursts = {0};
+        setting without = with;
+        without.draft_kind = MIL_DRAFT_NONE;
+        without.draft = NULL;
+        m.model.ops = d.model.ops = &mil_cpu_ops;
+        CHECK_OK(run_texts(&m.model, &without, &plain));
+        CHECK_OK(run_texts(&m.model, &with, &rounds));
+        played.recordings = played.round_replays = played.freed = 0;
+        played.bad_after = -1;
+        m.model.ops = d.model.ops = &ops;
+        CHECK_OK(run_texts(&m.model, &with, &bursts));
+        compare(&rounds, &bursts);
+        if (with.temperature == 0.0f) {
+            compare_texts(&plain, &bursts);
+        }
+        with.adapts = true;
+        release(&bursts);
+        bursts = (outcome){0};
+        CHECK_OK(run_texts(&m.model, &with, &bursts));
+        if (with.temperature == 0.0f) {
+            compare_texts(&plain, &bursts);
+        }
+        CHECK(played.recordings == played.freed);
+        replays += played.round_replays;
+        for (int64_t i = 0; i < TEXTS; i++) {
+            accepted += bursts.texts[i].stats.accepted;
+            drafted += bursts.texts[i].stats.drafted;
+        }
+        release(&plain);
+        release(&rounds);
+        release(&bursts);
+    }
+    CHECK(replays > 500);
+    CHECK(drafted / 10 < accepted && accepted < drafted);
+    small_model_release(&d);
+    small_model_release(&m);
+}
+
+void
+test_draft_burst_failures(void)
+{
+    small_model m, d;
+    CHECK_OK(small_model_init(&m, 0.0f));
+    CHECK_OK(small_model_init(&d, 0.05f));
+    mil_ops ops = played_table();
+    m.model.ops = d.model.ops = &ops;
+    setting with = {.max_batch = TEXTS,
+                    .stop = -1,
+                    .lent = 1,
+                    .draft_kind = MIL_DRAFT_MODEL,
+                    .draft = &d.model,
+                    .drafts = 3};
+    outcome found = {0};
+    played.bad_after = 5;
+    CHECK_STATUS(run_texts(&m.model, &with, &found), MIL_ERR_NONFINITE);
+    CHECK_MESSAGE("not finite");
+    release(&found);
+    played.bad_after = -1;
+    int64_t before = mil_memory_blocks(), allowed = 0;
+    mil_status status = MIL_ERR_MEMORY;
+    for (; allowed < 3000 && status != MIL_OK; allowed++) {
+        outcome o = {0};
+        mil_memory_fail_after(allowed);
+        status = run_texts(&m.model, &with, &o);
+        mil_memory_fail_after(-1);
+        release(&o);
+        CHECK(status == MIL_OK || status == MIL_ERR_MEMORY);
+        CHECK(mil_memory_blocks() == before);
+    }
+    CHECK(status == MIL_OK && allowed > 30);
+    small_model_release(&d);
     small_model_release(&m);
 }
