@@ -155,7 +155,7 @@ def batch(run: Collector) -> None:
 def ssd(run: Collector) -> None:
     pattern = r"issue +ssd +b (\d+) +rows (\d+) +tail \d+ +([\d.]+) us"
     run.run("build/gpu/bench_ssd", lines=lines_of("ssd", pattern))
-    run.peers("ssd")
+    run.peers("ssd", "--compile-first", "12")
 
 
 def scan(run: Collector) -> None:

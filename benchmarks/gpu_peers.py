@@ -132,6 +132,49 @@ def recorded_seconds(call: Callable[[], object], rounds: int = 20, inner: int = 
         return seconds_of(graph.replay, rounds, inner)
 
 
+# ---- compiling -----------------------------------------------------------------------------------
+
+# Tuned Triton kernels compile dozens of variants one after the other, which takes minutes. So some
+# processes compile a part of them each, into Triton's cache on the disk, and the process that times
+# finds them there. Which variant is taken is decided by that one process, alone on the GPU.
+PART = "MAMBAINLLAMA_BENCH_TUNE_PART"
+
+
+def compile_first(arguments: list[str], processes: int) -> None:
+    """Runs the same commands in `processes` processes, each with its part of the variants."""
+    begin = time.perf_counter()
+    children = [
+        subprocess.Popen(
+            [sys.executable, __file__, *arguments, "--compile-first", "0"],
+            env={**os.environ, PART: f"{i}/{processes}"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for i in range(processes)
+    ]
+    for child in children:
+        child.wait()
+    took = round(time.perf_counter() - begin, 1)
+    print(json.dumps({"compiled_by": processes, "took": took}), flush=True)
+
+
+def tune_a_part_only() -> bool:
+    """In such a process: every tuned kernel has its part of the variants. Whether this is one."""
+    if PART not in os.environ:
+        return False
+    from triton.runtime.autotuner import Autotuner
+
+    part, parts = map(int, os.environ[PART].split("/"))
+    every = Autotuner.prune_configs
+
+    def some(self, kwargs):
+        found = list(every(self, kwargs))
+        return found[part::parts] or found[:1]
+
+    Autotuner.prune_configs = some
+    return True
+
+
 # ---- decoding: the kernels -----------------------------------------------------------------------
 
 
@@ -513,6 +556,9 @@ def decode(name, batch, context, tokens, variant, state_dtype=None, rounds=30) -
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     sizes, mamba = configs(name)
+    if PART in os.environ:  # two layers have all kernels of the model
+        sizes = {**sizes, "num_hidden_layers": 2}
+        mamba = mamba and {**mamba, "attn_layers": [1]}
     length = context + tokens // 2
     backends = (
         attention_backends(sizes, batch, length + 1) if "num_attention_heads" in sizes else {}
@@ -592,7 +638,7 @@ def ssd_inputs(batch: int, length: int, groups: int = 1, heads: int = 32, width:
     return x, dt, A, B, C, D, dt_bias
 
 
-def ssd_mamba(batch: int, length: int, groups: int = 1) -> dict:
+def ssd_mamba(batch: int, length: int, groups: int = 1, chunks=(128, 256)) -> dict:
     """mamba_chunk_scan_combined: softplus of dt, the scan, D; the better of two chunk lengths."""
     combined = mamba_module("ssd_combined").mamba_chunk_scan_combined
     x, dt, A, B, C, D, dt_bias = ssd_inputs(batch, length, groups)
@@ -602,7 +648,7 @@ def ssd_mamba(batch: int, length: int, groups: int = 1) -> dict:
                 x, dt, A, B, C, chunk, D=D, dt_bias=dt_bias, dt_softplus=True
             )
         )
-        for chunk in (128, 256)
+        for chunk in chunks
     }
     best = min(tried, key=tried.get)
     return {
@@ -612,7 +658,7 @@ def ssd_mamba(batch: int, length: int, groups: int = 1) -> dict:
     }
 
 
-def ssd_fla(batch: int, length: int) -> dict:
+def ssd_fla(batch: int, length: int, chunks=(64, 128)) -> dict:
     """chunk_simple_gla with q = C, k = B, v = dt x, g = dt A and scale 1: the same recurrence.
 
     Softplus, dt x and D are not in it and not counted: in its favour.
@@ -624,7 +670,7 @@ def ssd_fla(batch: int, length: int) -> dict:
     k, q = (t.expand(-1, -1, x.shape[2], -1).contiguous() for t in (B, C))
     tried = {
         chunk: recorded_seconds(lambda c=chunk: simple_gla(q, k, v, g, scale=1.0, chunk_size=c))
-        for chunk in (64, 128)
+        for chunk in chunks
     }
     best = min(tried, key=tried.get)
     return {
@@ -819,7 +865,8 @@ def decode_all(options) -> None:
 
 
 def ssd_all(options) -> None:
-    for label, shape in SSD_SHAPES.items():
+    # One length is enough to compile for all.
+    for label, shape in list(SSD_SHAPES.items())[: 1 if PART in os.environ else None]:
         answer("ssd", lambda s=shape: ssd_mamba(*s), shape=label, peer="mamba-ssm")
         answer("ssd", lambda s=shape: ssd_fla(*s), shape=label, peer="fla-core")
 
@@ -869,7 +916,15 @@ def main() -> None:
         default=os.environ.get("MAMBAINLLAMA_MAMBA_SOURCE"),
         help="mamba-ssm's source archive or folder, for its CUDA scan",
     )
+    parser.add_argument(
+        "--compile-first", type=int, default=0, metavar="N",
+        help="let N processes compile Triton's kernels before anything is timed",
+    )  # fmt: skip
     options = parser.parse_args()
+    if options.compile_first:
+        compile_first(sys.argv[1:], options.compile_first)
+    if tune_a_part_only():
+        options.commands = [c for c in options.commands if c in ("decode", "ssd")]
     if not torch.cuda.is_available():
         raise SystemExit("gpu_peers: no GPU that torch can use")
     print(json.dumps({"kind": "versions", "versions": versions()}), flush=True)
