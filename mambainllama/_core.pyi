@@ -328,7 +328,7 @@ def sum_squares(*, x: _Array) -> float: ...
 @final
 class Model:
     """A model over borrowed arrays: `config` as csrc/python/config.c reads it, `parameters` name ->
-    array."""
+    array, `codes` name -> "float8" or "int8" for matrices that become that on the device."""
 
     def __new__(
         cls,
@@ -337,6 +337,7 @@ class Model:
         dtypes: Mapping[str, str] = ...,
         table: object | None = None,
     ) -> Model: ...
+        codes: Mapping[str, str] = ...,
     @classmethod
     def parameter_specs(
         cls, config: Mapping[str, Any], /

@@ -126,11 +126,12 @@ typedef struct mil_parameter {
     int64_t shape[3];
     int dims;
     int64_t count;
-    bool matrix;   /* stored in the model's dtype; the others are always float32 in memory */
-    bool required; /* else data may stay NULL (biases, q and k norms) */
-    mil_dtype dtype;
-    void *data;   /* borrowed, on the model's device */
-    float *scale; /* [shape[0]] where dtype is float8 or int8, beside data; else NULL */
+    bool matrix;     /* stored in the model's dtype; the others are always float32 in memory */
+    bool required;   /* else data may stay NULL (biases, q and k norms) */
+    mil_dtype given; /* of the owner's array */
+    mil_dtype dtype; /* of data: `given`, or 8 bits */
+    void *data;      /* borrowed, on the model's device */
+    float *scale;    /* [shape[0]] where dtype is float8 or int8, beside data; else NULL */
 } mil_parameter;
 
 typedef struct mil_layer {

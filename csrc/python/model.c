@@ -6,6 +6,7 @@
 #include "python/types.h"
 
 #include "model/rehearsal.h"
+#include "model/upload.h"
 
 /* ---- arguments shared with the other bindings ------------------------------------------------------------ */
 
@@ -112,8 +113,7 @@ free_device_parameters(mil_model *model)
     }
     mil_context context = {.ops = model->ops};
     for (int64_t i = 0; i < model->parameter_count; i++) {
-        model->ops->free(&context, model->parameters[i].data);
-        model->parameters[i].data = NULL;
+        mil_unload_parameter(model->ops, &model->parameters[i]);
     }
 }
 
@@ -171,24 +171,39 @@ parameter_dtype(core_state *core, const core_array *array, const char *name, PyO
     return 0;
 }
 
-/* Copies a parameter's values into memory of the model's device. */
+/* Which 8 bits a parameter is to have on the device, if any: `codes` maps names to "float8" or "int8". */
 static int
-upload_parameter(core_state *core, core_model *self, mil_parameter *p, const void *values)
+device_dtype(core_state *core, const mil_parameter *p, PyObject *codes, mil_dtype *out)
 {
-    const mil_ops *ops = self->model.ops;
-    if (p->matrix && p->dtype != ops->activation_dtype) {
+    PyObject *word = codes == NULL ? NULL : PyDict_GetItemString(codes, p->name);
+    *out = p->given;
+    if (word == NULL) {
+        return 0;
+    }
+    for (int i = MIL_F8; p->matrix && PyUnicode_Check(word) && i <= MIL_I8; i++) {
+        if (PyUnicode_CompareWithASCIIString(word, mil_dtype_name((mil_dtype)i)) == 0) {
+            *out = (mil_dtype)i;
+            return 0;
+        }
+    }
+    core_raise_format(core, MIL_ERR_DTYPE,
+                      "Model: %s cannot become %R; matrices become \"float8\" or \"int8\"", p->name, word);
+    return -1;
+}
+
+/* Brings a parameter's values into memory of the model's device. */
+static int
+upload_parameter(core_state *core, mil_uploader *uploader, mil_parameter *p, const void *values)
+{
+    const mil_ops *ops = uploader->ops;
+    if (p->matrix && p->dtype != ops->activation_dtype && !mil_dtype_is_scaled(p->dtype)) {
         core_raise_format(core, MIL_ERR_DTYPE, "Model: %s is %s, but this device table computes in %s",
                           p->name, mil_dtype_name(p->dtype), mil_dtype_name(ops->activation_dtype));
         return -1;
     }
-    size_t bytes = (size_t)p->count * mil_dtype_size(p->dtype);
     mil_status status;
     Py_BEGIN_ALLOW_THREADS
-        mil_context context = {.ops = ops};
-        status = ops->alloc(&context, bytes, &p->data);
-        if (status == MIL_OK) {
-            status = ops->copy(&context, p->data, values, bytes);
-        }
+        status = mil_upload_parameter(uploader, p, values);
     Py_END_ALLOW_THREADS
     if (status != MIL_OK) {
         core_raise(core, status);
@@ -198,7 +213,8 @@ upload_parameter(core_state *core, core_model *self, mil_parameter *p, const voi
 }
 
 static int
-bind_parameter(core_state *core, core_model *self, mil_parameter *p, PyObject *object, PyObject *dtypes)
+bind_parameter(core_state *core, core_model *self, mil_uploader *uploader, mil_parameter *p, PyObject *object,
+               PyObject *dtypes, PyObject *codes)
 {
     core_array *array = &self->arrays[self->array_count];
     if (core_array_borrow(core, object, "Model", p->name, array) < 0) {
@@ -229,18 +245,19 @@ bind_parameter(core_state *core, core_model *self, mil_parameter *p, PyObject *o
                           p->name, got, expected);
         return -1;
     }
-    if (parameter_dtype(core, array, p->name, dtypes, &p->dtype) < 0) {
+    if (parameter_dtype(core, array, p->name, dtypes, &p->given) < 0 ||
+        device_dtype(core, p, codes, &p->dtype) < 0) {
         return -1;
     }
-    if (self->model.ops == &mil_cpu_ops) {
+    if (self->model.ops == &mil_cpu_ops && p->dtype == p->given) {
         p->data = array->data;
         return 0;
     }
-    return upload_parameter(core, self, p, array->data);
+    return upload_parameter(core, uploader, p, array->data);
 }
 
 static int
-bind_parameters(core_state *core, core_model *self, PyObject *parameters, PyObject *dtypes)
+bind_parameters(core_state *core, core_model *self, PyObject *parameters, PyObject *dtypes, PyObject *codes)
 {
     self->values = PyDict_New();
     self->arrays = mil_alloc((size_t)self->model.parameter_count, sizeof *self->arrays);
@@ -248,15 +265,14 @@ bind_parameters(core_state *core, core_model *self, PyObject *parameters, PyObje
         PyErr_NoMemory();
         return -1;
     }
-    for (int64_t i = 0; i < self->model.parameter_count; i++) {
+    mil_uploader_init(&uploader, self->model.ops);
+    int failed = 0;
+    for (int64_t i = 0; i < self->model.parameter_count && !failed; i++) {
         mil_parameter *p = &self->model.parameters[i];
         PyObject *object = PyDict_GetItemString(parameters, p->name);
-        if (object == NULL || object == Py_None) {
-            continue;
-        }
-        if (PyDict_SetItemString(self->values, p->name, object) < 0 ||
-            bind_parameter(core, self, p, object, dtypes) < 0) {
-            return -1;
+        if (object != NULL && object != Py_None) {
+            failed = PyDict_SetItemString(self->values, p->name, object) < 0 ||
+                     bind_parameter(core, self, &uploader, p, object, dtypes, codes) < 0;
         }
     }
     mil_status status = mil_model_bind(&self->model);
@@ -273,6 +289,7 @@ bind_parameters(core_state *core, core_model *self, PyObject *parameters, PyObje
             return -1;
         }
     }
+    mil_uploader uploader;
     return 0;
 }
 
@@ -290,16 +307,21 @@ read_table(core_state *core, PyObject *capsule)
         return NULL;
     }
     return ops;
+    mil_uploader_release(&uploader);
+    if (failed) {
+        return -1;
+    }
 }
 
 static PyObject *
 model_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"config", "parameters", "dtypes", "table", NULL};
+    static char *names[] = {"config", "parameters", "dtypes", "table", "codes", NULL};
     core_state *core = PyType_GetModuleState(type);
-    PyObject *config, *parameters, *dtypes = NULL, *table = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O!O!|O!O:Model", names, &PyDict_Type, &config,
-                                     &PyDict_Type, &parameters, &PyDict_Type, &dtypes, &table)) {
+    PyObject *config, *parameters, *dtypes = NULL, *table = NULL, *codes = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O!O!|O!OO!:Model", names, &PyDict_Type, &config,
+                                     &PyDict_Type, &parameters, &PyDict_Type, &dtypes, &table, &PyDict_Type,
+                                     &codes)) {
         return NULL;
     }
     const mil_ops *ops = read_table(core, table);
@@ -324,7 +346,7 @@ model_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
     if (result == 0) {
         self->config = Py_NewRef(config);
         self->model.ops = ops;
-        result = bind_parameters(core, self, parameters, dtypes);
+        result = bind_parameters(core, self, parameters, dtypes, codes);
     }
     if (result < 0) {
         Py_DECREF(self);
@@ -444,7 +466,7 @@ model_dtypes(PyObject *self, PyObject *unused)
     PyObject *dict = PyDict_New();
     for (int64_t i = 0; dict != NULL && i < model->parameter_count; i++) {
         const mil_parameter *p = &model->parameters[i];
-        PyObject *name = p->data == NULL ? NULL : PyUnicode_FromString(mil_dtype_name(p->dtype));
+        PyObject *name = p->data == NULL ? NULL : PyUnicode_FromString(mil_dtype_name(p->given));
         if (p->data != NULL && (name == NULL || PyDict_SetItemString(dict, p->name, name) < 0)) {
             Py_CLEAR(dict);
         }
