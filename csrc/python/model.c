@@ -111,7 +111,6 @@ free_device_parameters(mil_model *model)
     if (model->ops == NULL || model->ops == &mil_cpu_ops) {
         return;
     }
-    mil_context context = {.ops = model->ops};
     for (int64_t i = 0; i < model->parameter_count; i++) {
         mil_unload_parameter(model->ops, &model->parameters[i]);
     }
@@ -259,6 +258,7 @@ bind_parameter(core_state *core, core_model *self, mil_uploader *uploader, mil_p
 static int
 bind_parameters(core_state *core, core_model *self, PyObject *parameters, PyObject *dtypes, PyObject *codes)
 {
+    mil_uploader uploader;
     self->values = PyDict_New();
     self->arrays = mil_alloc((size_t)self->model.parameter_count, sizeof *self->arrays);
     if (self->values == NULL || self->arrays == NULL) {
@@ -275,6 +275,10 @@ bind_parameters(core_state *core, core_model *self, PyObject *parameters, PyObje
                      bind_parameter(core, self, &uploader, p, object, dtypes, codes) < 0;
         }
     }
+    mil_uploader_release(&uploader);
+    if (failed) {
+        return -1;
+    }
     mil_status status = mil_model_bind(&self->model);
     if (status != MIL_OK) {
         core_raise(core, status);
@@ -289,28 +293,7 @@ bind_parameters(core_state *core, core_model *self, PyObject *parameters, PyObje
             return -1;
         }
     }
-    mil_uploader uploader;
     return 0;
-}
-
-/* The table in another module's capsule, the CPU's for None, or NULL with an exception. */
-static const mil_ops *
-read_table(core_state *core, PyObject *capsule)
-{
-    if (capsule == NULL || capsule == Py_None) {
-        return &mil_cpu_ops;
-    }
-    const mil_ops *ops = PyCapsule_GetPointer(capsule, MIL_OPS_CAPSULE);
-    if (ops != NULL && (ops->version != MIL_OPS_VERSION || ops->size != sizeof *ops)) {
-        core_raise_format(core, MIL_ERR_DEVICE,
-                          "the device's operators are of another build than _core; build both again");
-        return NULL;
-    }
-    return ops;
-    mil_uploader_release(&uploader);
-    if (failed) {
-        return -1;
-    }
 }
 
 static PyObject *
