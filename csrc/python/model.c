@@ -296,6 +296,22 @@ bind_parameters(core_state *core, core_model *self, PyObject *parameters, PyObje
     return 0;
 }
 
+/* The table in another module's capsule, the CPU's for None, or NULL with an exception. */
+static const mil_ops *
+read_table(core_state *core, PyObject *capsule)
+{
+    if (capsule == NULL || capsule == Py_None) {
+        return &mil_cpu_ops;
+    }
+    const mil_ops *ops = PyCapsule_GetPointer(capsule, MIL_OPS_CAPSULE);
+    if (ops != NULL && (ops->version != MIL_OPS_VERSION || ops->size != sizeof *ops)) {
+        core_raise_format(core, MIL_ERR_DEVICE,
+                          "the device's operators are of another build than _core; build both again");
+        return NULL;
+    }
+    return ops;
+}
+
 static PyObject *
 model_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
