@@ -65,6 +65,8 @@ def key_of(line: dict) -> str:
     if kind in ("rates", "versions", "checkpoint"):
         return kind
     if kind in ("decode", "prefill"):
+        if "weights" in line:
+            who += f", {line['weights']}"
         if line.get("state_dtype") == "float32" and who != "ours":
             who += ", float32 states"
         return f"{kind}/{line['model']}/{line['batch']}/{line['context']}/{who}"
@@ -141,6 +143,7 @@ def lines_of(kind: str, pattern: str) -> Callable[[str], Iterator[dict]]:
 
 def decode(run: Collector) -> None:
     run.ours("gpu_decode.py", "--models", ",".join(MODELS))
+    run.ours("gpu_decode.py", "--models", "8b-mamba2", "--weights", "float8")
     run.peers("decode", "--models", ",".join(MODELS))
 
 
@@ -269,9 +272,21 @@ def decode_rows(figures: Figures) -> Iterator[Row]:
         yield row
         if name.startswith("8b"):
             yield against(f"{NAMES[name]}, one text", figures, place, PEER, 1.35, 1.5)
+    yield eight_bits(figures)
     for size, context, _ in BATCHES:
         work = f"8B, half Mamba-2, batch {size}, context {context}"
         yield against(work, figures, f"decode/8b-mamba2/{size}/{context}", PEER, 1.25, 1.4)
+
+
+def eight_bits(figures: Figures) -> Row:
+    place = "decode/8b-mamba2/1/512/ours"
+    figure = figures.get(f"{place}, float8", {})
+    row = Row(f"{NAMES['8b-mamba2']}, float8 weights, one text", speed_text(figure))
+    plain = figures.seconds(place)
+    row.beside = f"its bfloat16 weights: {time_text(plain)}"
+    row.ratio = plain / figure["seconds"] if plain and "seconds" in figure else None
+    row.required, row.aim = 1.5, 1.75
+    return row
 
 
 def against(work, figures, place, peer, required, aim, label=None) -> Row:
@@ -344,7 +359,7 @@ def other_peers(figures: Figures) -> list[list[str]]:
     rows = []
     for key, figure in figures.items():
         kind, *place = key.split("/")
-        if kind != "decode" or place[-1] == "ours":
+        if kind != "decode" or place[-1].startswith("ours"):
             continue
         ours = figures.get(f"decode/{'/'.join(place[:3])}/ours", {})
         ratio = share = ""

@@ -26,9 +26,18 @@ from mambainllama.families import describe
 from mambainllama.model import Model
 
 
-def build(name: str, device: str = "cuda:0", dtype: str = "bfloat16") -> Model:
-    """A model of the given shape; its matrices share one pool of random numbers on the host."""
+def build(
+    name: str,
+    device: str = "cuda:0",
+    dtype: str = "bfloat16",
+    vocab: int | None = None,
+    weights: str | None = None,
+) -> Model:
+    """A model of the given shape; its matrices share one pool of random numbers on the host. A
+    draft takes the vocabulary of the model that it drafts for; `weights` is that of `mil.load`."""
     config, mamba = configs(name)
+    if vocab is not None:
+        config["vocab_size"] = vocab
     description = describe(config, mamba, [], name)
     specs = _core.Model.parameter_specs(description.canonical)
     random = np.random.default_rng(0)
@@ -56,15 +65,20 @@ def build(name: str, device: str = "cuda:0", dtype: str = "bfloat16") -> Model:
             else:
                 value = np.ones(shape, np.float32)
             parameters[key], dtypes[key] = value.astype(np.float32), "float32"
-    return Model(description, parameters, dtypes, config, mamba, name=name, device=device)
+    eight_bits = {"weights": weights} if weights else {}
+    return Model(
+        description, parameters, dtypes, config, mamba, name=name, device=device, **eight_bits
+    )
 
 
-def weight_bytes(model: Model) -> int:
-    """Of one step: all matrices but the embedding table, unless it is the output product, too."""
+def weight_bytes(model: Model, weights: str | None = None) -> int:
+    """Of one step: all matrices but the embedding table, unless it is the output product, too. In 8
+    bits, a matrix has a code a number and a scale of 4 bytes a row."""
     total = 0
     for name, array in model.core.parameters().items():
         if name != "model.embed_tokens.weight" or model.config.tied:
-            total += array.nbytes
+            eight_bits = weights is not None and array.ndim == 2
+            total += array.size + 4 * array.shape[0] if eight_bits else array.nbytes
     return total
 
 
@@ -106,11 +120,11 @@ def time_decoding(model, batch, context, tokens, rounds=3, **options) -> dict:
     }
 
 
-def decode(model, name, batch, context, tokens, rounds, rate) -> dict:
+def decode(model, name, batch, context, tokens, rounds, rate, eight_bits=None) -> dict:
     """One row of decoding, with its limit at the mean length of the timed tokens."""
     found = time_decoding(model, batch, context, tokens, rounds)
     length = context + tokens // 2
-    weights, state = weight_bytes(model), model.core.state_bytes(length)
+    weights, state = weight_bytes(model, eight_bits), model.core.state_bytes(length)
     limit = (weights + batch * state) / rate
     return {
         "kind": "decode",
@@ -118,6 +132,7 @@ def decode(model, name, batch, context, tokens, rounds, rate) -> dict:
         "batch": batch,
         "context": context,
         "tokens": tokens,
+        **({"weights": eight_bits} if eight_bits else {}),
         **found,
         "tokens_per_second": batch / found["seconds"],
         "weight_bytes": weights,
@@ -187,6 +202,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="513")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--weights", help="float8 or int8: matrices in 8 bits on the device")
     parser.add_argument("--prefill", action="store_true", help="read prompts, generate nothing")
     parser.add_argument("--rate", type=float, help="of a copy (--prefill: product), if known")
     parser.add_argument("--json", help="append one line a row to this file")
@@ -203,12 +219,13 @@ def main() -> None:
     count = max(len(text.split(",")) for text in (options.batch, options.context, options.tokens))
     lists = [numbers(text, count) for text in (options.batch, options.context, options.tokens)]
     for name in options.models.split(","):
-        model = build(name, dtype=options.dtype)
+        model = build(name, dtype=options.dtype, weights=options.weights)
         for batch, context, tokens in zip(*lists, strict=True):
             if options.prefill:
                 row = prefill(model, name, batch, context, options.rounds, rate)
             else:
-                row = decode(model, name, batch, context, tokens, options.rounds, rate)
+                work = batch, context, tokens, options.rounds, rate
+                row = decode(model, name, *work, options.weights)
             say(row)
             if options.json:
                 with open(options.json, "a") as file:
