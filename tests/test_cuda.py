@@ -7,12 +7,13 @@ the same bits alone, among the up to 16 rows of a verify window, and in a batch 
 
 import numpy as np
 import pytest
-from core_models import KINDS, build
+from core_models import KINDS, build, configuration, random_parameters, to_bfloat16
+from reference.sampler import chi_square_p
 from tiny_models import write_llama
 
 import mambainllama as mil
 from mambainllama import _core
-from mambainllama.devices import cuda_devices
+from mambainllama.devices import cuda_devices, operator_table
 
 pytestmark = pytest.mark.skipif(
     not cuda_devices(), reason="no CUDA device here, or a build without CUDA operators"
@@ -201,3 +202,156 @@ def test_errors_are_one_line(folder):
         mil.distill(model, other, np.zeros((2, 8), np.int32))
     with pytest.raises(mil.Error):
         mil.generate(model, ["a"], draft=other)
+
+
+# ---- speculative rounds without the host -------------------------------------------------------
+#
+# Requests that ask for log-probabilities take rounds with the host, so the same request with and
+# without them compares both ways.
+
+SPECULATED = ["transformer", "mamba1 hybrid", "mamba2 hybrid", "both mixers", "mamba1", "mamba2"]
+
+
+def noisy(kind, amount, dtype="float32", **changes):
+    """A draft that often agrees with build(KINDS[kind]): its parameters with some noise."""
+    config = configuration(KINDS[kind], **changes)
+    rng = np.random.default_rng(9)
+    parameters, dtypes = random_parameters(config, 0), {}
+    matrices = {name for name, _, is_matrix, _ in _core.Model.parameter_specs(config) if is_matrix}
+    for name, value in parameters.items():
+        value = value + amount * value.std() * rng.standard_normal(value.shape)
+        parameters[name] = value.astype(np.float32)
+        if dtype == "bfloat16" and name in matrices:
+            parameters[name], dtypes[name] = to_bfloat16(parameters[name]), "bfloat16"
+    return _core.Model(config, parameters, dtypes, operator_table("cuda:0", dtype))
+
+
+def some_prompts(model, *lengths):
+    prompts = [some_tokens(model, length, seed=length) for length in lengths]
+    return [np.tile(prompt, 2) for prompt in prompts]  # so that n-grams are found
+
+
+def generated(model, prompts, draft=None, *, max_batch=16, force=0.0, **options):
+    requests = [{"prompt": p, "seed": i, "stop": [], **options} for i, p in enumerate(prompts)]
+    return _core.generate(
+        model, requests, draft=draft, max_batch=max_batch, _force_acceptance=force
+    )
+
+
+def tokens_of(found):
+    return [one["tokens"].tolist() for one in found]
+
+
+def total(found, what):
+    return sum(one["stats"][what] for one in found)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("drafts", [1, 4, 15])
+@pytest.mark.parametrize("name", SPECULATED)
+def test_greedy_rounds_on_the_device(name, drafts, dtype):
+    """The tokens of plain decoding, and round for round those of rounds with the host."""
+    model = build(KINDS[name], dtype=dtype, device="cuda:0")
+    prompts = some_prompts(model, 1, 9, 30)[: 16 // (drafts + 1) or 1]
+    expected = tokens_of(generated(model, prompts, max_new_tokens=90))
+    common = {"max_new_tokens": 90, "draft_tokens": drafts, "fixed_draft": True}
+    for draft in (noisy(name, 0.2, dtype), "ngram"):
+        device = generated(model, prompts, draft, **common)
+        host = generated(model, prompts, draft, logprobs=True, **common)
+        assert tokens_of(device) == expected
+        assert tokens_of(host) == expected
+        assert [one["stats"]["rounds"] for one in device] == [
+            one["stats"]["rounds"] for one in host
+        ]
+        assert total(device, "accepted") == total(host, "accepted")
+        adapting = generated(model, prompts, draft, max_new_tokens=90, draft_tokens=drafts)
+        assert tokens_of(adapting) == expected
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 12, "top_p": 0.9}, {"min_p": 0.05}], ids=str)
+@pytest.mark.parametrize("name", SPECULATED)
+def test_sampled_rounds_on_the_device(name, settings):
+    """The same draws as with the host, but for those that lie on an edge of rounding."""
+    model = build(KINDS[name], device="cuda:0")
+    draft = noisy(name, 0.2)
+    common = {"max_new_tokens": 40, "draft_tokens": 4, "fixed_draft": True, "temperature": 0.8}
+    same = count = 0
+    for start in range(2, 20, 3):
+        prompts = some_prompts(model, start, start + 1, start + 2)
+        for kind in (draft, "ngram"):
+            device = generated(model, prompts, kind, **common, **settings)
+            host = generated(model, prompts, kind, logprobs=True, **common, **settings)
+            same += sum(a == b for a, b in zip(tokens_of(device), tokens_of(host), strict=True))
+            count += len(prompts)
+    assert same >= 0.9 * count
+
+
+def test_a_draft_that_lacks_tokens():
+    """Texts with a token that the draft does not know are drafted for no more."""
+    model = build(KINDS["mamba2 hybrid"], device="cuda:0")
+    draft = noisy("mamba2 hybrid", 0.1, vocab=50)
+    prompts = [p % 50 for p in some_prompts(model, 4, 11, 23)]
+    common = {"max_new_tokens": 80, "draft_tokens": 4, "fixed_draft": True}
+    expected = tokens_of(generated(model, prompts, max_new_tokens=80))
+    assert tokens_of(generated(model, prompts, draft, **common)) == expected
+    hot = {**common, "temperature": 1.5}
+    device = generated(model, prompts, draft, **hot)
+    assert any(token >= 50 for text in tokens_of(device) for token in text)
+
+
+@pytest.mark.parametrize("name", ["mamba1 hybrid", "mamba2"])
+def test_rounds_on_the_device_leave_lent_states_at_the_end(name):
+    model = build(KINDS[name], device="cuda:0")
+    draft = noisy(name, 0.2)
+    [prompt] = some_prompts(model, 12)
+    [free] = tokens_of(generated(model, [prompt], max_new_tokens=100))
+    for stop in sorted(set(free[5:60]), key=free.index)[:8]:
+        for kind in (draft, "ngram"):
+            state = model.state()
+            request = {"prompt": prompt, "max_new_tokens": 60, "stop": [stop], "state": state}
+            request |= {"draft_tokens": 4, "fixed_draft": True}
+            [found] = _core.generate(model, [request], draft=kind)
+            text = found["tokens"].tolist()
+            assert text == free[: free.index(stop)] or len(text) == 60
+            rest = {"prompt": np.concatenate([prompt, text, [stop]]), "state": state}
+            rest |= {"max_new_tokens": 20, "stop": []}
+            if len(text) < 60:
+                [more] = _core.generate(model, [rest])
+                assert more["tokens"].tolist() == free[len(text) + 1 :][:20]
+
+
+def test_rounds_of_a_large_batch_and_a_forced_acceptance():
+    model = build(KINDS["mamba1 hybrid"], device="cuda:0")
+    prompts = some_prompts(model, *range(1, 33))
+    common = {"max_new_tokens": 70, "draft_tokens": 4, "fixed_draft": True}
+    for draft in (noisy("mamba1 hybrid", 0.2), "ngram"):
+        found = generated(model, prompts, draft, max_batch=20, force=0.6, **common)
+        assert all(len(one["tokens"]) == 70 for one in found)
+        each = total(found, "new_tokens") / total(found, "rounds")
+        assert each == pytest.approx(1 + 0.6 + 0.36 + 0.216 + 0.1296, abs=0.15)
+        adapting = generated(
+            model, prompts, draft, max_batch=20, force=0.01, max_new_tokens=300, draft_tokens=8
+        )
+        assert total(adapting, "drafted") < total(adapting, "new_tokens")
+
+
+def test_sampled_rounds_on_the_device_have_the_right_distribution():
+    model = build(KINDS["mamba2 hybrid"], device="cuda:0", vocab=5)
+    draft = noisy("mamba2 hybrid", 0.5, vocab=5)
+    prompt = np.array([1, 3, 2, 1, 3], np.int32)
+    counts = np.zeros((5, 5, 5), np.int64)
+    request = {"prompt": prompt, "max_new_tokens": 4, "temperature": 1.0, "stop": []}
+    request |= {"draft_tokens": 2, "fixed_draft": True}
+    requests = [{**request, "seed": seed} for seed in range(10_000)]
+    found = _core.generate(model, requests, draft=draft, max_batch=500)
+    for one in found:
+        counts[tuple(one["tokens"][:3])] += 1
+    cpu = build(KINDS["mamba2 hybrid"], vocab=5)
+    prefixes = [(i, j) for i in range(5) for j in range(5)]
+    texts = np.array([[*prompt, *prefix] for prefix in prefixes], np.int32)
+    logits = cpu.forward(texts.ravel(), np.arange(26) * 7).reshape(25, 7, 5).astype(np.float64)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    first, second, third = p[0, 4], p[::5, 5], p[:, 6].reshape(5, 5, 5)
+    expected = first[:, None, None] * second[:, :, None] * third
+    assert chi_square_p(counts, 10_000 * expected) > 1e-4
