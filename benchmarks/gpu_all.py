@@ -42,6 +42,10 @@ NAMES = {
 }
 PEER, STRONGER = "torch + mamba-ssm", "torch + mamba-ssm + fla"
 TRANSFORMERS = "transformers, static cache, CUDA graph"
+SPECULATION = (
+    (4, ("mamba-2.8b:mamba-130m", "mamba-2.8b:ngram", "8b-mamba2:mamba2-130m", "8b-mamba2:ngram")),
+    (8, ("mamba-2.8b:ngram",)),
+)
 BATCHES = ((32, 4096, 65), (256, 1024, 65))
 
 
@@ -174,6 +178,24 @@ def prefill(run: Collector) -> None:
     )  # fmt: skip
 
 
+def speculation(run: Collector) -> None:
+    for drafts, cases in SPECULATION:
+        with tempfile.NamedTemporaryFile("r", suffix=".json") as file:
+
+            def lines(_: str, file=file, drafts=drafts) -> Iterator[dict]:
+                text = file.read()
+                for found in json.loads(text)["results"] if text else ():
+                    yield {
+                        "kind": "speculation",
+                        "shape": f"{found['case']}, K = {drafts}, batch {found['batch']}",
+                        "seconds": found["fixed"]["ms_a_round"] * 1e-3,
+                        **found,
+                    }
+
+            words = "--cases", ",".join(cases), "--draft-tokens", str(drafts), "--json", file.name
+            run.run(str(HERE / "gpu_speculation.py"), *words, lines=lines)
+
+
 def kernels(run: Collector) -> None:
     """What is only read by people: attention, sampling, products, the parts of a step."""
     for program in sorted((ROOT / "build" / "gpu").glob("bench_*")):
@@ -190,6 +212,7 @@ SECTIONS: dict[str, Callable[[Collector], None]] = {
     "prefill": prefill,
     "load": lambda run: run.run(str(HERE / "gpu_load.py")),
     "transformers": lambda run: run.peers("transformers"),
+    "speculation": speculation,
     "kernels": kernels,
 }
 
@@ -321,6 +344,31 @@ def prefill_rows(figures: Figures) -> Iterator[Row]:
         yield row
 
 
+def speculation_rows(figures: Figures) -> Iterator[Row]:
+    """Rows of a window cost what a round without a draft model takes, verdict and all."""
+    for rows, required, aim in ((5, 1.12, 1.05), (9, 1.25, 1.12)):
+        found = figures.get(f"speculation/mamba-2.8b:ngram, K = {rows - 1}, batch 1/ours", {})
+        row = Row(f"Mamba 2.8B, {rows} rows", time_text(found.get("seconds")), at_most=True)
+        row.required, row.aim = required, aim
+        if "plain" in found:
+            row.beside = f"one row: {found['plain']['ms_a_round']:.2f} ms"
+            row.ratio = found["fixed"]["ms_a_round"] / found["plain"]["ms_a_round"]
+        yield row
+    for case, label, required, aim in (
+        ("mamba-2.8b:mamba-130m", "Mamba 2.8B with a 130M draft", 1.5, 1.75),
+        ("8b-mamba2:mamba2-130m", "8B hybrid with a 130M draft", 1.75, 1.95),
+        ("8b-mamba2:ngram", "8B hybrid with n-gram drafts", 1.95, 2.2),
+    ):
+        found = figures.get(f"speculation/{case}, K = 4, batch 1/ours", {})
+        row = Row(f"speculation, 60 % a token, K = 4: {label}", required=required, aim=aim)
+        row.beside = "our own plain decoding"
+        if "ratio" in found:
+            row.ratio = found["ratio"]
+            row.ours = f"{found['fixed']['tokens_per_second']:.0f} tokens/s"
+            row.beside += f": {found['plain']['tokens_per_second']:.0f} tokens/s"
+        yield row
+
+
 def load_rows(figures: Figures) -> Iterator[Row]:
     for state in ("warm", "cold"):
         ours = figures.seconds(f"load/{state}/ours")
@@ -338,6 +386,7 @@ def load_rows(figures: Figures) -> Iterator[Row]:
 def rows_of(figures: Figures) -> list[Row]:
     return [
         *decode_rows(figures),
+        *speculation_rows(figures),
         *operator_rows(figures),
         *prefill_rows(figures),
         *load_rows(figures),

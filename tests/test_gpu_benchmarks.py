@@ -87,6 +87,10 @@ def collected(tmp_path):
     ]
     for line in lines:
         collector.keep(line, "made up")
+    one = {"ms_a_round": 2.0, "tokens_per_second": 500.0}
+    lines = {"ratio": 1.8, "plain": one, "fixed": {**one, "ms_a_round": 2.2}, "seconds": 2.2e-3}
+    shape = "mamba-2.8b:ngram, K = 4, batch 1"
+    collector.keep({"kind": "speculation", "shape": shape, **lines}, "made up")
     text = "issue    ssd   b 8    rows 2048   tail 0      250.00 us   1 GB/s   1.0 % of a copy\n"
     for line in gpu_all.lines_of("ssd", r"issue +ssd +b (\d+) +rows (\d+) +tail \d+ +([\d.]+) us")(
         text
@@ -104,6 +108,7 @@ def test_table(tmp_path):
     assert against.ratio == pytest.approx(1.6) and against.verdict() == "aim"
     ssd = rows["SSD forward, 8 x 2048 x 32 heads x 128 x 128", "mamba-ssm"]
     assert ssd.ratio == pytest.approx(4) and ssd.verdict() == "aim"
+    assert rows["Mamba 2.8B, 5 rows", "one row"].verdict() == "required"
     load = next(row for row in gpu_all.rows_of(figures) if row.work.startswith("mil.load"))
     assert load.ratio == pytest.approx(1) and load.verdict() == "aim"
     page = gpu_all.page({"name": "GPU", "driver": "1"}, figures)
