@@ -56,12 +56,18 @@ product(const mil_pass *pass, const mil_parameter *weight, const mil_parameter *
     };
 }
 
+static int64_t
+parameter_bytes(const mil_parameter *p)
+{
+    return p->count * (int64_t)mil_dtype_size(p->dtype);
+}
+
 /* Lets weights that are read after the operators in between come nearer while those run. */
 static void
 announce(mil_linear *products, const mil_parameter *weight)
 {
     products->next = weight->data;
-    products->next_bytes = weight->count * (int64_t)mil_dtype_size(weight->dtype);
+    products->next_bytes = parameter_bytes(weight);
 }
 
 /* norm, then products of its output, then their gated activation where `gate` is given. */
@@ -724,10 +730,9 @@ bcdt_norms(const mil_pass *pass, const mil_layer *l, const mil_mixer_saved *save
     }
 }
 
-/* Original Mamba: [x | z] from u, convolution of x, then [dt | B | C] from x. */
+/* Original Mamba: [x | z] from u; [dt | B | C] follow from x. */
 static mil_status
-mamba1_project_from_x(mil_pass *pass, const mil_layer *l, const mil_mixer_state *states,
-                      mil_mixer_saved *saved)
+mamba1_project_from_x(mil_pass *pass, const mil_layer *l, mil_mixer_saved *saved)
 {
     mil_context *context = pass->context;
     const mil_layer_config *c = &l->config;
@@ -740,26 +745,12 @@ mamba1_project_from_x(mil_pass *pass, const mil_layer *l, const mil_mixer_state 
     }
     mil_linear in = product(pass, l->p[MIL_P_IN], l->p[MIL_P_IN_BIAS], saved->u, pass->model->config.hidden,
                             saved->projected);
-    announce(&in, l->p[MIL_P_OUT]);
-    MIL_TRY(project(pass, &saved->norm, &in, 1, NULL));
-    mil_conv1d conv = mamba1_conv(pass, l, saved, states);
-    MIL_TRY(context->ops->conv1d_forward(context, &conv));
-    mil_linear x_proj = product(pass, l->p[MIL_P_X_PROJ], NULL, saved->conv, c->inner, saved->x_projected);
-    MIL_TRY(context->ops->linear_forward(context, &x_proj, 1));
-    if (c->bcdt_norm) {
-        mil_norm norms[3];
-        bcdt_norms(pass, l, saved, norms);
-        for (int i = 0; i < 3; i++) {
-            MIL_TRY(context->ops->norm_forward(context, &norms[i]));
-        }
-    }
-    return MIL_OK;
+    return project(pass, &saved->norm, &in, 1, NULL);
 }
 
-/* Hybrids: x, B, C, z and dt_low all from u, then the convolution of x. */
+/* Hybrids: x, B, C, z and dt_low all from u. */
 static mil_status
-mamba1_project_from_u(mil_pass *pass, const mil_layer *l, const mil_mixer_state *states,
-                      mil_mixer_saved *saved)
+mamba1_project_from_u(mil_pass *pass, const mil_layer *l, mil_mixer_saved *saved)
 {
     mil_context *context = pass->context;
     const mil_layer_config *c = &l->config;
@@ -777,9 +768,7 @@ mamba1_project_from_u(mil_pass *pass, const mil_layer *l, const mil_mixer_state 
         product(pass, l->p[MIL_P_DT_DOWN], NULL, saved->u, hidden, saved->dt_low),
     };
     announce(products, l->p[MIL_P_OUT]);
-    MIL_TRY(project(pass, &saved->norm, products, 5, NULL));
-    mil_conv1d conv = mamba1_conv(pass, l, saved, states);
-    return context->ops->conv1d_forward(context, &conv);
+    return project(pass, &saved->norm, products, 5, NULL);
 }
 
 static mil_status
@@ -794,13 +783,24 @@ mamba1_mixer_forward(mil_pass *pass, int64_t layer, mil_mixer_saved *saved)
     MIL_TRY(mil_act_push(context, rows, c->inner, &saved->features));
     mil_mixer_state *states;
     MIL_TRY(layer_mixer_states(pass, layer, &states));
-    MIL_TRY(c->x_proj ? mamba1_project_from_x(pass, l, states, saved)
-                      : mamba1_project_from_u(pass, l, states, saved));
+    MIL_TRY(c->x_proj ? mamba1_project_from_x(pass, l, saved) : mamba1_project_from_u(pass, l, saved));
     mamba1_view view = mamba1_saved_view(pass, c, saved);
-    mil_linear dt = product(pass, l->p[MIL_P_DT], NULL, view.dt_low, view.dt_low_stride, saved->dt);
-    MIL_TRY(context->ops->linear_forward(context, &dt, 1));
-    mil_scan scan = mamba1_scan(pass, l, saved, states);
-    return context->ops->scan_forward(context, &scan);
+    mil_scan_mixer mixer = {
+        .conv = mamba1_conv(pass, l, saved, states),
+        .dt = product(pass, l->p[MIL_P_DT], NULL, view.dt_low, view.dt_low_stride, saved->dt),
+        .scan = mamba1_scan(pass, l, saved, states),
+        .next = l->p[MIL_P_OUT]->data,
+        .next_bytes = parameter_bytes(l->p[MIL_P_OUT]),
+    };
+    if (c->x_proj) {
+        mixer.x_proj = product(pass, l->p[MIL_P_X_PROJ], NULL, saved->conv, c->inner, saved->x_projected);
+    }
+    if (c->x_proj && c->bcdt_norm) {
+        mixer.norm_count = 3;
+        bcdt_norms(pass, l, saved, mixer.norms);
+    }
+    return pass->lean && context->ops->scan_mixer != NULL ? context->ops->scan_mixer(context, &mixer)
+                                                          : mil_scan_mixer_apart(context, &mixer);
 }
 
 /* Backward of [dt | B | C] = norms(x_proj(x)): from grad (in place) into grad_conv, added. */
