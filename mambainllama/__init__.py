@@ -23,6 +23,7 @@ from .errors import (
 from .generate import Generation, GenerationStats, Score, generate, score
 from .history import History
 from .label import label
+from .memory import MemoryPlan, memory_plan
 from .model import Model, load
 from .pipeline import run_recipe
 from .preference import DPOConfig, dpo
@@ -47,6 +48,7 @@ __all__ = [
     "GenerationStats",
     "History",
     "LayerChoice",
+    "MemoryPlan",
     "Model",
     "NonFiniteError",
     "NotFoundError",
@@ -72,6 +74,7 @@ __all__ = [
     "generate",
     "label",
     "load",
+    "memory_plan",
     "ops",
     "run_recipe",
     "score",

@@ -330,19 +330,23 @@ class Checkpoint:
                 )
         return tensors
 
-    def read(self, name: str) -> tuple[np.ndarray, str]:
-        """A tensor and the name of its dtype; the array is a writeable copy-on-write view of the
-        file.
-
-        bfloat16 comes as uint16 (see `dtypes`).
-        """
+    def weight_dtype(self, name: str) -> str:
+        """A tensor's dtype by our name; refuses one that no weight has."""
         tensor = self.tensors[name]
         if tensor.dtype not in _WEIGHT_DTYPES:
             raise FormatError(
                 f"{tensor.file}: tensor {shorten(name)}: expected dtype F32, BF16 or F16, got "
                 f"{tensor.dtype} (quantised weights are not read; use the unquantised checkpoint)"
             )
-        dtype = _WEIGHT_DTYPES[tensor.dtype]
+        return _WEIGHT_DTYPES[tensor.dtype]
+
+    def read(self, name: str) -> tuple[np.ndarray, str]:
+        """A tensor and the name of its dtype; the array is a writeable copy-on-write view of the
+        file.
+
+        bfloat16 comes as uint16 (see `dtypes`).
+        """
+        tensor, dtype = self.tensors[name], self.weight_dtype(name)
         if tensor.begin == tensor.end:
             return np.zeros(tensor.shape, STORAGE[dtype]), dtype
         data = self._map(tensor.file)[tensor.begin : tensor.end]

@@ -139,10 +139,20 @@ def add_command(commands: Any, common: Any, name: str, run: Any, words: str, exa
     return parser
 
 
-def load_model(options: argparse.Namespace, path: str) -> Any:
+def load_model(options: argparse.Namespace, path: str, *, exact: bool = False) -> Any:
+    """A model as the options say; `exact`: its weights as they are stored."""
     from .model import load
 
-    return load(path, device=options.device, dtype=options.dtype)
+    weights = None if exact else getattr(options, "weights", None)
+    return load(path, device=options.device, dtype=options.dtype, weights=weights)
+
+
+def add_weights(parser: Any) -> None:
+    parser.add_argument(
+        "--weights",
+        choices=("float8", "int8"),
+        help="on a GPU hold the matrices in 8 bits: half the memory, faster, a small loss",
+    )
 
 
 def say(options: argparse.Namespace, text: str) -> None:
@@ -208,13 +218,29 @@ def add_info(commands: Any, common: Any) -> None:
         "info",
         run_info,
         "say what a model is and what memory a sequence needs",
-        "mambainllama info my-model --json",
+        "mambainllama info my-model --device cuda --batch 32 --context 4096",
     )
     parser.add_argument("model", help="folder or Hub id")
+    parser.add_argument("--batch", type=int, help="texts at once: show the memory that they need")
+    parser.add_argument("--context", type=int, help="tokens of each of them (default: 4096)")
+    parser.add_argument("--draft", help='folder of a draft model, or "ngram", to plan for')
 
 
 def run_info(options: argparse.Namespace) -> None:
-    model = load_model(options, options.model)
+    from .memory import memory_plan
+    from .model import load
+
+    plan = None
+    if options.batch or options.context or options.draft or options.device not in ("auto", "cpu"):
+        plan = memory_plan(  # from the headers alone: it need not fit
+            options.model,
+            batch=options.batch or 1,
+            context=options.context,
+            draft=options.draft,
+            device=options.device,
+            dtype=options.dtype,
+        )
+    model = load(options.model, device="cpu", dtype=options.dtype)
     config = model.config
     lengths = (2048, 16384)
     facts = {
@@ -230,7 +256,7 @@ def run_info(options: argparse.Namespace) -> None:
         "vocab_size": config.vocab_size,
         "tied": config.tied,
         "dtype": config.dtype,
-        "device": model.device,
+        "device": model.device if plan is None else plan.device,
         "tokenizer": model.tokenizer is not None,
         "chat_template": model.tokenizer is not None and model.tokenizer.chat_template is not None,
         "state_bytes": {length: model.core.state_bytes(length) for length in lengths},
@@ -238,11 +264,11 @@ def run_info(options: argparse.Namespace) -> None:
     rows = [(name, fact_words(value)) for name, value in facts.items() if name != "state_bytes"]
     rows += [(f"state at {length} tokens", size(n)) for length, n in facts["state_bytes"].items()]
     width = max(len(name) for name, _ in rows)
-    show(
-        options,
-        facts,
-        "\n".join(f"{name.replace('_', ' '):<{width}}  {value}" for name, value in rows),
-    )
+    text = "\n".join(f"{name.replace('_', ' '):<{width}}  {value}" for name, value in rows)
+    if plan is not None:
+        facts["memory"] = plan.to_dict()
+        text += f"\n\n{plan}"
+    show(options, facts, text)
 
 
 def fact_words(value: Any) -> str:
@@ -724,6 +750,7 @@ def add_sampling(parser: Any, tokens: int) -> None:
     parser.add_argument(
         "--draft-tokens", type=int, default=4, help="tokens drafted at a time, at most"
     )
+    add_weights(parser)
 
 
 def sampling(options: argparse.Namespace) -> dict[str, Any]:
@@ -907,6 +934,7 @@ def add_eval(commands: Any, common: Any) -> None:
     parser.add_argument("--sequence-length", type=int, default=2048)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-batches", type=int, help="stop after so many batches")
+    add_weights(parser)
 
 
 def run_eval(options: argparse.Namespace) -> None:
@@ -922,7 +950,8 @@ def run_eval(options: argparse.Namespace) -> None:
         value = perplexity(model, options.data, **settings)
         show(options, {"perplexity": value}, f"perplexity {value:.4g}")
         return
-    found = compare(model, load_model(options, options.teacher), options.data, **settings)
+    teacher = load_model(options, options.teacher, exact=True)
+    found = compare(model, teacher, options.data, **settings)
     show(
         options,
         found.to_dict(),
@@ -948,6 +977,7 @@ def add_bench(commands: Any, common: Any) -> None:
     parser.add_argument("--tokens", type=int, default=32, help="tokens decoded for one figure")
     parser.add_argument("--repeats", type=int, default=3, help="times; the median is shown")
     parser.add_argument("--plot", metavar="PNG", help="draw the figures")
+    add_weights(parser)
 
 
 def run_bench(options: argparse.Namespace) -> None:

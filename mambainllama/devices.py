@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .errors import ArgumentError, DeviceError, shorten
 
-__all__ = ["check_device", "cuda_devices", "operator_table"]
+__all__ = ["check_device", "cuda_devices", "free_memory", "operator_table"]
 
 _DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}  # mil_dtype
 
@@ -58,6 +58,44 @@ def cuda_devices() -> list[dict]:
         return _cuda().devices()
     except DeviceError:
         return []
+
+
+def free_memory(device: str) -> tuple[int, int]:
+    """Bytes of a device's memory that are free, and all of them.
+
+    For the CPU what this process can still get: available memory and free swap, or less where a
+    container's limit is nearer.
+    """
+    if device == "cpu":
+        return _free_host_memory()
+    try:
+        return _cuda().memory(int(device.partition(":")[2]))
+    except RuntimeError as error:
+        raise DeviceError(str(error)) from None
+
+
+def _free_host_memory() -> tuple[int, int]:
+    try:
+        lines = (line.partition(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        facts = {name: int(rest.split()[0]) * 1024 for name, _, rest in lines}
+        total, free = facts["MemTotal"], facts["MemAvailable"] + facts.get("SwapFree", 0)
+    except (OSError, ValueError, IndexError, KeyError):  # not Linux: nobody can say
+        return 1 << 62, 1 << 62
+    for folder, limit, used in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            most, now = (int(Path(folder, name).read_text()) for name in (limit, used))
+            # Pages of files count as used there and are given up where memory is wanted.
+            stat = dict(
+                line.split() for line in Path(folder, "memory.stat").read_text().splitlines()
+            )
+            now -= int(stat.get("file") or stat.get("total_cache") or 0)
+        except (OSError, ValueError):  # no such controller, or "max"
+            continue
+        total, free = min(total, most), min(free, max(0, most - now))
+    return free, total
 
 
 def check_device(device: str) -> str:

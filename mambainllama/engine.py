@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from . import _core
-from .errors import ArgumentError, StateError
+from .errors import ArgumentError, OutOfMemoryError, StateError
 from .generate import (
     Endings,
     Generation,
@@ -32,9 +32,14 @@ from .generate import (
     check_draft_tokens,
     core_of,
     read_prompts,
+    text_of,
 )
+from .memory import Call, Text, available, footprint_of, plan_call
 
 __all__ = ["Engine", "Ticket"]
+
+#: Tokens of a text that an engine makes room for where nobody says how long texts are.
+_CONTEXT = 4096
 
 _OPTIONS = (
     "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed",
@@ -107,16 +112,39 @@ class Engine:
     draft
         As for `mil.generate`.
     max_batch
-        Requests that run at once; the others wait.
+        Requests that run at once; the others wait. By default 16, or as many texts of 4096 tokens
+        as memory has room for. Where longer ones leave no room for the next, it waits.
     cached_states
         How many finished texts' states to keep for prompts that begin with them; 0: none. A state
-        takes `model.core.state_bytes(length)` bytes.
+        takes `model.core.state_bytes(length)` bytes; on a GPU they go where memory is wanted.
+
+    Raises
+    ------
+    OutOfMemoryError
+        Not even one text has room beside the model.
     """
 
-    def __init__(self, model: Any, draft: Any = None, max_batch: int = 16, cached_states: int = 8):
+    def __init__(
+        self,
+        model: Any,
+        draft: Any = None,
+        max_batch: int | None = None,
+        cached_states: int = 8,
+    ):
         self.model, self.core = model, core_of(model)
         self._draft = check_draft(model, draft)
-        self._max_batch = max_batch
+        self._footprints = (
+            footprint_of(model),
+            None if draft is None or isinstance(draft, str) else footprint_of(draft),
+        )
+        self._room = available(self._footprints[0].device)
+        self._need = plan_call(
+            "Engine",
+            self._call([Text(1, _CONTEXT if max_batch is None else 1)] * 16),
+            max_batch,
+            None,
+        )
+        self._max_batch = self._need.batch if max_batch is None else max_batch
         self._cache = StateCache(self.core, cached_states)
         self._condition = threading.Condition()
         self._arrived: deque[tuple[Ticket, dict[str, Any]]] = deque()
@@ -125,6 +153,14 @@ class Engine:
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="mambainllama engine", daemon=True)
         self._thread.start()
+
+    def _call(self, texts: list[Text], draft_tokens: int = 4) -> Call:
+        return Call(
+            self._footprints[0],
+            texts,
+            self._footprints[1],
+            0 if self._draft is None else draft_tokens,
+        )
 
     def submit(
         self,
@@ -151,6 +187,8 @@ class Engine:
         ArgumentError
             The prompt or an option's name makes no sense. (A senseless value is `Ticket.result`'s
             error.)
+        OutOfMemoryError
+            The text would not fit even alone.
         """
         unknown = [name for name in options if name not in _OPTIONS]
         if unknown:
@@ -168,6 +206,8 @@ class Engine:
         if options.get("top_logprobs"):
             options["logprobs"] = True
         request = {"prompt": prompts[0], "stop": endings.tokens, **options}
+        alone = self._call([text_of(request)], options.get("draft_tokens", 4))
+        plan_call("submit", alone, 1, self._need.prefill_rows, free=self._room)
         with self._condition:
             if self._closed:
                 raise StateError("submit: the engine is closed")
@@ -192,23 +232,37 @@ class Engine:
     # ---- in the engine's thread
 
     def _run(self) -> None:
-        try:
-            _core.generate(
-                self.core,
-                [],
-                draft=self._draft,
-                max_batch=self._max_batch,
-                more=self._more,
-                on_tokens=self._hear,
-                on_finish=self._finished,
-            )
-        except BaseException as error:  # whoever waits has to know
-            with self._condition:
-                self._closed = True
-                waiting = [*self._tickets.values(), *(ticket for ticket, _ in self._arrived)]
-                self._arrived.clear()
-            for ticket in waiting:
-                ticket._finish(error)
+        while True:
+            try:
+                _core.generate(
+                    self.core,
+                    [],
+                    draft=self._draft,
+                    max_batch=self._max_batch,
+                    prefill_rows=self._need.prefill_rows,
+                    workspace=self._need.reserve,
+                    more=self._more,
+                    on_tokens=self._hear,
+                    on_finish=self._finished,
+                )
+                return
+            except OutOfMemoryError as error:  # another process took what was free: go on
+                self._cache.drop()
+                _core.trim_memory()
+                running, self._tickets, self._count = [*self._tickets.values()], {}, 0
+                self._fail(running, error)
+            except BaseException as error:  # whoever waits has to know
+                with self._condition:
+                    self._closed = True
+                    running = [*self._tickets.values(), *(ticket for ticket, _ in self._arrived)]
+                    self._arrived.clear()
+                self._fail(running, error)
+                return
+
+    @staticmethod
+    def _fail(tickets: list[Ticket], error: BaseException) -> None:
+        for ticket in tickets:
+            ticket._finish(error)
 
     def _more(self, wait: bool) -> list[dict[str, Any]] | None:
         with self._condition:
@@ -222,10 +276,21 @@ class Engine:
         for ticket, request in arrived:
             self._tickets[self._count] = ticket
             self._count += 1
+            self._make_room(request)
             if not request.get("prompt_logprobs"):
                 ticket._state = request["state"] = self._cache.find(request["prompt"])
             requests.append(request)
         return requests
+
+    def _make_room(self, request: dict[str, Any]) -> None:
+        """Gives up states of finished texts, the oldest first, where a GPU lacks memory."""
+        model, _ = self._footprints
+        if model.device == "cpu" or not self._cache.kept:
+            return
+        # Twice: as a copy of a cached state, and grown to its length.
+        wanted = 2 * model.text(text_of(request).tokens)
+        while self._cache.kept and available(model.device) < wanted:
+            self._cache.drop(1)
 
     def _hear(self, index: int, tokens: list[int]) -> int | None:
         ticket = self._tickets[index]
@@ -261,6 +326,10 @@ class StateCache:
             fits = state.length < len(prompt) and np.array_equal(tokens, prompt[: len(tokens)])
             best = state if longer and fits else best
         return self.core.state() if best is None else best.copy()
+
+    def drop(self, count: int | None = None) -> None:
+        """Gives up the oldest states, or all."""
+        del self.kept[:count]
 
     def add(self, state: _core.State | None, text: np.ndarray) -> None:
         """Keeps the state of a finished text, in place of those of its beginnings."""

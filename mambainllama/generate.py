@@ -29,6 +29,7 @@ import numpy as np
 
 from . import _core
 from .errors import ArgumentError, shorten
+from .memory import Call, Need, Text, footprint_of, plan_call
 
 __all__ = ["Generation", "GenerationStats", "Score", "generate", "score"]
 
@@ -138,7 +139,8 @@ def generate(
     on_text: Callable[[int, str], Any] | None = None,
     on_tokens: Callable[[int, list[int]], Any] | None = None,
     states: Sequence[_core.State | None] | None = None,
-    max_batch: int = 16,
+    max_batch: int | None = None,
+    prefill_rows: int | None = None,
     progress: bool = False,
     skip_special_tokens: bool = True,
 ) -> list[Generation]:
@@ -183,7 +185,10 @@ def generate(
         tokens of the prompt; the rest is computed, and the state goes on to read what is
         generated. Copy a state to use it more than once.
     max_batch
-        Prompts that run at once; the others wait.
+        Prompts that run at once; the others wait. By default 16, or as many as memory has room for.
+    prefill_rows
+        Tokens of prompts that are read in one pass; by default what the device likes and memory
+        has room for.
     progress
         Show a bar of finished prompts on a terminal.
 
@@ -204,6 +209,9 @@ def generate(
         then.
     NonFiniteError
         The model's logits are NaN or infinite.
+    OutOfMemoryError
+        What was asked for needs more memory than is free (`mil.memory_plan` shows it): said before
+        anything is generated, with the settings that would fit.
 
     Examples
     --------
@@ -237,6 +245,7 @@ def generate(
         for i in range(count)
     ]
     draft_core = check_draft(model, draft)
+    need = plan_requests("generate", model, requests, draft, max_batch, prefill_rows)
     share_beginning(core_of(model), requests)
     watch = bool(endings.strings or on_text or on_tokens)
     writers = (
@@ -257,7 +266,9 @@ def generate(
             core_of(model),
             requests,
             draft=draft_core,
-            max_batch=max_batch,
+            max_batch=need.batch,
+            prefill_rows=need.prefill_rows,
+            workspace=need.reserve,
             on_tokens=listener(writers, on_text, on_tokens) if watch else None,
             on_finish=finished,
         )
@@ -271,13 +282,17 @@ def generate(
     ]
 
 
-def score(model: Any, texts: Any, *, max_batch: int = 16, progress: bool = False) -> list[Score]:
+def score(
+    model: Any, texts: Any, *, max_batch: int | None = None, progress: bool = False
+) -> list[Score]:
     """Log-probability of every token of each text.
 
     Parameters
     ----------
     texts
         As `prompts` of `generate`: str, token lists or chats (without the opening of an answer).
+    max_batch
+        Texts that are read at once, as for `generate`.
 
     Examples
     --------
@@ -294,7 +309,15 @@ def score(model: Any, texts: Any, *, max_batch: int = 16, progress: bool = False
             bar.update()
 
         requests = [{"prompt": ids, **request} for ids in tokens]
-        _core.generate(core_of(model), requests, max_batch=max_batch, on_finish=finished)
+        need = plan_requests("score", model, requests, None, max_batch, None)
+        _core.generate(
+            core_of(model),
+            requests,
+            max_batch=need.batch,
+            prefill_rows=need.prefill_rows,
+            workspace=need.reserve,
+            on_finish=finished,
+        )
     return [
         Score(ids.tolist(), result["prompt_logprobs"], result["prompt_top_tokens"][:, 0] == ids)
         for ids, result in zip(tokens, results, strict=True)
@@ -445,16 +468,58 @@ def check_draft(model: Any, draft: Any) -> Any:
     return core
 
 
+def plan_requests(
+    what: str,
+    model: Any,
+    requests: Sequence[Mapping[str, Any]],
+    draft: Any,
+    max_batch: int | None,
+    prefill_rows: int | None,
+) -> Need:
+    """How these requests run in the memory that is free; see `memory.plan_call`.
+
+    A senseless number among them is left to the core, whose message names it.
+    """
+    if any(n is not None and (not is_integer(n) or n < 1) for n in (max_batch, prefill_rows)):
+        return Need.senseless(max_batch, prefill_rows)
+    drafted = max((r.get("draft_tokens", 0) for r in requests), default=0) if draft else 0
+    texts = [text_of(request) for request in requests]
+    first = footprint_of(model)
+    second = None if draft is None or isinstance(draft, str) else footprint_of(draft)
+    shared = first.text(shared_length(core_of(model), requests)) if len(requests) > 1 else 0
+    call = Call(first, texts or [Text(1, 0)], second, drafted, shared)
+    return plan_call(what, call, max_batch, prefill_rows)
+
+
+def text_of(request: Mapping[str, Any]) -> Text:
+    """What a request may grow to."""
+    new, state = request.get("max_new_tokens", 128), request.get("state")
+    known = is_integer(new) and new > 0
+    return Text(len(request["prompt"]), new if known else 0, state.capacity if state else 0)
+
+
 def share_beginning(core: _core.Model, requests: list[dict[str, Any]]) -> None:
     """Where all prompts begin alike (one prompt sampled many times, a system message, examples),
     that part is read once and each request starts from a copy of the state. The results are the
     same bits."""
+    length = shared_length(core, requests)
+    if length == 0:
+        return
+    origin = core.state(length)
+    reading = {"prompt": requests[0]["prompt"][:length], "max_new_tokens": 0, "state": origin}
+    _core.generate(core, [reading])
+    for request in requests:
+        request["origin"] = origin
+
+
+def shared_length(core: _core.Model, requests: Sequence[Mapping[str, Any]]) -> int:
+    """Tokens that all prompts begin with, where reading them once is worth it; else 0."""
     prompts = [request["prompt"] for request in requests]
     rope = core.config.get("rope") or {}
     if rope.get("long_inv_freq") is not None or rope.get("dynamic_factor"):
-        return  # positions of the beginning depend on the length of the whole
+        return 0  # positions of the beginning depend on the length of the whole
     if len(prompts) < 2 or any(request.get("state") is not None for request in requests):
-        return
+        return 0
     shortest = min(map(len, prompts))
     differs = np.zeros(shortest, bool)
     for prompt in prompts[1:]:
@@ -462,12 +527,8 @@ def share_beginning(core: _core.Model, requests: list[dict[str, Any]]) -> None:
     # Each prompt keeps at least one token to predict from.
     length = min(int(differs.argmax()) if differs.any() else shortest, shortest - 1)
     if length < _WORTH_SHARING or any(request.get("prompt_logprobs") for request in requests):
-        return
-    origin = core.state(length)
-    reading = {"prompt": prompts[0][:length], "max_new_tokens": 0, "state": origin}
-    _core.generate(core, [reading])
-    for request in requests:
-        request["origin"] = origin
+        return 0
+    return length
 
 
 @dataclass(frozen=True)

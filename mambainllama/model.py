@@ -22,6 +22,7 @@ from .dtypes import check_dtype, convert
 from .errors import ArgumentError, ShapeError, shorten
 from .families import Description, describe, match_tensors
 from .hub import find_folder
+from .memory import check_weights
 from .tokenizer import Tokenizer
 
 __all__ = ["Model", "ModelConfig", "load"]
@@ -390,6 +391,39 @@ def _integers(tokens: np.ndarray) -> np.ndarray:
 # ---- loading -------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Outline:
+    """What a checkpoint holds, told from its headers alone."""
+
+    checkpoint: Checkpoint
+    description: Description
+    specs: list[tuple[str, tuple[int, ...], bool, bool]]
+    """Of `_core.Model.parameter_specs`."""
+    sources: Mapping[str, str]
+    """Parameter -> its tensor's name in the files."""
+    dtypes: dict[str, str]
+    """Parameter -> the dtype that it is loaded as."""
+
+
+def outline(path_or_hub_id, dtype: str = "auto", revision: str | None = None) -> Outline:
+    """A checkpoint's configuration, parameters and dtypes, as `load` would take them."""
+    dtype = check_dtype(dtype)
+    folder = find_folder(path_or_hub_id, revision)
+    checkpoint = Checkpoint(folder)
+    description = describe(
+        checkpoint.config, checkpoint.mamba_config, checkpoint.tensors, str(folder)
+    )
+    specs = _core.Model.parameter_specs(description.canonical)
+    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    sources = match_tensors(description, specs, shapes, str(folder))
+    dtypes = {}
+    for name, _, is_matrix, _ in specs:
+        if name in sources:
+            stored = checkpoint.weight_dtype(sources[name])
+            dtypes[name] = (stored if dtype == "auto" else dtype) if is_matrix else "float32"
+    return Outline(checkpoint, description, specs, sources, dtypes)
+
+
 def load(
     path_or_hub_id, device: str = "auto", dtype: str = "auto", *, revision: str | None = None
 ) -> Model:
@@ -421,6 +455,8 @@ def load(
         A file is damaged, or configuration and tensors contradict each other.
     UnsupportedError
         A family, activation or rope type that is not supported.
+    OutOfMemoryError
+        The weights do not fit the GPU; known from the files' headers, before any is read.
 
     Notes
     -----
@@ -432,26 +468,17 @@ def load(
     >>> model = mil.load("my-model", dtype="bfloat16")    # doctest: +SKIP
     """
     device = check_device(device)
-    dtype = check_dtype(dtype)
-    folder = find_folder(path_or_hub_id, revision)
-    checkpoint = Checkpoint(folder)
-    description = describe(
-        checkpoint.config, checkpoint.mamba_config, checkpoint.tensors, str(folder)
-    )
-    specs = _core.Model.parameter_specs(description.canonical)
-    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-    sources = match_tensors(description, specs, shapes, str(folder))
-    parameters, dtypes = {}, {}
-    for name, _, is_matrix, _ in specs:
-        if name not in sources:
-            continue
-        array, stored = checkpoint.read(sources[name])
-        wanted = (stored if dtype == "auto" else dtype) if is_matrix else "float32"
-        parameters[name], dtypes[name] = convert(array, stored, wanted), wanted
+    found = outline(path_or_hub_id, dtype, revision)
+    checkpoint, folder = found.checkpoint, found.checkpoint.folder
+    check_weights(str(path_or_hub_id), device, found.specs, found.dtypes)
+    parameters = {}
+    for name, wanted in found.dtypes.items():
+        array, stored = checkpoint.read(found.sources[name])
+        parameters[name] = convert(array, stored, wanted)
     return Model(
-        description,
+        found.description,
         parameters,
-        dtypes,
+        found.dtypes,
         checkpoint.config,
         checkpoint.mamba_config,
         name=Path(os.path.abspath(folder)).name

@@ -102,6 +102,38 @@ core_offsets(core_state *core, PyObject *object, int64_t rows)
     return offsets;
 }
 
+/* ---- operator tables --------------------------------------------------------------------------------------- */
+
+const mil_ops *
+core_read_table(core_state *core, PyObject *capsule)
+{
+    if (capsule == NULL || capsule == Py_None) {
+        return &mil_cpu_ops;
+    }
+    const mil_ops *ops = PyCapsule_GetPointer(capsule, MIL_OPS_CAPSULE);
+    if (ops != NULL && (ops->version != MIL_OPS_VERSION || ops->size != sizeof *ops)) {
+        core_raise_format(core, MIL_ERR_DEVICE,
+                          "the device's operators are of another build than _core; build both again");
+        return NULL;
+    }
+    return ops;
+}
+
+/* "cpu", "cuda:0" */
+static PyObject *
+device_name(const mil_ops *ops)
+{
+    return ops == &mil_cpu_ops ? PyUnicode_FromString("cpu")
+                               : PyUnicode_FromFormat("%s:%d", ops->name, ops->device);
+}
+
+PyObject *
+core_table_info(const mil_ops *ops)
+{
+    return Py_BuildValue("{s:N,s:s,s:L}", "device", device_name(ops), "activation",
+                         mil_dtype_name(ops->activation_dtype), "prefill_rows", (long long)ops->prefill_rows);
+}
+
 /* ---- Model ------------------------------------------------------------------------------------------------ */
 
 /* Parameters on a device are the model's own copies. */
@@ -296,22 +328,6 @@ bind_parameters(core_state *core, core_model *self, PyObject *parameters, PyObje
     return 0;
 }
 
-/* The table in another module's capsule, the CPU's for None, or NULL with an exception. */
-static const mil_ops *
-read_table(core_state *core, PyObject *capsule)
-{
-    if (capsule == NULL || capsule == Py_None) {
-        return &mil_cpu_ops;
-    }
-    const mil_ops *ops = PyCapsule_GetPointer(capsule, MIL_OPS_CAPSULE);
-    if (ops != NULL && (ops->version != MIL_OPS_VERSION || ops->size != sizeof *ops)) {
-        core_raise_format(core, MIL_ERR_DEVICE,
-                          "the device's operators are of another build than _core; build both again");
-        return NULL;
-    }
-    return ops;
-}
-
 static PyObject *
 model_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
@@ -323,7 +339,7 @@ model_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
                                      &codes)) {
         return NULL;
     }
-    const mil_ops *ops = read_table(core, table);
+    const mil_ops *ops = core_read_table(core, table);
     if (ops == NULL) {
         return NULL;
     }
@@ -902,8 +918,16 @@ model_get_config(PyObject *self, void *unused)
     return Py_NewRef(((core_model *)self)->config);
 }
 
+static PyObject *
+model_get_table_info(PyObject *self, void *unused)
+{
+    (void)unused;
+    return core_table_info(((core_model *)self)->model.ops);
+}
+
 static PyGetSetDef model_properties[] = {
     {"config", model_get_config, NULL, "The configuration dict.", NULL},
+    {"table_info", model_get_table_info, NULL, "See _core.table_info.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 

@@ -16,6 +16,7 @@
 #include "cpu/features.h"
 #include "python/errors.h"
 #include "python/ops.h"
+#include "python/types.h"
 
 /* ---- contexts ------------------------------------------------------------------------------------------ */
 
@@ -247,7 +248,16 @@ cpu_info(PyObject *module, PyObject *Py_UNUSED(ignored))
                          "threads", core_get_state(module)->threads);
 }
 
+static PyObject *
+table_info(PyObject *module, PyObject *capsule)
+{
+    const mil_ops *ops = core_read_table(core_get_state(module), capsule);
+    return ops == NULL ? NULL : core_table_info(ops);
+}
+
 static PyMethodDef methods[] = {
+    {"table_info", table_info, METH_O,
+     "table_info(table) -> {'device', 'activation', 'prefill_rows'} of an operator table; None: the CPU's."},
     {"cpu_info", cpu_info, METH_NOARGS, "cpu_info() -> dict: kernels in use, BLAS, threads."},
     {"set_threads", set_threads, METH_O, "set_threads(n): the team of every later call; None = the default."},
     {"get_threads", get_threads, METH_NOARGS, "get_threads() -> int."},

@@ -40,6 +40,13 @@ core_as_state(core_state *core, PyObject *object, const char *what);
 PyObject *
 core_wrap_state(core_state *core, core_model *owner, mil_state *state);
 
+/* The table in another module's capsule, the CPU's for None or NULL; or NULL with an exception. */
+const mil_ops *
+core_read_table(core_state *core, PyObject *capsule);
+/* {"device", "activation", "prefill_rows"} of a table. */
+PyObject *
+core_table_info(const mil_ops *ops);
+
 /* Tokens from anything NumPy reads as integers: a new int32 array of one axis. Checked to fit int32 only. */
 PyObject *
 core_tokens(core_state *core, PyObject *object, const char *what);
