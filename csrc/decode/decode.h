@@ -109,9 +109,9 @@ typedef struct mil_engine {
     mil_sequence **waiting; /* [waiting_count] in order of submission */
     mil_sequence **running; /* [running_count], likewise */
     int64_t waiting_count, waiting_capacity, running_count;
-    int64_t joined;   /* requests that ever ran */
-    bool crowded;     /* there was no memory for one more; until one leaves */
-    mil_burst *burst; /* burst.c; NULL until the first */
+    int64_t joined;               /* requests that ever ran */
+    bool crowded;                 /* there was no memory for one more; until one leaves */
+    mil_burst *burst;             /* burst.c; NULL until the first */
     mil_draft_burst *draft_burst; /* draft_burst.c, likewise */
     /* speculate.c, where all texts of a round draft equally many tokens */
     bool together;

@@ -549,16 +549,19 @@ burst_new(const mil_engine *engine, const mil_context *context, mil_draft_burst 
 mil_status
 mil_draft_burst_run(mil_engine *engine, mil_context *context, int64_t rounds)
 {
-    int64_t drafts = deepest(engine), more = (rounds + 1) * (drafts + 1);
+    int64_t drafts = deepest(engine);
     if (engine->draft_burst == NULL) {
         MIL_TRY(burst_new(engine, context, &engine->draft_burst));
     }
     for (int64_t i = 0; i < engine->running_count; i++) {
         mil_sequence *sequence = engine->running[i];
-        MIL_TRY(mil_sequence_reserve(sequence, more));
-        MIL_TRY(mil_state_reserve(sequence->state, sequence->count + more));
+        /* Rows that the last round may read; beyond its end a text gets one token a round. */
+        int64_t end = sequence->generation.prompt_count + sequence->request.max_new_tokens;
+        int64_t most = smaller(sequence->count + rounds * (drafts + 1), end + rounds + drafts);
+        MIL_TRY(mil_sequence_reserve(sequence, rounds * (drafts + 1) + 1));
+        MIL_TRY(mil_state_reserve(sequence->state, most));
         if (sequence->draft_state != NULL) {
-            MIL_TRY(mil_state_reserve(sequence->draft_state, sequence->count + more));
+            MIL_TRY(mil_state_reserve(sequence->draft_state, most));
         }
     }
     return mil_recorder_run(&engine->draft_burst->recorder, engine, context, drafts, rounds);
