@@ -37,6 +37,7 @@
 #define CHAINS 8   /* of thin_product.cu: partial sums of W_dt */
 #define SLICES 8   /* of W_x's inputs */
 #define MOST_TAPS 8
+#define MOST_BYTES (160 << 10) /* of shared memory */
 
 struct mixer_arguments {
     scan_arguments scan; /* its x is not read, its dt where dt_weight is NULL */
@@ -970,19 +971,24 @@ launch_scan(mil_context *context, const mixer_arguments &a, const mil_states &st
                       cut_mixer_memory(a, NULL, GROUPS).bytes, a, states);
 }
 
+/* Shared memory of a block of the kernel for W_x. */
+static size_t
+project_bytes(const mixer_arguments &a)
+{
+    const int64_t chunks = mil_ceil_div(mil_ceil_div(a.scan.inner / CHUNK, SLICES), WARPS);
+    return WARPS * cut_project_memory(NULL, (int)(chunks < MOST_CHUNKS ? chunks : MOST_CHUNKS), a.total,
+                                      a.scan.rows.sequences, a.taps)
+                       .bytes;
+}
+
 template <typename T, int GROUPS>
 static mil_status
 launch(mil_context *context, const mixer_arguments &a, const mil_states &states)
 {
     if (a.x_weight != NULL) {
-        const int a_slice = (int)mil_ceil_div(a.scan.inner / CHUNK, SLICES);
-        const int chunks = (int)mil_ceil_div(a_slice, WARPS);
-        const size_t bytes = cut_project_memory(NULL, chunks < MOST_CHUNKS ? chunks : MOST_CHUNKS, a.total,
-                                                a.scan.rows.sequences, a.taps)
-                                 .bytes;
         const dim3 grid((unsigned)mil_ceil_div(a.x_width, OUTPUTS), SLICES);
         MIL_TRY(mil_launch(context, "scan mixer", mixer_project_kernel<T, GROUPS>, grid, dim3(THREADS),
-                           WARPS * bytes, a, states));
+                           project_bytes(a), a, states));
     }
     return a.scan.state_dim <= 1 * LANES_N   ? launch_scan<T, 1, GROUPS>(context, a, states)
            : a.scan.state_dim <= 2 * LANES_N ? launch_scan<T, 2, GROUPS>(context, a, states)
@@ -1018,23 +1024,29 @@ mixer(mil_context *context, const mil_scan_mixer *m)
     a.next = m->next;
     a.next_bytes =
         m->next == NULL || (uintptr_t)m->next % 16 != 0 ? 0 : m->next_bytes * ahead / 100 / 16 * 16;
-    mil_arena_mark mark = mil_arena_get_mark(context->scratch);
-    if (m->x_proj.out > 0) {
-        if (!takes_product(context, &m->x_proj) || !takes_product(context, &m->dt) || !find_parts<T>(m, &a) ||
-            !mil_is_aligned<T>(c->x, c->x_stride) || !mil_is_aligned<float>(c->weight, 0)) {
-            return mil_scan_mixer_apart(context, m);
-        }
-        a.x_weight = m->x_proj.weight;
-        a.x_width = (int)m->x_proj.out;
-        MIL_TRY(MIL_PUSH(context->scratch, (int64_t)SLICES * a.total * a.x_width, float, &a.partial));
-    }
     if (takes_product(context, &m->dt)) {
         a.dt_weight = m->dt.weight;
         a.rank = (int)m->dt.in;
         a.low = m->dt.x;
         a.low_stride = m->dt.x_stride;
     }
-    else {
+    if (m->x_proj.out > 0) {
+        a.x_weight = m->x_proj.weight;
+        a.x_width = (int)m->x_proj.out;
+        if (!takes_product(context, &m->x_proj) || a.dt_weight == NULL || !find_parts<T>(m, &a) ||
+            !mil_is_aligned<T>(c->x, c->x_stride) || !mil_is_aligned<float>(c->weight, 0) ||
+            project_bytes(a) > MOST_BYTES) {
+            return mil_scan_mixer_apart(context, m);
+        }
+    }
+    if (cut_mixer_memory(a, NULL, (int)mil_ceil_div(a.total, 8)).bytes > MOST_BYTES) {
+        return mil_scan_mixer_apart(context, m);
+    }
+    mil_arena_mark mark = mil_arena_get_mark(context->scratch);
+    if (a.x_weight != NULL) {
+        MIL_TRY(MIL_PUSH(context->scratch, (int64_t)SLICES * a.total * a.x_width, float, &a.partial));
+    }
+    else if (a.dt_weight == NULL) {
         MIL_TRY(context->ops->linear_forward(context, &m->dt, 1));
     }
     const mil_states states = mil_states_of(m->scan.states, 0, m->scan.rows.sequences);
