@@ -180,7 +180,7 @@ test-gpu: ## CUDA operators and models against the CPU's; fails without a GPU
 	@failed=0; for program in $(GPU_TEST_PROGRAMS); do $$program || failed=1; done; exit $$failed
 	@MAMBAINLLAMA_CUDA=1 $(MAKE) --no-print-directory build
 	PYTHONPATH=. $(PYTHON) -c 'from mambainllama.devices import cuda_devices; exit(0 if cuda_devices() else "no GPU here")'
-	PYTHONPATH=. $(PYTHON) -m pytest tests/test_cuda.py $(ARGS)
+	PYTHONPATH=. $(PYTHON) -m pytest tests/test_cuda*.py $(ARGS)
 
 .PHONY: bench-gpu
 bench-gpu: ## figures on this machine's GPU, peers included; ARGS="--only decode,ssd --save" (benchmarks/README.md)
