@@ -4,6 +4,7 @@ import numpy as np
 
 from mambainllama import _core
 from mambainllama.devices import operator_table
+from mambainllama.quantize import coded
 
 ATTENTION = {
     "mixer": "attention",
@@ -118,10 +119,12 @@ def to_bfloat16(array):
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def build(layers, *, seed=0, dtype="float32", biases=True, device="cpu", **changes):
-    """A _core.Model of these layers with random parameters; matrices in `dtype`."""
+def build(layers, *, seed=0, dtype="float32", biases=True, device="cpu", weights=None, **changes):
+    """A _core.Model of these layers with random parameters; matrices in `dtype`, or of them in the
+    8 bits of `weights`."""
     config = configuration(layers, **changes)
-    matrices = {name for name, _, is_matrix, _ in _core.Model.parameter_specs(config) if is_matrix}
+    specs = _core.Model.parameter_specs(config)
+    matrices = {name for name, _, is_matrix, _ in specs if is_matrix}
     parameters = random_parameters(config, seed, biases=biases)
     dtypes = {}
     for name in matrices & parameters.keys():
@@ -129,4 +132,5 @@ def build(layers, *, seed=0, dtype="float32", biases=True, device="cpu", **chang
             parameters[name], dtypes[name] = to_bfloat16(parameters[name]), "bfloat16"
         else:
             parameters[name] = parameters[name].astype(dtype)
-    return _core.Model(config, parameters, dtypes, operator_table(device, dtype))
+    table, codes = operator_table(device, dtype), coded(specs, parameters, weights)
+    return _core.Model(config, parameters, dtypes, table, codes)

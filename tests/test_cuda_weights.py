@@ -1,0 +1,135 @@
+"""Weights of 8 bits on a CUDA device: the model that `quantize.rounded` describes, and nothing else.
+
+A float32 table computes in float32, so there a model with 8-bit weights agrees to 1e-5 with the CPU
+and the weights' values; 16-bit tables as far as 16-bit models agree anyway. Everything that holds
+for rows in company holds here as well.
+"""
+
+import numpy as np
+import pytest
+from core_models import KINDS, build
+from tiny_models import write_llama
+
+import mambainllama as mil
+from mambainllama import _core
+from mambainllama.devices import cuda_devices
+from mambainllama.dtypes import from_float32, to_float32
+from mambainllama.quantize import coded, rounded
+
+pytestmark = pytest.mark.skipif(
+    not cuda_devices(), reason="no CUDA device here, or a build without CUDA operators"
+)
+
+KIND_OF_CODES = ["float8", "int8"]
+DTYPES = {"float32": 1e-5, "bfloat16": 6e-2, "float16": 1.5e-2}
+PROMPTS = ["a", "the state", "01"]
+
+
+def some_tokens(model, count, seed=0):
+    return np.random.default_rng(seed).integers(0, model.config["vocab"], count).astype(np.int32)
+
+
+def relative(a, b):
+    return np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).max() / np.abs(b).max()
+
+
+def with_values_of_codes(model, weights, dtype):
+    """The CPU's model with the values that its weights, stored in `dtype`, become."""
+    parameters = model.parameters()
+    specs = _core.Model.parameter_specs(model.config)
+    for name, _, is_matrix, _ in specs:
+        if is_matrix:
+            stored = parameters[name]
+            stored[...] = to_float32(from_float32(stored, dtype), dtype)
+    for name in coded(specs, parameters, weights):
+        parameters[name][...] = rounded(parameters[name], weights)
+    return model
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weights", KIND_OF_CODES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_those_of_the_codes_values(kind, weights, dtype, tied):
+    gpu = build(KINDS[kind], dtype=dtype, device="cuda:0", weights=weights, tied=tied)
+    cpu = with_values_of_codes(build(KINDS[kind], tied=tied), weights, dtype)
+    lengths = [1, 37, 16, 50, 300]
+    tokens, offsets = some_tokens(cpu, sum(lengths)), np.cumsum([0, *lengths])
+    expected = cpu.forward(tokens, offsets)
+    assert relative(gpu.forward(tokens, offsets), expected) < DTYPES[dtype]
+    state = gpu.state()
+    single = np.concatenate([gpu.forward([t], states=[state]) for t in tokens[1:38]])
+    assert relative(single, expected[1:38]) < DTYPES[dtype]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("weights", KIND_OF_CODES)
+@pytest.mark.parametrize("kind", ["transformer", "mamba1 hybrid", "mamba2 hybrid", "mamba2"])
+def test_windows_and_batches_give_the_same_bits(kind, weights, dtype):
+    model = build(KINDS[kind], dtype=dtype, device="cuda:0", weights=weights)
+    tokens, others = some_tokens(model, 90), some_tokens(model, 90, 1)
+    state = model.state()
+    model.forward(tokens[:37], states=[state], rows="none")
+    single = state.copy()
+    alone = np.concatenate([model.forward([t], states=[single]) for t in tokens[37:]])
+    for size in (2, 5, 16):
+        window, parts = state.copy(), []
+        for at in range(37, 90, size):
+            parts.append(model.forward(tokens[at : at + size], states=[window]))
+        np.testing.assert_array_equal(np.concatenate(parts), alone)
+    batch = [state.copy(), state.copy()]
+    for at in range(37, 85, 5):
+        rows = [tokens[at : at + 5], others[at : at + 11]]
+        logits = model.forward(np.concatenate(rows), np.array([0, 5, 16]), states=batch)
+        np.testing.assert_array_equal(logits[:5], alone[at - 37 : at - 32])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_llama(tmp_path_factory.mktemp("llama"), layers=4, hidden=64, scale=3.0)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+@pytest.mark.parametrize("weights", KIND_OF_CODES)
+def test_load_generate_save(folder, weights, dtype, tmp_path):
+    model = mil.load(folder, device="cuda", dtype=dtype, weights=weights)
+    assert model.weights == weights and f"{weights} weights" in repr(model)
+    alone = [mil.generate(model, [p], max_new_tokens=40, stop=[])[0].token_ids for p in PROMPTS]
+    for draft in (None, "ngram", model):
+        found = mil.generate(
+            model, PROMPTS, max_new_tokens=40, stop=[], draft=draft, draft_tokens=3
+        )
+        assert [g.token_ids for g in found] == alone
+    plain = mil.load(folder, dtype=dtype)
+    saved = mil.load(model.save(tmp_path / "saved"))
+    for name, array in plain.parameters().items():
+        np.testing.assert_array_equal(saved.parameters()[name], array)
+
+
+def test_weights_that_are_not_finite(folder, tmp_path):
+    model = mil.load(folder)
+    name = "model.layers.1.mlp.down_proj.weight"
+    model.parameters()[name][3, 5] = np.nan
+    path = model.save(tmp_path / "nan")
+    with pytest.raises(mil.Error, match=f"{name} has NaN") as caught:
+        mil.load(path, device="cuda", weights="float8")
+    assert "\n" not in str(caught.value)
+    assert mil.load(folder, device="cuda", weights="float8").weights == "float8"
+
+
+def test_less_memory():
+    """8-bit weights take about half, and what made them is given back."""
+    import gc
+
+    def taken(weights):
+        gc.collect()
+        before = cuda_devices()[0]["free"]
+        model = build(
+            KINDS["transformer"], dtype="bfloat16", device="cuda:0", weights=weights,
+            vocab=60000, hidden=2048, tied=False,
+        )  # fmt: skip
+        after = cuda_devices()[0]["free"]
+        del model
+        return before - after
+
+    assert taken("int8") < 0.8 * taken(None)
