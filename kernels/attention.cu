@@ -492,8 +492,8 @@ decode_rows(mil_context *context, const attention_arguments *a, int64_t longest)
     int64_t slots = longest * a->group, rows = slots < MT * 16 ? slots : MT * 16;
     dim3 grid(CLUSTER, (unsigned)(a->kv_heads * mil_ceil_div(slots, MT * 16)), (unsigned)a->rows.sequences);
     size_t inbox = (size_t)(rows * a->head_dim + 4 * CLUSTER) * sizeof(float);
-    return mil_launch_when(false, context, "attention (decode)", decode_kernel<T, D, MT, STEPS>, grid,
-                           dim3(LANES * MT * MIL_WARP), sizeof(decode_memory<D, MT, STEPS>) + inbox, *a);
+    return mil_launch(context, "attention (decode)", decode_kernel<T, D, MT, STEPS>, grid,
+                      dim3(LANES * MT * MIL_WARP), sizeof(decode_memory<D, MT, STEPS>) + inbox, *a);
 }
 
 /* Where there are no more blocks than multiprocessors, each takes their whole memory for reading ahead;

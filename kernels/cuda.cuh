@@ -54,13 +54,12 @@ mil_ceil_div(int64_t a, int64_t b)
     return (a + b - 1) / b;
 }
 
-/* Launches `kernel<<<grid, block, shared>>>(arguments...)` on the context's stream: with `early` as a programmatic
- * dependent of the kernel before, without it when that has ended.  All kernels ask for the same split between
- * shared memory and first-level cache: to change it, a multiprocessor must run empty. */
+/* Launches `kernel<<<grid, block, shared>>>(arguments...)` on the context's stream, as a programmatic dependent of
+ * the kernel before. */
 template <typename... Parameters, typename... Arguments>
 static inline mil_status
-mil_launch_when(bool early, mil_context *context, const char *name, void (*kernel)(Parameters...), dim3 grid,
-                dim3 block, size_t shared, Arguments... arguments)
+mil_launch(mil_context *context, const char *name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+           size_t shared, Arguments... arguments)
 {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) {
         return MIL_OK;
@@ -71,10 +70,6 @@ mil_launch_when(bool early, mil_context *context, const char *name, void (*kerne
                                                  cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared),
                             name));
     }
-    MIL_TRY(mil_cuda_status(
-        cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                             cudaSharedmemCarveoutMaxShared),
-        name));
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -84,17 +79,8 @@ mil_launch_when(bool early, mil_context *context, const char *name, void (*kerne
     config.dynamicSmemBytes = shared;
     config.stream = mil_stream(context);
     config.attrs = &attribute;
-    config.numAttrs = early ? 1 : 0;
+    config.numAttrs = 1;
     return mil_cuda_status(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
-}
-
-/* The usual launch: early. */
-template <typename... Parameters, typename... Arguments>
-static inline mil_status
-mil_launch(mil_context *context, const char *name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-           size_t shared, Arguments... arguments)
-{
-    return mil_launch_when(true, context, name, kernel, grid, block, shared, arguments...);
 }
 
 /* ---- within a kernel --------------------------------------------------------------------------------------- */
