@@ -12,11 +12,14 @@ of their own.
 one product, gate and up in another, static buffers, one CUDA graph of the whole step with the
 choice of the next token in it, attention by the fastest of PyTorch's own kernels at this shape
 (asked by timing them). It is recorded at one length, which favours it: in use, there would be a
-mask over the longest length or a graph for each one. Two variants:
+mask over the longest length or a graph for each one. Variants:
 
-    mamba-ssm        norms, gates and the state's step by mamba-ssm's Triton kernels; rotation and
-                     convolution in PyTorch, as mamba-ssm does itself where causal-conv1d is absent
-    mamba-ssm + fla  rotation and convolution by the Triton kernels of fla-core as well
+    mamba-ssm               norms (with the residual's sum), gates and the state's step by
+                            mamba-ssm's Triton kernels; rotation and convolution in PyTorch, as
+                            mamba-ssm does itself where causal-conv1d is absent
+    mamba-ssm + fla         rotation and convolution by the Triton kernels of fla-core as well
+    mamba-ssm as published  how the published hybrids are written: gate and up apart, residuals
+                            added apart, keys and values repeated for their queries
 
 States have the weights' dtype by default, as mamba-ssm allocates them; ours are float32.
 """
@@ -26,6 +29,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
@@ -40,6 +44,7 @@ import tarfile
 import tempfile
 import time
 import types
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +54,7 @@ import torch.nn.functional as F
 from gpu_shapes import configs
 
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
-VARIANTS = ("mamba-ssm", "mamba-ssm + fla")
+VARIANTS = ("mamba-ssm", "mamba-ssm + fla", "mamba-ssm as published")
 
 
 class Absent(Exception):
@@ -187,7 +192,8 @@ class Kernels:
     glu: Callable  # gate and up side by side -> silu(gate) up
     state_update: Callable  # mamba-ssm's selective_state_update
     rotate: Callable  # (heads of one token, cos, signed sin) -> rotated
-    conv_update: Callable  # (x, state [batch, width, channels or back], weight, bias) -> silu(conv)
+    conv_update: Callable  # (x, state [batch, channels, width], weight, bias) -> silu(conv)
+    fused: bool = True  # gate and up in one product, queries grouped within attention
 
 
 def torch_rotate(x, cos, sin):
@@ -223,6 +229,16 @@ def mamba_kernels() -> Kernels:
         torch_rotate,
         torch_conv_update,
     )
+
+
+def published_kernels() -> Kernels:
+    plain, layer_norm = mamba_kernels(), mamba_module("layer_norm")
+
+    def norm(x, weight, residual, eps, wide):
+        x = x if residual is None else residual + x
+        return layer_norm.rms_norm_fn(x, weight, None, eps=eps), x.float() if wide else x
+
+    return dataclasses.replace(plain, norm=norm, fused=False)
 
 
 def fla_kernels() -> Kernels:
@@ -273,6 +289,7 @@ def reference_kernels() -> Kernels:
 KERNELS = {
     "mamba-ssm": mamba_kernels,
     "mamba-ssm + fla": fla_kernels,
+    "mamba-ssm as published": published_kernels,
     "reference": reference_kernels,
 }
 
@@ -328,6 +345,8 @@ class Attention:
         self.k[:, position] = qk[:, self.heads :]
         self.v[:, position] = qkv[:, queries:]
         k, v = (t[:, : position + 1].transpose(1, 2) for t in (self.k, self.v))
+        if not model.kernels.fused:
+            k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
         y = F.scaled_dot_product_attention(qk[:, : self.heads, None], k, v, enable_gqa=True)
         return F.linear(y.flatten(1), self.out)
 
@@ -447,7 +466,10 @@ class Mlp:
         self.down = p.matrix(f"{name}.down_proj.weight", model.width, intermediate)
 
     def __call__(self, x):
-        return F.linear(self.model.kernels.glu(F.linear(x, self.gate_up)), self.down)
+        if self.model.kernels.fused:
+            return F.linear(self.model.kernels.glu(F.linear(x, self.gate_up)), self.down)
+        gate, up = self.gate_up.chunk(2)
+        return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), self.down)
 
 
 class Decoder:
@@ -546,8 +568,10 @@ def attention_backends(sizes: dict, batch: int, length: int) -> dict[str, float]
         def call():
             F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
-        with contextlib.suppress(RuntimeError), sdpa_kernel(getattr(SDPBackend, name)):
-            seconds[name] = recorded_seconds(call, rounds=7, inner=5)
+        with contextlib.suppress(RuntimeError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # which kernel cannot do it, and why
+            with sdpa_kernel(getattr(SDPBackend, name)):
+                seconds[name] = recorded_seconds(call, rounds=7, inner=5)
     return seconds
 
 
