@@ -113,6 +113,7 @@ typedef struct mil_engine {
     bool crowded;                 /* there was no memory for one more; until one leaves */
     mil_burst *burst;             /* burst.c; NULL until the first */
     mil_draft_burst *draft_burst; /* draft_burst.c, likewise */
+    bool cramped; /* there was no memory for the logits of such a round: the host takes part */
     /* speculate.c, where all texts of a round draft equally many tokens */
     bool together;
     int64_t depth; /* drafts of a round */

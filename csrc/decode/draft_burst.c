@@ -114,7 +114,8 @@ is_possible(const mil_engine *engine)
 {
     const mil_engine_options *o = &engine->options;
     const mil_ops *ops = o->model->ops;
-    return ops->record_begin != NULL && ops->sample != NULL && ops->accept != NULL && ops->settle != NULL &&
+    return !engine->cramped && ops->record_begin != NULL && ops->sample != NULL && ops->accept != NULL &&
+           ops->settle != NULL &&
            (o->draft_kind == MIL_DRAFT_MODEL || (o->draft_kind == MIL_DRAFT_NGRAM && ops->propose != NULL)) &&
            (o->broken_rule == MIL_RULE_RIGHT || o->broken_rule == MIL_RULE_FORCED) &&
            !mil_rope_changes(&o->model->config.rope) &&
@@ -547,9 +548,10 @@ burst_new(const mil_engine *engine, const mil_context *context, mil_draft_burst 
 }
 
 mil_status
-mil_draft_burst_run(mil_engine *engine, mil_context *context, int64_t rounds)
+mil_draft_burst_run(mil_engine *engine, mil_context *context, int64_t rounds, bool *done)
 {
     int64_t drafts = deepest(engine);
+    *done = false;
     if (engine->draft_burst == NULL) {
         MIL_TRY(burst_new(engine, context, &engine->draft_burst));
     }
@@ -564,5 +566,14 @@ mil_draft_burst_run(mil_engine *engine, mil_context *context, int64_t rounds)
             MIL_TRY(mil_state_reserve(sequence->draft_state, most));
         }
     }
-    return mil_recorder_run(&engine->draft_burst->recorder, engine, context, drafts, rounds);
+    mil_recorder *recorder = &engine->draft_burst->recorder;
+    mil_status status = mil_recorder_run(recorder, engine, context, drafts, rounds);
+    if (status == MIL_ERR_MEMORY && !recorder->prepared) {
+        mil_draft_burst_delete(engine->draft_burst);
+        engine->draft_burst = NULL;
+        engine->cramped = true;
+        return MIL_OK;
+    }
+    *done = true;
+    return status;
 }

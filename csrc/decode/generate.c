@@ -466,13 +466,15 @@ mil_engine_round(mil_engine *engine, mil_context *context)
     }
     MIL_TRY(plan_round(engine));
     int64_t steps = mil_burst_steps(engine), rounds = mil_draft_burst_rounds(engine);
+    bool done = false;
     if (steps > 0) {
         MIL_TRY(mil_burst_run(engine, context, steps));
+        done = true;
     }
     else if (rounds > 0) {
-        MIL_TRY(mil_draft_burst_run(engine, context, rounds));
+        MIL_TRY(mil_draft_burst_run(engine, context, rounds, &done));
     }
-    else {
+    if (!done) {
         MIL_TRY(run_round(engine, context));
     }
     for (int64_t i = 0; i < engine->running_count; i++) {

@@ -149,11 +149,11 @@ mil_burst_delete(mil_burst *burst);
 
 /* ---- draft_burst.c ---------------------------------------------------------------------------------- */
 
-/* The same for speculative rounds. */
+/* The same for speculative rounds; *done is false, and nothing has changed, where there is no memory for them. */
 int64_t
 mil_draft_burst_rounds(const mil_engine *engine);
 mil_status
-mil_draft_burst_run(mil_engine *engine, mil_context *context, int64_t rounds) MIL_MUST_CHECK;
+mil_draft_burst_run(mil_engine *engine, mil_context *context, int64_t rounds, bool *done) MIL_MUST_CHECK;
 void
 mil_draft_burst_delete(mil_draft_burst *burst);
 
