@@ -48,7 +48,7 @@ class Tokenizer:
         chat_template: ChatTemplate | None = None,
     ):
         self.backend = backend
-        names = dict(special_tokens or {})
+        names = {key: _valid_text(name) for key, name in (special_tokens or {}).items()}
         self.bos_token, self.eos_token = names.get("bos_token"), names.get("eos_token")
         self.pad_token, self.unk_token = names.get("pad_token"), names.get("unk_token")
         self.chat_template = chat_template

@@ -131,6 +131,13 @@ def test_odd_inputs(tmp_path):
     assert "chat template" in repr(tokenizer)
 
 
+def test_special_tokens_that_utf8_cannot_hold(tmp_path):
+    folder = byte_level(tmp_path / "t")
+    (folder / "special_tokens_map.json").write_text('{"pad_token": "\\ud800"}')
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer.pad_token == "\ufffd" and tokenizer.pad_token_id is not None
+
+
 @pytest.mark.parametrize("flags", [{}, {"add_bos_token": True}, {"add_bos_token": False},
                                    {"add_bos_token": True, "add_eos_token": True}])  # fmt: skip
 def test_start_and_end_tokens(flags, tmp_path):
