@@ -21,12 +21,11 @@
  * The convolution, W_dt and the scan give the bits of conv1d.cu, thin_product.cu and selective_scan_step.cu; sums of W_x
  * are cut by their length alone.  So a row's bits do not depend on what stands beside it.
  */
+#include "ahead.cuh"
 #include "conv1d.cuh"
 #include "norm.cuh"
 #include "scan_step.cuh"
 #include "thin_product.cuh"
-
-#include <stdlib.h>
 
 #define V 4 /* channels of a thread */
 #define COLUMNS (V * QUADS)
@@ -116,23 +115,6 @@ static __device__ __forceinline__ void
 meet(int role)
 {
     asm volatile("bar.sync %0, %1;" ::"r"(role + 1), "n"(THREADS) : "memory");
-}
-
-/* Asks for this block's share of what is read next to come as far as the second-level cache. */
-static __device__ __forceinline__ void
-fetch_next(const mixer_arguments &m)
-{
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    const int64_t piece = 8192, blocks = (int64_t)gridDim.x * gridDim.y;
-    const int64_t block = blockIdx.y * gridDim.x + blockIdx.x;
-    if (m.next_bytes > 0 && threadIdx.x < MIL_WARP) {
-        for (int64_t i = threadIdx.x * blocks + block; i * piece < m.next_bytes; i += MIL_WARP * blocks) {
-            const char *from = (const char *)m.next + i * piece;
-            const unsigned bytes = (unsigned)min(piece, m.next_bytes - i * piece);
-            asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-        }
-    }
-#endif
 }
 
 /* ---- W_x -------------------------------------------------------------------------------------------------------- */
@@ -292,10 +274,13 @@ __launch_bounds__(THREADS)
         if (first == 0) {
             mil_trigger();
             prefetch_inputs(m, states, at_once);
-            fetch_next(m);
             mil_wait();
         }
         fetch_inputs<T>(m, states, first, at_once, memory);
+        if (first == 0 &&
+            warp == 0) { /* not earlier: behind all of it, what the scan asks for now would be late */
+            mil_fetch_ahead(m.next, m.next_bytes);
+        }
         await_copies();
         __syncwarp();
 #pragma unroll
@@ -659,31 +644,6 @@ prepare_rows(const mixer_arguments &m, const mixer_place &p, const mil_span &spa
     finish_dt<T, GROUPS>(m, p, span, thread, bias, s);
 }
 
-/* Rows [from, from + count) of `columns` columns of a tail, to its beginning, by the whole block. Rows may overlap. */
-static __device__ __forceinline__ void
-move_rows(float *tail, int64_t width, int columns, int from, int count)
-{
-    constexpr int AT_ONCE = 8, WIDEST = 64;
-    static_assert((MIL_WINDOW + MOST_TAPS) * WIDEST <= AT_ONCE * BLOCK, "all is loaded before any is stored");
-    for (int first = 0; first < columns; first += WIDEST) {
-        const int wide = min(WIDEST, columns - first);
-        float value[AT_ONCE];
-#pragma unroll
-        for (int k = 0; k < AT_ONCE; k++) {
-            const int e = threadIdx.x + k * BLOCK;
-            value[k] = e < count * wide ? tail[(int64_t)(from + e / wide) * width + first + e % wide] : 0.0f;
-        }
-        __syncthreads();
-#pragma unroll
-        for (int k = 0; k < AT_ONCE; k++) {
-            const int e = threadIdx.x + k * BLOCK;
-            if (e < count * wide) {
-                tail[(int64_t)(e / wide) * width + first + e % wide] = value[k];
-            }
-        }
-    }
-}
-
 /* This call's rows of `columns` of the convolution's inputs into its tail. */
 template <typename T>
 static __device__ __forceinline__ void
@@ -769,7 +729,7 @@ fold_tails(const mixer_arguments &m, const mixer_place &p, const mil_span &span,
     }
     if (last & 2) {
         const int columns = max(input_run, COLUMNS) / m.repeat, input = input_of(m, run * input_run);
-        move_rows(tails.conv + input, m.inputs, columns, shift, lead + kept);
+        mil_tail_shift<BLOCK>(tails.conv + input, m.inputs, columns, shift, lead + kept);
         append_inputs<T>(m, span, tails, input, columns, kept);
     }
 }
@@ -839,12 +799,12 @@ __launch_bounds__(BLOCK)
                                weights.low[i], weights.high[i]);
         }
     }
-    if (m.x_weight == NULL) {
-        fetch_next(m);
-    }
     mil_wait();
     if (scans) {
         load_H<V, J>(a, tails.state, c, lane_n, H);
+    }
+    else if (m.x_weight == NULL && threadIdx.x < THREADS + MIL_WARP) {
+        mil_fetch_ahead(m.next, m.next_bytes);
     }
     const mil_span span = mil_span_of(a.rows, blockIdx.y);
     const int shift = (int)(span.after - span.boundary), count = (int)span.count;
@@ -1016,14 +976,7 @@ mixer(mil_context *context, const mil_scan_mixer *m)
     for (int64_t i = 0; i <= m->scan.rows.sequences; i++) {
         a.begin[i] = (int)m->scan.rows.offsets[i];
     }
-    static int ahead = -1;
-    if (ahead < 0) {
-        const char *word = getenv("MIL_MIXER_AHEAD");
-        ahead = word == NULL ? 100 : atoi(word);
-    }
-    a.next = m->next;
-    a.next_bytes =
-        m->next == NULL || (uintptr_t)m->next % 16 != 0 ? 0 : m->next_bytes * ahead / 100 / 16 * 16;
+    mil_set_ahead(m->next, m->next_bytes, &a.next, &a.next_bytes);
     if (takes_product(context, &m->dt)) {
         a.dt_weight = m->dt.weight;
         a.rank = (int)m->dt.in;

@@ -23,6 +23,35 @@ struct ssd_arguments {
     int slices, slices_a_block; /* of a head */
 };
 
+static inline ssd_arguments
+ssd_arguments_of(const mil_ssd *s)
+{
+    ssd_arguments a = {};
+    a.rows = mil_rows_of(s->rows);
+    a.heads = (int)s->heads;
+    a.head_dim = (int)s->head_dim;
+    a.state_dim = (int)s->state_dim;
+    a.x_heads = (int)s->x_heads;
+    a.B_groups = (int)s->B_groups;
+    a.C_groups = (int)s->C_groups;
+    a.x = s->x;
+    a.B = s->B;
+    a.C = s->C;
+    a.dt = s->dt;
+    a.x_stride = s->x_stride;
+    a.B_stride = s->B_stride;
+    a.C_stride = s->C_stride;
+    a.dt_stride = s->dt_stride;
+    a.dt_bias = s->dt_bias;
+    a.A_log = s->A_log;
+    a.D = s->D;
+    a.dt_min = s->dt_min;
+    a.dt_max = s->dt_max;
+    a.y = s->y;
+    a.y_stride = s->y_stride;
+    return a;
+}
+
 /* -exp(A_log) log2(e), finite so that 0 * A is 0. */
 static __device__ __forceinline__ float
 get_exponent(const ssd_arguments &a, int head)

@@ -23,6 +23,8 @@
  * of a decoding step: heads * state_dim * head_dim * 4 for H; the tail, 8 tokens on the average, is some hundredths of
  * that.
  */
+#include "ahead.cuh"
+#include "conv1d.cuh"
 #include "ssd.cuh"
 
 #define WINDOW MIL_WINDOW
@@ -363,18 +365,16 @@ prefetch_state(const ssd_arguments &a, const window_place &p, int columns, const
     }
 }
 
-/* All windows of one slice. Where there is but one window, what `m` has of it besides x is good for the next slice. */
+/* All windows of one slice, whose H is at hand. Where there is but one window, what `m` has of it besides x is good for the next slice. */
 template <typename T, int V, int J>
 static __device__ __forceinline__ void
 run_slice(const ssd_arguments &a, const window_place &p, const mil_span &span, const mil_tails &tails,
           const window_owner &owner, bool is_first, float *state, float exponent, float bias, float D,
-          window_memory<V * QUADS, LANES_N * J> &m)
+          float (&H)[J][V], window_memory<V * QUADS, LANES_N * J> &m)
 {
     const int64_t total = span.before + span.count;
     const bool whole = is_first || total > WINDOW;
     window_inputs<T, V, J> in;
-    float H[J][V];
-    load_H<V, J>(a, p, state, H);
     for (int64_t start = 0; start < total; start += WINDOW) {
         int length = (int)min((int64_t)WINDOW, total - start);
         int first = (int)min((int64_t)length, max((int64_t)0, span.before - start));
@@ -448,7 +448,9 @@ __launch_bounds__(THREADS, J <= 4 ? 2 : 1)
     const int first_column = p.column;
     for (int k = 0; k < slices; k++) {
         p.columns = min(V * QUADS, a.head_dim - p.column);
-        run_slice<T, V, J>(a, p, span, tails, owner, k == 0, state, exponent, bias, D, m);
+        float H[J][V];
+        load_H<V, J>(a, p, state, H);
+        run_slice<T, V, J>(a, p, span, tails, owner, k == 0, state, exponent, bias, D, H, m);
         owner.B = owner.dt = false;
         p.column += V * QUADS;
         p.x_column += V * QUADS;
@@ -458,6 +460,207 @@ __launch_bounds__(THREADS, J <= 4 ? 2 : 1)
         p.columns = min(p.column, a.head_dim) - first_column;
         p.column = first_column;
         move_tails<T>(a, p, span, tails, gridDim.x, bias);
+    }
+}
+
+/* ---- with the convolution ---------------------------------------------------------------------------------------- */
+
+/* A whole mixer's few rows (device.h: mil_ssd_mixer): a block convolves for itself what its slice of a head reads, x, B and
+ * C of this call's rows, rounded as the convolution's output is, into shared memory, from where the windows take them as
+ * from memory.  B and C are so computed once a block, which takes less than the launch that is saved.  The inputs' tail is
+ * moved as x, B and C are: by the last block to read them. */
+
+#define MOST_TAPS 4
+#define FRESH MIL_WINDOW /* rows of this call */
+
+struct ssd_mixer_arguments {
+    ssd_arguments ssd; /* its x, B and C are not read */
+    const void *raw;   /* [rows, inputs] before the convolution */
+    int64_t raw_stride;
+    int inputs, taps;
+    int x_at, B_at, C_at; /* columns of the convolution */
+    const float *weight, *bias;
+    const void *next;
+    int64_t next_bytes;
+};
+
+/* The columns of this call's rows in shared memory: the slice's x, then B, then C. */
+static __host__ __device__ __forceinline__ int
+fresh_width(int columns, int state_dim)
+{
+    return columns + 2 * state_dim;
+}
+
+/* Column e of those in the convolution, or -1. */
+static __device__ __forceinline__ int
+channel_of(const ssd_mixer_arguments &m, const window_place &p, int columns, int e)
+{
+    const int N = m.ssd.state_dim;
+    return e < columns           ? (e < p.columns ? m.x_at + (int)p.x_column + e : -1)
+           : e < columns + N     ? m.B_at + (int)p.B_column + e - columns
+           : e < columns + 2 * N ? m.C_at + (int)p.C_column + e - columns - N
+                                 : -1;
+}
+
+/* One column of this call's rows: convolved into `fresh`, and appended to the inputs' tail where `appends`. */
+template <typename T>
+static __device__ __forceinline__ void
+convolve_column(const ssd_mixer_arguments &m, const mil_span &span, const mil_tails &tails, int channel,
+                const float (&weight)[MOST_TAPS], float bias, bool appends, int width, T *fresh)
+{
+    constexpr int AHEAD = 4;
+    const int lead = m.taps - 1, count = (int)span.count;
+    const T *rows = (const T *)m.raw + span.row * m.raw_stride + channel;
+    float *tail = tails.conv + (int64_t)span.before * m.inputs + channel;
+    float x[MOST_TAPS - 1 + AHEAD];
+#pragma unroll
+    for (int j = 0; j < MOST_TAPS - 1; j++) {
+        x[j] = j < lead ? tail[(int64_t)j * m.inputs] : 0.0f;
+    }
+    for (int row = 0; row < count; row += AHEAD) {
+        float next[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            next[i] = row + i < count ? mil_float(rows[(row + i) * m.raw_stride]) : 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            float window[MOST_TAPS];
+#pragma unroll
+            for (int j = 0; j < MOST_TAPS; j++) {
+                window[j] = j < lead ? x[j] : next[i];
+            }
+#pragma unroll
+            for (int j = 0; j + 1 < MOST_TAPS; j++) {
+                x[j] = window[j + 1];
+            }
+            if (row + i < count) {
+                fresh[(row + i) * width] =
+                    mil_round<T>(mil_convolve<T, MOST_TAPS>(weight, window, bias, m.taps, true));
+                if (appends) {
+                    tail[(int64_t)(lead + row + i) * m.inputs] = next[i];
+                }
+            }
+        }
+    }
+}
+
+/* The inputs' tail in `columns` columns from `channel` on, where a window is folded. */
+template <typename T>
+static __device__ __forceinline__ void
+move_inputs(const ssd_mixer_arguments &m, const mil_span &span, const mil_tails &tails, int channel,
+            int columns)
+{
+    const int shift = (int)(span.after - span.boundary), lead = m.taps - 1, kept = span.before - shift;
+    mil_tail_shift<THREADS>(tails.conv + channel, m.inputs, columns, shift, lead + kept);
+    for (int e = threadIdx.x; e < (int)span.count * columns; e += THREADS) {
+        const int row = e / columns, column = channel + e % columns;
+        tails.conv[(int64_t)(kept + lead + row) * m.inputs + column] =
+            mil_float(((const T *)m.raw)[(span.row + row) * m.raw_stride + column]);
+    }
+}
+
+/* All tails where a window is folded. `a` reads this call's rows from shared memory. */
+template <typename T>
+static __device__ __forceinline__ void
+move_all_tails(const ssd_mixer_arguments &m, const ssd_arguments &a, const window_place &p,
+               const mil_span &span, const mil_tails &tails, float bias)
+{
+    const int64_t x_width = (int64_t)a.x_heads * a.head_dim, B_width = (int64_t)a.B_groups * a.state_dim;
+    const unsigned slices = gridDim.x;
+    const mil_slots slots = {{mil_slot(tails.x, x_width, p.x_column), mil_slot(tails.B, B_width, p.B_column),
+                              mil_slot(tails.dt, a.heads, p.head),
+                              tails.conv + (int64_t)(m.taps - 2 + MIL_TAIL) * m.inputs + m.C_at + p.C_column},
+                             {(unsigned)(a.heads / a.x_heads), (unsigned)(a.heads / a.B_groups) * slices,
+                              slices, (unsigned)(a.heads / a.C_groups) * slices}};
+    const unsigned last = mil_last_of(slots);
+    if (last & 1) {
+        mil_tail_move(tails.x, x_width, p.x_column, p.columns, span, [&](int64_t row, int column) {
+            return mil_float(((const T *)a.x)[(span.row + row) * a.x_stride + p.x_column + column]);
+        });
+        move_inputs<T>(m, span, tails, m.x_at + (int)p.x_column, p.columns);
+    }
+    if (last & 2) {
+        mil_tail_move(tails.B, B_width, p.B_column, a.state_dim, span, [&](int64_t row, int column) {
+            return mil_float(((const T *)a.B)[(span.row + row) * a.B_stride + p.B_column + column]);
+        });
+        move_inputs<T>(m, span, tails, m.B_at + (int)p.B_column, a.state_dim);
+    }
+    if (last & 4) {
+        mil_tail_move(tails.dt, a.heads, p.head, 1, span,
+                      [&](int64_t row, int) { return get_time_step<T>(a, span.row + row, p.head, bias); });
+    }
+    if (last & 8) {
+        move_inputs<T>(m, span, tails, m.C_at + (int)p.C_column, a.state_dim);
+    }
+}
+
+/* Grid: slices of a head, heads, sequences. */
+template <typename T, int J>
+static __global__ void
+__launch_bounds__(THREADS)
+    ssd_mixer_kernel(const __grid_constant__ ssd_mixer_arguments m, const __grid_constant__ mil_states states)
+{
+    constexpr int V = 4, COLUMNS = V * QUADS;
+    constexpr int A_THREAD = (COLUMNS + 2 * LANES_N * J + THREADS - 1) / THREADS; /* columns to convolve */
+    extern __shared__ __align__(128) char shared[];
+    auto &memory = *reinterpret_cast<window_memory<COLUMNS, LANES_N * J> *>(shared);
+    T *fresh = (T *)(shared + sizeof memory);
+    ssd_arguments a = m.ssd;
+    const int of_x = a.heads / a.x_heads, of_B = a.heads / a.B_groups, of_C = a.heads / a.C_groups;
+    const int width = fresh_width(COLUMNS, a.state_dim);
+    const mil_tails tails = states.of[blockIdx.z];
+    window_place p;
+    p.head = blockIdx.y;
+    p.column = blockIdx.x * COLUMNS;
+    p.columns = min(COLUMNS, a.head_dim - p.column);
+    p.x_column = (int64_t)(p.head / of_x) * a.head_dim + p.column;
+    p.B_column = (int64_t)(p.head / of_B) * a.state_dim;
+    p.C_column = (int64_t)(p.head / of_C) * a.state_dim;
+    p.is_first_of_group = p.head % of_B == 0 && blockIdx.x == 0;
+    float *state = tails.state + (int64_t)p.head * a.state_dim * a.head_dim;
+    mil_trigger();
+    prefetch_state(a, p, p.columns, tails, state);
+    float weight[A_THREAD][MOST_TAPS], conv_bias[A_THREAD];
+    int channel[A_THREAD];
+#pragma unroll
+    for (int k = 0; k < A_THREAD; k++) {
+        channel[k] = channel_of(m, p, COLUMNS, threadIdx.x + k * THREADS);
+#pragma unroll
+        for (int j = 0; j < MOST_TAPS; j++) {
+            weight[k][j] = channel[k] >= 0 && j < m.taps ? m.weight[channel[k] * m.taps + j] : 0.0f;
+        }
+        conv_bias[k] = channel[k] >= 0 && m.bias != NULL ? m.bias[channel[k]] : 0.0f;
+    }
+    const float exponent = get_exponent(a, p.head), bias = a.dt_bias[p.head], D = a.D[p.head];
+    mil_wait();
+    float H[J][V];
+    load_H<V, J>(a, p, state, H);
+    const mil_span span = mil_span_of(a.rows, blockIdx.z);
+    const bool appends = span.after == span.boundary; /* no rows of the tails move */
+    const window_owner owner = {appends && p.head % of_x == 0, appends && p.is_first_of_group,
+                                appends && blockIdx.x == 0};
+    const bool owns_C = appends && p.head % of_C == 0 && blockIdx.x == 0;
+#pragma unroll
+    for (int k = 0; k < A_THREAD; k++) {
+        const int e = threadIdx.x + k * THREADS;
+        const bool own = e < COLUMNS ? owner.x : e < COLUMNS + a.state_dim ? owner.B : owns_C;
+        if (channel[k] >= 0) {
+            convolve_column<T>(m, span, tails, channel[k], weight[k], conv_bias[k], own, width, fresh + e);
+        }
+    }
+    if (threadIdx.x < MIL_WARP) {
+        mil_fetch_ahead(m.next, m.next_bytes);
+    }
+    __syncthreads();
+    /* The windows find this call's rows as if they lay in memory. */
+    a.x = fresh - span.row * width - p.x_column;
+    a.B = fresh + COLUMNS - span.row * width - p.B_column;
+    a.C = fresh + COLUMNS + a.state_dim - span.row * width - p.C_column;
+    a.x_stride = a.B_stride = a.C_stride = width;
+    run_slice<T, V, J>(a, p, span, tails, owner, true, state, exponent, bias, D, H, memory);
+    if (!appends) {
+        move_all_tails<T>(m, a, p, span, tails, bias);
     }
 }
 
@@ -506,4 +709,73 @@ mil_ssd_windows(mil_context *context, const ssd_arguments *arguments, const mil_
                 int64_t sequences)
 {
     return MIL_FOR_ACT(context, windows, context, *arguments, *states, sequences);
+}
+
+/* ---- the whole mixer ------------------------------------------------------------------------------------------- */
+
+template <typename T, int J>
+static mil_status
+launch_mixer(mil_context *context, const ssd_mixer_arguments &m, const mil_states &states)
+{
+    constexpr int COLUMNS = 4 * QUADS;
+    const size_t fresh = (size_t)FRESH * fresh_width(COLUMNS, m.ssd.state_dim) * sizeof(T);
+    dim3 grid((unsigned)m.ssd.slices, (unsigned)m.ssd.heads, (unsigned)m.ssd.rows.sequences);
+    return mil_launch(context, "ssd mixer", ssd_mixer_kernel<T, J>, grid, dim3(THREADS),
+                      sizeof(window_memory<COLUMNS, LANES_N * J>) + fresh, m, states);
+}
+
+/* Whether the kernel above can take what model code asks for. */
+static bool
+fits(const mil_context *context, const mil_ssd_mixer *m)
+{
+    const mil_ssd *s = &m->ssd;
+    const mil_conv1d *c = &m->conv;
+    return context->ops->activation_dtype != MIL_F32 && s->rows.rows <= FRESH && s->states != NULL &&
+           s->states == c->states && c->repeat == 1 && c->silu && c->width >= 2 && c->width <= MOST_TAPS &&
+           c->channels < 1 << 24 && s->heads >= 1 && s->heads <= 65535 && s->head_dim % 4 == 0 &&
+           s->state_dim % 4 == 0 && s->state_dim <= 8 * LANES_N && s->x_heads >= 1 && s->B_groups >= 1 &&
+           s->C_groups >= 1 && s->heads % s->x_heads == 0 && s->heads % s->B_groups == 0 &&
+           s->heads % s->C_groups == 0;
+}
+
+template <typename T>
+static mil_status
+mixer(mil_context *context, const mil_ssd_mixer *arguments)
+{
+    const mil_ssd *s = &arguments->ssd;
+    const mil_conv1d *c = &arguments->conv;
+    const int64_t x_at = (const T *)s->x - (const T *)c->y, B_at = (const T *)s->B - (const T *)c->y;
+    const int64_t C_at = (const T *)s->C - (const T *)c->y;
+    if (x_at < 0 || x_at + s->x_heads * s->head_dim > c->channels || B_at < 0 ||
+        B_at + s->B_groups * s->state_dim > c->channels || C_at < 0 ||
+        C_at + s->C_groups * s->state_dim > c->channels) {
+        return mil_ssd_mixer_apart(context, arguments);
+    }
+    ssd_mixer_arguments m = {};
+    m.ssd = ssd_arguments_of(s);
+    m.ssd.slices = (int)mil_ceil_div(s->head_dim, 4 * QUADS);
+    m.raw = c->x;
+    m.raw_stride = c->x_stride;
+    m.inputs = (int)c->channels;
+    m.taps = (int)c->width;
+    m.x_at = (int)x_at;
+    m.B_at = (int)B_at;
+    m.C_at = (int)C_at;
+    m.weight = c->weight;
+    m.bias = c->bias;
+    mil_set_ahead(arguments->next, arguments->next_bytes, &m.next, &m.next_bytes);
+    const mil_states states = mil_states_of(s->states, 0, s->rows.sequences);
+    MIL_TRY((s->state_dim <= 4 * LANES_N ? launch_mixer<T, 4> : launch_mixer<T, 8>)(context, m, states));
+    return arguments->norm.rows > 0 ? context->ops->norm_forward(context, &arguments->norm)
+                                    : context->ops->glu_forward(context, &arguments->gate);
+}
+
+mil_status
+mil_cuda_ssd_mixer(mil_context *context, const mil_ssd_mixer *arguments)
+{
+    if (!fits(context, arguments)) {
+        return mil_ssd_mixer_apart(context, arguments);
+    }
+    return context->ops->activation_dtype == MIL_BF16 ? mixer<__nv_bfloat16>(context, arguments)
+                                                      : mixer<__half>(context, arguments);
 }

@@ -491,7 +491,6 @@ static mil_status
 mamba2_mixer_forward(mil_pass *pass, int64_t layer, mil_mixer_saved *saved)
 {
     mil_context *context = pass->context;
-    const mil_ops *ops = context->ops;
     const mil_layer *l = &pass->model->layers[layer];
     int64_t rows = pass->rows.rows;
     mamba2_row row = mamba2_layout(&l->config);
@@ -507,16 +506,20 @@ mamba2_mixer_forward(mil_pass *pass, int64_t layer, mil_mixer_saved *saved)
                             saved->projected);
     announce(&in, l->p[MIL_P_OUT]);
     MIL_TRY(project(pass, &saved->norm, &in, 1, NULL));
-    mil_conv1d conv = mamba2_conv(pass, l, saved, states);
-    MIL_TRY(ops->conv1d_forward(context, &conv));
-    mil_ssd ssd = mamba2_ssd(pass, l, saved, states);
-    MIL_TRY(ops->ssd_forward(context, &ssd));
+    mil_ssd_mixer mixer = {
+        .conv = mamba2_conv(pass, l, saved, states),
+        .ssd = mamba2_ssd(pass, l, saved, states),
+        .next = l->p[MIL_P_OUT]->data,
+        .next_bytes = parameter_bytes(l->p[MIL_P_OUT]),
+    };
     if (l->config.norm_group == 0) {
-        mil_glu gate = mamba2_gate(pass, l, saved);
-        return ops->glu_forward(context, &gate);
+        mixer.gate = mamba2_gate(pass, l, saved);
     }
-    mil_norm norm = mamba2_norm(pass, l, saved);
-    return ops->norm_forward(context, &norm);
+    else {
+        mixer.norm = mamba2_norm(pass, l, saved);
+    }
+    return pass->lean && context->ops->ssd_mixer != NULL ? context->ops->ssd_mixer(context, &mixer)
+                                                         : mil_ssd_mixer_apart(context, &mixer);
 }
 
 static mil_status
