@@ -37,8 +37,8 @@
 #define TRIAL_DRAFTS 2
 #define VERIFY_COST 0.12 /* of a pass, each row beyond the first: 0.05 to 0.2 on CPUs, by dtype and mixer */
 
-/* Of devices, from an H100 (docs/performance-log.md); only ratios matter. */
-#define DEVICE_RATE 2.8e12      /* bytes a second */
+/* Of devices, from an H100 and an H200 (docs/performance-log.md); only ratios matter. */
+#define DEVICE_RATE 3.5e12      /* bytes a second */
 #define DEVICE_OPERATIONS 5e14  /* a second, of large products */
 #define DEVICE_LAYER 12e-6      /* seconds of a layer's launches and small operators */
 #define DEVICE_LAYER_ROW 0.4e-6 /* more with each row of a text */
@@ -47,7 +47,7 @@
 #define DEVICE_TOKEN 10e-6      /* seconds of sampling one token */
 #define DEVICE_TRIAL 128        /* plain steps until the first trial; twice as many after each */
 #define DEVICE_TRIAL_MOST 2048
-#define CLEAR_GAIN 1.05
+#define CLEAR_GAIN 1.05 /* over no drafts, or another number of them: models of costs are not exact */
 
 /* ---- how many --------------------------------------------------------------------------------------- */
 
@@ -245,13 +245,24 @@ plan_depth(mil_engine *engine, int64_t most)
             best_rate = rate;
         }
     }
-    bool stays =
-        best > 0 && engine->depth <= most && best_rate < CLEAR_GAIN * rate_of(engine, &load, engine->depth);
+    best = best_rate < CLEAR_GAIN ? 0 : best;
+    bool stays = best > 0 && engine->depth > 0 && engine->depth <= most &&
+                 best_rate < CLEAR_GAIN * rate_of(engine, &load, engine->depth);
     engine->depth = stays ? engine->depth : best;
     if (engine->depth > 0) {
         engine->quiet = 0;
         engine->trial_after = DEVICE_TRIAL;
     }
+}
+
+/* While n-grams are not used, whether there are any is asked from time to time: it costs next to nothing. */
+static void
+watch_text(mil_sequence *sequence)
+{
+    int32_t token;
+    bool found = mil_ngram_propose(sequence->generation.tokens, sequence->count, MIL_NGRAM_LONGEST,
+                                   MIL_NGRAM_SHORTEST, 1, &token) > 0;
+    sequence->offered += OFFER_FADING * ((found ? 1.0 : 0.0) - sequence->offered);
 }
 
 /* Drafts of those texts that leave their number open. */
@@ -260,13 +271,16 @@ depth_together(mil_engine *engine)
 {
     int64_t most = 0;
     for (int64_t i = 0; i < engine->running_count; i++) {
-        const mil_sequence *sequence = engine->running[i];
+        mil_sequence *sequence = engine->running[i];
         if (is_decoding(sequence)) {
             if (sequence->undraftable || sequence->request.draft_tokens == 0) {
                 return 0; /* rounds without the host are for all texts or none */
             }
             int64_t own = smaller(sequence->request.draft_tokens, MIL_WINDOW - 1);
             most = own > most ? own : most;
+            if (engine->options.draft_kind == MIL_DRAFT_NGRAM && engine->depth == 0) {
+                watch_text(sequence);
+            }
         }
     }
     plan_depth(engine, most);
