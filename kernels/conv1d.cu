@@ -20,6 +20,7 @@
 #define THREADS 128
 #define CHUNK 64
 #define MOST_TAPS 8
+#define SEQUENCES 256 /* of one launch, whose tails travel as kernel parameters */
 
 struct conv_arguments {
     mil_device_rows rows;
@@ -31,6 +32,11 @@ struct conv_arguments {
     bool silu;
     void *y;
     int64_t y_stride;
+};
+
+struct conv_tails {
+    float *of[SEQUENCES];
+    bool given; /* else every sequence begins here and leaves nothing */
 };
 
 /* How many of TAPS taps, the oldest, do not exist. */
@@ -162,7 +168,7 @@ move_columns(const conv_arguments &a, const mil_span &span, float *tail, int64_t
 template <typename T, int V, int TAPS>
 static __global__ void
 __launch_bounds__(THREADS, 4)
-    conv1d_forward_kernel(const __grid_constant__ conv_arguments a, const __grid_constant__ mil_states states)
+    conv1d_forward_kernel(const __grid_constant__ conv_arguments a, const __grid_constant__ conv_tails tails)
 {
     int64_t input = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * V;
     bool mine = input < a.inputs;
@@ -180,7 +186,7 @@ __launch_bounds__(THREADS, 4)
         return;
     }
     int64_t end = row + CHUNK < span.count ? row + CHUNK : span.count;
-    float *tail = states.given ? states.of[blockIdx.z].conv : NULL;
+    float *tail = tails.given ? tails.of[blockIdx.z] : NULL;
     convolve<T, V, TAPS>(a, span, tail, input, channel, row, end, weight, bias);
     for (int64_t repetition = 1; repetition < a.repeat; repetition++) {
         channel += run;
@@ -194,15 +200,15 @@ __launch_bounds__(THREADS, 4)
 
 template <typename T, int V>
 static mil_status
-launch(mil_context *context, const conv_arguments &a, const mil_states &states, dim3 grid)
+launch(mil_context *context, const conv_arguments &a, const conv_tails &tails, dim3 grid)
 {
     const bool four = a.width == 4 && mil_is_aligned<float>(a.weight, 0);
     return four ? mil_launch(context, "conv1d", conv1d_forward_kernel<T, V, 4>, grid, dim3(THREADS), 0, a,
-                             states)
+                             tails)
            : a.width < 4 ? mil_launch(context, "conv1d", conv1d_forward_kernel<T, V, 3>, grid, dim3(THREADS),
-                                      0, a, states)
+                                      0, a, tails)
                          : mil_launch(context, "conv1d", conv1d_forward_kernel<T, V, MOST_TAPS>, grid,
-                                      dim3(THREADS), 0, a, states);
+                                      dim3(THREADS), 0, a, tails);
 }
 
 /* How many inputs a thread takes: 4 or 2 where alignment and runs allow, but not so many that the chip idles. */
@@ -227,17 +233,21 @@ conv1d(mil_context *context, const mil_conv1d *a)
     conv_arguments k = {
         mil_rows_of(a->rows), 0,         a->channels, inputs,  a->width, a->repeat,  a->repeat_group, a->x,
         a->x_stride,          a->weight, a->bias,     a->silu, a->y,     a->y_stride};
-    for (; k.first < a->rows.sequences; k.first += MIL_SEQUENCES) {
+    for (; k.first < a->rows.sequences; k.first += SEQUENCES) {
         int64_t count = a->rows.sequences - k.first;
-        count = count < MIL_SEQUENCES ? count : MIL_SEQUENCES;
+        count = count < SEQUENCES ? count : SEQUENCES;
         int64_t longest = mil_longest(a->rows, k.first, count);
-        mil_states states = mil_states_of(a->states, k.first, count);
+        conv_tails tails = {};
+        tails.given = a->states != NULL;
+        for (int64_t i = 0; tails.given && i < count; i++) {
+            tails.of[i] = a->states[k.first + i].conv;
+        }
         int vector = inputs_a_thread<T>(a, mil_ceil_div(longest, CHUNK) * count);
         dim3 grid((unsigned)mil_ceil_div(inputs, THREADS * vector),
                   (unsigned)mil_ceil_div(longest > 0 ? longest : 1, CHUNK), (unsigned)count);
         MIL_TRY((vector == 4   ? launch<T, 4>
                  : vector == 2 ? launch<T, 2>
-                               : launch<T, 1>)(context, k, states, grid));
+                               : launch<T, 1>)(context, k, tails, grid));
     }
     return MIL_OK;
 }
