@@ -16,59 +16,13 @@ import json
 
 import numpy as np
 import torch
+from gpu_models import build
 from gpu_peers import copy_rate, product_rate
-from gpu_shapes import configs
 
 import mambainllama as mil
 from mambainllama import _core
 from mambainllama.devices import cuda_devices
-from mambainllama.families import describe
 from mambainllama.model import Model
-
-
-def build(
-    name: str,
-    device: str = "cuda:0",
-    dtype: str = "bfloat16",
-    vocab: int | None = None,
-    weights: str | None = None,
-) -> Model:
-    """A model of the given shape; its matrices share one pool of random numbers on the host. A
-    draft takes the vocabulary of the model that it drafts for; `weights` is that of `mil.load`."""
-    config, mamba = configs(name)
-    if vocab is not None:
-        config["vocab_size"] = vocab
-    description = describe(config, mamba, [], name)
-    specs = _core.Model.parameter_specs(description.canonical)
-    random = np.random.default_rng(0)
-    # bfloat16 (or float16) of magnitude 2^-7 .. 2^-6, random signs and mantissas
-    largest = max(int(np.prod(shape)) for _, shape, _, _ in specs)
-    pool = random.integers(0, 1 << 16, largest + 4096, np.uint16)
-    pool = (pool & 0x807F) | 0x3C00 if dtype == "bfloat16" else (pool & 0x83FF) | 0x2000
-    parameters, dtypes = {}, {}
-    for i, (key, shape, is_matrix, required) in enumerate(specs):
-        count = int(np.prod(shape))
-        if is_matrix:
-            parameters[key] = pool[i % 4096 :][:count].reshape(shape)
-            parameters[key] = (
-                parameters[key] if dtype == "bfloat16" else parameters[key].view("<f2")
-            )
-            dtypes[key] = dtype
-        elif required or "conv" in key:
-            value = random.random(shape, np.float32)
-            if key.endswith("A_log"):
-                value = np.log(1 + 15 * value)
-            elif key.endswith(("dt_bias", "dt_proj.bias")):
-                value = -6 + 4 * value
-            elif "conv" in key:
-                value = value - 0.5
-            else:
-                value = np.ones(shape, np.float32)
-            parameters[key], dtypes[key] = value.astype(np.float32), "float32"
-    eight_bits = {"weights": weights} if weights else {}
-    return Model(
-        description, parameters, dtypes, config, mamba, name=name, device=device, **eight_bits
-    )
 
 
 def weight_bytes(model: Model, weights: str | None = None) -> int:

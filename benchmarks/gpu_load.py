@@ -1,6 +1,6 @@
 """Loading on a GPU: from `mil.load` to the first token, beside reading the files and copying them.
 
-    python benchmarks/gpu_load.py [--model 8b-mamba2] [--folder DIR] [--rounds 2] [--cold]
+    python benchmarks/gpu_load.py [--model 8b-mamba2 | --checkpoint DIR] [--rounds 2] [--cold]
 
 A checkpoint of the model with random weights is written first (16 GB for 8B), and removed at the
 end. Each measurement has a process of its own. Ours begins after the import of the package and
@@ -30,14 +30,11 @@ def weights(folder: str) -> list[Path]:
 
 
 def write(folder: str, name: str) -> dict:
-    from gpu_decode import build
+    import gpu_models
 
     begin = time.perf_counter()
-    build(name, device="cpu").save(folder)
-    return {
-        "bytes": sum(path.stat().st_size for path in weights(folder)),
-        "seconds": time.perf_counter() - begin,
-    }
+    count = gpu_models.write(name, folder)
+    return {"bytes": count, "seconds": time.perf_counter() - begin}
 
 
 def drop_from_cache(folder: str) -> None:
@@ -105,10 +102,22 @@ def child(command: str, *arguments: str) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def measure(folder: str, rounds: int, cold: bool, **labels) -> None:
+    """One JSON line a measurement, the reference and ours in turns."""
+    for dropped in (False, True) if cold else (False,):
+        for _ in range(1 if dropped else rounds):
+            for who in ("reference", "ours"):
+                if dropped:
+                    drop_from_cache(folder)
+                found = {"kind": "load", "who": who, "cold": dropped, **labels}
+                print(json.dumps({**found, **child(who, folder)}), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="8b-mamba2")
     parser.add_argument("--folder", help="where to write the checkpoint (a temporary folder)")
+    parser.add_argument("--checkpoint", help="one that is there already, instead")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--cold", action="store_true", help="also with files not in the page cache")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
@@ -117,19 +126,16 @@ def main() -> None:
         command, *arguments = options.child
         print(json.dumps(globals()[command](*arguments)))
         return
+    if options.checkpoint:
+        measure(options.checkpoint, options.rounds, options.cold, model=options.checkpoint)
+        return
     parent = tempfile.mkdtemp(prefix="mambainllama-load-", dir=options.folder)
     folder = os.path.join(parent, options.model)
     try:
         print(
             json.dumps({"kind": "checkpoint", **child("write", folder, options.model)}), flush=True
         )
-        for cold in (False, True) if options.cold else (False,):
-            for _ in range(1 if cold else options.rounds):
-                for who in ("reference", "ours"):
-                    if cold:
-                        drop_from_cache(folder)
-                    found = {"kind": "load", "who": who, "model": options.model, "cold": cold}
-                    print(json.dumps({**found, **child(who, folder)}), flush=True)
+        measure(folder, options.rounds, options.cold, model=options.model)
     finally:
         shutil.rmtree(parent, ignore_errors=True)
 
