@@ -122,20 +122,24 @@ is_possible(const mil_engine *engine)
            (o->draft == NULL || !mil_rope_changes(&o->draft->config.rope));
 }
 
-/* Whether the draft model has read all tokens but the last two, and can go back to there. */
+/* Whether the draft model has read all tokens but the last two, and can go back to there.  A text that it cannot read takes
+ * part with passes that nobody looks at, on a draft state that nobody needs any more. */
 static bool
 is_ready(const mil_engine *engine, const mil_sequence *sequence)
 {
     const mil_state *state = sequence->draft_state;
-    if (engine->options.draft == NULL) {
+    const mil_engine_options *o = &engine->options;
+    if (o->draft == NULL) {
         return true;
     }
-    /* A draft state that the caller lent must not read stand-ins of tokens that the draft does not know. */
-    bool knows = sequence->request.draft_state == NULL ||
-                 engine->options.draft->config.vocab >= engine->options.model->config.vocab;
-    return state != NULL && knows && !sequence->undraftable && sequence->count >= 2 &&
-           state->length >= sequence->count - 2 &&
-           (state->mixer_bytes == 0 || state->boundary <= sequence->count - 2);
+    if (state == NULL || sequence->count < 2) {
+        return false;
+    }
+    if (o->draft->config.vocab < o->model->config.vocab && sequence->request.draft_state != NULL) {
+        return false; /* what the caller lent must not read stand-ins of tokens that the draft does not know */
+    }
+    return sequence->undraftable || (state->length >= sequence->count - 2 &&
+                                     (state->mixer_bytes == 0 || state->boundary <= sequence->count - 2));
 }
 
 /* Drafts that a round has to compute. */
@@ -431,16 +435,20 @@ fill_text(const mil_sequence *sequence, mil_draft_burst *burst, int64_t i)
     if (burst->settle.draft_rows == NULL) {
         return;
     }
+    int64_t folded = mil_boundary_after(count - 2, 1), known = burst->settle.draft_vocab - 1;
     burst->before[i] = (counters){sequence->draft_state->length, sequence->draft_state->boundary};
+    if (sequence->undraftable) {
+        ((int32_t *)(at + l->barred))[i] = 1;
+        burst->before[i] = (counters){count - 2, folded};
+    }
     for (int64_t j = 0; j < drafts; j++) {
         int64_t *draft_rows = (int64_t *)(at + l->draft_rows) + j * 3 * columns;
         draft_rows[i] = j == 0 ? 2 * i : i;
         draft_rows[columns + i] = j == 0 ? count - 2 : count + j - 1;
-        draft_rows[2 * columns + i] =
-            j == 0 ? sequence->draft_state->boundary : mil_boundary_after(count - 2, 1) + MIL_HOLD;
+        draft_rows[2 * columns + i] = j == 0 ? burst->before[i].boundary : folded + MIL_HOLD;
     }
-    ((int32_t *)(at + l->draft_tokens))[2 * i] = text[count - 2];
-    ((int32_t *)(at + l->draft_tokens))[2 * i + 1] = text[count - 1];
+    ((int32_t *)(at + l->draft_tokens))[2 * i] = (int32_t)smaller(text[count - 2], known);
+    ((int32_t *)(at + l->draft_tokens))[2 * i + 1] = (int32_t)smaller(text[count - 1], known);
 }
 
 static mil_status

@@ -273,7 +273,7 @@ depth_together(mil_engine *engine)
     for (int64_t i = 0; i < engine->running_count; i++) {
         mil_sequence *sequence = engine->running[i];
         if (is_decoding(sequence)) {
-            if (sequence->undraftable || sequence->request.draft_tokens == 0) {
+            if (sequence->request.draft_tokens == 0) {
                 return 0; /* rounds without the host are for all texts or none */
             }
             int64_t own = smaller(sequence->request.draft_tokens, MIL_WINDOW - 1);

@@ -48,12 +48,12 @@ small_model_release(small_model *m)
     free(m->values);
 }
 
-static mil_status
-small_model_init(small_model *m, float noise)
+static inline mil_status
+small_model_init_of(small_model *m, float noise, int64_t vocab)
 {
     *m = (small_model){0};
     mil_model_config config = {
-        .vocab = VOCAB,
+        .vocab = vocab,
         .hidden = HIDDEN,
         .layer_count = 2,
         .layers = layers,
@@ -83,6 +83,12 @@ small_model_init(small_model *m, float noise)
         at += m->model.parameters[i].count;
     }
     return mil_model_bind(&m->model);
+}
+
+static inline mil_status
+small_model_init(small_model *m, float noise)
+{
+    return small_model_init_of(m, noise, VOCAB);
 }
 
 #endif

@@ -520,9 +520,10 @@ test_burst_failures(void)
 void
 test_draft_burst_is_rounds(void)
 {
-    small_model m, d;
+    small_model m, d, less; /* a draft, and one that lacks some of the words */
     CHECK_OK(small_model_init(&m, 0.0f));
     CHECK_OK(small_model_init(&d, 0.05f));
+    CHECK_OK(small_model_init_of(&less, 0.0f, VOCAB - 3));
     mil_ops ops = played_table();
     int64_t replays = 0, accepted = 0, drafted = 0;
     for (int run = 0; run < 120; run++) {
@@ -531,7 +532,9 @@ test_draft_burst_is_rounds(void)
             .stop = run % 4 == 0 ? -1 : (run * 7) % VOCAB,
             .lent = run % 5 < 3 ? 0 : 5u << run % 2,
             .draft_kind = run % 2 == 0 ? MIL_DRAFT_MODEL : MIL_DRAFT_NGRAM,
-            .draft = run % 2 == 0 ? &d.model : NULL,
+            .draft = run % 2 == 1   ? NULL
+                     : run % 7 == 0 ? &less.model
+                                    : &d.model,
             .drafts = (int64_t[]){1, 2, 3, 4, 7, 15}[run / 2 % 6],
             .temperature = (float[]){0.0f, 0.7f, 1.3f}[run / 12 % 3],
         };
@@ -539,12 +542,12 @@ test_draft_burst_is_rounds(void)
         setting without = with;
         without.draft_kind = MIL_DRAFT_NONE;
         without.draft = NULL;
-        m.model.ops = d.model.ops = &mil_cpu_ops;
+        m.model.ops = d.model.ops = less.model.ops = &mil_cpu_ops;
         CHECK_OK(run_texts(&m.model, &without, &plain));
         CHECK_OK(run_texts(&m.model, &with, &rounds));
         played.recordings = played.round_replays = played.freed = 0;
         played.bad_after = -1;
-        m.model.ops = d.model.ops = &ops;
+        m.model.ops = d.model.ops = less.model.ops = &ops;
         CHECK_OK(run_texts(&m.model, &with, &bursts));
         compare(&rounds, &bursts);
         if (with.temperature == 0.0f) {
@@ -569,6 +572,7 @@ test_draft_burst_is_rounds(void)
     }
     CHECK(replays > 500);
     CHECK(drafted / 10 < accepted && accepted < drafted);
+    small_model_release(&less);
     small_model_release(&d);
     small_model_release(&m);
 }
