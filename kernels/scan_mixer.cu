@@ -172,9 +172,9 @@ prefetch_inputs(const mixer_arguments &m, const mil_states &states, int chunks)
     const int lead = m.taps - 1;
     for (int e = threadIdx.x % MIL_WARP; e < m.scan.rows.sequences * lead * chunks; e += MIL_WARP) {
         const int sequence = e / (lead * chunks), row = e / chunks % lead, chunk = chunk_of(m, e % chunks);
-        const int64_t before = m.scan.rows.past[sequence] - m.scan.rows.boundary[sequence];
-        if (chunk >= 0 && before >= 0 && before < MIL_TAIL) {
-            mil_prefetch(states.of[sequence].conv + (before + row) * m.inputs + chunk * CHUNK);
+        const int64_t at = mil_guess_before(m.scan.rows, sequence) + row;
+        if (chunk >= 0) {
+            mil_prefetch(states.of[sequence].conv + at * m.inputs + chunk * CHUNK);
         }
     }
 }
@@ -371,16 +371,16 @@ struct mixer_place {
 
 /* The tails into shared memory, by the scan's warps. */
 static __device__ __forceinline__ void
-fetch_tails(const scan_arguments &a, const mixer_place &p, const mil_span &span, const mil_tails &tails,
+fetch_tails(const scan_arguments &a, const mixer_place &p, int before, const mil_tails &tails,
             const mixer_memory &s)
 {
     const int B_columns = a.B_groups * a.state_dim, wide = a.B_width / V;
-    for (int e = threadIdx.x; e < span.before * QUADS; e += THREADS) {
+    for (int e = threadIdx.x; e < before * QUADS; e += THREADS) {
         const int token = e / QUADS, at = e % QUADS * V;
         copy_16(s.tail_x + token * COLUMNS + at, tails.x + (int64_t)token * a.inner + p.channel + at);
         copy_16(s.tail_dt + token * COLUMNS + at, tails.dt + (int64_t)token * a.inner + p.channel + at);
     }
-    for (int e = threadIdx.x; e < span.before * wide; e += THREADS) {
+    for (int e = threadIdx.x; e < before * wide; e += THREADS) {
         const int token = e / wide, at = e % wide * V;
         if (p.B_at + at < B_columns) {
             copy_16(s.tail_B + token * a.B_width + at, tails.B + (int64_t)token * B_columns + p.B_at + at);
@@ -495,17 +495,18 @@ load_taps(const mixer_arguments &m, int channel)
     return w;
 }
 
-/* The convolution of the block's channels: every fourth row of a thread's channel. */
+/* The convolution of the block's channels, `before` tokens after the boundary: every fourth row of a thread's channel. */
 template <typename T>
 static __device__ __forceinline__ void
-convolve_rows(const mixer_arguments &m, const mixer_place &p, const mil_span &span, const mil_tails &tails,
-              int thread, const conv_taps &w, const mixer_memory &s)
+convolve_rows(const mixer_arguments &m, const mixer_place &p, int before, const mil_tails &tails, int thread,
+              const conv_taps &w, const mixer_memory &s)
 {
     const int column = thread % COLUMNS, lead = m.taps - 1, input = input_of(m, p.channel + column);
-    const T *rows = (const T *)m.raw + span.row * m.raw_stride + input;
-    const float *tail = tails.conv + (int64_t)(span.before + lead) * m.inputs + input;
+    const int first = m.begin[blockIdx.y], count = m.begin[blockIdx.y + 1] - first;
+    const T *rows = (const T *)m.raw + first * m.raw_stride + input;
+    const float *tail = tails.conv + (int64_t)(before + lead) * m.inputs + input;
 #pragma unroll 2
-    for (int row = thread / COLUMNS; row < (int)span.count; row += WARPS) {
+    for (int row = thread / COLUMNS; row < count; row += WARPS) {
         float window[MOST_TAPS];
 #pragma unroll
         for (int j = 0; j < MOST_TAPS; j++) {
@@ -603,8 +604,9 @@ finish_dt(const mixer_arguments &m, const mixer_place &p, const mil_span &span, 
 /* The second four warps, from the kernel before's results to x, dt, B and C of this call's rows. */
 template <typename T, int GROUPS>
 static __device__ __forceinline__ void
-prepare_rows(const mixer_arguments &m, const mixer_place &p, const mil_span &span, const mil_tails &tails,
-             dt_weights &weights, const conv_taps &taps, float bias, const mixer_memory &s)
+prepare_rows(const mixer_arguments &m, const mixer_place &p, int guess, const mil_span &span,
+             const mil_tails &tails, dt_weights &weights, const conv_taps &taps, float bias,
+             const mixer_memory &s)
 {
     const scan_arguments &a = m.scan;
     const int thread = threadIdx.x - THREADS, count = (int)span.count;
@@ -624,7 +626,10 @@ prepare_rows(const mixer_arguments &m, const mixer_place &p, const mil_span &spa
         take_columns<T>((const T *)a.C + span.row * a.C_stride, a.C_stride, p.C_at, a.C_width, C_columns,
                         count, thread, s.C);
     }
-    convolve_rows<T>(m, p, span, tails, thread, taps, s);
+    convolve_rows<T>(m, p, guess, tails, thread, taps, s);
+    if (span.before != guess) {
+        convolve_rows<T>(m, p, span.before, tails, thread, taps, s);
+    }
     await_copies();
     meet(1);
     if (m.normed > 0) {
@@ -799,25 +804,32 @@ __launch_bounds__(BLOCK)
                                weights.low[i], weights.high[i]);
         }
     }
+    const int sequence = blockIdx.y, guess = mil_guess_before(a.rows, sequence);
+    const int first = m.begin[sequence], count = m.begin[sequence + 1] - first;
     mil_wait();
+    const int64_t past = __ldcg(a.rows.past + sequence), boundary = __ldcg(a.rows.boundary + sequence);
     if (scans) {
         load_H<V, J>(a, tails.state, c, lane_n, H);
+        fetch_tails(a, p, guess, tails, s);
     }
     else if (m.x_weight == NULL && threadIdx.x < THREADS + MIL_WARP) {
         mil_fetch_ahead(m.next, m.next_bytes);
     }
-    const mil_span span = mil_span_of(a.rows, blockIdx.y);
-    const int shift = (int)(span.after - span.boundary), count = (int)span.count;
     float z[ROWS / (BLOCK / COLUMNS)];
 #pragma unroll
     for (int k = 0; k < ROWS / (BLOCK / COLUMNS); k++) {
         const int row = (int)threadIdx.x / COLUMNS + k * (BLOCK / COLUMNS);
-        z[k] = a.z != NULL && row < count ? mil_float(((const T *)a.z)[(span.row + row) * a.z_stride + own])
-                                          : 0.0f;
+        z[k] =
+            a.z != NULL && row < count ? mil_float(((const T *)a.z)[(first + row) * a.z_stride + own]) : 0.0f;
     }
+    const mil_span span = mil_span_from(first, first + count, past, boundary);
+    const int shift = (int)(span.after - span.boundary);
     if (scans) {
-        fetch_tails(a, p, span, tails, s);
         await_copies();
+        if (span.before != guess) {
+            fetch_tails(a, p, span.before, tails, s);
+            await_copies();
+        }
         meet(0);
         for (int token = 0; token < span.before; token++) {
             take_token<J>(a, s.tail_x, s.tail_dt, s.tail_B, token, B_own, exponent, H);
@@ -827,7 +839,7 @@ __launch_bounds__(BLOCK)
         }
     }
     else {
-        prepare_rows<T, GROUPS>(m, p, span, tails, weights, taps, bias, s);
+        prepare_rows<T, GROUPS>(m, p, guess, span, tails, weights, taps, bias, s);
     }
     __syncthreads();
     if (scans) {

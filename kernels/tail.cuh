@@ -71,22 +71,38 @@ struct mil_span {
     int before; /* tokens in the tails on entry: past - boundary */
 };
 
+/* From the numbers of mil_rows. */
+static __device__ __forceinline__ mil_span
+mil_span_from(int64_t row, int64_t end, int64_t past, int64_t boundary)
+{
+    mil_span span;
+    const bool held = boundary % MIL_WINDOW == MIL_HOLD;
+    span.row = row;
+    span.past = past;
+    span.boundary = held ? boundary - MIL_HOLD : boundary;
+    span.count = end - row;
+    span.after = span.count > MIL_WINDOW ? past + span.count : past; /* mil_boundary_after */
+    span.after = held ? span.boundary : span.after - span.after % MIL_WINDOW;
+    span.before = (int)(past - span.boundary);
+    return span;
+}
+
 /* Sequence `index` of the whole call. */
 static __device__ __forceinline__ mil_span
 mil_span_of(const mil_device_rows &rows, int64_t index)
 {
-    mil_span span;
-    int64_t end = rows.offsets[index + 1];
-    span.row = rows.offsets[index];
-    span.past = rows.past[index];
-    const int64_t boundary = rows.boundary[index];
-    const bool held = boundary % MIL_WINDOW == MIL_HOLD;
-    span.boundary = held ? boundary - MIL_HOLD : boundary;
-    span.count = end - span.row;
-    span.after = span.count > MIL_WINDOW ? end - span.row + span.past : span.past; /* mil_boundary_after */
-    span.after = held ? span.boundary : span.after - span.after % MIL_WINDOW;
-    span.before = (int)(span.past - span.boundary);
-    return span;
+    return mil_span_from(rows.offsets[index], rows.offsets[index + 1], rows.past[index],
+                         rows.boundary[index]);
+}
+
+/* A guess at mil_span.before for before mil_wait(): good enough for addresses, from numbers that may be old or nobody's yet.
+ * It leaves no trace in the first-level cache. */
+static __device__ __forceinline__ int
+mil_guess_before(const mil_device_rows &rows, int64_t index)
+{
+    const int64_t past = __ldcg(rows.past + index), boundary = __ldcg(rows.boundary + index);
+    const int64_t before = past - boundary + (boundary % MIL_WINDOW == MIL_HOLD ? MIL_HOLD : 0);
+    return before >= 0 && before < MIL_TAIL ? (int)before : 0;
 }
 
 /* ---- tails ---------------------------------------------------------------------------------------------------- */
