@@ -9,8 +9,8 @@ token and K = 4 a round brings 1 + 0.6 + .. + 0.6^4 = 2.31 tokens on the average
     python benchmarks/gpu_speculation.py [--acceptance 0.6] [--draft-tokens 4] [--batch 1]
                                          [--cases mamba-2.8b:mamba-130m,8b-mamba2:ngram]
 
-Each case is timed plain, with a fixed number of drafts, and with `adapt_draft` (which may draft
-more, fewer or none). `--acceptance 0.01` shows what drafts that are never right cost.
+Each case is timed plain, with a fixed number of drafts, with `adapt_draft` (which may draft more,
+fewer or none), and adapting to drafts of which one in a hundred is right: that should cost nothing.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import mambainllama as mil
 from mambainllama import _core
 from mambainllama.devices import cuda_devices
 
+USELESS = 0.01
 CASES = "mamba-2.8b:mamba-130m,8b-mamba2:mamba2-130m,8b-mamba2:ngram"
 
 
@@ -75,24 +76,23 @@ def time_case(model, draft, name, batch, options) -> dict:
     core = draft if draft == "ngram" else draft.core
     common = (prompts, options.tokens, options.rounds)
     plain = run(model, None, *common)
-    fixed, adapted = (
-        run(
-            model,
-            core,
-            *common,
-            drafts=drafts,
-            adapt=adapt,
-            acceptance=options.acceptance,
+    fixed, adapted, useless = (
+        run(model, core, *common, drafts=drafts, adapt=adapt, acceptance=acceptance)
+        for drafts, adapt, acceptance in (
+            (options.draft_tokens, False, options.acceptance),
+            (options.most, True, options.acceptance),
+            (options.most, True, USELESS),
         )
-        for drafts, adapt in ((options.draft_tokens, False), (options.most, True))
     )
-    ratio = fixed["tokens_per_second"] / plain["tokens_per_second"]
-    free = adapted["tokens_per_second"] / plain["tokens_per_second"]
+    ratio, free, least = (
+        one["tokens_per_second"] / plain["tokens_per_second"] for one in (fixed, adapted, useless)
+    )
     print(
         f"{name:26s} batch {batch:2d}: plain {plain['ms_a_round']:.3f} ms a token; "
         f"K = {options.draft_tokens}: {ratio:.2f} x, {fixed['ms_a_round']:.3f} ms a round of "
         f"{fixed['tokens_a_round']:.2f} tokens; adapting: {free:.2f} x, "
-        f"{adapted['ms_a_round']:.3f} ms of {adapted['tokens_a_round']:.2f}",
+        f"{adapted['ms_a_round']:.3f} ms of {adapted['tokens_a_round']:.2f}; "
+        f"to drafts of {USELESS:.0%}: {least:.2f} x",
         flush=True,
     )
     return {
@@ -100,9 +100,11 @@ def time_case(model, draft, name, batch, options) -> dict:
         "batch": batch,
         "ratio": ratio,
         "adapted_ratio": free,
+        "useless_ratio": least,
         "plain": plain,
         "fixed": fixed,
         "adapted": adapted,
+        "useless": useless,
     }
 
 
