@@ -26,6 +26,7 @@ table_of(mil_dtype activation_dtype, int device)
     ops.open = mil_cuda_open;
     ops.finish = mil_cuda_finish;
     ops.close = mil_cuda_close;
+    ops.order = mil_cuda_order;
     ops.alloc = mil_cuda_alloc;
     ops.free = mil_cuda_free;
     ops.copy = mil_cuda_copy;

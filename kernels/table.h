@@ -44,6 +44,10 @@ mil_cuda_close(mil_context *context);
 mil_status
 mil_cuda_finish(mil_context *context);
 
+/* order.cu */
+mil_status
+mil_cuda_order(mil_context *context, void *before, void *after);
+
 /* linear.cu, thin_product.cu */
 mil_status
 mil_cuda_linear_forward(mil_context *context, const mil_linear *products, int64_t count);

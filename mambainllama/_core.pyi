@@ -18,6 +18,7 @@ _Out: TypeAlias = Mapping[str, _Array | None] | None
 
 WINDOW: int
 TAIL: int
+_cpu_table: object
 
 # ---- errors (csrc/python/errors.c)
 # ----------------------------------------------------------------------
@@ -59,9 +60,15 @@ def linear_forward(
     accumulate: bool = False,
     fast: bool = False,
     out: _Array | None = None,
+    stream: int | None = None,
 ) -> _Floats: ...
 def linear_group(
-    *, x: _Array, weights: tuple[_Array, ...], dtype: str | None = None, fast: bool = False
+    *,
+    x: _Array,
+    weights: tuple[_Array, ...],
+    dtype: str | None = None,
+    fast: bool = False,
+    stream: int | None = None,
 ) -> dict[str, _Floats]: ...
 def linear_backward(
     *,
@@ -83,6 +90,7 @@ def norm_forward(
     weight_per_group: bool = False,
     eps: float = 1e-5,
     out: _Array | None = None,
+    stream: int | None = None,
 ) -> _Floats: ...
 def norm_backward(
     *,
@@ -106,9 +114,15 @@ def rope_table(
     boundary: _Array | None = None,
     scale: float = 1.0,
     out: _Array | None = None,
+    stream: int | None = None,
 ) -> _Floats: ...
 def rope(
-    *, x: _Array, table: _Array, inverse: bool = False, out: _Array | None = None
+    *,
+    x: _Array,
+    table: _Array,
+    inverse: bool = False,
+    out: _Array | None = None,
+    stream: int | None = None,
 ) -> _Floats: ...
 def attention_forward(
     *,
@@ -124,6 +138,7 @@ def attention_forward(
     window: int = 0,
     log_sum_exp: bool = False,
     out: _Array | None = None,
+    stream: int | None = None,
 ) -> Any: ...
 def attention_backward(
     *,
@@ -147,6 +162,7 @@ def kv_append(
     offsets: _Array | None = None,
     past: _Array | None = None,
     boundary: _Array | None = None,
+    stream: int | None = None,
 ) -> None: ...
 def conv1d_forward(
     *,
@@ -161,6 +177,7 @@ def conv1d_forward(
     boundary: _Array | None = None,
     states: Sequence[_MixerState] | None = None,
     out: _Array | None = None,
+    stream: int | None = None,
 ) -> _Floats: ...
 def conv1d_backward(
     *,
@@ -194,6 +211,7 @@ def scan_forward(
     boundary: _Array | None = None,
     states: Sequence[_MixerState] | None = None,
     out: _Array | None = None,
+    stream: int | None = None,
 ) -> _Floats: ...
 def scan_backward(
     *,
@@ -230,6 +248,7 @@ def ssd_forward(
     boundary: _Array | None = None,
     states: Sequence[_MixerState] | None = None,
     out: _Array | None = None,
+    stream: int | None = None,
 ) -> _Floats: ...
 def ssd_backward(
     *,
@@ -247,7 +266,12 @@ def ssd_backward(
     out: _Out = None,
 ) -> _Gradients: ...
 def glu_forward(
-    *, gate: _Array, up: _Array | None = None, activation: str = "silu", out: _Array | None = None
+    *,
+    gate: _Array,
+    up: _Array | None = None,
+    activation: str = "silu",
+    out: _Array | None = None,
+    stream: int | None = None,
 ) -> _Floats: ...
 def glu_backward(
     *, gate: _Array, up: _Array | None, grad_y: _Array, activation: str = "silu", out: _Out = None
@@ -259,12 +283,17 @@ def embedding_forward(
     scale: float = 1.0,
     dtype: str | None = None,
     out: _Array | None = None,
+    stream: int | None = None,
 ) -> _Floats: ...
 def embedding_backward(
     *, tokens: _Array, grad_y: _Array, vocab: int, scale: float = 1.0, out: _Out = None
 ) -> _Gradients: ...
-def add(*, x: _Array, y: _Array, out: _Array | None = None) -> _Floats: ...
-def gather_rows(*, x: _Array, index: _Array, out: _Array | None = None) -> _Floats: ...
+def add(
+    *, x: _Array, y: _Array, out: _Array | None = None, stream: int | None = None
+) -> _Floats: ...
+def gather_rows(
+    *, x: _Array, index: _Array, out: _Array | None = None, stream: int | None = None
+) -> _Floats: ...
 def linear_loss(
     *,
     x: _Array,
@@ -337,8 +366,8 @@ class Model:
         parameters: Mapping[str, _Array],
         dtypes: Mapping[str, str] = ...,
         table: object | None = None,
-    ) -> Model: ...
         codes: Mapping[str, str] = ...,
+    ) -> Model: ...
     @classmethod
     def parameter_specs(
         cls, config: Mapping[str, Any], /
@@ -372,6 +401,37 @@ class Model:
     ) -> Any: ...
     def state(self, capacity: int = 0) -> State: ...
     def state_bytes(self, tokens: int, /) -> int: ...
+
+@final
+class DeviceArray:
+    """An array in the memory of a CUDA device."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def ndim(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    def numpy(self) -> npt.NDArray[Any]: ...
+    def __dlpack__(
+        self,
+        *,
+        stream: int | None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
+def device_array(
+    table: object, shape: tuple[int, ...], dtype: str, zero: bool, /
+) -> DeviceArray: ...
 
 @final
 class State:
@@ -473,7 +533,7 @@ def generate(
     *,
     draft: Model | Literal["ngram"] | None = None,
     max_batch: int = 16,
-    prefill_rows: int = 512,
+    prefill_rows: int = 0,
     on_tokens: Callable[..., Any] | None = None,
     on_finish: Callable[..., Any] | None = None,
     more: Callable[..., Any] | None = None,

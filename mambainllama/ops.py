@@ -1,4 +1,5 @@
-"""Every kernel of the C core, on NumPy arrays and other CPU arrays, without copies.
+"""Every kernel of the C core, on NumPy arrays and other CPU arrays, and the forward ones on CUDA
+arrays of PyTorch, CuPy and JAX, without copies.
 
 Arrays in
     Float32 and C-contiguous unless told otherwise; activations may have rows that are farther apart
@@ -15,6 +16,15 @@ Arrays out
     keys; their ``out`` is a dict, too: an array under a key is used (gradients of parameters are
     ADDED to it, new ones start at zero; gradients of activations overwrite it), and None under a
     key leaves that gradient out where it is documented as optional.
+CUDA arrays
+    Forward functions take DLPack tensors of one CUDA device, where the build has CUDA operators.
+     There activations are float32, bfloat16 or float16, all alike, and weights of
+    products are of the same dtype; weights of norms, biases, dt_bias, A_log, D, cosines and sines,
+    and states are float32; integers are read in host memory (and copied there).  Results are
+    arrays of the same library (PyTorch, CuPy), else `mambainllama._core.DeviceArray`, which exports
+    DLPack.  Work takes its place on the caller's stream, and nobody waits on the host: PyTorch's or
+    CuPy's current stream, or ``stream``, a number as in DLPack (1 is the default stream).  Where
+    neither says it, a call returns when its work is done.
 Rows
     Tokens of several sequences are packed one after another along the first axis, without padding.
     ``offsets`` [sequences + 1] tells where each starts, by default one sequence; ``past``
@@ -40,7 +50,7 @@ array([[1., 1., 1.],
 
 import numpy as np
 
-from . import _core
+from . import _core, interop
 from .errors import ArgumentError, DtypeError, ShapeError
 
 __all__ = [
@@ -104,7 +114,7 @@ def _integers(name, value, dtype, axes=1):
     if value is None:
         return None
     try:
-        array = np.asarray(value)
+        array = np.asarray(interop.to_host(value))
     except Exception as error:
         raise DtypeError(f"{name} cannot be read as an array of integers: {error}") from error
     if array.ndim != axes:
@@ -128,7 +138,9 @@ def _rows(offsets, past=None, boundary=None):
 # ---- products -----------------------------------------------------------------------------------
 
 
-def linear_forward(x, weight, bias=None, *, dtype=None, accumulate=False, fast=False, out=None):
+def linear_forward(
+    x, weight, bias=None, *, dtype=None, accumulate=False, fast=False, out=None, stream=None
+):
     """Compute ``y = x @ weight.T + bias``.
 
     Parameters
@@ -149,11 +161,18 @@ def linear_forward(x, weight, bias=None, *, dtype=None, accumulate=False, fast=F
     float32 [rows, out]
     """
     return _core.linear_forward(
-        x=x, weight=weight, bias=bias, dtype=dtype, accumulate=accumulate, fast=fast, out=out
+        x=x,
+        weight=weight,
+        bias=bias,
+        dtype=dtype,
+        accumulate=accumulate,
+        fast=fast,
+        out=out,
+        stream=stream,
     )
 
 
-def linear_group(x, weights, *, dtype=None, fast=False):
+def linear_group(x, weights, *, dtype=None, fast=False, stream=None):
     """Compute several products of one x in one pass over it: ``[x @ w.T for w in weights]``.
 
     Parameters are those of `linear_forward`; at most 16 weights. Each result has the same bits as
@@ -161,7 +180,7 @@ def linear_group(x, weights, *, dtype=None, fast=False):
     """
     if isinstance(weights, list):
         weights = tuple(weights)
-    group = _core.linear_group(x=x, weights=weights, dtype=dtype, fast=fast)
+    group = _core.linear_group(x=x, weights=weights, dtype=dtype, fast=fast, stream=stream)
     return list(group.values())
 
 
@@ -201,6 +220,7 @@ def norm_forward(
     weight_per_group=False,
     eps=1e-5,
     out=None,
+    stream=None,
 ):
     """RMS norm over each group of columns, with an optional gate.
 
@@ -234,6 +254,7 @@ def norm_forward(
         weight_per_group=weight_per_group,
         eps=eps,
         out=out,
+        stream=stream,
     )
 
 
@@ -275,7 +296,7 @@ def norm_backward(
 # ---- attention ----------------------------------------------------------------------------------
 
 
-def rope_table(inv_freq, rows=None, *, offsets=None, past=None, scale=1.0):
+def rope_table(inv_freq, rows=None, *, offsets=None, past=None, scale=1.0, out=None, stream=None):
     """Cosines and sines of ``position * inv_freq``, times scale.
 
     Parameters
@@ -285,6 +306,8 @@ def rope_table(inv_freq, rows=None, *, offsets=None, past=None, scale=1.0):
         Number of tokens; default ``offsets[-1]``.
     scale : float
         Attention factor of YaRN and LongRoPE.
+    out : float32 [rows, rotary / 2, 2], optional
+        An array of a CUDA device makes the table there; inv_freq stays in host memory.
 
     Returns
     -------
@@ -300,10 +323,12 @@ def rope_table(inv_freq, rows=None, *, offsets=None, past=None, scale=1.0):
         rows = int(packed["offsets"][-1])
     if rows is None:
         raise ArgumentError("rope_table: give rows or offsets")
-    return _core.rope_table(inv_freq=inv_freq, rows=rows, scale=scale, **packed)
+    return _core.rope_table(
+        inv_freq=inv_freq, rows=rows, scale=scale, out=out, stream=stream, **packed
+    )
 
 
-def rope(x, table, *, inverse=False, out=None):
+def rope(x, table, *, inverse=False, out=None, stream=None):
     """Rotate the first ``rotary`` entries of each head, entry i with entry ``i + rotary / 2``.
 
     Parameters
@@ -320,7 +345,7 @@ def rope(x, table, *, inverse=False, out=None):
     -------
     float32 [rows, heads, head_dim]
     """
-    return _core.rope(x=x, table=table, inverse=inverse, out=out)
+    return _core.rope(x=x, table=table, inverse=inverse, out=out, stream=stream)
 
 
 def attention_forward(
@@ -336,6 +361,7 @@ def attention_forward(
     window=0,
     log_sum_exp=False,
     out=None,
+    stream=None,
 ):
     """Causal attention within each sequence: ``softmax(q k^T * scale) v``.
 
@@ -375,6 +401,7 @@ def attention_forward(
         window=window,
         log_sum_exp=log_sum_exp,
         out=out,
+        stream=stream,
         **_rows(offsets, past),
     )
     return (result["y"], result["log_sum_exp"]) if log_sum_exp else result
@@ -419,7 +446,7 @@ def _attention_scale(q):
     return 1.0 if len(shape) == 0 or shape[-1] == 0 else float(shape[-1]) ** -0.5
 
 
-def kv_append(k, v, caches, *, cache_dtype=None, offsets=None, past=None):
+def kv_append(k, v, caches, *, cache_dtype=None, offsets=None, past=None, stream=None):
     """Write rows' keys and values into the caches at positions ``past .. past + count``.
 
     Parameters
@@ -429,7 +456,9 @@ def kv_append(k, v, caches, *, cache_dtype=None, offsets=None, past=None):
         Each [capacity, kv_heads, head_dim] of float32, bfloat16 or float16; changed in place,
         rounding to nearest even.
     """
-    _core.kv_append(k=k, v=v, caches=caches, cache_dtype=cache_dtype, **_rows(offsets, past))
+    _core.kv_append(
+        k=k, v=v, caches=caches, cache_dtype=cache_dtype, stream=stream, **_rows(offsets, past)
+    )
 
 
 # ---- mixers -------------------------------------------------------------------------------------
@@ -445,20 +474,23 @@ def boundary_after(past, count):
     return folded - folded % WINDOW
 
 
-def scan_state(inner, state_dim, conv_width, conv_inputs, *, B_groups, x_repeat=1, current=False):
+def scan_state(
+    inner, state_dim, conv_width, conv_inputs, *, B_groups, x_repeat=1, current=False, like=None
+):
     """Return the empty state of one sequence in one Mamba-1 layer, a dict of float32 arrays at
     zero.
 
     Keys: state [state_dim, inner], conv [conv_width - 1 + TAIL, conv_inputs], x [TAIL, inner /
     x_repeat], B [TAIL, B_groups, state_dim], dt [TAIL, inner] and, with ``current``, current
-    [state_dim, inner] with current_tokens, int64 [1].
+    [state_dim, inner] with current_tokens, int64 [1] (on the CPU only). ``like`` is a CUDA array:
+    they lie where it does.
     """
     state = {
-        "state": np.zeros((state_dim, inner), np.float32),
-        "conv": np.zeros((conv_width - 1 + TAIL, conv_inputs), np.float32),
-        "x": np.zeros((TAIL, inner // x_repeat), np.float32),
-        "B": np.zeros((TAIL, B_groups, state_dim), np.float32),
-        "dt": np.zeros((TAIL, inner), np.float32),
+        "state": interop.zeros((state_dim, inner), like),
+        "conv": interop.zeros((conv_width - 1 + TAIL, conv_inputs), like),
+        "x": interop.zeros((TAIL, inner // x_repeat), like),
+        "B": interop.zeros((TAIL, B_groups, state_dim), like),
+        "dt": interop.zeros((TAIL, inner), like),
     }
     if current:
         state["current"] = np.zeros((state_dim, inner), np.float32)
@@ -466,19 +498,20 @@ def scan_state(inner, state_dim, conv_width, conv_inputs, *, B_groups, x_repeat=
     return state
 
 
-def ssd_state(heads, head_dim, state_dim, conv_width, conv_inputs, *, x_heads, B_groups):
+def ssd_state(heads, head_dim, state_dim, conv_width, conv_inputs, *, x_heads, B_groups, like=None):
     """Return the empty state of one sequence in one Mamba-2 layer, a dict of float32 arrays at
     zero.
 
     Keys: state [heads, state_dim, head_dim], conv [conv_width - 1 + TAIL, conv_inputs],
-    x [TAIL, x_heads, head_dim], B [TAIL, B_groups, state_dim], dt [TAIL, heads].
+    x [TAIL, x_heads, head_dim], B [TAIL, B_groups, state_dim], dt [TAIL, heads]. ``like`` is a CUDA
+    array: they lie where it does.
     """
     return {
-        "state": np.zeros((heads, state_dim, head_dim), np.float32),
-        "conv": np.zeros((conv_width - 1 + TAIL, conv_inputs), np.float32),
-        "x": np.zeros((TAIL, x_heads, head_dim), np.float32),
-        "B": np.zeros((TAIL, B_groups, state_dim), np.float32),
-        "dt": np.zeros((TAIL, heads), np.float32),
+        "state": interop.zeros((heads, state_dim, head_dim), like),
+        "conv": interop.zeros((conv_width - 1 + TAIL, conv_inputs), like),
+        "x": interop.zeros((TAIL, x_heads, head_dim), like),
+        "B": interop.zeros((TAIL, B_groups, state_dim), like),
+        "dt": interop.zeros((TAIL, heads), like),
     }
 
 
@@ -495,6 +528,7 @@ def conv1d_forward(
     boundary=None,
     states=None,
     out=None,
+    stream=None,
 ):
     """Depthwise causal convolution of each sequence, with SiLU.
 
@@ -524,6 +558,7 @@ def conv1d_forward(
         repeat_group=repeat_group,
         states=states,
         out=out,
+        stream=stream,
         **_rows(offsets, past, boundary),
     )
 
@@ -572,6 +607,7 @@ def scan_forward(
     boundary=None,
     states=None,
     out=None,
+    stream=None,
 ):
     """Mamba-1's selective scan.
 
@@ -622,6 +658,7 @@ def scan_forward(
         x_repeat_group=x_repeat_group,
         states=states,
         out=out,
+        stream=stream,
         **_rows(offsets, past, boundary),
     )
 
@@ -689,6 +726,7 @@ def ssd_forward(
     boundary=None,
     states=None,
     out=None,
+    stream=None,
 ):
     """Mamba-2's state space recurrence in its dual form, window by window.
 
@@ -731,6 +769,7 @@ def ssd_forward(
         dt_max=dt_max,
         states=states,
         out=out,
+        stream=stream,
         **_rows(offsets, past, boundary),
     )
 
@@ -778,7 +817,7 @@ def ssd_backward(
 # ---- MLP, embedding, elementwise ----------------------------------------------------------------
 
 
-def glu_forward(gate, up=None, *, activation="silu", out=None):
+def glu_forward(gate, up=None, *, activation="silu", out=None, stream=None):
     """Compute ``y = act(gate) * up``, or ``act(gate)`` without up.
 
     Parameters
@@ -795,7 +834,7 @@ def glu_forward(gate, up=None, *, activation="silu", out=None):
     ----------
     Shazeer 2020, "GLU variants improve Transformer".
     """
-    return _core.glu_forward(gate=gate, up=up, activation=activation, out=out)
+    return _core.glu_forward(gate=gate, up=up, activation=activation, out=out, stream=stream)
 
 
 def glu_backward(gate, up, grad_y, *, activation="silu", out=None):
@@ -803,7 +842,7 @@ def glu_backward(gate, up, grad_y, *, activation="silu", out=None):
     return _core.glu_backward(gate=gate, up=up, grad_y=grad_y, activation=activation, out=out)
 
 
-def embedding_forward(tokens, table, *, scale=1.0, dtype=None, out=None):
+def embedding_forward(tokens, table, *, scale=1.0, dtype=None, out=None, stream=None):
     """Look up ``table[tokens] * scale``.
 
     Parameters
@@ -816,7 +855,9 @@ def embedding_forward(tokens, table, *, scale=1.0, dtype=None, out=None):
     float32 [rows, hidden]
     """
     tokens = _integers("embedding_forward: tokens", tokens, np.int32)
-    return _core.embedding_forward(tokens=tokens, table=table, scale=scale, dtype=dtype, out=out)
+    return _core.embedding_forward(
+        tokens=tokens, table=table, scale=scale, dtype=dtype, out=out, stream=stream
+    )
 
 
 def embedding_backward(tokens, grad_y, vocab, *, scale=1.0, out=None):
@@ -832,15 +873,15 @@ def embedding_backward(tokens, grad_y, vocab, *, scale=1.0, out=None):
     return _core.embedding_backward(tokens=tokens, grad_y=grad_y, vocab=vocab, scale=scale, out=out)
 
 
-def add(x, y, *, out=None):
+def add(x, y, *, out=None, stream=None):
     """Compute ``x + y`` of float32 [rows, width]; ``out`` may be y."""
-    return _core.add(x=x, y=y, out=out)
+    return _core.add(x=x, y=y, out=out, stream=stream)
 
 
-def gather_rows(x, index, *, out=None):
+def gather_rows(x, index, *, out=None, stream=None):
     """Compute ``x[index]``: rows of float32 [rows, width] by integers [count] below rows."""
     index = _integers("gather_rows: index", index, np.int64)
-    return _core.gather_rows(x=x, index=index, out=out)
+    return _core.gather_rows(x=x, index=index, out=out, stream=stream)
 
 
 # ---- losses and optimizer -----------------------------------------------------------------------

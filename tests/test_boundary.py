@@ -339,7 +339,7 @@ class Broken:
 
 def test_broken_producers(x, weight):
     with pytest.raises(mil.errors.DeviceError, match=r"x lies on a device.*\.cpu\(\)"):
-        ops.linear_forward(OnDevice(), weight)
+        ops.linear_backward(OnDevice(), weight, x)
     with pytest.raises(mil.errors.ArgumentError, match="unknown version"):
         ops.linear_forward(Broken("no capsule"), weight)
     with pytest.raises(

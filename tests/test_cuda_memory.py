@@ -87,20 +87,24 @@ def test_too_much_is_refused_before_work_and_less_succeeds(wide):
 
 def test_another_process_takes_the_memory(wide, monkeypatch):
     """What was free when it was planned is gone: one line, and later work succeeds."""
+    prompt = some_tokens(wide, 600)
     free = free_memory("cuda:0")[0]
+    token = memory.footprint_of(wide).token
     hoard = []
-    with pytest.raises(mil.OutOfMemoryError, match="out of memory") as caught:
-        size = free // 3 // memory.footprint_of(wide).token
-        for _ in range(4):
-            hoard.append(wide.state(size))
-    assert "\n" not in str(caught.value) and "cuda:0" in str(caught.value)
+    for size in (free // 4, 512 * MiB, 32 * MiB):
+        with pytest.raises(
+            mil.OutOfMemoryError, match="out of memory: .* free on cuda:0"
+        ) as caught:
+            while True:
+                hoard.append(wide.state(size // token))
+        assert "\n" not in str(caught.value)
     monkeypatch.setattr(memory, "free_memory", lambda device: (1 << 50, 1 << 50))
-    with pytest.raises(mil.OutOfMemoryError):
-        mil.generate(wide, [some_tokens(wide, 600)], max_new_tokens=size, stop=[])
-    assert mil.generate(wide, [some_tokens(wide, 6)], max_new_tokens=4, stop=[])[0].token_ids
+    with pytest.raises(mil.OutOfMemoryError, match="out of memory|would fit"):
+        mil.generate(wide, [prompt], max_new_tokens=4, stop=[])
     hoard.clear()
+    assert mil.generate(wide, [prompt], max_new_tokens=4, stop=[])[0].token_ids
     _core.trim_memory()
-    assert free_memory("cuda:0")[0] > 0.9 * free
+    assert free_memory("cuda:0")[0] > 0.95 * free
 
 
 def test_texts_wait_for_room(wide, monkeypatch):

@@ -11,67 +11,40 @@
  * a DLPack tensor of type bfloat16, an array of ml_dtypes.bfloat16, or a NumPy uint16 array beside the
  * argument dtype="bfloat16".  A bare uint16 array is never guessed to be one.
  *
- * DLPack's structs below follow its published ABI (dmlc/dlpack, version 1.0); the library is two structs
- * wide, so we spell them instead of depending on a header.
+ * Where.  core_array_borrow takes memory of the host; core_array_borrow_on arrays of CUDA devices, too, which come by
+ * the second way only and are never looked into here.
  */
 #include "python/arrays.h"
 
+#include "python/dlpack.h"
 #include "python/errors.h"
 
 /* ---- DLPack ------------------------------------------------------------------------------------------ */
 
-enum { DL_CPU = 1, DL_CUDA = 2, DL_CUDA_HOST = 3, DL_ROCM_HOST = 11, DL_CUDA_MANAGED = 13 };
-enum { DL_INT = 0, DL_UINT = 1, DL_FLOAT = 2, DL_BFLOAT = 4 };
-enum { DL_FLAG_READ_ONLY = 1 };
-
-typedef struct dl_tensor {
-    void *data;
-    struct {
-        int32_t type, id;
-    } device;
-    int32_t ndim;
-    struct {
-        uint8_t code, bits;
-        uint16_t lanes;
-    } dtype;
-    int64_t *shape;
-    int64_t *strides; /* in elements; NULL = C order */
-    uint64_t byte_offset;
-} dl_tensor;
-
-typedef struct dl_managed {
-    dl_tensor tensor;
-    void *manager;
-    void (*deleter)(struct dl_managed *);
-} dl_managed;
-
-typedef struct dl_managed_versioned {
-    struct {
-        uint32_t major, minor;
-    } version;
-    void *manager;
-    void (*deleter)(struct dl_managed_versioned *);
-    uint64_t flags;
-    dl_tensor tensor;
-} dl_managed_versioned;
-
-/* Asks for a capsule: with a version and copy=False where the producer knows them, plainly else. */
+/* Asks for a capsule: with a version and copy=False where the producer knows them, plainly else. `stream` is named for
+ * arrays of a device. */
 static PyObject *
-dlpack_capsule(PyObject *object)
+dlpack_capsule(PyObject *object, bool on_device, int64_t stream)
 {
     PyObject *method = PyObject_GetAttrString(object, "__dlpack__");
     if (method == NULL) {
         return NULL;
     }
     PyObject *capsule = NULL, *empty = PyTuple_New(0);
-    PyObject *options = Py_BuildValue("{s:(ii),s:O}", "max_version", 1, 0, "copy", Py_False);
-    if (empty != NULL && options != NULL) {
+    PyObject *plain = on_device ? Py_BuildValue("{s:L}", "stream", (long long)stream) : PyDict_New();
+    PyObject *options = plain != NULL ? PyDict_Copy(plain) : NULL;
+    PyObject *version = Py_BuildValue("(ii)", 1, 0);
+    if (empty != NULL && options != NULL && version != NULL &&
+        PyDict_SetItemString(options, "max_version", version) == 0 &&
+        PyDict_SetItemString(options, "copy", Py_False) == 0) {
         capsule = PyObject_Call(method, empty, options);
         if (capsule == NULL && PyErr_ExceptionMatches(PyExc_TypeError)) {
             PyErr_Clear(); /* an older producer: its __dlpack__ takes no such arguments */
-            capsule = PyObject_Call(method, empty, NULL);
+            capsule = PyObject_Call(method, empty, plain);
         }
     }
+    Py_XDECREF(version);
+    Py_XDECREF(plain);
     Py_XDECREF(options);
     Py_XDECREF(empty);
     Py_DECREF(method);
@@ -93,6 +66,16 @@ dlpack_device(PyObject *object)
     long type = number != NULL ? PyLong_AsLong(number) : -1;
     Py_XDECREF(number);
     return type;
+}
+
+int
+core_is_on_device(PyObject *object)
+{
+    if (PyArray_Check(object) || !PyObject_HasAttrString(object, "__dlpack_device__")) {
+        return 0;
+    }
+    long type = dlpack_device(object);
+    return type == -1 && PyErr_Occurred() ? -1 : type == DL_CUDA;
 }
 
 static core_element
@@ -142,21 +125,23 @@ raise_from_producer(core_state *state, const char *operator, const char * argume
 }
 
 static int
-borrow_dlpack(core_state *state, PyObject *object, const char *operator, const char * argument,
-              core_array *out)
+borrow_dlpack(core_state *state, PyObject *object, const char *operator, const char * argument, bool devices,
+              int64_t stream, core_array *out)
 {
     long device = dlpack_device(object);
     if (device == -1 && PyErr_Occurred()) {
         return raise_from_producer(state, operator, argument);
     }
-    if (device != DL_CPU && device != DL_CUDA_HOST && device != DL_ROCM_HOST && device != DL_CUDA_MANAGED) {
+    bool on_device = device == DL_CUDA && devices;
+    if (device != DL_CPU && device != DL_CUDA_HOST && device != DL_ROCM_HOST && device != DL_CUDA_MANAGED &&
+        !on_device) {
         core_raise_format(state, MIL_ERR_DEVICE,
                           "%s: %s lies on a device of DLPack type %ld; this operator computes on the CPU: "
                           "move it there first (torch: .cpu())",
                           operator, argument, device);
         return -1;
     }
-    PyObject *capsule = dlpack_capsule(object);
+    PyObject *capsule = dlpack_capsule(object, on_device, stream);
     if (capsule == NULL) {
         return raise_from_producer(state, operator, argument);
     }
@@ -192,6 +177,7 @@ borrow_dlpack(core_state *state, PyObject *object, const char *operator, const c
         core_array_release(out);
         return -1;
     }
+    out->device = on_device ? tensor->device.id : CORE_HOST;
     out->element = dlpack_element(tensor, out->dtype_name, sizeof out->dtype_name);
     out->ndim = tensor->ndim;
     out->data = (char *)tensor->data + tensor->byte_offset;
@@ -274,20 +260,30 @@ borrow_numpy(core_state *state, PyArrayObject *array, const char *operator, cons
 static int64_t
 element_size(core_element element)
 {
-    return element == CORE_I64                          ? 8
-           : element == CORE_F32 || element == CORE_I32 ? 4
-           : element == CORE_OTHER                      ? 1
-                                                        : 2;
+    switch (element) {
+        case CORE_I64:
+            return 8;
+        case CORE_F32:
+        case CORE_I32:
+            return 4;
+        case CORE_I8:
+        case CORE_U8:
+        case CORE_OTHER:
+            return 1;
+        default:
+            return 2;
+    }
 }
 
 static int
-borrow_any(core_state *state, PyObject *object, const char *operator, const char * argument, core_array *out)
+borrow_any(core_state *state, PyObject *object, const char *operator, const char * argument, bool devices,
+           int64_t stream, core_array *out)
 {
     if (PyArray_Check(object)) {
         return borrow_numpy(state, (PyArrayObject *)Py_NewRef(object), operator, argument, out);
     }
     if (PyObject_HasAttrString(object, "__dlpack__")) {
-        return borrow_dlpack(state, object, operator, argument, out);
+        return borrow_dlpack(state, object, operator, argument, devices, stream, out);
     }
     if (PyObject_CheckBuffer(object) && !PyBytes_Check(object) && !PyByteArray_Check(object)) {
         PyObject *array = PyArray_FromAny(object, NULL, 0, 0, 0, NULL);
@@ -301,13 +297,13 @@ borrow_any(core_state *state, PyObject *object, const char *operator, const char
     return -1;
 }
 
-int
-core_array_borrow(core_state *state, PyObject *object, const char *operator, const char * argument,
-                  core_array *out)
+static int
+borrow(core_state *state, PyObject *object, const char *operator, const char * argument, bool devices,
+       int64_t stream, core_array *out)
 {
-    *out = (core_array){0};
+    *out = (core_array){.device = CORE_HOST};
     Py_INCREF(object); /* what __dlpack__ runs may drop the caller's last reference */
-    int failed = borrow_any(state, object, operator, argument, out);
+    int failed = borrow_any(state, object, operator, argument, devices, stream, out);
     Py_DECREF(object);
     if (failed) {
         return -1;
@@ -320,6 +316,20 @@ core_array_borrow(core_state *state, PyObject *object, const char *operator, con
         return -1;
     }
     return 0;
+}
+
+int
+core_array_borrow(core_state *state, PyObject *object, const char *operator, const char * argument,
+                  core_array *out)
+{
+    return borrow(state, object, operator, argument, false, 0, out);
+}
+
+int
+core_array_borrow_on(core_state *state, PyObject *object, const char *operator, const char * argument,
+                     int64_t stream, core_array *out)
+{
+    return borrow(state, object, operator, argument, true, stream, out);
 }
 
 void
@@ -373,6 +383,10 @@ core_element_name(core_element element)
             return "int32";
         case CORE_I64:
             return "int64";
+        case CORE_I8:
+            return "int8";
+        case CORE_U8:
+            return "uint8";
         case CORE_OTHER:
             break;
     }

@@ -8,7 +8,12 @@
 #include <math.h>
 #include <stdarg.h>
 
+#include "python/types.h"
+
 #define CALL_MAX_KEYWORDS 64
+/* Beside the element types: what activations are, which on a device the first of them says. */
+#define ACTIVATION ((core_element)(CORE_OTHER + 1))
+#define DEFAULT_STREAM 1 /* CUDA's, by DLPack's numbers */
 
 /* ---- begin, fail, end ---------------------------------------------------------------------------------- */
 
@@ -21,6 +26,9 @@ call_begin(core_call *call, PyObject *module, const char *operator, PyObject * c
         .operator= operator,
         .values = args + count,
         .names = names,
+        .stream = DEFAULT_STREAM,
+        .place = CALL_NOWHERE,
+        .act = CORE_OTHER,
     };
     if (count != 0) {
         call_fail(call, MIL_ERR_VALUE, "%s: takes keyword arguments only; got %zd positional", operator,
@@ -48,6 +56,197 @@ call_fail(core_call *call, mil_status status, const char *format, ...)
     }
 }
 
+/* ---- devices -------------------------------------------------------------------------------------------- */
+
+void
+call_on_devices(core_call *call)
+{
+    call->devices = true;
+    int64_t stream = call_int(call, "stream", 0);
+    if (call_has(call, "stream") && !call->failed) {
+        if (stream < 1) {
+            call_fail(call, MIL_ERR_VALUE,
+                      "%s: stream = %lld; expected the number of a CUDA stream (1: the default stream)",
+                      call->operator,(long long) stream);
+        }
+        call->stream = stream;
+        call->stream_known = true;
+    }
+}
+
+static void *
+caller_stream(const core_call *call)
+{
+    return (void *)(intptr_t)call->stream;
+}
+
+/* A function of mambainllama.interop, called; NULL with an exception and the call failed. */
+static PyObject *
+ask_interop(core_call *call, const char *function, const char *format, ...)
+{
+    PyObject *module = PyImport_ImportModule("mambainllama.interop"), *result = NULL;
+    PyObject *callable = module != NULL ? PyObject_GetAttrString(module, function) : NULL;
+    if (callable != NULL) {
+        va_list arguments;
+        va_start(arguments, format);
+        PyObject *tuple = Py_VaBuildValue(format, arguments);
+        va_end(arguments);
+        result = tuple != NULL ? PyObject_Call(callable, tuple, NULL) : NULL;
+        Py_XDECREF(tuple);
+    }
+    Py_XDECREF(callable);
+    Py_XDECREF(module);
+    call->failed = call->failed || result == NULL;
+    return result;
+}
+
+/* Before the first array of a device is taken: on which stream does its caller work? */
+static void
+meet_device(core_call *call, PyObject *object, const char *name)
+{
+    int on_device = call->like == NULL && !call->failed ? core_is_on_device(object) : 0;
+    if (on_device <= 0) {
+        PyErr_Clear(); /* borrowing says what is wrong with it */
+        return;
+    }
+    call->like = Py_NewRef(object);
+    PyObject *what = PyUnicode_FromFormat("%s: %s", call->operator, name);
+    PyObject *stream = what == NULL ? NULL : ask_interop(call, "meet", "(ON)", object, what);
+    if (stream == NULL) {
+        call->failed = true;
+    }
+    else if (!call->stream_known && stream != Py_None) {
+        call->stream = (int64_t)PyLong_AsLongLong(stream);
+        call->stream_known = true;
+        call->failed = call->failed || PyErr_Occurred();
+    }
+    Py_XDECREF(stream);
+}
+
+static void
+place_words(int place, char *text, size_t size)
+{
+    if (place < 0) {
+        snprintf(text, size, "the CPU");
+    }
+    else {
+        snprintf(text, size, "cuda:%d", place);
+    }
+}
+
+/* All arrays lie where the first one does. */
+static bool
+same_place(core_call *call, const core_array *array, const char *name)
+{
+    if (call->place == CALL_NOWHERE) {
+        call->place = array->device;
+    }
+    if (call->devices && call->place != array->device) {
+        char here[24], there[24];
+        place_words(array->device, here, sizeof here);
+        place_words(call->place, there, sizeof there);
+        call_fail(call, MIL_ERR_DEVICE,
+                  "%s: %s lies on %s and the arguments before it on %s; move it there first", call->operator,
+                  name, here, there);
+    }
+    return !call->failed;
+}
+
+/* The operators for these arrays; NULL with an exception and the call failed. */
+static const mil_ops *
+ops_of(core_call *call)
+{
+    if (call->failed) {
+        return NULL;
+    }
+    if (call->place < 0) {
+        return &mil_cpu_ops;
+    }
+    if (call->ops == NULL) {
+        core_element act = call->act == CORE_OTHER ? CORE_F32 : call->act;
+        call->table = ask_interop(call, "table", "(is)", call->place, core_element_name(act));
+        call->ops = call->table != NULL ? core_read_table(call->core, call->table) : NULL;
+        call->failed = call->failed || call->ops == NULL;
+    }
+    return call->ops;
+}
+
+/* After what the caller has queued; and the rows' numbers where kernels read them. */
+static mil_status
+begin_on_device(core_call *call)
+{
+    mil_context *context = &call->context;
+    MIL_TRY(context->ops->order(context, caller_stream(call), context->stream));
+    if (call->rows == NULL) {
+        return MIL_OK;
+    }
+    mil_rows *rows = call->rows;
+    int64_t *numbers, columns = rows->sequences + 1;
+    size_t bytes = (size_t)(3 * columns) * sizeof *numbers;
+    MIL_TRY(MIL_PUSH(context->host, 3 * columns, int64_t, &numbers));
+    memset(numbers, 0, bytes);
+    memcpy(numbers, rows->offsets, (size_t)columns * sizeof *numbers);
+    for (int64_t i = 0; i < rows->sequences; i++) {
+        numbers[columns + i] = rows->past != NULL ? rows->past[i] : 0;
+        numbers[2 * columns + i] = rows->boundary != NULL ? rows->boundary[i] : 0;
+    }
+    const void *uploaded;
+    MIL_TRY(context->ops->upload(context, numbers, bytes, &uploaded));
+    rows->device = uploaded;
+    return MIL_OK;
+}
+
+const void *
+call_upload(core_call *call, const void *integers, size_t bytes)
+{
+    const void *uploaded = NULL;
+    if (call->status == MIL_OK) {
+        call->status = call->context.ops->upload(&call->context, integers, bytes, &uploaded);
+    }
+    return uploaded;
+}
+
+/* Device memory has no copy of strided rows: gathering all of them in order is one. */
+static mil_status
+gather_all(core_call *call, int64_t rows, int64_t width, const void *from, int64_t from_stride, void *to,
+           int64_t to_stride)
+{
+    mil_context *context = &call->context;
+    int64_t *index;
+    const void *uploaded;
+    MIL_TRY(MIL_PUSH(context->host, rows, int64_t, &index));
+    for (int64_t r = 0; r < rows; r++) {
+        index[r] = r;
+    }
+    MIL_TRY(context->ops->upload(context, index, (size_t)rows * sizeof *index, &uploaded));
+    return context->ops->gather_rows(context, rows, width, uploaded, from, from_stride, to, to_stride);
+}
+
+void
+call_copy_rows(core_call *call, int64_t rows, int64_t width, const void *from, int64_t from_stride, void *to,
+               int64_t to_stride)
+{
+    const mil_ops *ops = call->context.ops;
+    size_t item = mil_dtype_size(ops->activation_dtype), row = (size_t)width * item;
+    if (from == to || call->status != MIL_OK) {
+        return;
+    }
+    if (call->place < 0) {
+        for (int64_t r = 0; r < rows; r++) {
+            memmove((char *)to + (size_t)(r * to_stride) * item,
+                    (const char *)from + (size_t)(r * from_stride) * item, row);
+        }
+    }
+    else if (from_stride == width && to_stride == width) {
+        call->status = ops->copy(&call->context, to, from, (size_t)rows * row);
+    }
+    else {
+        call->status = gather_all(call, rows, width, from, from_stride, to, to_stride);
+    }
+}
+
+/* ---- ready, end ---------------------------------------------------------------------------------------- */
+
 bool
 call_ready(core_call *call)
 {
@@ -61,9 +260,47 @@ call_ready(core_call *call)
     if (call->failed) {
         return false;
     }
-    call->status = core_context_acquire(call->core, &mil_cpu_ops, &call->context);
+    const mil_ops *ops = ops_of(call);
+    if (ops == NULL) {
+        return false;
+    }
+    call->status = core_context_acquire(call->core, ops, &call->context);
     call->leased = call->status == MIL_OK;
-    return call->leased;
+    if (call->leased && call->place >= 0) {
+        call->status = begin_on_device(call);
+    }
+    return call->status == MIL_OK;
+}
+
+/* Whether all results are arrays of a library that knows streams. */
+static bool
+results_wait(const core_call *call)
+{
+    bool wait = call->stream_known;
+    for (int i = 0; i < call->result_count; i++) {
+        wait = wait && Py_TYPE(call->results[i].value) != call->core->types[CORE_TYPE_DEVICE_ARRAY];
+    }
+    return wait;
+}
+
+/* On a device the caller's stream goes on after the operator.  Where we do not know it, or the call failed, or a result
+ * is an array of ours, the host waits instead. */
+static void
+leave_context(core_call *call)
+{
+    if (call->place < 0) {
+        core_context_release(call->core, &call->context);
+        return;
+    }
+    const mil_ops *ops = call->context.ops;
+    mil_status status;
+    Py_BEGIN_ALLOW_THREADS
+        status = call->status == MIL_OK && results_wait(call)
+                     ? ops->order(&call->context, call->context.stream, caller_stream(call))
+                     : ops->finish(&call->context);
+        core_context_leave(call->core, &call->context);
+    Py_END_ALLOW_THREADS
+    call->status = call->status != MIL_OK ? call->status : status;
 }
 
 /* Releases all but the results; false where the call failed. */
@@ -71,7 +308,7 @@ static bool
 finish(core_call *call)
 {
     if (call->leased) {
-        core_context_release(call->core, &call->context);
+        leave_context(call);
     }
     if (!call->failed && call->status != MIL_OK) {
         core_raise(call->core, call->status);
@@ -82,6 +319,8 @@ finish(core_call *call)
     }
     PyMem_Free(call->arrays);
     mil_arena_release(&call->memory);
+    Py_XDECREF(call->like);
+    Py_XDECREF(call->table);
     return !call->failed;
 }
 
@@ -334,10 +573,10 @@ check_layout(core_call *call, const core_array *array, const char *name, int64_t
         bool dense = array->shape[i] == 1 || array->strides[i] == width;
         if (!dense && !(rows_axis && array->strides[i] > width)) {
             call_fail(call, MIL_ERR_VALUE,
-                      "%s: %s steps by %lld elements along axis %d; expected %s%lld: pass "
-                      "numpy.ascontiguousarray(%s)",
+                      "%s: %s steps by %lld elements along axis %d; expected %s%lld: pass %s%s%s",
                       call->operator, name, (long long)array->strides[i], i, rows_axis ? "at least " : "",
-                      (long long)width, name);
+                      (long long)width, array->device < 0 ? "numpy.ascontiguousarray(" : "", name,
+                      array->device < 0 ? ")" : ".contiguous()");
             return;
         }
         if (rows_axis) {
@@ -353,23 +592,58 @@ check_layout(core_call *call, const core_array *array, const char *name, int64_t
     }
 }
 
-/* Borrows `object` with the given elements (`weight`: any float type, told by *dtype). */
-static void *
-bind_object(core_call *call, PyObject *object, const char *name, core_element element, bool write,
-            int64_t *stride, const size_list *list)
+/* Borrows `object`, or gives NULL with the call failed. `host`: it must lie there whatever the others do. */
+static core_array *
+borrow(core_call *call, PyObject *object, const char *name, bool host)
 {
+    if (object == NULL || call->failed) {
+        return NULL;
+    }
+    bool devices = call->devices && !host;
+    if (devices) {
+        meet_device(call, object, name);
+    }
     core_array *array = call->failed ? NULL : new_array(call);
     if (array == NULL) {
         return NULL;
     }
-    if (core_array_borrow(call->core, object, call->operator, name, array) < 0) {
+    int failed = devices ? core_array_borrow_on(call->core, object, call->operator, name, call->stream, array)
+                         : core_array_borrow(call->core, object, call->operator, name, array);
+    if (failed < 0) {
         call->failed = true;
         return NULL;
     }
     call->array_count++;
+    return host || same_place(call, array, name) ? array : NULL;
+}
+
+/* What activations are: float32, or on a device what the first of them is. */
+static core_element
+activation_of(core_call *call, const core_array *array)
+{
+    if (array->device < 0) {
+        return CORE_F32;
+    }
+    if (call->act == CORE_OTHER && array->element <= CORE_F16) {
+        call->act = array->element;
+    }
+    return call->act == CORE_OTHER ? CORE_F32 : call->act;
+}
+
+/* Borrows `object` with the given elements. */
+static void *
+bind_object(core_call *call, PyObject *object, const char *name, core_element element, bool write,
+            int64_t *stride, const size_list *list)
+{
+    core_array *array = borrow(call, object, name, element == CORE_I32 || element == CORE_I64);
+    if (array == NULL) {
+        return NULL;
+    }
+    bool any = element == ACTIVATION && array->device >= 0 && call->act == CORE_OTHER;
+    element = element == ACTIVATION ? activation_of(call, array) : element;
     if (array->element != element) {
         call_fail(call, MIL_ERR_DTYPE, "%s: %s has dtype %s; expected %s", call->operator, name,
-                  array->dtype_name, core_element_name(element));
+                  array->dtype_name, any ? "float32, bfloat16 or float16" : core_element_name(element));
         return NULL;
     }
     if (write && !array->writeable) {
@@ -409,13 +683,37 @@ require(core_call *call, const char *name)
 const float *
 call_input(core_call *call, const char *name, int64_t *stride, const char *sizes, ...)
 {
-    BIND(require(call, name), CORE_F32, false);
+    BIND(require(call, name), ACTIVATION, false);
 }
 
 const float *
 call_optional(core_call *call, const char *name, int64_t *stride, const char *sizes, ...)
 {
-    BIND(call_object(call, name), CORE_F32, false);
+    BIND(call_object(call, name), ACTIVATION, false);
+}
+
+const float *
+call_floats(core_call *call, const char *name, bool required, const char *sizes, ...)
+{
+    int64_t *stride = NULL;
+    BIND(required ? require(call, name) : call_object(call, name), CORE_F32, false);
+}
+
+const float *
+call_host_floats(core_call *call, const char *name, int64_t *stride, const char *sizes, ...)
+{
+    bool devices = call->devices;
+    va_list arguments;
+    va_start(arguments, sizes);
+    size_list list = read_sizes(sizes, arguments);
+    va_end(arguments);
+    PyObject *object = require(call, name);
+    int place = call->place;
+    call->devices = false; /* as for operators that compute on the CPU only */
+    float *data = object == NULL ? NULL : bind_object(call, object, name, CORE_F32, false, stride, &list);
+    call->devices = devices;
+    call->place = place;
+    return data;
 }
 
 const int32_t *
@@ -479,15 +777,10 @@ static void *
 bind_weight(core_call *call, PyObject *object, const char *name, const char *dtype_name, mil_dtype *dtype,
             bool write, const size_list *list)
 {
-    core_array *array = object == NULL || call->failed ? NULL : new_array(call);
+    core_array *array = borrow(call, object, name, false);
     if (array == NULL) {
         return NULL;
     }
-    if (core_array_borrow(call->core, object, call->operator, name, array) < 0) {
-        call->failed = true;
-        return NULL;
-    }
-    call->array_count++;
     if (!weight_dtype(call, array, name, dtype_name, dtype)) {
         return NULL;
     }
@@ -552,15 +845,10 @@ static void *
 bind_flat(core_call *call, PyObject *object, const char *name, const char *dtype_name, mil_dtype *dtype,
           bool write, int64_t *count)
 {
-    core_array *array = object == NULL || call->failed ? NULL : new_array(call);
+    core_array *array = borrow(call, object, name, false);
     if (array == NULL) {
         return NULL;
     }
-    if (core_array_borrow(call->core, object, call->operator, name, array) < 0) {
-        call->failed = true;
-        return NULL;
-    }
-    call->array_count++;
     if (dtype != NULL) {
         if (!weight_dtype(call, array, name, dtype_name, dtype)) {
             return NULL;
@@ -616,16 +904,43 @@ call_flat_weight(core_call *call, const char *name, const char *dtype_name, mil_
 
 /* ---- results ------------------------------------------------------------------------------------------- */
 
+/* A new array on the device of the others, of the same library where we know it. */
+static void *
+new_on_device(core_call *call, const char *key, core_element element, bool zero, int64_t *stride,
+              const size_list *list)
+{
+    PyObject *shape = PyTuple_New(list->count);
+    for (int i = 0; shape != NULL && i < list->count; i++) {
+        PyTuple_SET_ITEM(shape, i, PyLong_FromLongLong(*list->values[i]));
+    }
+    if (shape == NULL || ops_of(call) == NULL) {
+        Py_XDECREF(shape);
+        call->failed = true;
+        return NULL;
+    }
+    PyObject *array = ask_interop(call, "empty", "(OONsO)", call->like, call->table, shape,
+                                  core_element_name(element), zero ? Py_True : Py_False);
+    void *data = array == NULL ? NULL : bind_object(call, array, key, element, true, stride, list);
+    if (array != NULL) {
+        add_result(call, key, array);
+    }
+    return call->failed ? NULL : data;
+}
+
 /* The array to write `key` into: given, or new. */
 static float *
-bind_result(core_call *call, PyObject *given, const char *key, bool zero, int64_t *stride,
-            const size_list *list)
+bind_result(core_call *call, PyObject *given, const char *key, core_element element, bool zero,
+            int64_t *stride, const size_list *list)
 {
     if (call->failed) {
         return NULL;
     }
+    if (given == NULL && call->place >= 0) {
+        element = element == CORE_F32 ? CORE_F32 : call->act == CORE_OTHER ? CORE_F32 : call->act;
+        return new_on_device(call, key, element, zero, stride, list);
+    }
     if (given != NULL) {
-        float *data = bind_object(call, given, key, CORE_F32, true, stride, list);
+        float *data = bind_object(call, given, key, element, true, stride, list);
         if (data != NULL) {
             add_result(call, key, Py_NewRef(given));
         }
@@ -656,7 +971,17 @@ call_output(core_call *call, const char *key, int64_t *stride, const char *sizes
         given = PyDict_GetItemString(given, key);
         given = given == Py_None ? NULL : given;
     }
-    return bind_result(call, given, key, false, stride, &list);
+    return bind_result(call, given, key, ACTIVATION, false, stride, &list);
+}
+
+float *
+call_float_output(core_call *call, const char *key, const char *sizes, ...)
+{
+    va_list arguments;
+    va_start(arguments, sizes);
+    size_list list = read_sizes(sizes, arguments);
+    va_end(arguments);
+    return bind_result(call, call_object(call, "out"), key, CORE_F32, false, NULL, &list);
 }
 
 float *
@@ -683,7 +1008,7 @@ call_gradient(core_call *call, const char *key, bool optional, bool zero, int64_
         }
         return NULL;
     }
-    return bind_result(call, given, key, zero, stride, &list);
+    return bind_result(call, given, key, ACTIVATION, zero, stride, &list);
 }
 
 float *
@@ -693,7 +1018,7 @@ call_fresh(core_call *call, const char *key, const char *sizes, ...)
     va_start(arguments, sizes);
     size_list list = read_sizes(sizes, arguments);
     va_end(arguments);
-    return bind_result(call, NULL, key, false, NULL, &list);
+    return bind_result(call, NULL, key, CORE_F32, false, NULL, &list);
 }
 
 /* ---- rows, states, caches -------------------------------------------------------------------------------- */
@@ -740,6 +1065,7 @@ void
 call_rows(core_call *call, mil_rows *rows, int64_t count)
 {
     *rows = (mil_rows){.rows = count, .sequences = 1};
+    call->rows = rows;
     int64_t length = 0;
     rows->offsets = call_int64(call, "offsets", false, "sequences+1", &length);
     if (call->failed) {
@@ -806,6 +1132,12 @@ bind_state(core_call *call, PyObject *dict, int64_t sequence, const call_state_s
         .current = state_entry(call, dict, sequence, "current", sizes->current ? sizes->state : 0, true),
     };
     if (state->current == NULL || call->failed) {
+        return;
+    }
+    if (call->place >= 0) {
+        call_fail(call, MIL_ERR_VALUE,
+                  "%s: states[%lld] has \"current\", which only the CPU keeps: leave it out",
+                  call->operator,(long long) sequence);
         return;
     }
     PyObject *tokens = PyDict_GetItemString(dict, "current_tokens");

@@ -17,6 +17,11 @@
  * one exit cleans up.  Sizes are named in a short list; a size that is still 0 is taken from the array,
  * another one must agree.  All sizes are at least 1.
  *
+ * Devices: a binding that calls call_on_devices takes CUDA arrays as well, all of one device, and then runs
+ * call.context.ops instead of mil_cpu_ops.  Activations (call_input, call_output) are float32, bfloat16 or float16
+ * there, all alike; call_floats is float32 everywhere; integers stay in host memory.  The operator runs on a stream of
+ * its own, after what the caller has queued on his, and his goes on after it (see finish in call.c).
+ *
  * Rows: a `stride` pointer allows an array whose rows are farther apart than they are wide (a slice of a
  * projection's output); the axes after the first must always lie densely.  Without it the array is C-contiguous.
  */
@@ -27,6 +32,7 @@
 #include "python/errors.h"
 
 #define CALL_MAX_RESULTS 16
+#define CALL_NOWHERE (-2)
 
 typedef struct core_call {
     core_state *core;
@@ -35,6 +41,15 @@ typedef struct core_call {
     PyObject *names;         /* tuple, or NULL: no keywords */
     uint64_t used;           /* bit i: keyword i was asked for */
     bool failed;             /* an exception is set */
+    bool devices;            /* CUDA arrays are taken */
+    bool stream_known;       /* `stream` is the caller's */
+    int64_t stream;          /* by DLPack's numbers */
+    int place;               /* where the arrays lie: CORE_HOST, a device's number, or CALL_NOWHERE yet */
+    core_element act;        /* of activations on a device; CORE_OTHER: not known yet */
+    PyObject *like;          /* strong: the first array on a device; or NULL */
+    PyObject *table;         /* strong: capsule of `ops`; or NULL */
+    const mil_ops *ops;      /* of the device; NULL: not asked for yet */
+    mil_rows *rows;          /* of the operator's arguments, or NULL */
     bool leased;             /* context holds a scratch arena */
     mil_context context;
     mil_status status;
@@ -52,16 +67,22 @@ void
 call_begin(core_call *call, PyObject *module, const char *operator, PyObject * const * args, Py_ssize_t count,
            PyObject *names);
 
+/* Takes arrays of CUDA devices, too, and the keyword "stream". */
+void
+call_on_devices(core_call *call);
+
 /* Raises unless a keyword is unknown or something failed before; then takes a context. */
 bool
 call_ready(core_call *call);
 
-/* Runs one expression of type mil_status without the GIL. */
-#define CALL_RUN(call, expression)                            \
-    do {                                                      \
-        PyThreadState *call_run_thread = PyEval_SaveThread(); \
-        (call)->status = (expression);                        \
-        PyEval_RestoreThread(call_run_thread);                \
+/* Runs one expression of type mil_status without the GIL, unless something has failed. */
+#define CALL_RUN(call, expression)                                \
+    do {                                                          \
+        if ((call)->status == MIL_OK) {                           \
+            PyThreadState *call_run_thread = PyEval_SaveThread(); \
+            (call)->status = (expression);                        \
+            PyEval_RestoreThread(call_run_thread);                \
+        }                                                         \
     } while (0)
 
 /* Gives everything back; returns the only result, or a dict of several, or None, or NULL with an exception. */
@@ -95,6 +116,11 @@ const float *
 call_input(core_call *call, const char *name, int64_t *stride, const char *sizes, ...);
 const float *
 call_optional(core_call *call, const char *name, int64_t *stride, const char *sizes, ...);
+/* Float32 on any device, C-contiguous; float32 in host memory. */
+const float *
+call_floats(core_call *call, const char *name, bool required, const char *sizes, ...);
+const float *
+call_host_floats(core_call *call, const char *name, int64_t *stride, const char *sizes, ...);
 /* Of float32, bfloat16 or float16, C-contiguous; `dtype_name` is the keyword that says what uint16 means. */
 const void *
 call_weight(core_call *call, const char *name, const char *dtype_name, mil_dtype *dtype, const char *sizes,
@@ -130,9 +156,19 @@ call_output(core_call *call, const char *key, int64_t *stride, const char *sizes
 float *
 call_gradient(core_call *call, const char *key, bool optional, bool zero, int64_t *stride, const char *sizes,
               ...);
-/* A result that is always a new array. */
+/* The same for results that are float32 on any device. */
+float *
+call_float_output(core_call *call, const char *key, const char *sizes, ...);
+/* A result that is always a new array; float32 on any device. */
 float *
 call_fresh(core_call *call, const char *key, const char *sizes, ...);
+/* Rows of activations from one array into another, unless they are the same; after call_ready. */
+void
+call_copy_rows(core_call *call, int64_t rows, int64_t width, const void *from, int64_t from_stride, void *to,
+               int64_t to_stride);
+/* Integers in host memory as the operator reads them; after call_ready. */
+const void *
+call_upload(core_call *call, const void *integers, size_t bytes);
 /* A plain number as a result. */
 void
 call_number(core_call *call, const char *key, double value);

@@ -78,11 +78,17 @@ core_context_acquire(core_state *state, const mil_ops *ops, mil_context *context
 void
 core_context_release(core_state *state, mil_context *context)
 {
-    core_scratch *scratch = (core_scratch *)((char *)context->scratch - offsetof(core_scratch, arena));
     if (context->ops->finish != NULL && context->stream != NULL) {
         mil_status unfinished = context->ops->finish(context); /* a device that failed says so again */
         (void)unfinished;
     }
+    core_context_leave(state, context);
+}
+
+void
+core_context_leave(core_state *state, mil_context *context)
+{
+    core_scratch *scratch = (core_scratch *)((char *)context->scratch - offsetof(core_scratch, arena));
     mil_arena_rewind(&scratch->arena, (mil_arena_mark){0});
     mil_arena_rewind(&scratch->host, (mil_arena_mark){0});
     PyThread_acquire_lock(state->lock, WAIT_LOCK);
@@ -290,6 +296,16 @@ add_host(PyObject *module)
     return result;
 }
 
+/* The CPU's table, for tests that dress it up as another device's. */
+static int
+add_cpu_table(PyObject *module)
+{
+    PyObject *capsule = PyCapsule_New((void *)(uintptr_t)&mil_cpu_ops, MIL_OPS_CAPSULE, NULL);
+    int result = capsule == NULL ? -1 : PyModule_AddObjectRef(module, "_cpu_table", capsule);
+    Py_XDECREF(capsule);
+    return result;
+}
+
 /* ---- initialisation ------------------------------------------------------------------------------------ */
 
 int
@@ -321,7 +337,8 @@ module_exec(PyObject *module)
     state->threads = default_threads();
     if (core_add_errors(module, state) < 0 || core_add_ops(module) < 0 ||
         core_add_model_types(module, state) < 0 || core_add_trainer_type(module, state) < 0 ||
-        core_add_generate(module) < 0 || add_host(module) < 0) {
+        core_add_device_array_type(module, state) < 0 || core_add_generate(module) < 0 ||
+        add_host(module) < 0 || add_cpu_table(module) < 0) {
         return -1;
     }
     mil_status status = mil_cpu_check_level(); /* MAMBAINLLAMA_CPU misspelt: say so at once */

@@ -41,7 +41,13 @@ typedef struct core_state {
 } core_state;
 
 /* Heap types that other files register; each keeps its place in core_state.types. */
-enum core_type { CORE_TYPE_MODEL = 0, CORE_TYPE_STATE, CORE_TYPE_TRAINER, CORE_TYPE_GENERATION };
+enum core_type {
+    CORE_TYPE_MODEL = 0,
+    CORE_TYPE_STATE,
+    CORE_TYPE_TRAINER,
+    CORE_TYPE_GENERATION,
+    CORE_TYPE_DEVICE_ARRAY
+};
 
 static inline core_state *
 core_get_state(PyObject *module)
@@ -54,9 +60,13 @@ core_get_state(PyObject *module)
 mil_status
 core_context_acquire(core_state *state, const mil_ops *ops, mil_context *context) MIL_MUST_CHECK;
 
-/* Gives the arena back, empty. Call it once after every successful acquire. Needs no GIL. */
+/* Waits for what was queued and gives the arena back, empty. Call it once after every successful acquire. Needs no
+ * GIL. */
 void
 core_context_release(core_state *state, mil_context *context);
+/* The same without waiting: whoever takes the arena next works on the same stream, after what is queued there. */
+void
+core_context_leave(core_state *state, mil_context *context);
 
 /* Each adds its part to the module; 0, or -1 with an exception set. */
 int

@@ -8,24 +8,25 @@ rope_table(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject *
     mil_rope_table a = {0};
     int64_t half = 0, two = 2;
     call_begin(&call, module, "rope_table", args, count, names);
+    call_on_devices(&call);
     int64_t rows = call_int(&call, "rows", 0);
     if (!call.failed && rows < 1) {
         call_fail(&call, MIL_ERR_VALUE, "rope_table: rows = %lld; expected at least 1", (long long)rows);
     }
     call_rows(&call, &a.rows, rows);
     if (call_has(&call, "inv_freq") && call_array_dims(&call, "inv_freq") == 2) {
-        a.inv_freq =
-            call_input(&call, "inv_freq", &a.inv_freq_stride, "sequences rotary/2", &a.rows.sequences, &half);
+        a.inv_freq = call_host_floats(&call, "inv_freq", &a.inv_freq_stride, "sequences rotary/2",
+                                      &a.rows.sequences, &half);
     }
     else {
-        a.inv_freq = call_input(&call, "inv_freq", NULL, "rotary/2", &half);
+        a.inv_freq = call_host_floats(&call, "inv_freq", NULL, "rotary/2", &half);
         a.inv_freq_stride = 0;
     }
     a.rotary = 2 * half;
     a.scale = (float)call_float(&call, "scale", 1.0);
-    a.table = call_output(&call, "table", NULL, "rows rotary/2 2", &rows, &half, &two);
+    a.table = call_float_output(&call, "table", "rows rotary/2 2", &rows, &half, &two);
     if (call_ready(&call)) {
-        CALL_RUN(&call, mil_cpu_ops.rope_table(&call.context, &a));
+        CALL_RUN(&call, call.context.ops->rope_table(&call.context, &a));
     }
     return call_end(&call);
 }
@@ -37,22 +38,19 @@ rope(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject *names)
     mil_rope a = {0};
     int64_t half = 0, two = 2, x_stride = 0;
     call_begin(&call, module, "rope", args, count, names);
-    const float *x = call_input(&call, "x", &x_stride, "rows heads head_dim", &a.rows, &a.heads, &a.head_dim);
-    a.table = call_input(&call, "table", NULL, "rows rotary/2 2", &a.rows, &half, &two);
+    call_on_devices(&call);
+    const void *x = call_input(&call, "x", &x_stride, "rows heads head_dim", &a.rows, &a.heads, &a.head_dim);
+    a.table = call_floats(&call, "table", true, "rows rotary/2 2", &a.rows, &half, &two);
     a.rotary = 2 * half;
     a.inverse = call_bool(&call, "inverse", false);
     if (!call.failed && a.rotary > a.head_dim) {
         call_fail(&call, MIL_ERR_SHAPE, "rope: table rotates %lld entries; head_dim = %lld",
                   (long long)a.rotary, (long long)a.head_dim);
     }
-    float *y = call_output(&call, "y", &a.x_stride, "rows heads head_dim", &a.rows, &a.heads, &a.head_dim);
-    a.x = y;
+    a.x = call_output(&call, "y", &a.x_stride, "rows heads head_dim", &a.rows, &a.heads, &a.head_dim);
     if (call_ready(&call)) {
-        size_t bytes = (size_t)(a.heads * a.head_dim) * sizeof(float);
-        for (int64_t r = 0; r < a.rows && x != y; r++) {
-            memmove(y + r * a.x_stride, x + r * x_stride, bytes);
-        }
-        CALL_RUN(&call, mil_cpu_ops.rope(&call.context, &a));
+        call_copy_rows(&call, a.rows, a.heads * a.head_dim, x, x_stride, a.x, a.x_stride);
+        CALL_RUN(&call, call.context.ops->rope(&call.context, &a));
     }
     return call_end(&call);
 }
@@ -105,13 +103,14 @@ attention_forward(PyObject *module, PyObject *const *args, Py_ssize_t count, PyO
     core_call call;
     mil_attention a = {0};
     call_begin(&call, module, "attention_forward", args, count, names);
+    call_on_devices(&call);
     bind_attention(&call, &a, true);
     a.y = call_output(&call, "y", &a.y_stride, "rows heads head_dim", &a.rows.rows, &a.heads, &a.head_dim);
     if (call_bool(&call, "log_sum_exp", false)) {
         a.log_sum_exp = call_fresh(&call, "log_sum_exp", "rows heads", &a.rows.rows, &a.heads);
     }
     if (call_ready(&call)) {
-        CALL_RUN(&call, mil_cpu_ops.attention_forward(&call.context, &a));
+        CALL_RUN(&call, call.context.ops->attention_forward(&call.context, &a));
     }
     return call_end(&call);
 }
@@ -152,6 +151,7 @@ kv_append(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject *n
     mil_kv_append a = {0};
     int64_t rows = 0, v_stride = 0;
     call_begin(&call, module, "kv_append", args, count, names);
+    call_on_devices(&call);
     a.k = call_input(&call, "k", &a.kv_stride, "rows kv_heads head_dim", &rows, &a.kv_heads, &a.head_dim);
     a.v = call_input(&call, "v", &v_stride, "rows kv_heads head_dim", &rows, &a.kv_heads, &a.head_dim);
     if (!call.failed && v_stride != a.kv_stride) {
@@ -161,7 +161,7 @@ kv_append(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject *n
     call_rows(&call, &a.rows, rows);
     a.caches = call_caches(&call, &a.rows, &a.kv_heads, &a.head_dim, true, true);
     if (call_ready(&call)) {
-        CALL_RUN(&call, mil_cpu_ops.kv_append(&call.context, &a));
+        CALL_RUN(&call, call.context.ops->kv_append(&call.context, &a));
     }
     return call_end(&call);
 }

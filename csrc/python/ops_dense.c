@@ -7,23 +7,48 @@
 
 /* ---- products ------------------------------------------------------------------------------------------ */
 
+/* What a device's libraries ask of a product's arrays beyond what the CPU does. */
+static void
+check_device_product(core_call *call, const mil_linear *a)
+{
+    if (call->failed || call->place < 0) {
+        return;
+    }
+    mil_dtype act = call->act == CORE_BF16 ? MIL_BF16 : call->act == CORE_F16 ? MIL_F16 : MIL_F32;
+    if (a->dtype != act) {
+        call_fail(call, MIL_ERR_DTYPE, "%s: weight has dtype %s and x %s; on a CUDA device they must agree",
+                  call->operator, mil_dtype_name(a->dtype), mil_dtype_name(act));
+    }
+    const void *pointers[] = {a->x, a->weight, a->y};
+    static const char *const names[] = {"x", "weight", "out"};
+    for (int i = 0; i < 3; i++) {
+        if ((uintptr_t)pointers[i] % 16 != 0) {
+            call_fail(call, MIL_ERR_VALUE,
+                      "%s: %s begins at an address that is no multiple of 16 bytes: pass a contiguous copy",
+                      call->operator, names[i]);
+        }
+    }
+}
+
 static PyObject *
 linear_forward(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject *names)
 {
     core_call call;
     mil_linear a = {0};
     call_begin(&call, module, "linear_forward", args, count, names);
+    call_on_devices(&call);
     a.x = call_input(&call, "x", &a.x_stride, "rows in", &a.rows, &a.in);
     a.weight = call_weight(&call, "weight", "dtype", &a.dtype, "out in", &a.out, &a.in);
-    a.bias = call_optional(&call, "bias", NULL, "out", &a.out);
+    a.bias = call_floats(&call, "bias", false, "out", &a.out);
     a.accumulate = call_bool(&call, "accumulate", false);
     a.fast = call_bool(&call, "fast", false);
     if (a.accumulate && !call_has(&call, "out")) {
         call_fail(&call, MIL_ERR_VALUE, "linear_forward: accumulate adds to out, which is missing");
     }
     a.y = call_output(&call, "y", &a.y_stride, "rows out", &a.rows, &a.out);
+    check_device_product(&call, &a);
     if (call_ready(&call)) {
-        CALL_RUN(&call, mil_cpu_ops.linear_forward(&call.context, &a, 1));
+        CALL_RUN(&call, call.context.ops->linear_forward(&call.context, &a, 1));
     }
     return call_end(&call);
 }
@@ -39,6 +64,7 @@ linear_group(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject
     mil_linear products[MOST] = {0};
     mil_linear *first = &products[0];
     call_begin(&call, module, "linear_group", args, count, names);
+    call_on_devices(&call);
     first->x = call_input(&call, "x", &first->x_stride, "rows in", &first->rows, &first->in);
     first->fast = call_bool(&call, "fast", false);
     int64_t weights = call_list_size(&call, "weights");
@@ -55,9 +81,10 @@ linear_group(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject
                           .fast = first->fast};
         a->weight = call_list_weight(&call, "weights", i, "dtype", &a->dtype, "out in", &a->out, &a->in);
         a->y = call_output(&call, keys[i], &a->y_stride, "rows out", &a->rows, &a->out);
+        check_device_product(&call, a);
     }
     if (call_ready(&call)) {
-        CALL_RUN(&call, mil_cpu_ops.linear_forward(&call.context, products, weights));
+        CALL_RUN(&call, call.context.ops->linear_forward(&call.context, products, weights));
     }
     return call_end_dict(&call);
 }
@@ -99,8 +126,8 @@ bind_norm(core_call *call, mil_norm *a)
         call_fail(call, MIL_ERR_SHAPE, "%s: group = %lld does not divide width = %lld",
                   call->operator,(long long) a->group, (long long)a->width);
     }
-    a->weight = a->weight_per_group ? call_optional(call, "weight", NULL, "group", &a->group)
-                                    : call_optional(call, "weight", NULL, "width", &a->width);
+    a->weight = a->weight_per_group ? call_floats(call, "weight", false, "group", &a->group)
+                                    : call_floats(call, "weight", false, "width", &a->width);
 }
 
 static PyObject *
@@ -109,10 +136,11 @@ norm_forward(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject
     core_call call;
     mil_norm a = {0};
     call_begin(&call, module, "norm_forward", args, count, names);
+    call_on_devices(&call);
     bind_norm(&call, &a);
     a.y = call_output(&call, "y", &a.y_stride, "rows width", &a.rows, &a.width);
     if (call_ready(&call)) {
-        CALL_RUN(&call, mil_cpu_ops.norm_forward(&call.context, &a));
+        CALL_RUN(&call, call.context.ops->norm_forward(&call.context, &a));
     }
     return call_end(&call);
 }
@@ -164,10 +192,11 @@ glu_forward(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject 
     core_call call;
     mil_glu a = {0};
     call_begin(&call, module, "glu_forward", args, count, names);
+    call_on_devices(&call);
     bind_glu(&call, &a);
     a.y = call_output(&call, "y", &a.y_stride, "rows width", &a.rows, &a.width);
     if (call_ready(&call)) {
-        CALL_RUN(&call, mil_cpu_ops.glu_forward(&call.context, &a));
+        CALL_RUN(&call, call.context.ops->glu_forward(&call.context, &a));
     }
     return call_end(&call);
 }
@@ -213,13 +242,18 @@ embedding_forward(PyObject *module, PyObject *const *args, Py_ssize_t count, PyO
     core_call call;
     mil_embedding a = {0};
     call_begin(&call, module, "embedding_forward", args, count, names);
+    call_on_devices(&call);
     a.tokens = call_int32(&call, "tokens", true, "rows", &a.rows);
     a.table = call_weight(&call, "table", "dtype", &a.dtype, "vocab hidden", &a.vocab, &a.hidden);
     a.scale = (float)call_float(&call, "scale", 1.0);
     check_tokens(&call, "tokens", a.tokens, a.rows, a.vocab, false);
+    if (call.place >= 0 && !call_has(&call, "out")) { /* nothing else says what the rows are to be */
+        call.act = a.dtype == MIL_BF16 ? CORE_BF16 : a.dtype == MIL_F16 ? CORE_F16 : CORE_F32;
+    }
     a.y = call_output(&call, "y", &a.y_stride, "rows hidden", &a.rows, &a.hidden);
     if (call_ready(&call)) {
-        CALL_RUN(&call, mil_cpu_ops.embedding_forward(&call.context, &a));
+        a.tokens = call_upload(&call, a.tokens, (size_t)a.rows * sizeof *a.tokens);
+        CALL_RUN(&call, call.context.ops->embedding_forward(&call.context, &a));
     }
     return call_end(&call);
 }
@@ -442,27 +476,19 @@ sum_squares(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject 
 
 /* ---- small --------------------------------------------------------------------------------------------- */
 
-/* Rows of `from` into `to` unless they are the same array. */
-static void
-copy_rows(int64_t rows, int64_t width, const float *from, int64_t from_stride, float *to, int64_t to_stride)
-{
-    for (int64_t r = 0; r < rows && from != to; r++) {
-        memmove(to + r * to_stride, from + r * from_stride, (size_t)width * sizeof *to);
-    }
-}
-
 static PyObject *
 add(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject *names)
 {
     core_call call;
     int64_t rows = 0, width = 0, x_stride = 0, y_stride = 0, out_stride = 0;
     call_begin(&call, module, "add", args, count, names);
-    const float *x = call_input(&call, "x", &x_stride, "rows width", &rows, &width);
-    const float *y = call_input(&call, "y", &y_stride, "rows width", &rows, &width);
-    float *out = call_output(&call, "sum", &out_stride, "rows width", &rows, &width);
+    call_on_devices(&call);
+    const void *x = call_input(&call, "x", &x_stride, "rows width", &rows, &width);
+    const void *y = call_input(&call, "y", &y_stride, "rows width", &rows, &width);
+    void *out = call_output(&call, "sum", &out_stride, "rows width", &rows, &width);
     if (call_ready(&call)) {
-        copy_rows(rows, width, y, y_stride, out, out_stride);
-        CALL_RUN(&call, mil_cpu_ops.add(&call.context, rows, width, x, x_stride, out, out_stride));
+        call_copy_rows(&call, rows, width, y, y_stride, out, out_stride);
+        CALL_RUN(&call, call.context.ops->add(&call.context, rows, width, x, x_stride, out, out_stride));
     }
     return call_end(&call);
 }
@@ -473,7 +499,8 @@ gather_rows(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject 
     core_call call;
     int64_t rows = 0, width = 0, picked = 0, x_stride = 0, y_stride = 0;
     call_begin(&call, module, "gather_rows", args, count, names);
-    const float *x = call_input(&call, "x", &x_stride, "rows width", &rows, &width);
+    call_on_devices(&call);
+    const void *x = call_input(&call, "x", &x_stride, "rows width", &rows, &width);
     const int64_t *index = call_int64(&call, "index", true, "count", &picked);
     for (int64_t i = 0; i < picked && !call.failed; i++) {
         if (index[i] < 0 || index[i] >= rows) {
@@ -481,10 +508,11 @@ gather_rows(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject 
                       (long long)index[i], (long long)rows);
         }
     }
-    float *y = call_output(&call, "y", &y_stride, "count width", &picked, &width);
+    void *y = call_output(&call, "y", &y_stride, "count width", &picked, &width);
     if (call_ready(&call)) {
-        CALL_RUN(&call,
-                 mil_cpu_ops.gather_rows(&call.context, picked, width, index, x, x_stride, y, y_stride));
+        index = call_upload(&call, index, (size_t)picked * sizeof *index);
+        CALL_RUN(&call, call.context.ops->gather_rows(&call.context, picked, width, index, x, x_stride, y,
+                                                      y_stride));
     }
     return call_end(&call);
 }

@@ -3,6 +3,8 @@
 
 #include <math.h>
 
+#include "cpu/tail.h"
+
 /* heads must be a whole number of groups: "ssd_forward: B has 6 groups; heads = 32 is not a multiple of 6". */
 static void
 check_groups(core_call *call, const char *name, int64_t groups, const char *of, int64_t total)
@@ -37,14 +39,24 @@ bind_dt_limits(core_call *call, float *dt_min, float *dt_max)
     }
 }
 
+/* The CPU's operators look at past and boundary themselves; a device's kernels would read beyond a tail. */
+static bool
+rows_fit(core_call *call, const mil_rows *rows, bool has_states)
+{
+    if (call->place >= 0) {
+        call->status = mil_check_rows(call->operator, rows, has_states);
+    }
+    return call->status == MIL_OK;
+}
+
 /* ---- causal convolution ---------------------------------------------------------------------------------- */
 
 static int64_t
 bind_conv1d(core_call *call, mil_conv1d *a)
 {
     int64_t rows = 0;
-    a->weight = call_input(call, "weight", NULL, "channels width", &a->channels, &a->width);
-    a->bias = call_optional(call, "bias", NULL, "channels", &a->channels);
+    a->weight = call_floats(call, "weight", true, "channels width", &a->channels, &a->width);
+    a->bias = call_floats(call, "bias", false, "channels", &a->channels);
     a->repeat = call_int(call, "repeat", 1);
     a->repeat_group = call_int(call, "repeat_group", 1);
     a->silu = call_bool(call, "silu", true);
@@ -64,12 +76,13 @@ conv1d_forward(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObje
     core_call call;
     mil_conv1d a = {0};
     call_begin(&call, module, "conv1d_forward", args, count, names);
+    call_on_devices(&call);
     int64_t inputs = bind_conv1d(&call, &a);
     a.states = call_states(&call, a.rows.sequences,
                            &(call_state_sizes){.conv = inputs, .conv_rows = a.width - 1 + MIL_TAIL});
     a.y = call_output(&call, "y", &a.y_stride, "rows channels", &a.rows.rows, &a.channels);
-    if (call_ready(&call)) {
-        CALL_RUN(&call, mil_cpu_ops.conv1d_forward(&call.context, &a));
+    if (call_ready(&call) && rows_fit(&call, &a.rows, a.states != NULL)) {
+        CALL_RUN(&call, call.context.ops->conv1d_forward(&call.context, &a));
     }
     return call_end(&call);
 }
@@ -110,9 +123,9 @@ bind_scan(core_call *call, mil_scan *a)
     a->B = call_input(call, "B", &a->B_stride, "rows B_groups state_dim", &rows, &a->B_groups, &a->state_dim);
     a->C = call_input(call, "C", &a->C_stride, "rows C_groups state_dim", &rows, &a->C_groups, &a->state_dim);
     a->z = call_optional(call, "z", &a->z_stride, "rows inner", &rows, &a->inner);
-    a->dt_bias = call_input(call, "dt_bias", NULL, "inner", &a->inner);
-    a->A_log = call_input(call, "A_log", NULL, "inner state_dim", &a->inner, &a->state_dim);
-    a->D = call_input(call, "D", NULL, "inner", &a->inner);
+    a->dt_bias = call_floats(call, "dt_bias", true, "inner", &a->inner);
+    a->A_log = call_floats(call, "A_log", true, "inner state_dim", &a->inner, &a->state_dim);
+    a->D = call_floats(call, "D", true, "inner", &a->inner);
     a->dt_bias_scale = (float)call_float(call, "dt_bias_scale", 1.0);
     bind_dt_limits(call, &a->dt_min, &a->dt_max);
     check_groups(call, "B", a->B_groups, "inner", a->inner);
@@ -127,6 +140,7 @@ scan_forward(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject
     core_call call;
     mil_scan a = {0};
     call_begin(&call, module, "scan_forward", args, count, names);
+    call_on_devices(&call);
     int64_t inputs = bind_scan(&call, &a);
     a.states = call_states(&call, a.rows.sequences,
                            &(call_state_sizes){.state = a.state_dim * a.inner,
@@ -135,8 +149,8 @@ scan_forward(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject
                                                .dt = a.inner,
                                                .current = true});
     a.y = call_output(&call, "y", &a.y_stride, "rows inner", &a.rows.rows, &a.inner);
-    if (call_ready(&call)) {
-        CALL_RUN(&call, mil_cpu_ops.scan_forward(&call.context, &a));
+    if (call_ready(&call) && rows_fit(&call, &a.rows, a.states != NULL)) {
+        CALL_RUN(&call, call.context.ops->scan_forward(&call.context, &a));
     }
     return call_end(&call);
 }
@@ -183,9 +197,9 @@ bind_ssd(core_call *call, mil_ssd *a)
     a->x = call_input(call, "x", &a->x_stride, "rows x_heads head_dim", &rows, &a->x_heads, &a->head_dim);
     a->B = call_input(call, "B", &a->B_stride, "rows B_groups state_dim", &rows, &a->B_groups, &a->state_dim);
     a->C = call_input(call, "C", &a->C_stride, "rows C_groups state_dim", &rows, &a->C_groups, &a->state_dim);
-    a->dt_bias = call_input(call, "dt_bias", NULL, "heads", &a->heads);
-    a->A_log = call_input(call, "A_log", NULL, "heads", &a->heads);
-    a->D = call_input(call, "D", NULL, "heads", &a->heads);
+    a->dt_bias = call_floats(call, "dt_bias", true, "heads", &a->heads);
+    a->A_log = call_floats(call, "A_log", true, "heads", &a->heads);
+    a->D = call_floats(call, "D", true, "heads", &a->heads);
     bind_dt_limits(call, &a->dt_min, &a->dt_max);
     if (!call->failed && a->heads % a->x_heads != 0) {
         call_fail(call, MIL_ERR_SHAPE, "%s: x has %lld heads; heads = %lld is not a multiple of %lld",
@@ -202,6 +216,7 @@ ssd_forward(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject 
     core_call call;
     mil_ssd a = {0};
     call_begin(&call, module, "ssd_forward", args, count, names);
+    call_on_devices(&call);
     bind_ssd(&call, &a);
     a.states = call_states(&call, a.rows.sequences,
                            &(call_state_sizes){.state = a.heads * a.state_dim * a.head_dim,
@@ -209,8 +224,8 @@ ssd_forward(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject 
                                                .B = a.B_groups * a.state_dim,
                                                .dt = a.heads});
     a.y = call_output(&call, "y", &a.y_stride, "rows heads head_dim", &a.rows.rows, &a.heads, &a.head_dim);
-    if (call_ready(&call)) {
-        CALL_RUN(&call, mil_cpu_ops.ssd_forward(&call.context, &a));
+    if (call_ready(&call) && rows_fit(&call, &a.rows, a.states != NULL)) {
+        CALL_RUN(&call, call.context.ops->ssd_forward(&call.context, &a));
     }
     return call_end(&call);
 }

@@ -1,0 +1,139 @@
+/* A device for tests where there is none: the CPU's operators behind another name, with streams that are only counted.
+ *
+ * Compiled and imported by test_device_arrays.py; it runs everything that csrc/python does for arrays of a device.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/host.h"
+#include "device.h"
+
+static const mil_host *host;
+static mil_ops table;
+static int orders, waits;
+
+static mil_status
+open_stream(mil_context *context)
+{
+    context->stream = (void *)77;
+    return MIL_OK;
+}
+
+static mil_status
+finish(mil_context *context)
+{
+    (void)context;
+    waits++;
+    return MIL_OK;
+}
+
+static void
+close_stream(mil_context *context)
+{
+    context->stream = NULL;
+}
+
+static mil_status
+order(mil_context *context, void *before, void *after)
+{
+    (void)context;
+    orders++;
+    return before != after ? MIL_OK : host->fail(MIL_ERR_DEVICE, "a stream cannot wait for itself");
+}
+
+static mil_status
+take(mil_context *context, size_t bytes, void **out)
+{
+    (void)context;
+    *out = aligned_alloc(MIL_ALIGNMENT, (bytes / MIL_ALIGNMENT + 1) * MIL_ALIGNMENT);
+    return *out != NULL ? MIL_OK : host->fail(MIL_ERR_MEMORY, "out of memory");
+}
+
+static void
+give(mil_context *context, void *pointer)
+{
+    (void)context;
+    free(pointer);
+}
+
+static mil_status
+copy(mil_context *context, void *to, const void *from, size_t bytes)
+{
+    (void)context;
+    memmove(to, from, bytes);
+    return MIL_OK;
+}
+
+static mil_status
+zero(mil_context *context, void *pointer, size_t bytes)
+{
+    (void)context;
+    memset(pointer, 0, bytes);
+    return MIL_OK;
+}
+
+static mil_status
+upload(mil_context *context, const void *from, size_t bytes, const void **out)
+{
+    void *memory;
+    MIL_TRY(host->arena_push(context->scratch, bytes, 1, &memory));
+    memcpy(memory, from, bytes);
+    *out = memory;
+    return MIL_OK;
+}
+
+/* table(cpu) -> capsule */
+static PyObject *
+make_table(PyObject *module, PyObject *cpu)
+{
+    (void)module;
+    const mil_ops *from = PyCapsule_GetPointer(cpu, MIL_OPS_CAPSULE);
+    host = PyCapsule_Import(MIL_HOST_CAPSULE, 0);
+    if (from == NULL || host == NULL) {
+        return NULL;
+    }
+    table = *from;
+    table.name = "cuda";
+    table.keeps_current = false;
+    table.open = open_stream;
+    table.finish = finish;
+    table.close = close_stream;
+    table.order = order;
+    table.alloc = take;
+    table.free = give;
+    table.copy = copy;
+    table.zero = zero;
+    table.upload = upload;
+    return PyCapsule_New(&table, MIL_OPS_CAPSULE, NULL);
+}
+
+/* counts() -> (orders of streams, times the host waited) */
+static PyObject *
+counts(PyObject *module, PyObject *unused)
+{
+    (void)module;
+    (void)unused;
+    return Py_BuildValue("ii", orders, waits);
+}
+
+static PyMethodDef methods[] = {
+    {"table", make_table, METH_O, ""},
+    {"counts", counts, METH_NOARGS, ""},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "pretend_device",
+    .m_size = -1,
+    .m_methods = methods,
+};
+
+PyMODINIT_FUNC
+PyInit_pretend_device(void)
+{
+    return PyModule_Create(&definition);
+}
