@@ -3,13 +3,15 @@
  *   y = n(x) weight,   n(x silu(z)) weight   or   n(x) weight silu(z),   n(v) = v / sqrt(mean(v^2) + eps)
  *
  * Bytes: x (and z) are read twice, the second time from the first-level cache; y is written once.  Groups up to
- * a thousand columns (heads) take a warp each, wider ones (the residual stream) a block each.  Sums go thread by
- * thread over a fixed stride and then up a fixed tree, so a row's bits depend on nothing but the row.
+ * a thousand columns (heads) take a warp or a part of one each, wider ones (the residual stream) a block each.  Of many
+ * such rows a block does several, with the weights in registers: 4 bytes a column from the second-level cache would
+ * be as much as the rows themselves.  Sums go thread by thread over a fixed stride and then up a fixed tree, so a row's bits
+ * depend on nothing but the row.
  */
 #include "norm.cuh"
 #include "table.h"
 
-#define WARPS 4 /* groups of a block, where each takes a warp */
+#define WARPS 4 /* of a block that does several groups */
 
 template <typename T>
 static __device__ __forceinline__ T *
@@ -30,18 +32,76 @@ norm_by_block(norm_arguments a)
                      MIL_NORM_THREADS, [&](float value) { return mil_block_sum(value, partial); });
 }
 
-template <typename T, int V>
+/* Rows of one group each, STEPS vectors a thread. */
+template <typename T, int V, int STEPS>
 static __global__ void
-norm_by_warp(norm_arguments a)
+__launch_bounds__(MIL_NORM_THREADS) norm_rows(norm_arguments a)
 {
-    int64_t item = (int64_t)blockIdx.x * WARPS + threadIdx.x / MIL_WARP;
+    __shared__ float partial[MIL_WARP];
+    float weight[STEPS][V], value[STEPS][V], gate[V];
+    mil_trigger();
+#pragma unroll
+    for (int s = 0; s < STEPS; s++) {
+        int64_t column = ((int64_t)s * MIL_NORM_THREADS + threadIdx.x) * V;
+#pragma unroll
+        for (int i = 0; i < V; i++) {
+            weight[s][i] = a.weight != NULL && column < a.group ? a.weight[column + i] : 1.0f;
+        }
+    }
+    mil_wait();
+    for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
+        const T *x = (const T *)a.x + row * a.x_stride;
+        const T *z = a.z == NULL ? NULL : (const T *)a.z + row * a.z_stride;
+        T *y = group_output<T>(a, row, 0);
+        float squares = 0.0f;
+#pragma unroll
+        for (int s = 0; s < STEPS; s++) {
+            int64_t column = ((int64_t)s * MIL_NORM_THREADS + threadIdx.x) * V;
+            if (column < a.group) {
+                load_input<T, V>(a, x, z, column, value[s], gate);
+#pragma unroll
+                for (int i = 0; i < V; i++) {
+                    squares = fmaf(value[s][i], value[s][i], squares);
+                }
+            }
+        }
+        float scale = 1.0f / sqrtf(mil_block_sum(squares, partial) / (float)a.group + a.eps);
+#pragma unroll
+        for (int s = 0; s < STEPS; s++) {
+            int64_t column = ((int64_t)s * MIL_NORM_THREADS + threadIdx.x) * V;
+            if (column < a.group) {
+#pragma unroll
+                for (int i = 0; i < V; i++) {
+                    value[s][i] *= scale;
+                    value[s][i] *= weight[s][i];
+                }
+                mil_store<V>(y + column, value[s]);
+            }
+        }
+    }
+}
+
+/* LANES lanes a group: the sum of a whole warp, the rest of which would add zeros. */
+template <typename T, int V, int LANES>
+static __global__ void
+norm_by_lanes(norm_arguments a)
+{
+    const int lane = threadIdx.x % LANES;
+    const unsigned own = (LANES == 32 ? ~0u : (1u << LANES % 32) - 1)
+                         << threadIdx.x % MIL_WARP / LANES * LANES;
+    int64_t item = ((int64_t)blockIdx.x * WARPS * MIL_WARP + threadIdx.x) / LANES;
     mil_trigger();
     mil_wait();
     if (item < a.rows * a.groups) {
         int64_t row = item / a.groups, group = item % a.groups;
-        norm_group<T, V>(a, row, group, norm_weight(a, group), group_output<T>(a, row, group),
-                         (int)threadIdx.x % MIL_WARP, MIL_WARP,
-                         [](float value) { return mil_warp_sum(value); });
+        norm_group<T, V>(a, row, group, norm_weight(a, group), group_output<T>(a, row, group), lane, LANES,
+                         [=](float value) {
+#pragma unroll
+                             for (int step = LANES / 2; step > 0; step /= 2) {
+                                 value += __shfl_xor_sync(own, value, step);
+                             }
+                             return value;
+                         });
     }
 }
 
@@ -49,10 +109,23 @@ template <typename T, int V>
 static mil_status
 launch(mil_context *context, const norm_arguments &a)
 {
-    int64_t items = a.rows * a.groups;
+    const int64_t items = a.rows * a.groups, many = 1024;
+    const int64_t steps = mil_ceil_div(a.group, (int64_t)MIL_NORM_THREADS * V);
     if (a.group <= MIL_NORM_WIDEST_FOR_WARP) {
-        return mil_launch(context, "norm", norm_by_warp<T, V>, dim3((unsigned)mil_ceil_div(items, WARPS)),
+        const int lanes = a.group <= 8 * V ? 8 : a.group <= 16 * V ? 16 : 32;
+        return mil_launch(context, "norm",
+                          lanes == 8    ? norm_by_lanes<T, V, 8>
+                          : lanes == 16 ? norm_by_lanes<T, V, 16>
+                                        : norm_by_lanes<T, V, 32>,
+                          dim3((unsigned)mil_ceil_div(items * lanes, WARPS * MIL_WARP)),
                           dim3(WARPS * MIL_WARP), 0, a);
+    }
+    if (a.rows >= many && a.groups == 1 && steps <= 4 && (a.z == NULL || !a.norm_before_gate)) {
+        return mil_launch(context, "norm",
+                          steps == 1   ? norm_rows<T, V, 1>
+                          : steps == 2 ? norm_rows<T, V, 2>
+                                       : norm_rows<T, V, 4>,
+                          dim3((unsigned)many), dim3(MIL_NORM_THREADS), 0, a);
     }
     return mil_launch(context, "norm", norm_by_block<T, V>, dim3((unsigned)items), dim3(MIL_NORM_THREADS), 0,
                       a);

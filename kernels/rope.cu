@@ -1,7 +1,8 @@
 /* Rotary position embedding, in the Hugging Face order (device.h: mil_rope_table, mil_rope; csrc/cpu/rope.c says
  * why the angle is rounded to float32 before its cosine).
  *
- * One table serves all attention layers of a pass.  Each thread rotates pairs (i, i + rotary / 2) of one head.
+ * One table serves all attention layers of a pass.  Each thread rotates pairs (i, i + rotary / 2) of one head; with the append,
+ * as many as 16 bytes hold.
  */
 #include "attention.cuh"
 #include "table.h"
@@ -109,19 +110,35 @@ struct rope_append_arguments {
     cache_list caches;
 };
 
-/* Pair i of one head: rotated, rounded to the activation type as rope leaves it. */
-template <typename T>
+/* V pairs of one head from pair i on: rotated, rounded to the activation type as rope leaves them. */
+template <typename T, int V>
 static __device__ __forceinline__ void
-rotate_pair(const rope_append_arguments &a, int64_t row, const T *from, int i, T *low, T *high)
+rotate_pairs(const rope_append_arguments &a, int64_t row, const T *from, int i, T *low, T *high)
 {
-    float2 turn = ((const float2 *)a.table)[row * a.half + i];
-    float first = mil_float(from[i]), second = mil_float(from[i + a.half]);
-    *low = mil_round<T>(first * turn.x - second * turn.y);
-    *high = mil_round<T>(second * turn.x + first * turn.y);
+    float first[V], second[V];
+    mil_load<V>(from + i, first);
+    mil_load<V>(from + i + a.half, second);
+    const float2 *turns = (const float2 *)a.table + row * a.half + i;
+    float turned_low[V], turned_high[V];
+#pragma unroll
+    for (int j = 0; j < V; j++) {
+        const float2 turn = turns[j];
+        turned_low[j] = first[j] * turn.x - second[j] * turn.y;
+        turned_high[j] = second[j] * turn.x + first[j] * turn.y;
+    }
+    mil_store<V>(low, turned_low);
+    mil_store<V>(high, turned_high);
 }
 
-/* Items of a row: pairs of q, pairs of k, entries of k that are not rotated, entries of v. */
-template <typename T>
+template <typename T, int V>
+static __device__ __forceinline__ void
+copy_entries(const T *from, T *to)
+{
+    *reinterpret_cast<mil_vector<T, V> *>(to) = *reinterpret_cast<const mil_vector<T, V> *>(from);
+}
+
+/* Items of a row, V entries each: pairs of q, pairs of k, entries of k that are not rotated, entries of v. */
+template <typename T, int V>
 static __global__ void
 rope_append_kernel(const __grid_constant__ rope_append_arguments a)
 {
@@ -130,7 +147,7 @@ rope_append_kernel(const __grid_constant__ rope_append_arguments a)
     int64_t row = blockIdx.x;
     int sequence = mil_sequence_of(a.rows, row);
     int64_t position = a.rows.past[sequence] + row - a.rows.offsets[sequence];
-    int width = a.kv_heads * a.head_dim, rest = a.head_dim - 2 * a.half;
+    int width = a.kv_heads * a.head_dim, half = a.half / V, rest = a.head_dim / V - 2 * half;
     T *k_cache = (T *)a.caches.k[sequence % CACHES_INLINE],
       *v_cache = (T *)a.caches.v[sequence % CACHES_INLINE];
     if (a.caches.list != NULL) {
@@ -141,27 +158,27 @@ rope_append_kernel(const __grid_constant__ rope_append_arguments a)
     v_cache += position * width;
     const T *k = (const T *)a.k + row * a.k_stride, *v = (const T *)a.v + row * a.v_stride;
     int item = (int)blockIdx.y * THREADS + (int)threadIdx.x;
-    if (item < a.heads * a.half) {
-        int i = item % a.half;
-        T *head = (T *)a.q + row * a.q_stride + item / a.half * a.head_dim;
-        rotate_pair(a, row, (const T *)head, i, head + i, head + i + a.half);
+    if (item < a.heads * half) {
+        int i = item % half * V;
+        T *head = (T *)a.q + row * a.q_stride + item / half * a.head_dim;
+        rotate_pairs<T, V>(a, row, (const T *)head, i, head + i, head + i + a.half);
         return;
     }
-    item -= a.heads * a.half;
-    if (item < a.kv_heads * a.half) {
-        int i = item % a.half, at = item / a.half * a.head_dim;
-        rotate_pair(a, row, k + at, i, k_cache + at + i, k_cache + at + i + a.half);
+    item -= a.heads * half;
+    if (item < a.kv_heads * half) {
+        int i = item % half * V, at = item / half * a.head_dim;
+        rotate_pairs<T, V>(a, row, k + at, i, k_cache + at + i, k_cache + at + i + a.half);
         return;
     }
-    item -= a.kv_heads * a.half;
+    item -= a.kv_heads * half;
     if (item < a.kv_heads * rest) {
-        int at = item / rest * a.head_dim + 2 * a.half + item % rest;
-        k_cache[at] = k[at];
+        int at = item / rest * a.head_dim + 2 * a.half + item % rest * V;
+        copy_entries<T, V>(k + at, k_cache + at);
         return;
     }
     item -= a.kv_heads * rest;
-    if (item < width) {
-        v_cache[item] = v[item];
+    if (item < width / V) {
+        copy_entries<T, V>(v + item * V, v_cache + item * V);
     }
 }
 
@@ -185,8 +202,13 @@ rope_append(mil_context *context, const mil_rope *q, const mil_rope *k, const mi
     MIL_TRY(mil_attention_list_caches(context, append->caches, append->rows.sequences, &a.caches));
     int64_t width = k->heads * k->head_dim, pairs = (q->heads + k->heads) * a.half;
     int64_t items = pairs + k->heads * (k->head_dim - q->rotary) + width;
-    dim3 grid((unsigned)q->rows, (unsigned)mil_ceil_div(items, THREADS));
-    return mil_launch(context, "rope_append", rope_append_kernel<T>, grid, dim3(THREADS), 0, a);
+    constexpr int V = mil_lanes<T>;
+    const bool vectors = a.half % V == 0 && k->head_dim % V == 0 && mil_is_aligned<T>(q->x, q->x_stride) &&
+                         mil_is_aligned<T>(k->x, k->x_stride) &&
+                         mil_is_aligned<T>(append->v, append->kv_stride);
+    const int64_t threads = items / (vectors ? V : 1);
+    return mil_launch(context, "rope_append", vectors ? rope_append_kernel<T, V> : rope_append_kernel<T, 1>,
+                      dim3((unsigned)q->rows, (unsigned)mil_ceil_div(threads, THREADS)), dim3(THREADS), 0, a);
 }
 
 /* Whether the caches are of the activation type, and the two rotations alike. */

@@ -30,11 +30,10 @@
 
 #define THREADS 128
 #define WARPS (THREADS / MIL_WARP)
-#define ELEMENTS 2048                       /* of a piece */
-#define VECTOR 8                            /* channels of a 16-byte access */
-#define SHARE (ELEMENTS / VECTOR / THREADS) /* of such accesses a thread and piece */
-#define TILE 16                             /* states that a quad of lanes has of a channel */
-#define OWN 4                               /* of them a lane */
+#define TOKENS 32 /* of a piece: whole groups of 16 */
+#define VECTOR 8  /* channels of a 16-byte access */
+#define TILE 16   /* states that a quad of lanes has of a channel */
+#define OWN 4     /* of them a lane */
 
 static __device__ __forceinline__ float
 fast_log2(float x)
@@ -74,11 +73,21 @@ polynomial_power(float x)
     return __int_as_float(__float_as_int(p) + (__float_as_int(moved) << 23));
 }
 
+/* The same in its place among other such and mma: batches of it are under way while something else is done. */
+static __device__ __forceinline__ float
+ordered_power(float x)
+{
+    float y;
+    asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 /* d += a b: 16 x 8 by 8 x 8, float32 of which the last 13 bits do not count. */
 static __device__ __forceinline__ void
 multiply_add(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1)
 {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)),
@@ -100,22 +109,22 @@ copy_vector(void *to, const void *from, bool there)
 /* A block's sizes. Pairs: 2 more a warp, so that stores of several warps' and tokens' vectors meet no bank twice. */
 template <int HALVES>
 struct piece_shape {
-    static constexpr int COLUMNS = WARPS * 8 * HALVES, TOKENS = ELEMENTS / COLUMNS, ACROSS = COLUMNS / VECTOR;
+    static constexpr int COLUMNS = WARPS * 8 * HALVES, ACROSS = COLUMNS / VECTOR;
+    static constexpr int SHARE = TOKENS * ACROSS / THREADS; /* vectors of a piece that are a thread's */
     static constexpr int WARP_PAIRS = 8 * HALVES + 2, TOKEN_PAIRS = WARPS * WARP_PAIRS;
-    static_assert(TOKENS % MIL_WINDOW == 0, "pieces are whole groups of 16 tokens");
 };
 
 /* Two pieces' inputs in turns; each thread has its own vectors of them. */
-template <typename T>
+template <typename T, int SHARE>
 struct raw_piece {
     mil_vector<T, VECTOR> x[2][SHARE][THREADS], z[2][SHARE][THREADS], dt[SHARE][THREADS];
 };
 
 template <typename T, int HALVES>
 struct piece_memory {
-    raw_piece<T> *raw;
+    raw_piece<T, piece_shape<HALVES>::SHARE> *raw;
     float2 *pairs;                  /* [TOKENS, TOKEN_PAIRS] */
-    float *B, *C;                   /* [TOKENS, width] */
+    float *B, *C;                   /* [groups, TOKENS, state_dim] */
     mil_vector<T, VECTOR> *columns; /* B and C as given */
 };
 
@@ -124,8 +133,8 @@ static inline size_t
 piece_bytes(int B_width, int C_width)
 {
     using shape = piece_shape<HALVES>;
-    return sizeof(raw_piece<T>) + shape::TOKENS * (shape::TOKEN_PAIRS * sizeof(float2) +
-                                                   (B_width + C_width) * (sizeof(float) + sizeof(T)));
+    return sizeof(raw_piece<T, shape::SHARE>) +
+           TOKENS * (shape::TOKEN_PAIRS * sizeof(float2) + (B_width + C_width) * (sizeof(float) + sizeof(T)));
 }
 
 template <typename T, int HALVES>
@@ -134,15 +143,21 @@ cut_memory(const scan_arguments &a, char *shared)
 {
     using shape = piece_shape<HALVES>;
     piece_memory<T, HALVES> m;
-    m.raw = (raw_piece<T> *)shared;
+    m.raw = (raw_piece<T, shape::SHARE> *)shared;
     m.pairs = (float2 *)(m.raw + 1);
-    m.B = (float *)(m.pairs + shape::TOKENS * shape::TOKEN_PAIRS);
-    m.C = m.B + shape::TOKENS * a.B_width;
-    m.columns = (mil_vector<T, VECTOR> *)(m.C + shape::TOKENS * a.C_width);
+    m.B = (float *)(m.pairs + TOKENS * shape::TOKEN_PAIRS);
+    m.C = m.B + TOKENS * a.B_width;
+    m.columns = (mil_vector<T, VECTOR> *)(m.C + TOKENS * a.C_width);
     return m;
 }
 
 /* ---- pieces ---------------------------------------------------------------------------------------------------------- */
+
+/* The call's rows of the block's sequence. */
+struct piece_rows {
+    int64_t first;
+    int count;
+};
 
 /* What a thread loads and finishes: channels `channel` .. + VECTOR of tokens `token` + k * `apart` of a piece. */
 struct piece_place {
@@ -152,46 +167,63 @@ struct piece_place {
     int B_at, C_at; /* the block's first columns */
 };
 
-/* Asks for the columns of B or C of a piece that starts at `start`. */
-template <typename T>
+/* B or C of a piece that starts at `start`: for each group that the block needs TOKENS times WIDTH columns. `inside`: groups
+ * that there are. */
+template <typename T, int WIDTH>
 static __device__ __forceinline__ void
-ask_for_columns(const T *from, int64_t stride, int width, int inside, int tokens, const mil_span &span,
-                int64_t start, mil_vector<T, VECTOR> *to)
+ask_for_columns(const T *from, int64_t stride, int groups, int inside, const piece_rows &rows, int start,
+                mil_vector<T, VECTOR> *to)
 {
-    const int across = width / VECTOR;
-    for (int e = threadIdx.x; e < tokens * across; e += THREADS) {
-        const int64_t token = start + e / across;
-        const int column = e % across * VECTOR;
-        const bool there = token >= 0 && token < span.count && column < inside;
-        copy_vector(to + e, there ? from + (span.row + token) * stride + column : from, there);
+    constexpr int ACROSS = WIDTH / VECTOR, VECTORS = TOKENS * ACROSS;
+    for (int group = 0; group < groups; group++) {
+#pragma unroll
+        for (int k = 0; k < (VECTORS + THREADS - 1) / THREADS; k++) {
+            const int e = threadIdx.x + k * THREADS;
+            if (VECTORS % THREADS != 0 && e >= VECTORS) {
+                break;
+            }
+            const int token = start + e / ACROSS;
+            const bool there = (unsigned)token < (unsigned)rows.count && group < inside;
+            const T *at = from + (rows.first + token) * stride + group * WIDTH + e % ACROSS * VECTOR;
+            copy_vector(to + group * VECTORS + e, there ? at : from, there);
+        }
     }
 }
 
 /* What the same thread asked for, as float32. */
-template <typename T>
+template <typename T, int WIDTH>
 static __device__ __forceinline__ void
-widen_columns(const mil_vector<T, VECTOR> *from, int width, int tokens, float *to)
+widen_columns(const mil_vector<T, VECTOR> *from, int groups, float *to)
 {
-    for (int e = threadIdx.x; e < tokens * width / VECTOR; e += THREADS) {
-        float value[VECTOR];
-        mil_load<VECTOR>((const T *)(from + e), value);
-        *(float4 *)(to + e * VECTOR) = make_float4(value[0], value[1], value[2], value[3]);
-        *(float4 *)(to + e * VECTOR + 4) = make_float4(value[4], value[5], value[6], value[7]);
+    constexpr int VECTORS = TOKENS * WIDTH / VECTOR;
+    for (int group = 0; group < groups; group++) {
+#pragma unroll
+        for (int k = 0; k < (VECTORS + THREADS - 1) / THREADS; k++) {
+            const int e = threadIdx.x + k * THREADS;
+            if (VECTORS % THREADS != 0 && e >= VECTORS) {
+                break;
+            }
+            float value[VECTOR];
+            mil_load<VECTOR>((const T *)(from + group * VECTORS + e), value);
+            float4 *at = (float4 *)(to + (group * VECTORS + e) * VECTOR);
+            at[0] = make_float4(value[0], value[1], value[2], value[3]);
+            at[1] = make_float4(value[4], value[5], value[6], value[7]);
+        }
     }
 }
 
-template <typename T, int HALVES>
+template <typename T, int K, int HALVES>
 static __device__ __forceinline__ void
-ask_for_piece(const scan_arguments &a, const mil_span &span, const piece_place &p, int64_t start, int turn,
+ask_for_piece(const scan_arguments &a, const piece_rows &rows, const piece_place &p, int start, int turn,
               const piece_memory<T, HALVES> &m)
 {
-    constexpr int TOKENS = piece_shape<HALVES>::TOKENS;
-    if (start < span.count) {
+    constexpr int SHARE = piece_shape<HALVES>::SHARE;
+    if (start < rows.count) {
 #pragma unroll
         for (int k = 0; k < SHARE; k++) {
-            const int64_t token = start + p.token + k * p.apart;
-            const bool there = token >= 0 && token < span.count && p.channel < a.inner;
-            const int64_t row = there ? span.row + token : 0;
+            const int token = start + p.token + k * p.apart;
+            const bool there = (unsigned)token < (unsigned)rows.count && p.channel < a.inner;
+            const int64_t row = there ? rows.first + token : 0;
             const int column = there ? p.channel : 0, source = there ? p.source : 0;
             copy_vector(&m.raw->x[turn][k][threadIdx.x], (const T *)a.x + row * a.x_stride + source, there);
             copy_vector(&m.raw->dt[k][threadIdx.x], (const T *)a.dt + row * a.dt_stride + column, there);
@@ -200,10 +232,12 @@ ask_for_piece(const scan_arguments &a, const mil_span &span, const piece_place &
                             there);
             }
         }
-        ask_for_columns((const T *)a.B + p.B_at, a.B_stride, a.B_width, a.B_groups * a.state_dim - p.B_at,
-                        TOKENS, span, start, m.columns);
-        ask_for_columns((const T *)a.C + p.C_at, a.C_stride, a.C_width, a.C_groups * a.state_dim - p.C_at,
-                        TOKENS, span, start, m.columns + TOKENS * a.B_width / VECTOR);
+        const int B_groups = a.B_width / (TILE * K), C_groups = a.C_width / (TILE * K);
+        ask_for_columns<T, TILE * K>((const T *)a.B + p.B_at, a.B_stride, B_groups,
+                                     a.B_groups - p.B_at / (TILE * K), rows, start, m.columns);
+        ask_for_columns<T, TILE * K>((const T *)a.C + p.C_at, a.C_stride, C_groups,
+                                     a.C_groups - p.C_at / (TILE * K), rows, start,
+                                     m.columns + TOKENS * a.B_width / VECTOR);
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -219,25 +253,34 @@ load_vector(const float *from, float (&to)[VECTOR])
 /* Pairs (dt, dt x) of the thread's part of a piece, zeros where there is no token: those leave H as it is. */
 template <typename T, int HALVES>
 static __device__ __forceinline__ void
-store_pairs(const scan_arguments &a, const mil_span &span, const piece_place &p, int64_t start, int turn,
+store_pairs(const scan_arguments &a, const piece_rows &rows, const piece_place &p, int start, int turn,
             const piece_memory<T, HALVES> &m)
 {
+    constexpr int SHARE = piece_shape<HALVES>::SHARE;
     float bias[VECTOR];
     load_vector(a.dt_bias + min(p.channel, a.inner - VECTOR), bias);
 #pragma unroll
     for (int k = 0; k < SHARE; k++) {
-        const int64_t token = start + p.token + k * p.apart;
-        const bool inside = token >= 0 && token < span.count;
+        const int token = start + p.token + k * p.apart;
+        const bool inside = (unsigned)token < (unsigned)rows.count;
         float x[VECTOR], dt[VECTOR];
         mil_load<VECTOR>(m.raw->x[turn][k][threadIdx.x].at, x);
         mil_load<VECTOR>(m.raw->dt[k][threadIdx.x].at, dt);
         float2 *to = m.pairs + (p.token + k * p.apart) * piece_shape<HALVES>::TOKEN_PAIRS + p.pair;
 #pragma unroll
         for (int i = 0; i < VECTOR; i++) {
-            float step = fast_softplus(fmaf(a.dt_bias_scale, bias[i], dt[i]));
-            step = step < a.dt_min ? a.dt_min : step;
-            step = step > a.dt_max ? a.dt_max : step;
-            step = inside ? step : 0.0f;
+            dt[i] = fast_softplus(fmaf(a.dt_bias_scale, bias[i], dt[i]));
+        }
+        if (a.dt_min > 0.0f || a.dt_max < INFINITY) {
+#pragma unroll
+            for (int i = 0; i < VECTOR; i++) {
+                dt[i] = dt[i] < a.dt_min ? a.dt_min : dt[i];
+                dt[i] = dt[i] > a.dt_max ? a.dt_max : dt[i];
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++) {
+            const float step = inside ? dt[i] : 0.0f;
             to[i * HALVES] = make_float2(step, step * x[i]);
         }
     }
@@ -246,15 +289,16 @@ store_pairs(const scan_arguments &a, const mil_span &span, const piece_place &p,
 /* y of the thread's part of a piece from the sums and what it had loaded. */
 template <typename T, int HALVES>
 static __device__ __forceinline__ void
-finish_piece(const scan_arguments &a, const mil_span &span, const piece_place &p, int64_t start, int turn,
+finish_piece(const scan_arguments &a, const piece_rows &rows, const piece_place &p, int start, int turn,
              const piece_memory<T, HALVES> &m)
 {
+    constexpr int SHARE = piece_shape<HALVES>::SHARE;
     float D[VECTOR];
     load_vector(a.D + min(p.channel, a.inner - VECTOR), D);
 #pragma unroll
     for (int k = 0; k < SHARE; k++) {
-        const int64_t token = start + p.token + k * p.apart;
-        if (token < 0 || token >= span.count || p.channel >= a.inner) {
+        const int token = start + p.token + k * p.apart;
+        if ((unsigned)token >= (unsigned)rows.count || p.channel >= a.inner) {
             continue;
         }
         const float2 *from = m.pairs + (p.token + k * p.apart) * piece_shape<HALVES>::TOKEN_PAIRS + p.pair;
@@ -272,7 +316,7 @@ finish_piece(const scan_arguments &a, const mil_span &span, const piece_place &p
                 y[i] *= fast_silu(z[i]);
             }
         }
-        mil_store<VECTOR>((T *)a.y + (span.row + token) * a.y_stride + p.channel, y);
+        mil_store<VECTOR>((T *)a.y + (rows.first + token) * a.y_stride + p.channel, y);
     }
 }
 
@@ -283,59 +327,78 @@ template <int K, int HALVES>
 struct lane_states {
     float exponent[HALVES][OWN * K]; /* A log2(e) */
     float H[HALVES][OWN * K];
+};
 
-    /* The state numbered i moves on; u: dt x. */
+/* What a token does to a lane's states: H is multiplied by the powers, and dt x B is added. */
+template <int K, int HALVES>
+struct lane_step {
+    float power[HALVES][OWN * K], u[HALVES];
+
+    /* Some of the exponentials, evenly spread, are polynomials. */
     template <int POLYNOMIALS>
-    __device__ __forceinline__ void step(int half, int i, float dt, float u, float B)
+    __device__ __forceinline__ void prepare(const float2 *pairs, const lane_states<K, HALVES> &s)
     {
-        const float x = dt * exponent[half][i];
-        const bool by_polynomial = (half * OWN + i % OWN) * POLYNOMIALS % (OWN * HALVES) >
-                                   OWN * HALVES - 1 - POLYNOMIALS; /* spread evenly */
-        H[half][i] = fmaf(by_polynomial ? polynomial_power(x) : fast_power(x), H[half][i], u * B);
+        float dt[HALVES];
+        if constexpr (HALVES == 2) {
+            const float4 both = *(const float4 *)pairs;
+            dt[0] = both.x, u[0] = both.y, dt[HALVES - 1] = both.z, u[HALVES - 1] = both.w;
+        }
+        else {
+            const float2 pair = *pairs;
+            dt[0] = pair.x, u[0] = pair.y;
+        }
+#pragma unroll
+        for (int i = 0; i < OWN * K; i++) {
+#pragma unroll
+            for (int h = 0; h < HALVES; h++) {
+                const float x = dt[h] * s.exponent[h][i];
+                const bool by_polynomial =
+                    (h * OWN + i % OWN) * POLYNOMIALS % (OWN * HALVES) > OWN * HALVES - 1 - POLYNOMIALS;
+                power[h][i] = by_polynomial ? polynomial_power(x) : ordered_power(x);
+            }
+        }
     }
 };
 
-/* Eight tokens. pairs: the warp's of the first token; B, C: of the lane's first state and the first token. */
+/* Eight tokens. pairs: the lane's of the first token; B, C: of the lane's first state and the first token.  A token's powers
+ * are made while the one before is added up, for they take long to come. */
 template <int K, int HALVES, int POLYNOMIALS>
 static __device__ __forceinline__ void
-run_tokens(float2 *pairs, const float *B, int B_width, const float *C, int C_width, lane_states<K, HALVES> &s)
+run_tokens(float2 *pairs, const float *B, const float *C, lane_states<K, HALVES> &s)
 {
-    constexpr int STRIDE = piece_shape<HALVES>::TOKEN_PAIRS;
+    constexpr int STRIDE = piece_shape<HALVES>::TOKEN_PAIRS, GROUP = 8;
     const int g = threadIdx.x % MIL_WARP / 4, q = threadIdx.x % 4;
     float right[OWN * K], y[4] = {};
+    lane_step<K, HALVES> steps[2];
+    steps[0].template prepare<POLYNOMIALS>(pairs, s);
 #pragma unroll
     for (int k = 0; k < K; k++) {
-        const float4 c = *(const float4 *)(C + g * C_width + k * TILE);
+        const float4 c = *(const float4 *)(C + (g * K + k) * TILE);
         right[OWN * k] = c.x, right[OWN * k + 1] = c.y, right[OWN * k + 2] = c.z, right[OWN * k + 3] = c.w;
     }
 #pragma unroll
-    for (int t = 0; t < 8; t++) {
-        float2 pair[2];
-        if constexpr (HALVES == 2) {
-            const float4 both = *(const float4 *)(pairs + t * STRIDE + g * HALVES);
-            pair[0] = make_float2(both.x, both.y);
-            pair[1] = make_float2(both.z, both.w);
-        }
-        else {
-            pair[0] = pairs[t * STRIDE + g];
-        }
-        float sum[4] = {};
+    for (int t = 0; t < GROUP; t++) {
+        const lane_step<K, HALVES> &step = steps[t % 2];
+        float sum[4] = {}, b[OWN * K];
 #pragma unroll
         for (int k = 0; k < K; k++) {
-            const float4 four = *(const float4 *)(B + t * B_width + k * TILE);
-            const float b[OWN] = {four.x, four.y, four.z, four.w};
+            const float4 four = *(const float4 *)(B + (t * K + k) * TILE);
+            b[OWN * k] = four.x, b[OWN * k + 1] = four.y, b[OWN * k + 2] = four.z, b[OWN * k + 3] = four.w;
+        }
+        if (t + 1 < GROUP) {
+            steps[(t + 1) % 2].template prepare<POLYNOMIALS>(pairs + (t + 1) * STRIDE, s);
+        }
 #pragma unroll
-            for (int j = 0; j < OWN; j++) {
+        for (int i = 0; i < OWN * K; i++) {
 #pragma unroll
-                for (int h = 0; h < HALVES; h++) {
-                    s.template step<POLYNOMIALS>(h, OWN * k + j, pair[h].x, pair[h].y, b[j]);
-                }
+            for (int h = 0; h < HALVES; h++) {
+                s.H[h][i] = fmaf(step.power[h][i], s.H[h][i], step.u[h] * b[i]);
             }
+        }
 #pragma unroll
-            for (int i = OWN * k; i < OWN * k + OWN; i += 2) {
-                multiply_add(sum, s.H[0][i], HALVES == 2 ? s.H[HALVES - 1][i] : 0.0f, s.H[0][i + 1],
-                             HALVES == 2 ? s.H[HALVES - 1][i + 1] : 0.0f, right[i], right[i + 1]);
-            }
+        for (int i = 0; i < OWN * K; i += 2) {
+            multiply_add(sum, s.H[0][i], HALVES == 2 ? s.H[HALVES - 1][i] : 0.0f, s.H[0][i + 1],
+                         HALVES == 2 ? s.H[HALVES - 1][i + 1] : 0.0f, right[i], right[i + 1]);
         }
         if (q == t / 2) { /* the token's column */
             y[t % 2] = sum[t % 2];
@@ -343,10 +406,11 @@ run_tokens(float2 *pairs, const float *B, int B_width, const float *C, int C_wid
         }
     }
     __syncwarp(); /* all lanes have read these pairs */
+    float2 *to = pairs + 2 * q * STRIDE;
 #pragma unroll
     for (int h = 0; h < HALVES; h++) {
-        pairs[2 * q * STRIDE + g * HALVES + h].x = y[2 * h];
-        pairs[(2 * q + 1) * STRIDE + g * HALVES + h].x = y[2 * h + 1];
+        to[h].x = y[2 * h];
+        to[STRIDE + h].x = y[2 * h + 1];
     }
 }
 
@@ -364,7 +428,8 @@ replay_tail(const scan_arguments &a, const mil_span &span, const mil_tails &tail
             const float x = tails.x[(int64_t)token * (a.inner / a.x_repeat) + source_of(a, c[h])];
 #pragma unroll
             for (int i = 0; i < OWN * K; i++) {
-                s.template step<0>(h, i, dt, dt * x, B[i / OWN * TILE + i % OWN]);
+                s.H[h][i] =
+                    fmaf(fast_power(dt * s.exponent[h][i]), s.H[h][i], dt * x * B[i / OWN * TILE + i % OWN]);
             }
         }
     }
@@ -373,9 +438,10 @@ replay_tail(const scan_arguments &a, const mil_span &span, const mil_tails &tail
 /* Grid: blocks of channels, sequences. TILE * K is state_dim. */
 template <typename T, int K, int HALVES, int POLYNOMIALS>
 static __global__ void
-__launch_bounds__(THREADS, K == 1   ? 5
-                           : K == 2 ? 4
-                                    : 3)
+__launch_bounds__(THREADS, K == 4        ? 3
+                           : K == 2      ? 4
+                           : HALVES == 2 ? 5
+                                         : 8)
     scan_pieces_kernel(const __grid_constant__ scan_arguments a, const __grid_constant__ mil_states states)
 {
     using shape = piece_shape<HALVES>;
@@ -396,7 +462,11 @@ __launch_bounds__(THREADS, K == 1   ? 5
     p.pair = column / (8 * HALVES) * shape::WARP_PAIRS + in_warp % 8 * HALVES + in_warp / 8;
     p.B_at = channel / B_run * a.state_dim;
     p.C_at = channel / C_run * a.state_dim;
-    const int B_own = own / B_run * a.state_dim - p.B_at + n, C_own = own / C_run * a.state_dim - p.C_at + n;
+    const int B_groups = a.B_width / (TILE * K), C_groups = a.C_width / (TILE * K);
+    const int B_group = own / B_run - channel / B_run, C_group = own / C_run - channel / C_run;
+    const float *B = m.B + B_group * TOKENS * TILE * K + n, /* the lane's */
+        *C = m.C + C_group * TOKENS * TILE * K + n;
+    float2 *pairs = m.pairs + warp * shape::WARP_PAIRS + lane / 4 * HALVES;
     int c[HALVES];
     lane_states<K, HALVES> s;
 #pragma unroll
@@ -410,12 +480,14 @@ __launch_bounds__(THREADS, K == 1   ? 5
         }
     }
     mil_wait();
-    const mil_span span = mil_span_of(a.rows, a.first + blockIdx.y);
+    mil_span span = mil_span_of(a.rows, a.first + blockIdx.y);
     if (span.count < a.least) {
         return;
     }
-    int64_t start = -(int64_t)(span.before % MIL_WINDOW); /* token of this call at which the piece begins */
-    ask_for_piece<T, HALVES>(a, span, p, start, 0, m);
+    const piece_rows rows = {span.row, (int)span.count};
+    const int kept = (int)(span.after - span.past); /* token before which the state is to be kept */
+    int start = -(span.before % MIL_WINDOW);        /* token at which the piece begins */
+    ask_for_piece<T, K, HALVES>(a, rows, p, start, 0, m);
     auto each_state = [&](auto move) {
 #pragma unroll
         for (int h = 0; h < HALVES; h++) {
@@ -427,31 +499,30 @@ __launch_bounds__(THREADS, K == 1   ? 5
     };
     if (state != NULL) {
         each_state([](float &kept, float &H) { H = kept; });
-        replay_tail<K, HALVES>(a, span, tails, c, p.B_at + B_own, s);
+        replay_tail<K, HALVES>(a, span, tails, c, p.B_at + B_group * TILE * K + n, s);
     }
-    for (int turn = 0; start < span.count; start += shape::TOKENS, turn ^= 1) {
+    for (int turn = 0; start < rows.count; start += TOKENS, turn ^= 1) {
         asm volatile("cp.async.wait_group 0;" ::: "memory");
-        widen_columns(m.columns, a.B_width, shape::TOKENS, m.B);
-        widen_columns(m.columns + shape::TOKENS * a.B_width / VECTOR, a.C_width, shape::TOKENS, m.C);
-        store_pairs<T, HALVES>(a, span, p, start, turn, m);
-        ask_for_piece<T, HALVES>(a, span, p, start + shape::TOKENS, turn ^ 1, m);
+        widen_columns<T, TILE * K>(m.columns, B_groups, m.B);
+        widen_columns<T, TILE * K>(m.columns + TOKENS * a.B_width / VECTOR, C_groups, m.C);
+        store_pairs<T, HALVES>(a, rows, p, start, turn, m);
+        ask_for_piece<T, K, HALVES>(a, rows, p, start + TOKENS, turn ^ 1, m);
         __syncthreads();
 #pragma unroll 1
-        for (int t = 0; t < shape::TOKENS; t += 8) {
-            run_tokens<K, HALVES, POLYNOMIALS>(m.pairs + t * shape::TOKEN_PAIRS + warp * shape::WARP_PAIRS,
-                                               m.B + t * a.B_width + B_own, a.B_width,
-                                               m.C + t * a.C_width + C_own, a.C_width, s);
-            if (state != NULL && span.past + start + t + 8 == span.after &&
-                channel + warp * 8 * HALVES < a.inner) {
+        for (int t = 0; t < TOKENS; t += 8) {
+            run_tokens<K, HALVES, POLYNOMIALS>(pairs + t * shape::TOKEN_PAIRS, B + t * TILE * K,
+                                               C + t * TILE * K, s);
+            if (state != NULL && start + t + 8 == kept && channel + warp * 8 * HALVES < a.inner) {
                 each_state([](float &kept, float &H) { kept = H; });
             }
         }
         __syncthreads();
-        finish_piece<T, HALVES>(a, span, p, start, turn,
+        finish_piece<T, HALVES>(a, rows, p, start, turn,
                                 m); /* what it reads it writes in the next round itself */
     }
     mil_trigger();
     if (state != NULL) {
+        span = mil_span_of(a.rows, a.first + blockIdx.y); /* again: registers are scarce above */
         move_tails<T, shape::COLUMNS>(a, span, tails, channel);
     }
 }
@@ -483,7 +554,7 @@ static mil_status
 choose_halves(mil_context *context, const scan_arguments &a, const mil_states &states, int64_t sequences)
 {
     const int64_t enough = 1 << 10; /* warps: two on each scheduler */
-    if (!shares_columns(a, 16) || sequences * a.inner / 16 < enough) {
+    if (!shares_columns(a, 16) || getenv("MIL_SCAN_HALF") != NULL || sequences * a.inner / 16 < enough) {
         return a.state_dim == 16   ? launch_pieces<T, 1, 1, 1>(context, a, states, sequences)
                : a.state_dim == 32 ? launch_pieces<T, 2, 1, 1>(context, a, states, sequences)
                                    : launch_pieces<T, 4, 1, 1>(context, a, states, sequences);

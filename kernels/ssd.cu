@@ -27,9 +27,8 @@
  * Few long sequences are cut into segments, so that there are blocks enough: a first launch runs the folds alone from
  * H = 0 in each segment, a second one chains them, and then every segment starts from its true state.
  */
-#include "ssd.cuh"
+#include "ssd_chunks.cuh"
 
-#define CHUNK 64
 #define CHUNK_THREADS 128
 
 /* Element of a tile in shared memory whose rows are `units` times 16 bytes: units are permuted by row, so that eight
@@ -41,33 +40,11 @@ unit_at(T *tile, int units, int row, int unit)
     return tile + (row * units + (unit ^ (row & 7))) * 8;
 }
 
-static __device__ __forceinline__ unsigned
-shared_address(const void *pointer)
-{
-    return (unsigned)__cvta_generic_to_shared(pointer);
-}
-
-/* 16 bytes on their way from memory, or zeros. */
-static __device__ __forceinline__ void
-copy_unit(void *to, const void *from, bool there)
-{
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-                 "r"(there ? 16 : 0));
-}
-
 /* Four 8 x 8 matrices; lane l gives the address of row l % 8 of matrix l / 8. */
 static __device__ __forceinline__ void
 load_matrices(const void *row, uint32_t (&to)[4])
 {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(shared_address(row)));
-}
-
-static __device__ __forceinline__ void
-load_matrices_transposed(const void *row, uint32_t (&to)[4])
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                  : "r"(shared_address(row)));
 }
@@ -93,53 +70,17 @@ multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-template <typename T>
-static __device__ __forceinline__ uint32_t
-pack(float low, float high)
-{
-    mil_vector<T, 2> v = {{mil_round<T>(low), mil_round<T>(high)}};
-    return *reinterpret_cast<uint32_t *>(&v);
-}
-
-template <typename T>
-static __device__ __forceinline__ float2
-unpack(uint32_t bits)
-{
-    mil_vector<T, 2> v = *reinterpret_cast<mil_vector<T, 2> *>(&bits);
-    return make_float2(mil_float(v.at[0]), mil_float(v.at[1]));
-}
-
-static __device__ __forceinline__ float
-fast_power(float x)
-{
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-/* A chunk's inputs, and what its tokens' dt give. */
+/* A chunk's inputs. */
 template <typename T, int P, int N>
 struct alignas(128) chunk_inputs {
     T x[CHUNK * P], B[CHUNK * N], C[CHUNK * N];
-    float2 sum[CHUNK]; /* of dt A log2(e) up to a token, as two floats */
-    float dt[CHUNK];
-    float from_start[CHUNK]; /* h_i */
-    float to_end[CHUNK];     /* W[last, s] dt_s; 0 after the last token to be folded */
-    float last;              /* h_last */
+    chunk_decays decays;
 };
 
 template <typename T, int P, int N>
 struct chunk_memory {
     chunk_inputs<T, P, N> inputs[2];
     T scores[CHUNK * CHUNK];
-};
-
-struct chunk_arguments {
-    ssd_arguments ssd;
-    int segments, segment_chunks;
-    float *
-        segment_states; /* [sequences, heads, segments, N, P]: what each adds from 0; then what each starts from */
-    float *segment_decays; /* [sequences, heads, segments] */
 };
 
 /* One of a chunk's tiles [CHUNK, WIDTH]: tokens from `start` after the boundary on. */
@@ -168,64 +109,6 @@ ask_for_tile(T *tile, const T *rows, int64_t stride, const float *tail, int64_t 
     }
 }
 
-/* dt of two tokens a lane, raw from the activations or done from the tail; 0 where there is no token. */
-template <typename T>
-static __device__ __forceinline__ void
-ask_for_dt(const ssd_arguments &a, const mil_span &span, const float *tail, int head, int64_t start,
-           int64_t total, float (&dt)[2])
-{
-#pragma unroll
-    for (int k = 0; k < 2; k++) {
-        int64_t token = start + 2 * (threadIdx.x % MIL_WARP) + k;
-        dt[k] = token < span.before ? tail[token * a.heads + head]
-                : token < total
-                    ? mil_float(((const T *)a.dt)[(span.row + token - span.before) * a.dt_stride + head])
-                    : 0.0f;
-    }
-}
-
-/* Sums, decays and weights of a chunk from its dt, by one warp. `folded`: tokens of the chunk that a fold takes. */
-template <typename T, int P, int N>
-static __device__ __forceinline__ void
-fill_decays(const ssd_arguments &a, const mil_span &span, int64_t start, int64_t total, int folded,
-            float exponent, float bias, const float (&raw)[2], chunk_inputs<T, P, N> &in)
-{
-    const int lane = threadIdx.x % MIL_WARP;
-    const double least = -1e4; /* 2^least is 0, and sums of it are far from overflow */
-    float dt[2];
-    double sum[2];
-#pragma unroll
-    for (int k = 0; k < 2; k++) {
-        int64_t token = start + 2 * lane + k;
-        dt[k] =
-            token < span.before || token >= total ? raw[k] : mil_time_step(raw[k] + bias, a.dt_min, a.dt_max);
-        sum[k] = fmax((double)(dt[k] * exponent), least);
-    }
-    sum[1] += sum[0];
-    double running = sum[1];
-#pragma unroll
-    for (int step = 1; step < MIL_WARP; step *= 2) {
-        double below = __shfl_up_sync(MIL_ALL_LANES, running, step);
-        running += lane >= step ? below : 0.0;
-    }
-    double before = running - sum[1];
-    sum[0] += before;
-    sum[1] += before;
-    double end = __shfl_sync(MIL_ALL_LANES, folded % 2 == 0 ? sum[1] : sum[0], max(0, (folded - 1) / 2));
-#pragma unroll
-    for (int k = 0; k < 2; k++) {
-        int s = 2 * lane + k;
-        float high = (float)sum[k];
-        in.sum[s] = make_float2(high, (float)(sum[k] - (double)high));
-        in.dt[s] = dt[k];
-        in.from_start[s] = fast_power(high);
-        in.to_end[s] = s < folded ? fast_power((float)(end - sum[k])) * dt[k] : 0.0f;
-    }
-    if (lane == 0) {
-        in.last = fast_power((float)end);
-    }
-}
-
 /* 16 rows of scores from `row` on, weighted and rounded, into `scores`. */
 template <typename T, int P, int N>
 static __device__ __forceinline__ void
@@ -248,7 +131,7 @@ fill_scores(const chunk_inputs<T, P, N> &in, int row, T *scores)
             }
         }
     }
-    const float2 top = in.sum[row + lane / 4], bottom = in.sum[row + lane / 4 + 8];
+    const float2 top = in.decays.sum[row + lane / 4], bottom = in.decays.sum[row + lane / 4 + 8];
 #pragma unroll
     for (int t = 0; t < CHUNK / 8; t++) {
         if (t < 2 * pairs) {
@@ -256,9 +139,9 @@ fill_scores(const chunk_inputs<T, P, N> &in, int row, T *scores)
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 int i = row + lane / 4 + e / 2 * 8, s = 8 * t + lane % 4 * 2 + e % 2;
-                float2 own = e < 2 ? top : bottom, other = in.sum[s];
+                float2 own = e < 2 ? top : bottom, other = in.decays.sum[s];
                 float decay = fast_power((own.x - other.x) + (own.y - other.y));
-                value[e] = s <= i ? decay * in.dt[s] * sum[t][e] : 0.0f;
+                value[e] = s <= i ? decay * in.decays.dt[s] * sum[t][e] : 0.0f;
             }
             *(uint32_t *)(unit_at(scores, CHUNK / 8, row + lane / 4, t) + lane % 4 * 2) =
                 pack<T>(value[0], value[1]);
@@ -316,7 +199,7 @@ compute_output(const chunk_inputs<T, P, N> &in, const T *scores, int row, int pa
     }
 #pragma unroll
     for (int t = 0; t < PART / 8; t++) {
-        float2 h = *(const float2 *)(in.from_start + part * PART + 8 * t + lane % 4 * 2);
+        float2 h = *(const float2 *)(in.decays.from_start + part * PART + 8 * t + lane % 4 * 2);
 #pragma unroll
         for (int m = 0; m < M_TILES; m++) {
 #pragma unroll
@@ -367,7 +250,7 @@ static __device__ __forceinline__ void
 fold_chunk(const chunk_inputs<T, P, N> &in, int row, float (&H)[M_TILES][N / 8][4])
 {
     const int lane = threadIdx.x % MIL_WARP;
-    const float last = in.last;
+    const float last = in.decays.last;
 #pragma unroll
     for (int m = 0; m < M_TILES; m++) {
 #pragma unroll
@@ -384,7 +267,7 @@ fold_chunk(const chunk_inputs<T, P, N> &in, int row, float (&H)[M_TILES][N / 8][
         load_x<T, P, M_TILES>(in.x, row, k, x);
 #pragma unroll
         for (int q = 0; q < 4; q++) {
-            float2 weight = *(const float2 *)(in.to_end + 16 * k + q / 2 * 8 + lane % 4 * 2);
+            float2 weight = *(const float2 *)(in.decays.to_end + 16 * k + q / 2 * 8 + lane % 4 * 2);
 #pragma unroll
             for (int m = 0; m < M_TILES; m++) {
                 float2 value = unpack<T>(x[m][q]);
@@ -535,7 +418,8 @@ __launch_bounds__(CHUNK_THREADS, N > 128 ? 1 : 2)
     ask(first + 1);
     if (warp == 0) {
         ask_for_dt<T>(a, span, tails.dt, p.head, first * CHUNK, total, dt);
-        fill_decays(a, span, first * CHUNK, total, folded_of(first), exponent, bias, dt, m.inputs[first % 2]);
+        fill_decays(a, span, first * CHUNK, total, folded_of(first), exponent, bias, dt,
+                    m.inputs[first % 2].decays);
         ask_for_dt<T>(a, span, tails.dt, p.head, (first + 1) * CHUNK, total, dt);
     }
     float H[M_TILES][N / 8][4];
@@ -548,10 +432,10 @@ __launch_bounds__(CHUNK_THREADS, N > 128 ? 1 : 2)
         if (warp == 0) { /* the next chunk's decays; its dt were asked for a chunk ago */
             if constexpr (!OUTPUT) {
                 int at = folded_of(chunk) - 1;
-                log_decay += (double)in.sum[at].x + (double)in.sum[at].y;
+                log_decay += (double)in.decays.sum[at].x + (double)in.decays.sum[at].y;
             }
             fill_decays(a, span, (chunk + 1) * CHUNK, total, folded_of(chunk + 1), exponent, bias, dt,
-                        m.inputs[(chunk + 1) % 2]);
+                        m.inputs[(chunk + 1) % 2].decays);
             ask_for_dt<T>(a, span, tails.dt, p.head, (chunk + 2) * CHUNK, total, dt);
         }
         uint32_t Y[2][M_TILES][PART / 8][2]; /* of Y^T, rounded */
@@ -616,11 +500,11 @@ ssd_segments_kernel(const __grid_constant__ chunk_arguments c, const __grid_cons
 
 /* ---- launches --------------------------------------------------------------------------------------------------- */
 
-/* How many segments of how many chunks: as many as fill the chip, but no short ones. */
+/* How many segments of how many chunks: as many as fill the chip with `enough` blocks, but no short ones. */
 static void
-cut_segments(chunk_arguments *c, int64_t blocks, int64_t longest)
+cut_segments(chunk_arguments *c, int64_t blocks, int64_t enough, int64_t longest)
 {
-    const int64_t enough = 256, shortest = 8; /* blocks; chunks */
+    const int64_t shortest = 8; /* chunks */
     int64_t chunks = mil_ceil_div(longest + MIL_TAIL, CHUNK), segments = enough / blocks;
     segments = segments < chunks / shortest ? segments : chunks / shortest;
     segments = segments < 1 ? 1 : segments;
@@ -630,22 +514,18 @@ cut_segments(chunk_arguments *c, int64_t blocks, int64_t longest)
 
 template <typename T, int N, int M_TILES>
 static mil_status
-run_chunks(mil_context *context, const chunk_arguments &c, const mil_states &states, int64_t sequences)
+launch_chunks(mil_context *context, const chunk_arguments *c, const mil_states *states, int64_t sequences,
+              bool outputs)
 {
-    const ssd_arguments &a = c.ssd;
-    const size_t shared = sizeof(chunk_memory<T, 64 * M_TILES, N>);
-    dim3 grid((unsigned)(c.segments * a.slices), (unsigned)a.heads, (unsigned)sequences),
-        threads(CHUNK_THREADS);
-    if (c.segments > 1) {
-        dim3 parts((unsigned)mil_ceil_div((int64_t)a.state_dim * a.head_dim, 256), (unsigned)a.heads,
-                   (unsigned)sequences);
-        MIL_TRY(mil_launch(context, "ssd", ssd_chunks_kernel<T, N, M_TILES, false>, grid, threads, shared, c,
-                           states));
-        MIL_TRY(mil_launch(context, "ssd", ssd_segments_kernel, parts, dim3(256), 0, c, states));
-    }
-    return mil_launch(context, "ssd", ssd_chunks_kernel<T, N, M_TILES, true>, grid, threads, shared, c,
-                      states);
+    const dim3 grid((unsigned)(c->segments * c->ssd.slices), (unsigned)c->ssd.heads, (unsigned)sequences);
+    return mil_launch(
+        context, "ssd",
+        outputs ? ssd_chunks_kernel<T, N, M_TILES, true> : ssd_chunks_kernel<T, N, M_TILES, false>, grid,
+        dim3(CHUNK_THREADS), sizeof(chunk_memory<T, 64 * M_TILES, N>), *c, *states);
 }
+
+typedef mil_status (*chunk_launcher)(mil_context *context, const chunk_arguments *c, const mil_states *states,
+                                     int64_t sequences, bool outputs);
 
 /* Whether tensor cores can take the shape. */
 template <typename T>
@@ -658,31 +538,46 @@ takes_chunks(const ssd_arguments &a)
            mil_is_aligned<T>(a.C, a.C_stride) && mil_is_aligned<T>(a.y, a.y_stride);
 }
 
+/* Where there are segments: what each adds, what each starts from, and then the outputs. */
+static mil_status
+run_segments(mil_context *context, chunk_arguments *c, const mil_states &states, int64_t sequences,
+             chunk_launcher launch)
+{
+    const ssd_arguments &a = c->ssd;
+    if (c->segments > 1) {
+        const int64_t count = sequences * a.heads * c->segments, size = (int64_t)a.state_dim * a.head_dim;
+        MIL_TRY(MIL_PUSH(context->scratch, count * size, float, &c->segment_states));
+        MIL_TRY(MIL_PUSH(context->scratch, count, float, &c->segment_decays));
+        MIL_TRY(launch(context, c, &states, sequences, false));
+        MIL_TRY(mil_launch(context, "ssd", ssd_segments_kernel,
+                           dim3((unsigned)mil_ceil_div(size, 256), (unsigned)a.heads, (unsigned)sequences),
+                           dim3(256), 0, *c, states));
+    }
+    return launch(context, c, &states, sequences, true);
+}
+
 template <typename T>
 static mil_status
-launch_chunks(mil_context *context, const ssd_arguments &a, const mil_states &states, int64_t sequences,
-              int64_t longest)
+run_chunks(mil_context *context, const ssd_arguments &a, const mil_states &states, int64_t sequences,
+           int64_t longest)
 {
     const bool wide = a.head_dim % 128 == 0 && a.state_dim == 128;
+    chunk_launcher launch = wide                 ? launch_chunks<T, 128, 2>
+                            : a.state_dim == 64  ? launch_chunks<T, 64, 1>
+                            : a.state_dim == 128 ? launch_chunks<T, 128, 1>
+                                                 : launch_chunks<T, 256, 1>;
+    chunk_blocks blocks = {false, a.head_dim / (wide ? 128 : 64)};
+    int64_t enough = 256; /* two on a multiprocessor */
+    if (mil_ssd_hopper_takes(context, &a, &blocks)) {
+        launch = mil_ssd_hopper;
+        enough = 132;
+    }
     chunk_arguments c = {};
     c.ssd = a;
-    c.ssd.slices = a.head_dim / (wide ? 128 : 64);
-    cut_segments(&c, sequences * a.heads * c.ssd.slices, longest);
+    c.ssd.slices = blocks.slices;
+    cut_segments(&c, sequences * a.heads * blocks.slices / (blocks.pairs ? 2 : 1), enough, longest);
     mil_arena_mark mark = mil_arena_get_mark(context->scratch);
-    mil_status status = MIL_OK;
-    if (c.segments > 1) {
-        int64_t count = sequences * a.heads * c.segments;
-        status = MIL_PUSH(context->scratch, count * a.state_dim * a.head_dim, float, &c.segment_states);
-        if (status == MIL_OK) {
-            status = MIL_PUSH(context->scratch, count, float, &c.segment_decays);
-        }
-    }
-    if (status == MIL_OK) {
-        status = (wide                 ? run_chunks<T, 128, 2>
-                  : a.state_dim == 64  ? run_chunks<T, 64, 1>
-                  : a.state_dim == 128 ? run_chunks<T, 128, 1>
-                                       : run_chunks<T, 256, 1>)(context, c, states, sequences);
-    }
+    mil_status status = run_segments(context, &c, states, sequences, launch);
     mil_arena_rewind(context->scratch, mark);
     return status;
 }
@@ -727,7 +622,7 @@ ssd(mil_context *context, const mil_ssd *s)
         }
         if constexpr (sizeof(T) == 2) {
             a.least = MIL_WINDOW + 1;
-            MIL_TRY(chunks ? launch_chunks<T>(context, a, states, count, longest) : MIL_OK);
+            MIL_TRY(chunks ? run_chunks<T>(context, a, states, count, longest) : MIL_OK);
         }
     }
     return MIL_OK;

@@ -2,6 +2,8 @@
  *
  * Shapes of a Mamba 2.8B (inner 5120), of an 8B hybrid (4096, B of 64 groups and C of 256, as MambaInLlama has it),
  * and the issue's prompt shape.
+ *
+ *   scan [prompts of this shape alone]
  */
 #include "timing.h"
 
@@ -77,7 +79,7 @@ time_shape(harness *h, const scan_shape *s, int64_t sequences, int64_t count, in
 }
 
 int
-main(void)
+main(int argc, char **argv)
 {
     static const scan_shape shapes[] = {
         {"2.8B", 5120, 16, 1, 1}, {"8B", 4096, 16, 64, 256}, {"issue", 4096, 16, 1, 1}};
@@ -85,7 +87,7 @@ main(void)
     harness_begin(&h, MIL_BF16);
     copy_rate = timing_copy_rate(&h);
     printf("copy: %.0f GB/s\n", copy_rate * 1e-9);
-    for (size_t i = 0; i < 2; i++) {
+    for (size_t i = 0; argc < 2 && i < 2; i++) {
         time_shape(&h, &shapes[i], 1, 1, 8, true);
         time_shape(&h, &shapes[i], 1, 5, 8, true);
         time_shape(&h, &shapes[i], 1, 9, 8, true);
@@ -95,8 +97,10 @@ main(void)
         time_shape(&h, &shapes[i], 1, 512, 0, true);
     }
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
-        time_shape(&h, &shapes[i], 8, 2048, 0, false);
-        time_shape(&h, &shapes[i], 1, 16384, 0, false);
+        if (argc < 2 || strcmp(argv[1], shapes[i].name) == 0) {
+            time_shape(&h, &shapes[i], 8, 2048, 0, false);
+            time_shape(&h, &shapes[i], 1, 16384, 0, false);
+        }
     }
     harness_close(&h);
     return 0;

@@ -2,6 +2,8 @@
  *
  * Shapes of an 8B hybrid (32 heads of 128, state 128, x and B of 8 heads, C of 32), of a Mamba-2 2.7B (80 heads of
  * 64), and the issue's prompt shape (every head its own x, B, C in one group).
+ *
+ *   ssd [prompts of this shape alone]
  */
 #include "timing.h"
 
@@ -105,7 +107,7 @@ time_shape(harness *h, const ssd_shape *s, int64_t sequences, int64_t count, int
 }
 
 int
-main(void)
+main(int argc, char **argv)
 {
     static const ssd_shape shapes[] = {
         {"8B", 32, 128, 128, 8, 8, 32}, {"2.7B", 80, 64, 128, 80, 1, 1}, {"issue", 32, 128, 128, 32, 1, 1}};
@@ -113,7 +115,7 @@ main(void)
     harness_begin(&h, MIL_BF16);
     copy_rate = timing_copy_rate(&h);
     printf("copy: %.0f GB/s\n", copy_rate * 1e-9);
-    for (size_t i = 0; i < 2; i++) {
+    for (size_t i = 0; argc < 2 && i < 2; i++) {
         time_shape(&h, &shapes[i], 1, 1, 8, true);
         time_shape(&h, &shapes[i], 1, 5, 8, true);
         time_shape(&h, &shapes[i], 1, 9, 8, true);
@@ -124,8 +126,10 @@ main(void)
         time_shape(&h, &shapes[i], 1, 512, 0, true);
     }
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
-        time_shape(&h, &shapes[i], 8, 2048, 0, false);
-        time_shape(&h, &shapes[i], 1, 16384, 0, false);
+        if (argc < 2 || strcmp(argv[1], shapes[i].name) == 0) {
+            time_shape(&h, &shapes[i], 8, 2048, 0, false);
+            time_shape(&h, &shapes[i], 1, 16384, 0, false);
+        }
     }
     harness_close(&h);
     return 0;

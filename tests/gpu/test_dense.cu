@@ -453,6 +453,9 @@ test_norms(harness *h)
     test_norm(h, 2, 3072, 3072, true, false, false);
     test_norm(h, 5, 512, 64, true, true, false);
     test_norm(h, 2, 14, 7, true, true, true);
+    test_norm(h, 1100, 4096, 4096, false, false, false);
+    test_norm(h, 1030, 1032, 1032, true, false, false);
+    test_norm(h, 1025, 5003, 5003, false, false, false);
 }
 
 /* ---- rotations ------------------------------------------------------------------------------------------------------ */
