@@ -612,3 +612,79 @@ test_draft_burst_failures(void)
     small_model_release(&d);
     small_model_release(&m);
 }
+
+/* One text on a lent state, ended by the caller once it has `most` tokens (or at its own end). */
+static mil_status
+run_until(const mil_model *model, const setting *with, const int32_t *prompt, int64_t prompt_count,
+          int64_t max_new_tokens, int64_t most, mil_state *state, mil_generation *out)
+{
+    mil_arena scratch = {0}, host = {0};
+    mil_context context = {.ops = model->ops, .scratch = &scratch, .host = &host, .threads = 1};
+    mil_engine engine = {0};
+    mil_engine_options options = {
+        .model = model, .max_batch = 1, .draft_kind = with->draft_kind, .draft = with->draft};
+    mil_request request = {
+        .prompt = prompt,
+        .prompt_count = prompt_count,
+        .max_new_tokens = max_new_tokens,
+        .sampling = MIL_SAMPLING_DEFAULT,
+        .draft_tokens = with->drafts,
+        .fixed_draft = true,
+        .state = state,
+    };
+    mil_status status = mil_engine_init(&engine, &options);
+    played.engine = &engine;
+    status = status == MIL_OK ? mil_engine_submit(&engine, &request) : status;
+    while (status == MIL_OK && mil_engine_pending(&engine) > 0) {
+        int64_t fresh;
+        status = mil_engine_round(&engine, &context);
+        const mil_generation *g = engine.running_count > 0 ? mil_engine_look(&engine, 0, &fresh) : NULL;
+        if (status == MIL_OK && g != NULL && fresh > 0 && g->count >= most) { /* its own end or not */
+            status = mil_engine_cut(&engine, 0, fresh - (g->count - most), MIL_FINISH_CANCELLED);
+        }
+    }
+    *out = status == MIL_OK ? mil_engine_take(&engine, 0) : (mil_generation){0};
+    mil_engine_release(&engine);
+    mil_arena_release(&scratch);
+    mil_arena_release(&host);
+    return status;
+}
+
+/* Texts that the caller ends in the middle of a burst: their states go on from there. */
+void
+test_bursts_are_cut(void)
+{
+    enum { FREE = 60, MORE = 12 };
+    small_model m, d;
+    CHECK_OK(small_model_init(&m, 0.0f));
+    CHECK_OK(small_model_init(&d, 0.05f));
+    mil_ops ops = played_table();
+    m.model.ops = d.model.ops = &ops;
+    played.bad_after = -1;
+    mil_generation whole;
+    setting none = {0};
+    CHECK_OK(run_until(&m.model, &none, prompts[0], prompt_counts[0], FREE, FREE, NULL, &whole));
+    for (int64_t most = 1; most + MORE <= FREE; most++) {
+        setting with = {
+            .draft_kind = (mil_draft_kind)(most % 3),
+            .draft = most % 3 == MIL_DRAFT_MODEL ? &d.model : NULL,
+            .drafts = 1 + most % 5,
+        };
+        mil_state state;
+        mil_generation cut, rest;
+        CHECK_OK(mil_state_init(&state, &m.model, 0));
+        CHECK_OK(run_until(&m.model, &with, prompts[0], prompt_counts[0], FREE, most, &state, &cut));
+        int64_t length = prompt_counts[0] + most;
+        CHECK(cut.finish == MIL_FINISH_CANCELLED && cut.count == most && state.length <= length);
+        CHECK(memcmp(cut.tokens, whole.tokens, (size_t)length * sizeof *cut.tokens) == 0);
+        CHECK_OK(run_until(&m.model, &none, cut.tokens, length, MORE, MORE, &state, &rest));
+        CHECK(rest.stats.cached_tokens >= length - 1 &&
+              memcmp(rest.tokens, whole.tokens, (size_t)(length + MORE) * sizeof *rest.tokens) == 0);
+        mil_generation_release(&cut);
+        mil_generation_release(&rest);
+        mil_state_release(&state);
+    }
+    mil_generation_release(&whole);
+    small_model_release(&d);
+    small_model_release(&m);
+}
