@@ -1,19 +1,21 @@
 /* Products with few rows, in the shapes of a decoding step: bytes of weights a second against a copy.
  *
  * A graph holds, for each layer, its products one after another as a step has them, on weights of its own, so nothing
- * is read twice and the gaps between kernels count.  The limit is a device-to-device copy in the same run, counting bytes
+ * is read twice and the gaps between kernels count; norms before and gates after products belong to them, unless
+ * "plain" asks for products alone.  The limit is a device-to-device copy in the same run, counting bytes
  * read and written.  Prints one line a model, type of weights and number of rows; medians of several replays.
  *
- *   thin_product [model [type]]        model: 8b 3b 1b mamba-2.8b; type: bfloat16 float8 int8; all where not given
+ *   thin_product [model [type [plain]]]     model: 8b 3b 1b mamba-2.8b; type: bfloat16 float8 int8; or all
  */
 #include "timing.h"
 
-enum { MOST_PRODUCTS = 5, MOST_ROWS = 16 };
+enum { MOST_PRODUCTS = 5, MOST_ROWS = 16, WIDEST = 14336 };
 
-/* One launch's products: `count` of the same size. */
+/* One launch's products: `count` of the same size; two are up and gate. */
 typedef struct launch_sizes {
     int64_t in, out;
     int count;
+    bool normed;
 } launch_sizes;
 
 typedef struct layer_sizes {
@@ -23,10 +25,22 @@ typedef struct layer_sizes {
 } layer_sizes;
 
 static const layer_sizes models[] = {
-    {"8b", 32, 4, {{4096, 6144, 1}, {4096, 4096, 1}, {4096, 14336, 2}, {14336, 4096, 1}}},
-    {"3b", 28, 4, {{3072, 5120, 1}, {3072, 3072, 1}, {3072, 8192, 2}, {8192, 3072, 1}}},
-    {"1b", 16, 4, {{2048, 3072, 1}, {2048, 2048, 1}, {2048, 8192, 2}, {8192, 2048, 1}}},
-    {"mamba-2.8b", 64, 4, {{2560, 10240, 1}, {5120, 192, 1}, {160, 5120, 1}, {5120, 2560, 1}}},
+    {"8b",
+     32,
+     4,
+     {{4096, 6144, 1, true}, {4096, 4096, 1, false}, {4096, 14336, 2, true}, {14336, 4096, 1, false}}},
+    {"3b",
+     28,
+     4,
+     {{3072, 5120, 1, true}, {3072, 3072, 1, false}, {3072, 8192, 2, true}, {8192, 3072, 1, false}}},
+    {"1b",
+     16,
+     4,
+     {{2048, 3072, 1, true}, {2048, 2048, 1, false}, {2048, 8192, 2, true}, {8192, 2048, 1, false}}},
+    {"mamba-2.8b",
+     64,
+     4,
+     {{2560, 10240, 1, true}, {5120, 192, 1, false}, {160, 5120, 1, false}, {5120, 2560, 1, false}}},
 };
 
 static int64_t
@@ -42,34 +56,55 @@ layer_elements(const layer_sizes *n)
 /* What all products of a run share. */
 typedef struct operands {
     mil_dtype dtype;
+    bool plain;
     int64_t rows;
-    const void *x;
+    void *x, *u; /* before and after a norm */
+    const float *norm;
     const float *scale;
     char *y;
 } operands;
 
 static mil_status
+run_launch(harness *h, const launch_sizes *s, const operands *o, const char *weights)
+{
+    mil_linear l[2] = {};
+    bool normed = s->normed && !o->plain;
+    for (int j = 0; j < s->count; j++) {
+        l[j].rows = o->rows;
+        l[j].in = l[j].x_stride = s->in;
+        l[j].out = l[j].y_stride = s->out;
+        l[j].x = normed ? o->u : o->x;
+        l[j].y = o->y + j * MOST_ROWS * s->out * 2;
+        l[j].weight = weights + j * s->in * s->out * (int64_t)mil_dtype_size(o->dtype);
+        l[j].dtype = o->dtype;
+        l[j].scale = mil_dtype_is_scaled(o->dtype) ? o->scale : NULL;
+    }
+    if (!normed) {
+        return h->gpu.ops->linear_forward(&h->gpu, l, s->count);
+    }
+    mil_norm n = {};
+    n.rows = o->rows;
+    n.width = n.group = n.x_stride = n.y_stride = s->in;
+    n.x = o->x;
+    n.y = o->u;
+    n.weight = o->norm;
+    n.eps = 1e-5f;
+    mil_glu g = {};
+    g.rows = o->rows;
+    g.width = g.gate_stride = g.up_stride = g.y_stride = s->out;
+    g.up = l[0].y;
+    g.gate = l[1].y;
+    g.y = l[0].y;
+    return h->gpu.ops->project(&h->gpu, &n, l, s->count, s->count == 2 ? &g : NULL);
+}
+
+static mil_status
 run_layer(harness *h, const layer_sizes *n, const operands *o, const char *weights)
 {
-    int64_t size = (int64_t)mil_dtype_size(o->dtype);
     for (int i = 0; i < n->launches; i++) {
         const launch_sizes *s = &n->launch[i];
-        mil_linear l[2] = {};
-        for (int j = 0; j < s->count; j++) {
-            l[j].rows = o->rows;
-            l[j].in = l[j].x_stride = s->in;
-            l[j].out = l[j].y_stride = s->out;
-            l[j].x = o->x;
-            l[j].y = o->y + j * MOST_ROWS * s->out * 2;
-            l[j].weight = weights;
-            l[j].dtype = o->dtype;
-            l[j].scale = mil_dtype_is_scaled(o->dtype) ? o->scale : NULL;
-            weights += s->in * s->out * size;
-        }
-        const launch_sizes *next = &n->launch[(i + 1) % n->launches];
-        l[0].next = weights;
-        l[0].next_bytes = i + 1 < n->launches ? next->in * next->out * next->count * size : 0;
-        MIL_TRY(h->gpu.ops->linear_forward(&h->gpu, l, s->count));
+        MIL_TRY(run_launch(h, s, o, weights));
+        weights += s->in * s->out * s->count * (int64_t)mil_dtype_size(o->dtype);
     }
     return MIL_OK;
 }
@@ -87,7 +122,7 @@ fill_codes(uint32_t *codes, int64_t words)
 }
 
 static void
-run_model(harness *h, const layer_sizes *n, mil_dtype dtype, double copy)
+run_model(harness *h, const layer_sizes *n, mil_dtype dtype, bool plain, double copy)
 {
     int64_t elements = layer_elements(n) * n->layers;
     double bytes = (double)mil_dtype_size(dtype) * (double)elements;
@@ -99,9 +134,14 @@ run_model(harness *h, const layer_sizes *n, mil_dtype dtype, double copy)
     else {
         weights = (char *)timing_array(h, elements, dtype, 0.02f);
     }
-    operands o = {dtype, 0, timing_array(h, MOST_ROWS * 14336, MIL_BF16, 1.0f),
-                  (const float *)timing_array(h, 14336, MIL_F32, 0.02f),
-                  (char *)timing_array(h, 2 * MOST_ROWS * 14336, MIL_BF16, 1.0f)};
+    operands o = {};
+    o.dtype = dtype;
+    o.plain = plain;
+    o.x = timing_array(h, MOST_ROWS * WIDEST, MIL_BF16, 1.0f);
+    o.u = timing_array(h, MOST_ROWS * WIDEST, MIL_BF16, 1.0f);
+    o.norm = (const float *)timing_array(h, WIDEST, MIL_F32, 1.0f);
+    o.scale = (const float *)timing_array(h, WIDEST, MIL_F32, 0.02f);
+    o.y = (char *)timing_array(h, 2 * MOST_ROWS * WIDEST, MIL_BF16, 1.0f);
     static const int64_t counts[] = {1, 5, 9, 16};
     double one = 0;
     for (int64_t rows : counts) {
@@ -114,10 +154,10 @@ run_model(harness *h, const layer_sizes *n, mil_dtype dtype, double copy)
                n->name, mil_dtype_name(dtype), (long long)rows, seconds * 1e6, bytes / seconds * 1e-12,
                100.0 * bytes / seconds / copy, seconds / one);
     }
-    h->gpu.ops->free(&h->gpu, weights);
-    h->gpu.ops->free(&h->gpu, (void *)o.x);
-    h->gpu.ops->free(&h->gpu, (void *)o.scale);
-    h->gpu.ops->free(&h->gpu, o.y);
+    void *arrays[] = {weights, o.x, o.u, (void *)o.norm, (void *)o.scale, o.y};
+    for (void *array : arrays) {
+        h->gpu.ops->free(&h->gpu, array);
+    }
 }
 
 int
@@ -132,10 +172,13 @@ main(int argc, char **argv)
     static const mil_dtype dtypes[] = {MIL_BF16, MIL_F8, MIL_I8};
     for (const layer_sizes &n : models) {
         for (mil_dtype dtype : dtypes) {
-            bool wanted = (argc < 2 || strcmp(argv[1], n.name) == 0 || strcmp(argv[1], "all") == 0) &&
-                          (argc < 3 || strcmp(argv[2], mil_dtype_name(dtype)) == 0);
+            const char *words[2] = {n.name, mil_dtype_name(dtype)};
+            bool wanted = true;
+            for (int i = 1; i < argc && i <= 2; i++) {
+                wanted = wanted && (strcmp(argv[i], "all") == 0 || strcmp(argv[i], words[i - 1]) == 0);
+            }
             if (wanted) {
-                run_model(&h, &n, dtype, copy);
+                run_model(&h, &n, dtype, argc > 3 && strcmp(argv[3], "plain") == 0, copy);
             }
         }
     }
