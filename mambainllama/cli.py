@@ -224,6 +224,7 @@ def add_info(commands: Any, common: Any) -> None:
     parser.add_argument("--batch", type=int, help="texts at once: show the memory that they need")
     parser.add_argument("--context", type=int, help="tokens of each of them (default: 4096)")
     parser.add_argument("--draft", help='folder of a draft model, or "ngram", to plan for')
+    add_weights(parser)
 
 
 def run_info(options: argparse.Namespace) -> None:
@@ -239,6 +240,7 @@ def run_info(options: argparse.Namespace) -> None:
             draft=options.draft,
             device=options.device,
             dtype=options.dtype,
+            weights=options.weights,
         )
     model = load(options.model, device="cpu", dtype=options.dtype)
     config = model.config

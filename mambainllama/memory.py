@@ -31,6 +31,7 @@ from typing import Any
 from . import _core
 from .devices import check_device, cuda_devices, free_memory, operator_table
 from .errors import ArgumentError, OutOfMemoryError
+from .quantize import coded
 
 __all__ = ["MemoryPlan", "Need", "memory_plan", "weight_bytes"]
 
@@ -82,19 +83,31 @@ def weight_bytes(
     dtypes
         Name -> "float32", "bfloat16" or "float16", as loaded.
     weights : "float8" or "int8", optional
-        The matrices as codes of 8 bits with one float32 scale a row.
+        Matrices as codes of 8 bits with one float32 scale a row (those of `quantize.coded`).
     """
     item = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1, "int8": 1}
+    specs = list(specs)
+    codes = coded(specs, dtypes, weights)
     total = 0
-    for name, shape, is_matrix, _ in specs:
+    for name, shape, _, _ in specs:
         if name not in dtypes:
             continue
         count = 1
         for extent in shape:
             count *= extent
-        dtype = weights if weights and is_matrix else dtypes[name]
-        total += count * item[dtype] + (4 * shape[0] if dtype in ("float8", "int8") else 0)
+        total += count * item[codes.get(name, dtypes[name])] + (
+            4 * shape[0] if name in codes else 0
+        )
     return total
+
+
+def weights_in_memory(core: _core.Model) -> int:
+    """The same of a model that is loaded."""
+    if core.table_info["device"] == "cpu":
+        return weight_bytes(_core.Model.parameter_specs(core.config), core.dtypes())
+    arrays = core.device_parameters().values()
+    scales = sum(4 * one.shape[0] for one in arrays if one.dtype in ("int8", "uint8"))
+    return scales + sum(one.nbytes for one in arrays)
 
 
 # ---- what one model needs ----------------------------------------------------------------------
@@ -625,12 +638,11 @@ class _Subject:
             raise ArgumentError(
                 f"memory_plan: this model is on {where}; give its folder to plan for {device}"
             )
-        dtypes = core.dtypes()
         return cls(
             name=getattr(model, "name", "") or "this model",
             device=where,
             footprint=footprint_of(model),
-            weights=weight_bytes(_core.Model.parameter_specs(core.config), dtypes),
+            weights=weights_in_memory(core),
             loaded=True,
             trained=getattr(getattr(model, "config", None), "max_position_embeddings", None),
         )

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -140,13 +141,15 @@ class Model:
         """How many numbers it has; a tied output product counts once."""
         return sum(array.size for array in self.core.parameters().values())
 
-    def parameters(self) -> dict[str, np.ndarray]:
+    def parameters(self) -> dict[str, Any]:
         """Name -> array, no copy: writing to one changes the model.
 
         Names are those of the hybrid layout (see families.py). bfloat16 matrices come as uint16,
-        the upper half of float32; `dtypes()` tells them apart.
+        the upper half of float32; `dtypes()` tells them apart. Those of a model on a GPU are its
+        own arrays there, for other libraries to take by DLPack (``torch.from_dlpack``); codes of
+        8-bit weights come as uint8 or int8.
         """
-        return self.core.parameters()
+        return self.core.parameters() if self.device == "cpu" else self.core.device_parameters()
 
     def dtypes(self) -> dict[str, str]:
         """Name -> "float32", "bfloat16" or "float16", as `parameters()`."""
@@ -251,16 +254,24 @@ class Model:
         Path
             The folder.
         """
-        names, dtypes = self._description.file_name, self.core.dtypes()
-        tensors = {
-            names(name): (array, dtypes[name]) for name, array in self.core.parameters().items()
-        }
+        names = self._description.file_name
+        tensors = {names(name): (array, dtype) for name, array, dtype in self._on_host()}
         config = {
             key: value for key, value in self._raw.items() if key not in ("torch_dtype", "dtype")
         }
         # The key that this file has always had; both are read by everybody.
         config["dtype" if "dtype" in self._raw else "torch_dtype"] = self.dtype
         return write_folder(folder, tensors, config, self._mamba_config, self.companions())
+
+    def _on_host(self) -> Iterator[tuple[str, np.ndarray, str]]:
+        """Name, array and dtype of each parameter. A GPU's are copied here, since somebody may have
+        written to them; for 8-bit weights what they were made of stands in."""
+        dtypes = self.core.dtypes()
+        there = {} if self.device == "cpu" else self.core.device_parameters()
+        for name, array in self.core.parameters().items():
+            if name in there and there[name].dtype == dtypes[name]:
+                array = there[name].numpy()
+            yield name, array, dtypes[name]
 
     def companions(self) -> dict[str, bytes]:
         """Files saved beside the weights: tokenizer, chat template, generation settings."""

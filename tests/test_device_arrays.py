@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from core_models import KINDS, configuration, random_parameters
 
 import mambainllama as mil
 from mambainllama import _core, interop, ops
@@ -321,3 +322,50 @@ def test_references_are_given_back(table):
         with pytest.raises(mil.Error):
             ops.linear_forward(x, X)
     assert [sys.getrefcount(one) for one in (x, weight, x.array, array, table)] == held
+
+
+def test_a_models_parameters_are_its_own(table):
+    """Lent, not copied: they keep the model, and what is written to them counts."""
+    config = configuration(KINDS["mamba2 hybrid"])
+    parameters = random_parameters(config)
+    model = _core.Model(config, parameters, {}, table)
+    lent = model.device_parameters()
+    assert lent.keys() == parameters.keys()
+    for name, array in lent.items():
+        assert array.shape == parameters[name].shape and array.dtype == "float32"
+        np.testing.assert_array_equal(array.numpy(), parameters[name])
+    tokens = np.arange(20, dtype=np.int32)
+    before = model.forward(tokens)
+    np.testing.assert_array_equal(before, _core.Model(config, parameters).forward(tokens))
+    norm = lent["model.norm.weight"]
+    ops.add(
+        _core.device_array(table, (1, norm.size), "float32", True), as_row(norm), out=as_row(norm)
+    )
+    ops.add(as_row(norm), as_row(norm), out=as_row(norm))
+    np.testing.assert_allclose(model.forward(tokens), 2 * before, rtol=1e-5)
+    held = sys.getrefcount(model)
+    del lent, array
+    assert sys.getrefcount(model) == held - len(parameters) + 1
+    with pytest.raises(mil.DeviceError, match="on the CPU"):
+        _core.Model(config, parameters).device_parameters()
+
+
+class as_row:  # noqa: N801 (a function in all but name)
+    """A device array [n] as [1, n], as a library would reshape it."""
+
+    def __init__(self, array):
+        self.array = array
+        self.__dlpack_device__ = array.__dlpack_device__
+
+    def __dlpack__(self, **options):
+        capsule = self.array.__dlpack__()
+        pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+        at = pointer(capsule, b"dltensor")
+        ctypes.c_int32.from_address(at + 16).value = 2
+        shape = ctypes.c_void_p.from_address(at + 24).value
+        strides = ctypes.c_void_p.from_address(at + 32).value
+        for base, first in ((shape, 1), (strides, self.array.size)):
+            pair = (ctypes.c_int64 * 2).from_address(base)
+            pair[0], pair[1] = first, self.array.size if base == shape else 1
+        return capsule

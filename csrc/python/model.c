@@ -473,6 +473,37 @@ model_parameters(PyObject *self, PyObject *unused)
     return PyDict_Copy(((core_model *)self)->values);
 }
 
+/* The device's own copies, lent: name -> DeviceArray. */
+static PyObject *
+model_device_parameters(PyObject *self, PyObject *unused)
+{
+    static const core_element elements[] = {
+        [MIL_F32] = CORE_F32, [MIL_BF16] = CORE_BF16, [MIL_F16] = CORE_F16,
+        [MIL_F8] = CORE_U8,   [MIL_I8] = CORE_I8,
+    };
+    (void)unused;
+    core_state *core = core_state_of(self);
+    const mil_model *model = &((core_model *)self)->model;
+    if (model->ops == &mil_cpu_ops) {
+        return core_raise_format(core, MIL_ERR_DEVICE,
+                                 "device_parameters: this model is on the CPU; parameters() are its arrays");
+    }
+    PyObject *dict = PyDict_New();
+    for (int64_t i = 0; dict != NULL && i < model->parameter_count; i++) {
+        const mil_parameter *p = &model->parameters[i];
+        if (p->data == NULL) {
+            continue;
+        }
+        PyObject *array =
+            core_device_array_view(core, model->ops, p->dims, p->shape, elements[p->dtype], p->data, self);
+        if (array == NULL || PyDict_SetItemString(dict, p->name, array) < 0) {
+            Py_CLEAR(dict);
+        }
+        Py_XDECREF(array);
+    }
+    return dict;
+}
+
 static PyObject *
 model_dtypes(PyObject *self, PyObject *unused)
 {
@@ -903,6 +934,8 @@ static PyMethodDef model_methods[] = {
      "device's, "
      "None: the CPU."},
     {"parameters", model_parameters, METH_NOARGS, "name -> array, as given."},
+    {"device_parameters", model_device_parameters, METH_NOARGS,
+     "name -> DeviceArray over the memory that a model on a device computes with."},
     {"dtypes", model_dtypes, METH_NOARGS, "name -> \"float32\", \"bfloat16\" or \"float16\"."},
     {"forward", KEYWORD_METHOD(model_forward), "Logits (and captured activations) of packed rows of tokens."},
     {"state", KEYWORD_METHOD(model_state), "state(capacity=0): the empty State of one sequence."},
