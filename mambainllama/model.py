@@ -20,10 +20,11 @@ from . import _core
 from .checkpoint import Checkpoint, parse_json, read_companions, write_folder
 from .devices import check_device, operator_table
 from .dtypes import check_dtype, convert
-from .errors import ArgumentError, ShapeError, shorten
+from .errors import ArgumentError, ShapeError, UnsupportedError, shorten
 from .families import Description, describe, match_tensors
 from .hub import find_folder
 from .memory import check_weights
+from .quantize import check_kind, coded
 from .tokenizer import Tokenizer
 
 __all__ = ["Model", "ModelConfig", "load"]
@@ -85,12 +86,15 @@ class Model:
         name: str = "",
         folder: Path | None = None,
         device: str = "cpu",
+        weights: str | None = None,
     ):
         table = None
         if device != "cpu":
-            table = operator_table(device, dtypes["model.embed_tokens.weight"])
-        self.core = _core.Model(description.canonical, parameters, dtypes, table)
-        self._device = device
+            table = operator_table(device, activation_dtype(dtypes, weights))
+        specs = _core.Model.parameter_specs(description.canonical) if weights else ()
+        codes = coded(specs, dtypes, weights)
+        self.core = _core.Model(description.canonical, parameters, dtypes, table, codes)
+        self._device, self._weights = device, weights
         self.name = name
         self._description = description
         self._raw, self._mamba_config = dict(config), mamba_config and dict(mamba_config)
@@ -135,6 +139,11 @@ class Model:
     def dtype(self) -> str:
         """In which its matrices are stored: "float32", "bfloat16" or "float16"."""
         return self.core.dtypes()["model.embed_tokens.weight"]
+
+    @property
+    def weights(self) -> str | None:
+        """ "float8" or "int8" where the device holds the matrices in 8 bits; None: as `dtype`."""
+        return self._weights
 
     @property
     def num_parameters(self) -> int:
@@ -246,8 +255,8 @@ class Model:
         tokenizer included.
 
         The parameters are written in the dtypes that they have in memory, so that loading gives the
-        same bits. The folder is written aside and renamed: an older model there is unharmed until
-        the new one is complete.
+        same bits; those of a model with 8-bit weights as they were before. The folder is written
+        aside and renamed: an older model there is unharmed until the new one is complete.
 
         Returns
         -------
@@ -301,7 +310,7 @@ class Model:
             ("hidden", str(config.hidden_size)),
             ("vocabulary", str(config.vocab_size)),
             ("parameters", f"{size / divisor:.3g} {unit}"),
-            ("dtype", config.dtype),
+            ("dtype", config.dtype + (f", {self.weights} weights" if self.weights else "")),
             ("device", self.device),
         ]
         return [("name", self.name), *facts] if self.name else facts
@@ -435,8 +444,20 @@ def outline(path_or_hub_id, dtype: str = "auto", revision: str | None = None) ->
     return Outline(checkpoint, description, specs, sources, dtypes)
 
 
+def activation_dtype(dtypes: Mapping[str, str], weights: str | None) -> str:
+    """What a GPU computes rows in: the matrices' dtype; bfloat16 where those are float32, but
+    become 8 bits."""
+    dtype = dtypes["model.embed_tokens.weight"]
+    return "bfloat16" if weights and dtype == "float32" else dtype
+
+
 def load(
-    path_or_hub_id, device: str = "auto", dtype: str = "auto", *, revision: str | None = None
+    path_or_hub_id,
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    weights: str | None = None,
+    revision: str | None = None,
 ) -> Model:
     """Loads a model from a Hugging Face folder: a Transformer, a hybrid, or a pure Mamba model.
 
@@ -451,6 +472,11 @@ def load(
     dtype
         "float32", "bfloat16" or "float16" for the matrices, or "auto": as they are stored. Vectors
         (norms, biases, convolutions, A_log, D, dt biases) are always float32 in memory.
+    weights
+        "float8" or "int8": a GPU holds the matrices in 8 bits, made of those of `dtype` on their
+        way there, and one scale a row: half the memory and up to twice the speed of generating, for
+        a small loss that docs/cuda.md tells (see `mambainllama.quantize`). Rows are still computed
+        in 16 bits.
     revision
         Branch, tag or commit on the Hub.
 
@@ -465,7 +491,7 @@ def load(
     FormatError
         A file is damaged, or configuration and tensors contradict each other.
     UnsupportedError
-        A family, activation or rope type that is not supported.
+        A family, activation or rope type that is not supported; 8-bit weights on the CPU.
     OutOfMemoryError
         The weights do not fit the GPU; known from the files' headers, before any is read.
 
@@ -478,18 +504,25 @@ def load(
     --------
     >>> model = mil.load("my-model", dtype="bfloat16")    # doctest: +SKIP
     """
-    device = check_device(device)
+    device, weights = check_device(device), check_kind(weights)
+    if weights and device == "cpu":
+        raise UnsupportedError(
+            f'load: {weights} weights need device="cuda"; on the CPU use dtype="bfloat16"'
+        )
     found = outline(path_or_hub_id, dtype, revision)
     checkpoint, folder = found.checkpoint, found.checkpoint.folder
-    check_weights(str(path_or_hub_id), device, found.specs, found.dtypes)
+    dtypes = dict(found.dtypes)
+    if weights and "model.embed_tokens.weight" not in coded(found.specs, dtypes, weights):
+        dtypes["model.embed_tokens.weight"] = activation_dtype(dtypes, weights)
+    check_weights(str(path_or_hub_id), device, found.specs, dtypes, weights)
     parameters = {}
-    for name, wanted in found.dtypes.items():
+    for name, wanted in dtypes.items():
         array, stored = checkpoint.read(found.sources[name])
         parameters[name] = convert(array, stored, wanted)
     return Model(
         found.description,
         parameters,
-        found.dtypes,
+        dtypes,
         checkpoint.config,
         checkpoint.mamba_config,
         name=Path(os.path.abspath(folder)).name
@@ -497,4 +530,5 @@ def load(
         else str(path_or_hub_id),
         folder=folder,
         device=device,
+        weights=weights,
     )

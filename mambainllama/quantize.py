@@ -68,7 +68,9 @@ def quantize(values: np.ndarray, weights: str) -> tuple[np.ndarray, np.ndarray]:
     """
     largest = np.abs(values).max(axis=1, initial=0.0)
     if not np.isfinite(largest).all():
-        raise ArgumentError(f"weights: a matrix with NaN or infinite values cannot become {weights}")
+        raise ArgumentError(
+            f"weights: a matrix with NaN or infinite values cannot become {weights}"
+        )
     zero = largest == 0
     if weights == "int8":
         scale = np.maximum(largest / np.float32(127), _LEAST_SCALE)
