@@ -117,8 +117,6 @@ typedef struct mil_linear {
     bool accumulate;
     bool fast;         /* training: any reduction order, x not rounded */
     bool float_output; /* y is float32 whatever act is (logits); not with accumulate */
-    const void *next;  /* a hint: weights that are read soon after, and their bytes; or NULL */
-    int64_t next_bytes;
 } mil_linear;
 
 /* Codes of 8 bits for weights, with one scale a row: value = code * scale, rounded to nearest even.

@@ -39,7 +39,7 @@ enum x_source { X_IN_PLACE, X_COPIED, X_NORMED };
 
 /* ---- barriers and copies ----------------------------------------------------------------------------------------- */
 
-static __device__ __forceinline__ uint32_t
+[[maybe_unused]] static __device__ __forceinline__ uint32_t
 shared_address(const void *at)
 {
     return (uint32_t)__cvta_generic_to_shared(at);

@@ -62,14 +62,6 @@ parameter_bytes(const mil_parameter *p)
     return p->count * (int64_t)mil_dtype_size(p->dtype);
 }
 
-/* Lets weights that are read after the operators in between come nearer while those run. */
-static void
-announce(mil_linear *products, const mil_parameter *weight)
-{
-    products->next = weight->data;
-    products->next_bytes = parameter_bytes(weight);
-}
-
 /* norm, then products of its output, then their gated activation where `gate` is given. */
 static mil_status
 project(const mil_pass *pass, const mil_norm *norm, const mil_linear *products, int64_t count,
@@ -318,7 +310,6 @@ attention_mixer_forward(mil_pass *pass, int64_t layer, mil_mixer_saved *saved)
         product(pass, l->p[MIL_P_K], l->p[MIL_P_K_BIAS], saved->u, hidden, saved->k_raw),
         product(pass, l->p[MIL_P_V], l->p[MIL_P_V_BIAS], saved->u, hidden, saved->v),
     };
-    announce(qkv, l->p[MIL_P_O]);
     MIL_TRY(project(pass, &saved->norm, qkv, 3, NULL));
     if (l->p[MIL_P_Q_NORM] != NULL) {
         mil_norm norm = head_norm(pass, l->p[MIL_P_Q_NORM], c->heads, c->head_dim, saved->q_raw, saved->q);
@@ -504,7 +495,6 @@ mamba2_mixer_forward(mil_pass *pass, int64_t layer, mil_mixer_saved *saved)
 
     mil_linear in = product(pass, l->p[MIL_P_IN], l->p[MIL_P_IN_BIAS], saved->u, pass->model->config.hidden,
                             saved->projected);
-    announce(&in, l->p[MIL_P_OUT]);
     MIL_TRY(project(pass, &saved->norm, &in, 1, NULL));
     mil_ssd_mixer mixer = {
         .conv = mamba2_conv(pass, l, saved, states),
@@ -770,7 +760,6 @@ mamba1_project_from_u(mil_pass *pass, const mil_layer *l, mil_mixer_saved *saved
         product(pass, l->p[MIL_P_Z], NULL, saved->u, hidden, saved->z),
         product(pass, l->p[MIL_P_DT_DOWN], NULL, saved->u, hidden, saved->dt_low),
     };
-    announce(products, l->p[MIL_P_OUT]);
     return project(pass, &saved->norm, products, 5, NULL);
 }
 
