@@ -197,8 +197,9 @@ scale_output(const chunk_decays &decays, float D, const uint32_t (&x)[4][4], flo
 }
 
 /* x^T of the warp's 16 columns: four left operands of 16 tokens. */
+template <typename T>
 static __device__ __forceinline__ void
-load_x(const void *panel, uint32_t (&x)[4][4])
+load_x(const T *panel, uint32_t (&x)[4][4])
 {
     const int lane = threadIdx.x % MIL_WARP, unit = threadIdx.x % GROUP_THREADS / MIL_WARP * 2 + lane / 8 % 2;
 #pragma unroll
@@ -352,7 +353,7 @@ __launch_bounds__(THREADS, 1)
         const int stage = chunk % STAGES, turn = chunk % 2;
         const chunk_decays &decays = m.decays[turn][group];
         const bool folds = folded_of(chunk) > 0;
-        void *x_panel = m.x[stage][group];
+        T *x_panel = m.x[stage][group];
         T *scores = m.scores[PAIRS ? group : 0];
         const uint32_t B = shared_address(m.B[stage]), C = shared_address(m.C[stage]);
         asm volatile("cp.async.wait_group 1;" ::: "memory");

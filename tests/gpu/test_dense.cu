@@ -500,6 +500,54 @@ test_rope(harness *h)
     harness_reset(h);
 }
 
+/* Rotations and append in one launch, and one after another: the same bits. */
+static void
+test_rope_append(harness *h, int64_t head_dim, int64_t rotary)
+{
+    enum { HEADS = 4, KV_HEADS = 2, ROWS = 9, CAPACITY = 24 };
+    static const int64_t offsets[4] = {0, 1, 6, 9}, past[3] = {0, 11, 20}, boundary[3] = {0, 0, 16};
+    const int64_t width = KV_HEADS * head_dim;
+    mil_rows rows = harness_rows(h, 3, offsets, past, boundary);
+    harness_array table = harness_random_of(h, ROWS * rotary, 1, MIL_F32),
+                  v = harness_random(h, ROWS * width, 1), caches[2][6], q[2], k[2];
+    uint64_t random = h->random;
+    for (int fused = 0; fused < 2; fused++) {
+        mil_kv_cache list[3];
+        h->random = random;
+        q[fused] = harness_random(h, ROWS * HEADS * head_dim, 1);
+        k[fused] = harness_random(h, ROWS * width, 1);
+        for (int i = 0; i < 3; i++) {
+            caches[fused][2 * i] = harness_random(h, CAPACITY * width, 1);
+            caches[fused][2 * i + 1] = harness_random(h, CAPACITY * width, 1);
+            list[i] = {caches[fused][2 * i].gpu, caches[fused][2 * i + 1].gpu, h->act, CAPACITY};
+        }
+        mil_rope turns[2] = {};
+        for (int i = 0; i < 2; i++) {
+            turns[i].rows = ROWS;
+            turns[i].heads = i == 0 ? HEADS : KV_HEADS;
+            turns[i].head_dim = head_dim;
+            turns[i].rotary = rotary;
+            turns[i].table = (const float *)table.gpu;
+            turns[i].x = i == 0 ? q[fused].gpu : k[fused].gpu;
+            turns[i].x_stride = turns[i].heads * head_dim;
+        }
+        mil_kv_append append = {rows, KV_HEADS, head_dim, k[fused].gpu, v.gpu, width, list};
+        if (fused) {
+            harness_check(h, mil_cuda_rope_append(&h->gpu, &turns[0], &turns[1], &append));
+        }
+        else {
+            harness_check(h, h->gpu.ops->rope(&h->gpu, &turns[0]));
+            harness_check(h, h->gpu.ops->rope(&h->gpu, &turns[1]));
+            harness_check(h, h->gpu.ops->kv_append(&h->gpu, &append));
+        }
+    }
+    harness_same_bits(h, "rope_append: q", q[1], 0, q[0], 0, q[0].count);
+    for (int i = 0; i < 6; i++) {
+        harness_same_bits(h, "rope_append: cache", caches[1][i], 0, caches[0][i], 0, CAPACITY * width);
+    }
+    harness_reset(h);
+}
+
 /* ---- elementwise ------------------------------------------------------------------------------------------------------ */
 
 static void
@@ -588,6 +636,9 @@ main(void)
         }
         if (harness_turn(&h)) {
             test_rope(&h);
+            test_rope_append(&h, 128, 128);
+            test_rope_append(&h, 64, 32);
+            test_rope_append(&h, 20, 12);
         }
         if (harness_turn(&h)) {
             test_glu(&h, 3, 64, true);
