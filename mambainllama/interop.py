@@ -39,7 +39,7 @@ def meet(array: Any, what: str) -> int | None:
     except DeviceError as error:
         reason = str(error).rpartition("; ")[0] or str(error)
         raise DeviceError(
-            f"{what} lies on cuda:{device}, but {reason}; or move it to the CPU first (torch: .cpu())"
+            f"{what} lies on cuda:{device}, but {reason}; or move it to the CPU (torch: .cpu())"
         ) from None
     return current_stream(array)
 

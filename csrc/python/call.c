@@ -177,6 +177,7 @@ begin_on_device(core_call *call)
 {
     mil_context *context = &call->context;
     MIL_TRY(context->ops->order(context, caller_stream(call), context->stream));
+    call->begun = true;
     if (call->rows == NULL) {
         return MIL_OK;
     }
@@ -295,7 +296,8 @@ leave_context(core_call *call)
     const mil_ops *ops = call->context.ops;
     mil_status status;
     Py_BEGIN_ALLOW_THREADS
-        status = call->status == MIL_OK && results_wait(call)
+        status = !call->begun ? MIL_OK
+                 : call->status == MIL_OK && results_wait(call)
                      ? ops->order(&call->context, call->context.stream, caller_stream(call))
                      : ops->finish(&call->context);
         core_context_leave(call->core, &call->context);

@@ -51,6 +51,7 @@ typedef struct core_call {
     const mil_ops *ops;      /* of the device; NULL: not asked for yet */
     mil_rows *rows;          /* of the operator's arguments, or NULL */
     bool leased;             /* context holds a scratch arena */
+    bool begun;              /* work may be queued on the context's stream */
     mil_context context;
     mil_status status;
     core_array *arrays; /* everything borrowed */
