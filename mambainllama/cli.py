@@ -567,7 +567,9 @@ def add_label(commands: Any, common: Any) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=1024)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest")
     parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--max-batch", type=int, default=16, help="prompts that run at once")
+    parser.add_argument(
+        "--max-batch", type=int, help="prompts that run at once (default: up to 16, as fit)"
+    )
     parser.add_argument(
         "--top-logprobs",
         type=int,
@@ -596,7 +598,7 @@ def run_label(options: argparse.Namespace) -> None:
             top=top,
             sequence_length=options.sequence_length,
             resume=options.resume,
-            max_batch=options.max_batch,
+            max_batch=options.max_batch or 16,
             progress=not options.json and sys.stderr.isatty(),
         )
         facts = {"output": str(folder), "top_logprobs": top}

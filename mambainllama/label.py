@@ -39,7 +39,7 @@ def label(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-    max_batch: int = 16,
+    max_batch: int | None = None,
     top_logprobs: int = 0,
     sequence_length: int = 2048,
     progress: bool = False,
@@ -115,7 +115,7 @@ def label(
             loss_on="answers",
             skip_bad=True,
             resume=resume,
-            max_batch=max_batch,
+            max_batch=max_batch or 16,
             progress=progress,
         )
     return rows

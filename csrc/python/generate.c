@@ -551,9 +551,19 @@ wanted(PyObject *callback)
 static PyObject *
 generate(PyObject *module, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"model",         "requests",  "draft", "max_batch",   "prefill_rows",
-                            "on_tokens",     "on_finish", "more",  "verify_cost", "draft_cost",
-                            "_break_accept", "workspace", "_force_acceptance",
+    static char *names[] = {"model",
+                            "requests",
+                            "draft",
+                            "max_batch",
+                            "prefill_rows",
+                            "on_tokens",
+                            "on_finish",
+                            "more",
+                            "verify_cost",
+                            "draft_cost",
+                            "_break_accept",
+                            "workspace",
+                            "_force_acceptance",
                             NULL};
     PyObject *model_object, *requests, *draft = NULL, *on_tokens = NULL, *on_finish = NULL, *more = NULL;
     Py_ssize_t max_batch = 0, prefill_rows = 0, workspace = 0;
@@ -561,8 +571,7 @@ generate(PyObject *module, PyObject *args, PyObject *keywords)
     int broken = 0;
     if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO|$OnnOOOddind:generate", names, &model_object,
                                      &requests, &draft, &max_batch, &prefill_rows, &on_tokens, &on_finish,
-                                     &more, &verify_cost, &draft_cost, &broken, &workspace,
-                                     &forced)) {
+                                     &more, &verify_cost, &draft_cost, &broken, &workspace, &forced)) {
         return NULL;
     }
     generate_call call = {
@@ -756,7 +765,8 @@ static PyMethodDef methods[] = {
     {"generate", (PyCFunction)(void (*)(void))generate, METH_VARARGS | METH_KEYWORDS,
      "generate(model, requests, *, draft=None, max_batch=16, prefill_rows=0, on_tokens=None, "
      "on_finish=None, more=None,\n"
-     "         verify_cost=0, draft_cost=0, _break_accept=0, workspace=0, _force_acceptance=0) -> list of dicts. See "
+     "         verify_cost=0, draft_cost=0, _break_accept=0, workspace=0, _force_acceptance=0) -> list of "
+     "dicts. See "
      "mambainllama/generate.py."},
     {"sample", (PyCFunction)(void (*)(void))sample, METH_VARARGS | METH_KEYWORDS,
      "sample(logits, options, *, history=None, position=0) -> (token, weights, sum of weights)."},
