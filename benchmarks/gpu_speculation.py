@@ -8,9 +8,11 @@ token and K = 4 a round brings 1 + 0.6 + .. + 0.6^4 = 2.31 tokens on the average
 
     python benchmarks/gpu_speculation.py [--acceptance 0.6] [--draft-tokens 4] [--batch 1]
                                          [--cases mamba-2.8b:mamba-130m,8b-mamba2:ngram]
+                                         [--adapting]
 
-Each case is timed plain, with a fixed number of drafts, with `adapt_draft` (which may draft more,
-fewer or none), and adapting to drafts of which one in a hundred is right: that should cost nothing.
+Each case is timed plain and with a fixed number of drafts; `--adapting` also times `adapt_draft`
+(which may draft more, fewer or none), and adapting to drafts of which one in a hundred is right:
+that should cost nothing. Recording and the first short bursts are part of the times.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from mambainllama import _core
 from mambainllama.devices import cuda_devices
 
 USELESS = 0.01
+WARM_UP = 20  # tokens
 CASES = "mamba-2.8b:mamba-130m,8b-mamba2:mamba2-130m,8b-mamba2:ngram"
 
 
@@ -69,43 +72,44 @@ def run(model, draft, prompts, tokens, rounds, *, drafts=0, adapt=False, accepta
     return best
 
 
-def time_case(model, draft, name, batch, options) -> dict:
-    random = np.random.default_rng(1)
-    vocab = model.config.vocab_size
-    prompts = [random.integers(0, vocab, options.context).astype(np.int32) for _ in range(batch)]
+def time_case(model, draft, name, prompts, plain, options) -> dict:
+    """One case beside the plain decoding of the same prompts."""
     core = draft if draft == "ngram" else draft.core
-    common = (prompts, options.tokens, options.rounds)
-    plain = run(model, None, *common)
-    fixed, adapted, useless = (
-        run(model, core, *common, drafts=drafts, adapt=adapt, acceptance=acceptance)
-        for drafts, adapt, acceptance in (
-            (options.draft_tokens, False, options.acceptance),
-            (options.most, True, options.acceptance),
-            (options.most, True, USELESS),
+    wanted = {"fixed": (options.draft_tokens, False, options.acceptance)}
+    if options.adapting:
+        wanted["adapted"] = (options.most, True, options.acceptance)
+        wanted["useless"] = (options.most, True, USELESS)
+    result = {"case": name, "batch": len(prompts), "plain": plain}
+    run(model, core, prompts, WARM_UP, 1, drafts=options.draft_tokens, acceptance=0.5)
+    for key, (drafts, adapt, acceptance) in wanted.items():
+        result[key] = found = run(
+            model,
+            core,
+            prompts,
+            options.tokens,
+            options.rounds,
+            drafts=drafts,
+            adapt=adapt,
+            acceptance=acceptance,
         )
-    )
-    ratio, free, least = (
-        one["tokens_per_second"] / plain["tokens_per_second"] for one in (fixed, adapted, useless)
-    )
+        found["ratio"] = found["tokens_per_second"] / plain["tokens_per_second"]
+    result["ratio"] = result["fixed"]["ratio"]
+    words = {
+        "fixed": f"K = {options.draft_tokens}",
+        "adapted": "adapting",
+        "useless": f"adapting to drafts of {USELESS:.0%}",
+    }
     print(
-        f"{name:26s} batch {batch:2d}: plain {plain['ms_a_round']:.3f} ms a token; "
-        f"K = {options.draft_tokens}: {ratio:.2f} x, {fixed['ms_a_round']:.3f} ms a round of "
-        f"{fixed['tokens_a_round']:.2f} tokens; adapting: {free:.2f} x, "
-        f"{adapted['ms_a_round']:.3f} ms of {adapted['tokens_a_round']:.2f}; "
-        f"to drafts of {USELESS:.0%}: {least:.2f} x",
+        f"{name:26s} batch {len(prompts):2d}: plain {plain['ms_a_round']:.3f} ms a token",
+        *(
+            f"{words[key]}: {result[key]['ratio']:.2f} x, {result[key]['ms_a_round']:.3f} ms a "
+            f"round of {result[key]['tokens_a_round']:.2f} tokens"
+            for key in wanted
+        ),
+        sep="; ",
         flush=True,
     )
-    return {
-        "case": name,
-        "batch": batch,
-        "ratio": ratio,
-        "adapted_ratio": free,
-        "useless_ratio": least,
-        "plain": plain,
-        "fixed": fixed,
-        "adapted": adapted,
-        "useless": useless,
-    }
+    return result
 
 
 def main() -> None:
@@ -117,7 +121,8 @@ def main() -> None:
     parser.add_argument("--batch", default="1")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=1025)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1, help="the best of so many")
+    parser.add_argument("--adapting", action="store_true")
     parser.add_argument("--json")
     options = parser.parse_args()
     device = cuda_devices()[0]["name"]
@@ -125,16 +130,21 @@ def main() -> None:
         f"{device}; mambainllama {mil.__version__}; forced acceptance "
         f"{options.acceptance:.0%} a token, context {options.context}, {options.tokens} tokens"
     )
-    results, models = [], {}
+    results, model, model_name, plain = [], None, "", {}
     for case in options.cases.split(","):
         name, _, draft_name = case.partition(":")
-        if name not in models:
-            models = {name: build(name)}  # one target at a time
-        model = models[name]
+        if name != model_name:
+            model = None  # one target at a time
+            model, model_name, plain = build(name), name, {}
         vocab = model.config.vocab_size
         draft = "ngram" if draft_name == "ngram" else build(draft_name, vocab=vocab)
         for batch in map(int, options.batch.split(",")):
-            results.append(time_case(model, draft, case, batch, options))
+            random = np.random.default_rng(1)
+            prompts = [random.integers(0, vocab, options.context) for _ in range(batch)]
+            if batch not in plain:
+                run(model, None, prompts, WARM_UP, 1)
+                plain[batch] = run(model, None, prompts, options.tokens, options.rounds)
+            results.append(time_case(model, draft, case, prompts, plain[batch], options))
     if options.json:
         report = {
             "device": device,

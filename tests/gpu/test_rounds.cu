@@ -1,7 +1,8 @@
 /* What carries speculative rounds on the device: n-gram drafts against csrc/decode/ngram.c, mil_settle against plain C, and
  * draws that are put into later rows. Everything is integers and must be equal. */
-#include "../c/settle.h"
 #include "harness.h"
+
+#include "../c/settle.h" /* after device.h, which harness.h includes as C */
 
 #define mil_stream mil_random_stream /* cuda.cuh has a function of that name */
 extern "C" {
