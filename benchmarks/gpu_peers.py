@@ -35,6 +35,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import math
 import os
 import shutil
 import statistics
@@ -178,6 +179,23 @@ def tune_a_part_only() -> bool:
 
     Autotuner.prune_configs = some
     return True
+
+
+def tune_a_few(most: int) -> None:
+    """Every tuned kernel has at most `most` variants: those with tiles nearest to 128 x 64."""
+    from triton.runtime.autotuner import Autotuner
+
+    every = Autotuner.prune_configs
+
+    def distance(config) -> float:
+        sizes = [v for k, v in config.kwargs.items() if k[-2:] in ("_M", "_N", "BK", "BV")]
+        return abs(math.log2(math.prod(sizes)) - 13) if sizes else 0.0
+
+    def some(self, kwargs):
+        found = list(every(self, kwargs))
+        return sorted(found, key=distance)[:most]
+
+    Autotuner.prune_configs = some
 
 
 # ---- decoding: the kernels -----------------------------------------------------------------------
@@ -867,19 +885,21 @@ def answer(kind: str, call: Callable[[], dict], **labels) -> None:
 SSD_SHAPES = {"8 x 2048": (8, 2048), "1 x 16384": (1, 16384)}
 
 
+def numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
 def decode_all(options) -> None:
     dtype = FLOAT32 if options.float32_states else None
-    lists = [text.split(",") for text in (options.batch, options.context, options.tokens)]
+    lists = [numbers(text) for text in (options.batch, options.context, options.tokens)]
     count = max(map(len, lists))
-    work = zip(
-        *(map(int, words * count if len(words) == 1 else words) for words in lists), strict=True
-    )
-    for name, numbers in itertools.product(options.models.split(","), list(work)):
-        batch, context, _ = numbers
+    work = zip(*(found * count if len(found) == 1 else found for found in lists), strict=True)
+    for name, sizes in itertools.product(options.models.split(","), list(work)):
+        batch, context, _ = sizes
         for variant in options.variants.split(","):
             answer(
                 "decode",
-                lambda n=name, s=numbers, v=variant: decode(n, *s, v, dtype),
+                lambda n=name, s=sizes, v=variant: decode(n, *s, v, dtype),
                 model=name,
                 batch=batch,
                 context=context,
@@ -889,10 +909,22 @@ def decode_all(options) -> None:
 
 
 def ssd_all(options) -> None:
+    limit = {}
+    if options.variants_tried:
+        tune_a_few(options.variants_tried)
+        limit = {"variants_tried": options.variants_tried}
     # One length is enough to compile for all.
     for label, shape in list(SSD_SHAPES.items())[: 1 if PART in os.environ else None]:
-        answer("ssd", lambda s=shape: ssd_mamba(*s), shape=label, peer="mamba-ssm")
-        answer("ssd", lambda s=shape: ssd_fla(*s), shape=label, peer="fla-core")
+        for peer, call in (("mamba-ssm", ssd_mamba), ("fla-core", ssd_fla)):
+            if peer in options.operators.split(","):
+                chunks = {"chunks": numbers(options.chunks)} if options.chunks else {}
+                answer(
+                    "ssd",
+                    lambda c=call, s=shape, k=chunks: c(*s, **k),
+                    shape=label,
+                    peer=peer,
+                    **limit,
+                )
 
 
 def scan_all(options) -> None:
@@ -934,6 +966,8 @@ def main() -> None:
     parser.add_argument("--batch", default="1", help="one, or several with as many contexts")
     parser.add_argument("--context", default="512")
     parser.add_argument("--tokens", default="513", help="generated; timed in their middle")
+    parser.add_argument("--operators", default="mamba-ssm,fla-core", help="peers of ssd")
+    parser.add_argument("--chunks", default="", help="chunk lengths that ssd tries (two each)")
     parser.add_argument("--float32-states", action="store_true", help="states as ours have them")
     parser.add_argument(
         "--mamba-source",
@@ -943,6 +977,10 @@ def main() -> None:
     parser.add_argument(
         "--compile-first", type=int, default=0, metavar="N",
         help="let N processes compile Triton's kernels before anything is timed",
+    )  # fmt: skip
+    parser.add_argument(
+        "--variants-tried", type=int, metavar="N",
+        help="at most N of each Triton kernel's tuned variants in ssd: quick, and less than fair",
     )  # fmt: skip
     options = parser.parse_args()
     if options.compile_first:
