@@ -5,8 +5,9 @@
  * bits have to be unpacked first, and a product of a 1B model lasts only 3 to 20 us.  Here one block a multiprocessor
  * goes through its tiles in one stream:
  *
- *   warp 8           copies segments (16 outputs, 1 KB of each row) into a ring by bulk copies, as far ahead as
- *                    the ring is long, the next tiles' included; it waits for nobody but the ring
+ *   warps 8 to 11    copy segments (16 outputs, 1 KB of each row) into a ring by bulk copies, as far ahead as
+ *                    the ring is long, the next tiles' included; they wait for nobody but the ring. One thread of
+ *                    each issues four rows, because the instruction takes a thread at a time and some 100 ns
  *   warps 0 to 7     take each a chunk w and w + 8 of a segment, in the order and with the instructions of
  *                    thin_product.cu, hence the same bits
  *
@@ -27,7 +28,8 @@
 #define HAS_BULK_COPIES 0
 #endif
 
-#define RING_THREADS (THREADS + MIL_WARP)
+#define PRODUCERS 4 /* warps */
+#define RING_THREADS (THREADS + PRODUCERS * MIL_WARP)
 #define SEGMENT 1024 /* bytes of a row */
 #define ROW_BYTES (SEGMENT + 64)
 #define STAGE_BYTES (TILE * ROW_BYTES)
@@ -188,29 +190,28 @@ struct ring {
     }
 };
 
-/* Warp 8: lane l copies row l of each segment. */
+/* One thread of a producer warp: its share of the rows of each segment. */
 template <typename W, bool GATED>
 static __device__ __forceinline__ void
-produce(const thin_arguments &a, ring r, int lane)
+produce(const thin_arguments &a, ring r, int producer)
 {
-    constexpr int MATRICES = GATED ? 2 : 1;
+    constexpr int MATRICES = GATED ? 2 : 1, ROWS = TILE / PRODUCERS;
     int64_t row_bytes = (int64_t)a.in * (int)sizeof(W);
     for (int tile = (int)blockIdx.x; tile < a.tiles; tile += (int)gridDim.x) {
         const thin_output &o = GATED ? a.outputs[0] : output_of(a, tile);
-        int64_t row = min((tile - o.first_tile) * TILE + lane % TILE, o.out - 1);
+        int first = (tile - o.first_tile) * TILE + producer * ROWS;
         for (int64_t at = 0; at < row_bytes; at += SEGMENT) {
             uint32_t bytes = (uint32_t)min((int64_t)SEGMENT, row_bytes - at);
 #pragma unroll
             for (int m = 0; m < MATRICES; m++) {
-                const char *weight = (const char *)(m == 0 ? o.weight : a.outputs[1].weight);
+                const char *weight = (const char *)(m == 0 ? o.weight : a.outputs[1].weight) + at;
+                uint8_t *to = r.memory + r.stage * STAGE_BYTES + producer * ROWS * ROW_BYTES;
                 barrier_wait(&r.empty[r.stage], r.parity ^ 1);
-                if (lane == 0) {
-                    barrier_expect(&r.full[r.stage], bytes * TILE);
-                }
-                __syncwarp();
-                if (lane < TILE) {
-                    copy_bulk(r.memory + r.stage * STAGE_BYTES + lane * ROW_BYTES,
-                              weight + row * row_bytes + at, bytes, &r.full[r.stage]);
+                barrier_expect(&r.full[r.stage], bytes * ROWS);
+#pragma unroll
+                for (int i = 0; i < ROWS; i++) {
+                    int64_t row = min(first + i, o.out - 1);
+                    copy_bulk(to + i * ROW_BYTES, weight + row * row_bytes, bytes, &r.full[r.stage]);
                 }
                 r.next();
             }
@@ -335,7 +336,7 @@ __launch_bounds__(RING_THREADS, 2) ring_kernel(const __grid_constant__ thin_argu
     __shared__ uint64_t full[MOST_STAGES], empty[MOST_STAGES];
     extern __shared__ __align__(128) uint8_t memory[]; /* the ring, then rows of x */
     if (threadIdx.x < (unsigned)stages) {
-        barrier_init(&full[threadIdx.x], 1);
+        barrier_init(&full[threadIdx.x], PRODUCERS);
         barrier_init(&empty[threadIdx.x], WARPS);
     }
 #if HAS_BULK_COPIES
@@ -345,7 +346,9 @@ __launch_bounds__(RING_THREADS, 2) ring_kernel(const __grid_constant__ thin_argu
     mil_trigger();
     ring r = {full, empty, memory, stages, 0, 0};
     if (threadIdx.x >= THREADS) {
-        produce<W, GATED>(a, r, (int)threadIdx.x % MIL_WARP); /* weights, which nobody writes */
+        if (threadIdx.x % MIL_WARP == 0) { /* weights, which nobody writes */
+            produce<W, GATED>(a, r, ((int)threadIdx.x - THREADS) / MIL_WARP);
+        }
         return;
     }
     mil_wait();
@@ -408,18 +411,19 @@ mil_thin_ring(mil_context *context, mil_dtype weights, const thin_arguments &a, 
 {
     static int on = experiment("MIL_RING", 0), per = experiment("MIL_RING_PER", 1);
     static int most = experiment("MIL_RING_KB", BLOCK_BYTES >> 10) << 10;
+    static int longest = experiment("MIL_RING_ROW", 1 << 20), rows = experiment("MIL_RING_ROWS", 16);
     int major = 0, multiprocessors = 0;
     *done = false;
     MIL_CUDA_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, context->ops->device));
     MIL_CUDA_TRY(
         cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, context->ops->device));
-    if (!on || major < 9) {
+    if (!on || major < 9 || a.rows > rows || a.in * (int64_t)mil_dtype_size(weights) > longest) {
         return MIL_OK;
     }
     size_t x_bytes = (size_t)a.rows * (size_t)(a.in + X_PAD) * 2;
     size_t fixed = (size_t)(gated ? 2 : 1) * 2 * WARPS * TILE * (a.rows <= 8 ? 8 : 16) * sizeof(float) + 1024;
     bool fits = fixed + x_bytes + 3 * STAGE_BYTES <= (size_t)most;
-    if (normed && !fits) {
+    if ((normed && !fits) || fixed + 2 * STAGE_BYTES > (size_t)most) {
         return MIL_OK;
     }
     size_t left = (size_t)most - fixed - (fits ? x_bytes : 0);

@@ -5,7 +5,7 @@
  * "plain" asks for products alone.  The limit is a device-to-device copy in the same run, counting bytes
  * read and written.  Prints one line a model, type of weights and number of rows; medians of several replays.
  *
- *   thin_product [model [type [plain]]]     model: 8b 3b 1b mamba-2.8b; type: bfloat16 float8 int8; or all
+ *   thin_product [model [type [most_rows [plain]]]]     model: 8b 3b 1b mamba-2.8b; type: bfloat16 float8 int8; or all
  */
 #include "timing.h"
 
@@ -122,7 +122,7 @@ fill_codes(uint32_t *codes, int64_t words)
 }
 
 static void
-run_model(harness *h, const layer_sizes *n, mil_dtype dtype, bool plain, double copy)
+run_model(harness *h, const layer_sizes *n, mil_dtype dtype, int64_t most_rows, bool plain, double copy)
 {
     int64_t elements = layer_elements(n) * n->layers;
     double bytes = (double)mil_dtype_size(dtype) * (double)elements;
@@ -145,6 +145,9 @@ run_model(harness *h, const layer_sizes *n, mil_dtype dtype, bool plain, double 
     static const int64_t counts[] = {1, 5, 9, 16};
     double one = 0;
     for (int64_t rows : counts) {
+        if (rows > most_rows) {
+            continue;
+        }
         o.rows = rows;
         double seconds = n->layers * timing_of(h, n->layers, [&](int layer) {
                              return run_layer(h, n, &o, weights + layer * (int64_t)(bytes / n->layers));
@@ -178,7 +181,8 @@ main(int argc, char **argv)
                 wanted = wanted && (strcmp(argv[i], "all") == 0 || strcmp(argv[i], words[i - 1]) == 0);
             }
             if (wanted) {
-                run_model(&h, &n, dtype, argc > 3 && strcmp(argv[3], "plain") == 0, copy);
+                run_model(&h, &n, dtype, argc > 3 ? atoi(argv[3]) : MOST_ROWS,
+                          argc > 4 && strcmp(argv[4], "plain") == 0, copy);
             }
         }
     }
