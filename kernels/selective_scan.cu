@@ -16,24 +16,20 @@
  *            8 states of mma.m16n8k8 (tf32: 10 bits behind the point, all of float32's range, no conversion).  The right
  *            operand is C of 8 tokens; only the column of the token at hand is kept.  One instruction in 4 states
  *            instead of a multiply-add each and a sum over lanes
- *   powers   POLYNOMIALS of 8 exponentials are polynomials on the multiply-add units, of which there is some room left:
- *            exact at 0 and within 2e-5 of 1 - 2^x, so that slow decays stay what they are over any length
+ *   powers   a token's are made while the token before is added up, for they take long to come
  *
- * Tokens go through shared memory in pieces of ELEMENTS / COLUMNS: pairs (dt, dt x), of which the first is then
+ * Tokens go through shared memory in pieces of TOKENS: pairs (dt, dt x), of which the first is then
  * overwritten by sum_n C H.  A thread copies (cp.async), prepares and finishes 8 neighbouring channels of a token; those of
  * the next piece are on their way while this one is computed, in places that no other thread uses.  Pieces begin at
  * multiples of 16 tokens, so the state to be kept is always that between two groups of 16.
  */
 #include "selective_scan.cuh"
 
-#include <stdlib.h>
-
 #define THREADS 128
 #define WARPS (THREADS / MIL_WARP)
-#define TOKENS 32 /* of a piece: whole groups of 16 */
-#define VECTOR 8  /* channels of a 16-byte access */
-#define TILE 16   /* states that a quad of lanes has of a channel */
-#define OWN 4     /* of them a lane */
+#define VECTOR 8 /* channels of a 16-byte access */
+#define TILE 16  /* states that a quad of lanes has of a channel */
+#define OWN 4    /* of them a lane */
 
 static __device__ __forceinline__ float
 fast_log2(float x)
@@ -60,20 +56,7 @@ fast_softplus(float x)
     return x > 20.0f ? x : value;
 }
 
-/* 2^x for x <= 0 (2^-126 below -126): 2^n p(x - n), n the integer next to x, p of degree 4 with p(0) = 1 whose
- * coefficients minimise the largest error of (p(f) - 1) / f. */
-static __device__ __forceinline__ float
-polynomial_power(float x)
-{
-    const float to_integer = 0x1.8p23f;
-    x = fmaxf(x, -126.0f);
-    const float moved = x + to_integer, f = x - (moved - to_integer);
-    float p = fmaf(f, fmaf(f, fmaf(f, 0.00967604f, 0.05583834f), 0.24022168f), 0.69313675f);
-    p = fmaf(f, p, 1.0f);
-    return __int_as_float(__float_as_int(p) + (__float_as_int(moved) << 23));
-}
-
-/* The same in its place among other such and mma: batches of it are under way while something else is done. */
+/* fast_power in its place among other such and mma: batches of it are under way while something else is done. */
 static __device__ __forceinline__ float
 ordered_power(float x)
 {
@@ -110,6 +93,7 @@ copy_vector(void *to, const void *from, bool there)
 template <int HALVES>
 struct piece_shape {
     static constexpr int COLUMNS = WARPS * 8 * HALVES, ACROSS = COLUMNS / VECTOR;
+    static constexpr int TOKENS = 64 / HALVES;              /* of a piece: whole groups of 16 */
     static constexpr int SHARE = TOKENS * ACROSS / THREADS; /* vectors of a piece that are a thread's */
     static constexpr int WARP_PAIRS = 8 * HALVES + 2, TOKEN_PAIRS = WARPS * WARP_PAIRS;
 };
@@ -134,7 +118,8 @@ piece_bytes(int B_width, int C_width)
 {
     using shape = piece_shape<HALVES>;
     return sizeof(raw_piece<T, shape::SHARE>) +
-           TOKENS * (shape::TOKEN_PAIRS * sizeof(float2) + (B_width + C_width) * (sizeof(float) + sizeof(T)));
+           shape::TOKENS *
+               (shape::TOKEN_PAIRS * sizeof(float2) + (B_width + C_width) * (sizeof(float) + sizeof(T)));
 }
 
 template <typename T, int HALVES>
@@ -145,9 +130,9 @@ cut_memory(const scan_arguments &a, char *shared)
     piece_memory<T, HALVES> m;
     m.raw = (raw_piece<T, shape::SHARE> *)shared;
     m.pairs = (float2 *)(m.raw + 1);
-    m.B = (float *)(m.pairs + TOKENS * shape::TOKEN_PAIRS);
-    m.C = m.B + TOKENS * a.B_width;
-    m.columns = (mil_vector<T, VECTOR> *)(m.C + TOKENS * a.C_width);
+    m.B = (float *)(m.pairs + shape::TOKENS * shape::TOKEN_PAIRS);
+    m.C = m.B + shape::TOKENS * a.B_width;
+    m.columns = (mil_vector<T, VECTOR> *)(m.C + shape::TOKENS * a.C_width);
     return m;
 }
 
@@ -169,7 +154,7 @@ struct piece_place {
 
 /* B or C of a piece that starts at `start`: for each group that the block needs TOKENS times WIDTH columns. `inside`: groups
  * that there are. */
-template <typename T, int WIDTH>
+template <typename T, int TOKENS, int WIDTH>
 static __device__ __forceinline__ void
 ask_for_columns(const T *from, int64_t stride, int groups, int inside, const piece_rows &rows, int start,
                 mil_vector<T, VECTOR> *to)
@@ -191,7 +176,7 @@ ask_for_columns(const T *from, int64_t stride, int groups, int inside, const pie
 }
 
 /* What the same thread asked for, as float32. */
-template <typename T, int WIDTH>
+template <typename T, int TOKENS, int WIDTH>
 static __device__ __forceinline__ void
 widen_columns(const mil_vector<T, VECTOR> *from, int groups, float *to)
 {
@@ -217,6 +202,7 @@ static __device__ __forceinline__ void
 ask_for_piece(const scan_arguments &a, const piece_rows &rows, const piece_place &p, int start, int turn,
               const piece_memory<T, HALVES> &m)
 {
+    constexpr int TOKENS = piece_shape<HALVES>::TOKENS;
     constexpr int SHARE = piece_shape<HALVES>::SHARE;
     if (start < rows.count) {
 #pragma unroll
@@ -233,11 +219,11 @@ ask_for_piece(const scan_arguments &a, const piece_rows &rows, const piece_place
             }
         }
         const int B_groups = a.B_width / (TILE * K), C_groups = a.C_width / (TILE * K);
-        ask_for_columns<T, TILE * K>((const T *)a.B + p.B_at, a.B_stride, B_groups,
-                                     a.B_groups - p.B_at / (TILE * K), rows, start, m.columns);
-        ask_for_columns<T, TILE * K>((const T *)a.C + p.C_at, a.C_stride, C_groups,
-                                     a.C_groups - p.C_at / (TILE * K), rows, start,
-                                     m.columns + TOKENS * a.B_width / VECTOR);
+        ask_for_columns<T, TOKENS, TILE * K>((const T *)a.B + p.B_at, a.B_stride, B_groups,
+                                             a.B_groups - p.B_at / (TILE * K), rows, start, m.columns);
+        ask_for_columns<T, TOKENS, TILE * K>((const T *)a.C + p.C_at, a.C_stride, C_groups,
+                                             a.C_groups - p.C_at / (TILE * K), rows, start,
+                                             m.columns + TOKENS * a.B_width / VECTOR);
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -334,8 +320,6 @@ template <int K, int HALVES>
 struct lane_step {
     float power[HALVES][OWN * K], u[HALVES];
 
-    /* Some of the exponentials, evenly spread, are polynomials. */
-    template <int POLYNOMIALS>
     __device__ __forceinline__ void prepare(const float2 *pairs, const lane_states<K, HALVES> &s)
     {
         float dt[HALVES];
@@ -351,10 +335,7 @@ struct lane_step {
         for (int i = 0; i < OWN * K; i++) {
 #pragma unroll
             for (int h = 0; h < HALVES; h++) {
-                const float x = dt[h] * s.exponent[h][i];
-                const bool by_polynomial =
-                    (h * OWN + i % OWN) * POLYNOMIALS % (OWN * HALVES) > OWN * HALVES - 1 - POLYNOMIALS;
-                power[h][i] = by_polynomial ? polynomial_power(x) : ordered_power(x);
+                power[h][i] = ordered_power(dt[h] * s.exponent[h][i]);
             }
         }
     }
@@ -362,7 +343,7 @@ struct lane_step {
 
 /* Eight tokens. pairs: the lane's of the first token; B, C: of the lane's first state and the first token.  A token's powers
  * are made while the one before is added up, for they take long to come. */
-template <int K, int HALVES, int POLYNOMIALS>
+template <int K, int HALVES>
 static __device__ __forceinline__ void
 run_tokens(float2 *pairs, const float *B, const float *C, lane_states<K, HALVES> &s)
 {
@@ -370,7 +351,7 @@ run_tokens(float2 *pairs, const float *B, const float *C, lane_states<K, HALVES>
     const int g = threadIdx.x % MIL_WARP / 4, q = threadIdx.x % 4;
     float right[OWN * K], y[4] = {};
     lane_step<K, HALVES> steps[2];
-    steps[0].template prepare<POLYNOMIALS>(pairs, s);
+    steps[0].prepare(pairs, s);
 #pragma unroll
     for (int k = 0; k < K; k++) {
         const float4 c = *(const float4 *)(C + (g * K + k) * TILE);
@@ -386,7 +367,7 @@ run_tokens(float2 *pairs, const float *B, const float *C, lane_states<K, HALVES>
             b[OWN * k] = four.x, b[OWN * k + 1] = four.y, b[OWN * k + 2] = four.z, b[OWN * k + 3] = four.w;
         }
         if (t + 1 < GROUP) {
-            steps[(t + 1) % 2].template prepare<POLYNOMIALS>(pairs + (t + 1) * STRIDE, s);
+            steps[(t + 1) % 2].prepare(pairs + (t + 1) * STRIDE, s);
         }
 #pragma unroll
         for (int i = 0; i < OWN * K; i++) {
@@ -436,15 +417,15 @@ replay_tail(const scan_arguments &a, const mil_span &span, const mil_tails &tail
 }
 
 /* Grid: blocks of channels, sequences. TILE * K is state_dim. */
-template <typename T, int K, int HALVES, int POLYNOMIALS>
+template <typename T, int K, int HALVES>
 static __global__ void
-__launch_bounds__(THREADS, K == 4        ? 3
-                           : K == 2      ? 4
-                           : HALVES == 2 ? 5
-                                         : 8)
+__launch_bounds__(THREADS, K == 4                  ? 3
+                           : K == 2 || HALVES == 1 ? 4
+                                                   : 5)
     scan_pieces_kernel(const __grid_constant__ scan_arguments a, const __grid_constant__ mil_states states)
 {
     using shape = piece_shape<HALVES>;
+    constexpr int TOKENS = shape::TOKENS;
     extern __shared__ __align__(16) char shared[];
     const piece_memory<T, HALVES> m = cut_memory<T, HALVES>(a, shared);
     const int lane = threadIdx.x % MIL_WARP, warp = threadIdx.x / MIL_WARP, n = lane % 4 * OWN;
@@ -503,15 +484,14 @@ __launch_bounds__(THREADS, K == 4        ? 3
     }
     for (int turn = 0; start < rows.count; start += TOKENS, turn ^= 1) {
         asm volatile("cp.async.wait_group 0;" ::: "memory");
-        widen_columns<T, TILE * K>(m.columns, B_groups, m.B);
-        widen_columns<T, TILE * K>(m.columns + TOKENS * a.B_width / VECTOR, C_groups, m.C);
+        widen_columns<T, TOKENS, TILE * K>(m.columns, B_groups, m.B);
+        widen_columns<T, TOKENS, TILE * K>(m.columns + TOKENS * a.B_width / VECTOR, C_groups, m.C);
         store_pairs<T, HALVES>(a, rows, p, start, turn, m);
         ask_for_piece<T, K, HALVES>(a, rows, p, start + TOKENS, turn ^ 1, m);
         __syncthreads();
 #pragma unroll 1
         for (int t = 0; t < TOKENS; t += 8) {
-            run_tokens<K, HALVES, POLYNOMIALS>(pairs + t * shape::TOKEN_PAIRS, B + t * TILE * K,
-                                               C + t * TILE * K, s);
+            run_tokens<K, HALVES>(pairs + t * shape::TOKEN_PAIRS, B + t * TILE * K, C + t * TILE * K, s);
             if (state != NULL && start + t + 8 == kept && channel + warp * 8 * HALVES < a.inner) {
                 each_state([](float &kept, float &H) { kept = H; });
             }
@@ -529,14 +509,14 @@ __launch_bounds__(THREADS, K == 4        ? 3
 
 /* ---- launches ----------------------------------------------------------------------------------------------------- */
 
-template <typename T, int K, int HALVES, int POLYNOMIALS>
+template <typename T, int K, int HALVES>
 static mil_status
 launch_pieces(mil_context *context, scan_arguments a, const mil_states &states, int64_t sequences)
 {
     constexpr int COLUMNS = piece_shape<HALVES>::COLUMNS;
     a.B_width = group_columns(a.inner, a.B_groups, a.state_dim, COLUMNS);
     a.C_width = group_columns(a.inner, a.C_groups, a.state_dim, COLUMNS);
-    return mil_launch(context, "scan", scan_pieces_kernel<T, K, HALVES, POLYNOMIALS>,
+    return mil_launch(context, "scan", scan_pieces_kernel<T, K, HALVES>,
                       dim3((unsigned)mil_ceil_div(a.inner, COLUMNS), (unsigned)sequences), dim3(THREADS),
                       piece_bytes<T, HALVES>(a.B_width, a.C_width), a, states);
 }
@@ -554,20 +534,14 @@ static mil_status
 choose_halves(mil_context *context, const scan_arguments &a, const mil_states &states, int64_t sequences)
 {
     const int64_t enough = 1 << 10; /* warps: two on each scheduler */
-    if (!shares_columns(a, 16) || getenv("MIL_SCAN_HALF") != NULL || sequences * a.inner / 16 < enough) {
-        return a.state_dim == 16   ? launch_pieces<T, 1, 1, 1>(context, a, states, sequences)
-               : a.state_dim == 32 ? launch_pieces<T, 2, 1, 1>(context, a, states, sequences)
-                                   : launch_pieces<T, 4, 1, 1>(context, a, states, sequences);
+    if (!shares_columns(a, 16) || sequences * a.inner / 16 < enough) {
+        return a.state_dim == 16   ? launch_pieces<T, 1, 1>(context, a, states, sequences)
+               : a.state_dim == 32 ? launch_pieces<T, 2, 1>(context, a, states, sequences)
+                                   : launch_pieces<T, 4, 1>(context, a, states, sequences);
     }
-    const char *polynomials = getenv("MIL_SCAN_POLY");
-    if (a.state_dim == 16 && polynomials != NULL) {
-        return polynomials[0] == '0'   ? launch_pieces<T, 1, 2, 0>(context, a, states, sequences)
-               : polynomials[0] == '2' ? launch_pieces<T, 1, 2, 2>(context, a, states, sequences)
-                                       : launch_pieces<T, 1, 2, 3>(context, a, states, sequences);
-    }
-    return a.state_dim == 16   ? launch_pieces<T, 1, 2, 1>(context, a, states, sequences)
-           : a.state_dim == 32 ? launch_pieces<T, 2, 2, 1>(context, a, states, sequences)
-                               : launch_pieces<T, 4, 2, 1>(context, a, states, sequences);
+    return a.state_dim == 16   ? launch_pieces<T, 1, 2>(context, a, states, sequences)
+           : a.state_dim == 32 ? launch_pieces<T, 2, 2>(context, a, states, sequences)
+                               : launch_pieces<T, 4, 2>(context, a, states, sequences);
 }
 
 /* Whether states divide among lanes, warps have one B and C, and all rows can be read and written 16 bytes at a time. */

@@ -7,7 +7,7 @@
 #define CHUNK 64
 
 /* What a chunk's dt give. */
-struct chunk_decays {
+struct alignas(16) chunk_decays {
     float2 sum[CHUNK]; /* of dt A log2(e) up to a token, as two floats */
     float dt[CHUNK];
     float from_start[CHUNK]; /* h_i */
