@@ -83,14 +83,16 @@ def key_of(line: dict) -> str:
 class Collector:
     """Runs programs and keeps what they print as JSON lines, with where it came from."""
 
-    def __init__(self, figures: Figures, commit: str):
+    def __init__(self, figures: Figures, commit: str, date: str | None = None):
         self.figures, self.commit = figures, commit
+        self.date = date  # where it was not now
 
     def keep(self, line: dict, command: str) -> None:
         key = key_of(line)
         if key.startswith("load/") and self._slower(key, line):
             return
-        line["date"] = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+        now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+        line["date"] = self.date or now
         line["commit"], line["command"] = self.commit, command
         self.figures[key] = line
 
@@ -159,15 +161,17 @@ def batch(run: Collector) -> None:
     run.peers("decode", *sizes, "--float32-states", "--variants", "mamba-ssm")
 
 
+SSD_LINES = lines_of("ssd", r"issue +ssd +b (\d+) +rows (\d+) +tail \d+ +([\d.]+) us")
+SCAN_LINES = lines_of("scan", r"issue +b (\d+) +rows (\d+) +tail \d+ +([\d.]+) us")
+
+
 def ssd(run: Collector) -> None:
-    pattern = r"issue +ssd +b (\d+) +rows (\d+) +tail \d+ +([\d.]+) us"
-    run.run("build/gpu/bench_ssd", lines=lines_of("ssd", pattern))
+    run.run("build/gpu/bench_ssd", lines=SSD_LINES)
     run.peers("ssd", "--compile-first", "12")
 
 
 def scan(run: Collector) -> None:
-    pattern = r"issue +b (\d+) +rows (\d+) +tail \d+ +([\d.]+) us"
-    run.run("build/gpu/bench_scan", lines=lines_of("scan", pattern))
+    run.run("build/gpu/bench_scan", lines=SCAN_LINES)
     run.peers("scan")
 
 
@@ -178,19 +182,22 @@ def prefill(run: Collector) -> None:
     )  # fmt: skip
 
 
+def speculation_lines(text: str, drafts: int) -> Iterator[dict]:
+    for found in json.loads(text)["results"] if text else ():
+        yield {
+            "kind": "speculation",
+            "shape": f"{found['case']}, K = {drafts}, batch {found['batch']}",
+            "seconds": found["fixed"]["ms_a_round"] * 1e-3,
+            **found,
+        }
+
+
 def speculation(run: Collector) -> None:
     for drafts, cases in SPECULATION:
         with tempfile.NamedTemporaryFile("r", suffix=".json") as file:
 
             def lines(_: str, file=file, drafts=drafts) -> Iterator[dict]:
-                text = file.read()
-                for found in json.loads(text)["results"] if text else ():
-                    yield {
-                        "kind": "speculation",
-                        "shape": f"{found['case']}, K = {drafts}, batch {found['batch']}",
-                        "seconds": found["fixed"]["ms_a_round"] * 1e-3,
-                        **found,
-                    }
+                return speculation_lines(file.read(), drafts)
 
             words = "--cases", ",".join(cases), "--draft-tokens", str(drafts), "--json", file.name
             run.run(str(HERE / "gpu_speculation.py"), *words, lines=lines)
@@ -275,7 +282,9 @@ def peer_text(figures: Figures, key: str, name: str) -> str:
     figure = figures.get(key, {})
     if "absent" in figure:
         return f"{name}: absent ({figure['absent']})"
-    return f"{name}: {time_text(figure.get('seconds'))}"
+    tried = figure.get("variants_tried")
+    limited = f", {tried} variants of a kernel tried" if tried else ""
+    return f"{name}: {time_text(figure.get('seconds'))}{limited}"
 
 
 def decode_rows(figures: Figures) -> Iterator[Row]:
@@ -435,11 +444,11 @@ def page(device: dict, figures: Figures) -> str:
         "",
     ]
     if "copy" in rates:
-        lines += [
-            f"Copy within the device: {rates['copy'] * 1e-12:.2f} TB/s (read and written). Product "
-            f"of 8192 x 8192 x 8192 in bfloat16: {rates['gemm'] * 1e-12:.0f} Tflop/s.",
-            "",
-        ]
+        told = f"Copy within the device: {rates['copy'] * 1e-12:.2f} TB/s (read and written)."
+        if "gemm" in rates:
+            rate = f"{rates['gemm'] * 1e-12:.0f} Tflop/s"
+            told += f" Product of 8192 x 8192 x 8192 in bfloat16: {rate}."
+        lines += [told, ""]
     lines += lines_of_table(HEAD, [row.cells() for row in rows_of(figures)])
     others = other_peers(figures)
     if others:
@@ -457,6 +466,19 @@ def write_page(path: Path, device: dict, figures: Figures) -> None:
         text = f"{head}\n\n{BEGIN}\n{END}\n{rest}"
     before, _, rest = text.partition(BEGIN)
     path.write_text(before + made + rest.partition(END)[2])
+
+
+# ---- logs ----------------------------------------------------------------------------------------
+
+
+def keep_log(run: Collector, text: str, command: str) -> None:
+    """Figures of a log: JSON lines, and the lines of the programs in C."""
+    for line in text.splitlines():
+        if line.startswith('{"kind"'):
+            run.keep(json.loads(line), command)
+    for lines in (SSD_LINES, SCAN_LINES):
+        for found in lines(text):
+            run.keep(found, command)
 
 
 # ---- program -------------------------------------------------------------------------------------
@@ -510,13 +532,19 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="publish in docs/benchmarks")
     parser.add_argument("--into", type=Path, help="a file of figures to add to")
     parser.add_argument("--add", type=Path, nargs="*", default=[], help="more files of figures")
+    parser.add_argument("--log", type=Path, nargs="*", default=[], help="logs of runs elsewhere")
+    parser.add_argument("--commit", help="at which the logs were made")
+    parser.add_argument("--date", help="when, as in 2026-11-22 03:48 UTC")
     parser.add_argument("--table", type=Path, help="print the table of a file and end")
     options = parser.parse_args()
     if options.table:
         device, figures = read(options.table)
         for other in options.add:
             figures.update(read(other)[1])
-        if options.add:
+        collector = Collector(figures, options.commit or commit_here(), options.date)
+        for log in options.log:
+            keep_log(collector, log.read_text(errors="replace"), log.name)
+        if options.add or options.log:
             write(options.table, device, figures)
         if options.save:
             write_page(options.table.with_suffix(".md"), device, figures)

@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--weights", help="float8 or int8: matrices in 8 bits on the device")
     parser.add_argument("--prefill", action="store_true", help="read prompts, generate nothing")
     parser.add_argument("--rate", type=float, help="of a copy (--prefill: product), if known")
-    parser.add_argument("--json", help="append one line a row to this file")
+    parser.add_argument("--json", help="append one line a row to this file; - prints them")
     options = parser.parse_args()
     rate = options.rate
     if rate is None:
@@ -181,7 +181,9 @@ def main() -> None:
                 work = batch, context, tokens, options.rounds, rate
                 row = decode(model, name, *work, options.weights)
             say(row)
-            if options.json:
+            if options.json == "-":
+                print(json.dumps(row), flush=True)
+            elif options.json:
                 with open(options.json, "a") as file:
                     file.write(json.dumps(row) + "\n")
         del model

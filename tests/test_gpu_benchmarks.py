@@ -92,10 +92,7 @@ def collected(tmp_path):
     shape = "mamba-2.8b:ngram, K = 4, batch 1"
     collector.keep({"kind": "speculation", "shape": shape, **lines}, "made up")
     text = "issue    ssd   b 8    rows 2048   tail 0      250.00 us   1 GB/s   1.0 % of a copy\n"
-    for line in gpu_all.lines_of("ssd", r"issue +ssd +b (\d+) +rows (\d+) +tail \d+ +([\d.]+) us")(
-        text
-    ):
-        collector.keep(line, "made up")
+    gpu_all.keep_log(collector, text, "made up")
     return collector.figures
 
 
