@@ -41,7 +41,7 @@
 #define DEVICE_RATE 3.5e12      /* bytes a second */
 #define DEVICE_OPERATIONS 5e14  /* a second, of large products */
 #define DEVICE_LAYER 12e-6      /* seconds of a layer's launches and small operators */
-#define DEVICE_LAYER_ROW 0.4e-6 /* more with each row of a text */
+#define DEVICE_LAYER_ROW 1.2e-6 /* more with each row of a text */
 #define DEVICE_THIN 0.006       /* more of a product's time with each row up to MIL_WINDOW */
 #define DEVICE_BROAD 1.3        /* of it beyond */
 #define DEVICE_TOKEN 10e-6      /* seconds of sampling one token */
