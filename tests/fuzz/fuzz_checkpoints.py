@@ -197,8 +197,7 @@ def damage_json(rng, files):
     name = pick(rng, sorted(name for name in files if name.endswith(".json")))
     if rng.random() < 0.5:  # the two that matter most
         mamba = "mamba_config.json" in files and rng.random() < 0.5
-        wanted = "mamba_config.json" if mamba else "config.json"
-        name = wanted if wanted in files else name  # a damage before may have taken it away
+        name = "mamba_config.json" if mamba else "config.json"
     try:
         value = json.loads(files[name])
     except (ValueError, RecursionError):  # damaged before
@@ -414,8 +413,8 @@ def make_case(goods, seed, case):
         kinds.append(kind)
         readable = {name: data for name, data in files.items() if data is not None}
         names = " ".join(readable)
-        if kind == "image" or ".safetensors " not in names + " " or ".json" not in names:
-            continue
+        if kind == "image" or ".safetensors " not in names + " " or "config.json" not in readable:
+            continue  # what the others damage has been taken away before
         before = set(readable)
         try:
             done.append(DAMAGE[kind][0](rng, readable))
