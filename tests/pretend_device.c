@@ -14,6 +14,7 @@
 static const mil_host *host;
 static mil_ops table;
 static int orders, waits;
+static size_t room = SIZE_MAX, taken, most; /* bytes: all that there are, and those in use */
 
 static mil_status
 open_stream(mil_context *context)
@@ -44,19 +45,33 @@ order(mil_context *context, void *before, void *after)
     return before != after ? MIL_OK : host->fail(MIL_ERR_DEVICE, "a stream cannot wait for itself");
 }
 
+/* Each block is preceded by its size, in one alignment unit. */
 static mil_status
 take(mil_context *context, size_t bytes, void **out)
 {
     (void)context;
-    *out = aligned_alloc(MIL_ALIGNMENT, (bytes / MIL_ALIGNMENT + 1) * MIL_ALIGNMENT);
-    return *out != NULL ? MIL_OK : host->fail(MIL_ERR_MEMORY, "out of memory");
+    *out = NULL;
+    bytes = (bytes / MIL_ALIGNMENT + 2) * MIL_ALIGNMENT;
+    char *block = bytes <= room - taken ? aligned_alloc(MIL_ALIGNMENT, bytes) : NULL;
+    if (block == NULL) {
+        return host->fail(MIL_ERR_MEMORY, "out of memory: %zu bytes beside %zu", bytes, taken);
+    }
+    memcpy(block, &bytes, sizeof bytes);
+    taken += bytes;
+    most = taken > most ? taken : most;
+    *out = block + MIL_ALIGNMENT;
+    return MIL_OK;
 }
 
 static void
 give(mil_context *context, void *pointer)
 {
     (void)context;
-    free(pointer);
+    if (pointer != NULL) {
+        char *block = (char *)pointer - MIL_ALIGNMENT;
+        taken -= *(size_t *)block;
+        free(block);
+    }
 }
 
 static mil_status
@@ -119,7 +134,21 @@ counts(PyObject *module, PyObject *unused)
     return Py_BuildValue("ii", orders, waits);
 }
 
+/* memory(room) -> bytes in use, and the most since the last call; from now on there is room for so many in all, or
+ * for any number where it is negative. */
+static PyObject *
+memory(PyObject *module, PyObject *bytes)
+{
+    (void)module;
+    long long wanted = PyLong_AsLongLong(bytes);
+    PyObject *result = Py_BuildValue("nn", (Py_ssize_t)taken, (Py_ssize_t)most);
+    room = wanted < 0 ? SIZE_MAX : (size_t)wanted;
+    most = taken;
+    return result;
+}
+
 static PyMethodDef methods[] = {
+    {"memory", memory, METH_O, ""},
     {"table", make_table, METH_O, ""},
     {"counts", counts, METH_NOARGS, ""},
     {NULL, NULL, 0, NULL},

@@ -350,6 +350,35 @@ def test_a_models_parameters_are_its_own(table):
         _core.Model(config, parameters).device_parameters()
 
 
+def test_texts_wait_for_room(device, table):
+    """As many run at once as the device has memory for; those that find none join later."""
+    config = configuration(KINDS["mamba2 hybrid"])
+    model = _core.Model(config, random_parameters(config), {}, table)
+    requests = [{"prompt": [1 + i, 2, 3], "max_new_tokens": 20} for i in range(6)]
+
+    def run():
+        found = _core.generate(model, requests, max_batch=6, workspace=1 << 20)
+        _core.trim_memory()
+        return [one["tokens"].tolist() for one in found]
+
+    before, _ = device.memory(-1)
+    expected = run()
+    after, most = device.memory(-1)
+    assert after == before
+    text = model.state_bytes(3 + 20 + 4 + 16)
+    for texts in (4, 2):
+        limit = most - (6 - texts) * text - text // 2
+        device.memory(limit)
+        assert run() == expected
+        assert device.memory(-1)[1] <= limit
+    device.memory(before + (1 << 20) + text // 2)
+    with pytest.raises(mil.OutOfMemoryError, match="out of memory"):
+        run()
+    _core.trim_memory()
+    assert device.memory(-1)[0] == before  # nothing is left behind, and the next call works
+    assert run() == expected
+
+
 class as_row:  # noqa: N801 (a function in all but name)
     """A device array [n] as [1, n], as a library would reshape it."""
 

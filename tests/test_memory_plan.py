@@ -207,27 +207,6 @@ def test_engine_goes_on_after_memory_ran_out(folder, monkeypatch):
     assert again.token_ids == first.token_ids
 
 
-def test_a_text_without_room_waits(folder):
-    """The second text's memory is lacking once: it joins when the first one has ended."""
-    model = mil.load(folder)
-    prompts = [[1, 2, 3], [7, 8, 9]]
-    requests = [{"prompt": p, "max_new_tokens": 12} for p in prompts]
-    expected = [r["tokens"].tolist() for r in _core.generate(model.core, requests)]
-    outcomes = set()
-    for allocation in range(60):
-        _core.trim_memory()
-        _core.fail_after(allocation)
-        try:
-            found = _core.generate(model.core, requests)
-            assert [r["tokens"].tolist() for r in found] == expected
-            outcomes.add("done")
-        except mil.OutOfMemoryError:
-            outcomes.add("refused")
-        finally:
-            _core.fail_after(-1)
-    assert "refused" in outcomes
-
-
 def test_load_refuses_before_reading(folder, monkeypatch):
     has(monkeypatch, MiB // 4)
     monkeypatch.setattr(memory, "cuda_devices", lambda: [])

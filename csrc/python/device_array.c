@@ -197,8 +197,14 @@ dlpack(PyObject *object, PyObject *args, PyObject *keywords)
         return NULL;
     }
     int type = DL_CUDA, number = self->ops->device;
-    if (device != NULL && device != Py_None && !PyArg_ParseTuple(device, "ii:dl_device", &type, &number)) {
-        return NULL;
+    if (device != NULL && device != Py_None) {
+        if (!PyTuple_Check(device)) {
+            PyErr_SetString(PyExc_TypeError, "dl_device must be a tuple (type, number)");
+            return NULL;
+        }
+        if (!PyArg_ParseTuple(device, "ii:dl_device", &type, &number)) {
+            return NULL;
+        }
     }
     if (type != DL_CUDA || number != self->ops->device || copy == Py_True) {
         PyErr_SetString(PyExc_BufferError, "this array is only lent as it is: no copy, no other device");
