@@ -271,6 +271,21 @@ def test_greedy_rounds_on_the_device(name, drafts, dtype):
         assert tokens_of(adapting) == expected
 
 
+@pytest.mark.parametrize("drafts", [2, 5, 15])
+@pytest.mark.parametrize("name", SPECULATED)
+def test_the_model_itself_is_a_draft_that_is_always_right_in_recorded_rounds(name, drafts):
+    """Its one-row passes give the bits of verified rows, across windows' ends and after every
+    round's going back."""
+    model, draft = build(KINDS[name], device="cuda:0"), noisy(name, 0.0)
+    options = {"max_new_tokens": 120, "draft_tokens": drafts, "fixed_draft": True}
+    for length in (2, 8, 15):
+        found = generated(model, some_prompts(model, length), draft, **options)
+        # The one token that is read twice (in the prompt, and by the first recorded round) may
+        # have other last bits the second time.
+        assert total(found, "drafted") - total(found, "accepted") <= 1
+        assert total(found, "rounds") <= 3 + 120 / drafts
+
+
 @pytest.mark.parametrize("settings", [{}, {"top_k": 12, "top_p": 0.9}, {"min_p": 0.05}], ids=str)
 @pytest.mark.parametrize("name", SPECULATED)
 def test_sampled_rounds_on_the_device(name, settings):

@@ -105,6 +105,18 @@ def test_longest_drafts_and_ends(drafts):
             assert tokens(ended) == tokens(run(model, prompts, ending))
 
 
+@pytest.mark.parametrize("drafts", [2, 5, 15])
+@pytest.mark.parametrize("kind", SPECULATED)
+def test_the_model_itself_is_a_draft_that_is_always_right(kind, drafts):
+    """Its one-row passes give the bits of verified rows, across windows' ends and after every
+    round's going back, so each draft must stand."""
+    model = build(KINDS[kind], seed=5)
+    options = {"max_new_tokens": 70, "draft_tokens": drafts, "fixed_draft": True}
+    found = run(model, some_prompts(3, 16, 29), options, draft=perturbed(model, 0.0))
+    assert total(found, "accepted") == total(found, "drafted") > 100
+    assert tokens(found) == tokens(run(model, some_prompts(3, 16, 29), {"max_new_tokens": 70}))
+
+
 def test_penalised_greedy_tokens_are_equal():
     """Each verified row is penalised for its own history, drafts before it included."""
     model = build(KINDS["mamba2 hybrid"], seed=3)
