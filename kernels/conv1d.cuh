@@ -12,15 +12,15 @@ mil_conv_activate(float y, bool silu)
     return !silu ? y : sizeof(T) == 4 ? y / (1.0f + expf(-y)) : __fdividef(y, 1.0f + __expf(-y));
 }
 
-/* Taps 0 .. count - 1 in that order; x[count - 1] is the newest input. */
+/* Over MOST taps, of which the first `missing` do not exist; x[MOST - 1] is the newest input. */
 template <typename T, int MOST>
 static __device__ __forceinline__ float
-mil_convolve(const float (&weight)[MOST], const float (&x)[MOST], float bias, int count, bool silu)
+mil_convolve(const float (&weight)[MOST], const float (&x)[MOST], float bias, int missing, bool silu)
 {
     float y = bias;
 #pragma unroll
     for (int j = 0; j < MOST; j++) {
-        y = j < count ? fmaf(weight[j], x[j], y) : y;
+        y = j < missing ? y : fmaf(weight[j], x[j], y);
     }
     return mil_conv_activate<T>(y, silu);
 }

@@ -35,7 +35,7 @@
 #define OUTPUTS 16 /* of a tensor product */
 #define CHAINS 8   /* of thin_product.cu: partial sums of W_dt */
 #define SLICES 8   /* of W_x's inputs */
-#define MOST_TAPS 8
+#define MOST_TAPS 4
 #define MOST_BYTES (160 << 10) /* of shared memory */
 
 struct mixer_arguments {
@@ -53,6 +53,7 @@ struct mixer_arguments {
     float *partial;      /* [SLICES, rows, x_width] */
     int total;           /* rows */
     int begin[ROWS + 1]; /* first row of each sequence */
+    int B_run, C_run;    /* channels that share a group */
     int normed;          /* parts of x_width that are normed */
     struct {
         int at, width;
@@ -123,118 +124,119 @@ meet(int role)
 
 /* A warp's inputs in shared memory, of `chunks` chunks: the convolution's, then its outputs. */
 struct project_memory {
-    float *weight; /* [chunks CHUNK, taps] */
-    float *tail;   /* [sequences, taps - 1, chunks CHUNK] */
-    void *raw;     /* [rows, chunks CHUNK] */
-    void *x;       /* [rows, chunks CHUNK + 8] */
+    float *tail; /* [sequences, taps - 1, chunks CHUNK] */
+    void *raw;   /* [rows, chunks CHUNK] */
+    void *x;     /* [rows, chunks CHUNK + 8] */
     size_t bytes;
 };
 
 static __host__ __device__ __forceinline__ project_memory
 cut_project_memory(char *memory, int chunks, int rows, int sequences, int taps)
 {
-    const size_t wide = (size_t)chunks * CHUNK;
+    const int wide = chunks * CHUNK;
     project_memory p;
-    p.weight = (float *)memory;
-    p.tail = p.weight + wide * taps;
+    p.tail = (float *)memory;
     p.raw = p.tail + sequences * (taps - 1) * wide;
     p.x = (char *)p.raw + rows * wide * 2;
-    p.bytes = wide * taps * 4 + sequences * (taps - 1) * wide * 4 + rows * (2 * wide + 8) * 2;
+    p.bytes = sequences * (taps - 1) * wide * 4 + rows * (2 * wide + 8) * 2;
     return p;
 }
 
-/* Chunk `i` of the warp's, or -1. */
-static __device__ __forceinline__ int
-chunk_of(const mixer_arguments &m, int i)
-{
-    const int all = m.scan.inner / CHUNK, a_slice = (all + SLICES - 1) / SLICES;
-    const int first = blockIdx.y * a_slice, chunk = first + (int)threadIdx.x / MIL_WARP + i * WARPS;
-    return chunk < min(all, first + a_slice) ? chunk : -1;
-}
+/* The chunks of a warp: first, first + WARPS, ..., below end. */
+struct warp_chunks {
+    int first, end;
 
-/* The taps of the warp's chunks, which nobody writes, on their way. */
-static __device__ __forceinline__ void
-fetch_taps(const mixer_arguments &m, int first, int chunks, const project_memory &memory)
-{
-    const int vectors = CHUNK * m.taps / 4;
-    for (int e = threadIdx.x % MIL_WARP; e < chunks * vectors; e += MIL_WARP) {
-        const int chunk = chunk_of(m, first + e / vectors);
-        if (chunk >= 0) {
-            copy_16(memory.weight + e * 4, m.conv_weight + (int64_t)chunk * CHUNK * m.taps + e % vectors * 4);
-        }
+    __device__ __forceinline__ int at(int i) const
+    {
+        return first + i * WARPS;
     }
-}
+};
 
 /* Asks for the rows of the convolution's tail that these are likely to need, before it is known which they are. */
 static __device__ __forceinline__ void
-prefetch_inputs(const mixer_arguments &m, const mil_states &states, int chunks)
+prefetch_inputs(const mixer_arguments &m, const mil_states &states, const warp_chunks &own, int chunks)
 {
-    const int lead = m.taps - 1;
-    for (int e = threadIdx.x % MIL_WARP; e < m.scan.rows.sequences * lead * chunks; e += MIL_WARP) {
-        const int sequence = e / (lead * chunks), row = e / chunks % lead, chunk = chunk_of(m, e % chunks);
-        const int64_t at = mil_guess_before(m.scan.rows, sequence) + row;
-        if (chunk >= 0) {
-            mil_prefetch(states.of[sequence].conv + at * m.inputs + chunk * CHUNK);
+    const int lane = threadIdx.x % MIL_WARP, chunk = own.at(lane % MOST_CHUNKS);
+#pragma unroll 1
+    for (int sequence = 0; sequence < m.scan.rows.sequences; sequence++) {
+        const int row = mil_guess_before(m.scan.rows, sequence) + lane / MOST_CHUNKS;
+        if (lane / MOST_CHUNKS < m.taps - 1 && lane % MOST_CHUNKS < chunks && chunk < own.end) {
+            mil_prefetch(states.of[sequence].conv + row * m.inputs + chunk * CHUNK);
         }
     }
 }
 
-/* The convolution's inputs of the warp's chunks, on their way. */
+/* The convolution's inputs of the warp's chunks, on their way: a lane has 16 bytes of a row. */
 template <typename T>
 static __device__ __forceinline__ void
-fetch_inputs(const mixer_arguments &m, const mil_states &states, int first, int chunks,
+fetch_inputs(const mixer_arguments &m, const mil_states &states, const warp_chunks &own, int chunks,
              const project_memory &memory)
 {
-    const int lane = threadIdx.x % MIL_WARP, wide = chunks * CHUNK, lead = m.taps - 1;
-    const int raw_vectors = wide / 8, tail_vectors = wide / 4;
-    for (int e = lane; e < m.total * raw_vectors; e += MIL_WARP) {
-        const int row = e / raw_vectors, at = e % raw_vectors * 8, chunk = chunk_of(m, first + at / CHUNK);
-        if (chunk >= 0) {
-            copy_16((T *)memory.raw + row * wide + at,
-                    (const T *)m.raw + row * m.raw_stride + chunk * CHUNK + at % CHUNK);
-        }
+    static_assert(MOST_CHUNKS * CHUNK / 8 <= MIL_WARP, "a row of inputs is one access of a warp");
+    const int lane = threadIdx.x % MIL_WARP, wide = chunks * CHUNK;
+    const int chunk = own.at(lane / (CHUNK / 8));
+    const bool there = lane < wide / 8 && chunk < own.end;
+    const T *raw = (const T *)m.raw + chunk * CHUNK + lane % (CHUNK / 8) * 8;
+#pragma unroll 1
+    for (int row = 0; row < m.total && there; row++) {
+        copy_16((T *)memory.raw + row * wide + lane * 8, raw + row * m.raw_stride);
     }
+#pragma unroll 1
     for (int sequence = 0; sequence < m.scan.rows.sequences; sequence++) {
-        const int64_t before = mil_span_of(m.scan.rows, sequence).before;
-        const float *tail = states.of[sequence].conv + before * m.inputs;
-        for (int e = lane; e < lead * tail_vectors; e += MIL_WARP) {
-            const int row = e / tail_vectors, at = e % tail_vectors * 4;
-            const int chunk = chunk_of(m, first + at / CHUNK);
-            if (chunk >= 0) {
-                copy_16(memory.tail + (sequence * lead + row) * wide + at,
-                        tail + (int64_t)row * m.inputs + chunk * CHUNK + at % CHUNK);
+        const int64_t past = __ldcg(m.scan.rows.past + sequence);
+        const int64_t boundary = __ldcg(m.scan.rows.boundary + sequence);
+        const int before = mil_span_from(0, 0, past, boundary).before;
+        const float *tail = states.of[sequence].conv + (int64_t)before * m.inputs;
+        float *to = memory.tail + sequence * (m.taps - 1) * wide;
+#pragma unroll 1
+        for (int row = 0; row < m.taps - 1; row++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int at = (lane + half * MIL_WARP) * 4, from = own.at(at / CHUNK);
+                if (at < wide && from < own.end) {
+                    copy_16(to + row * wide + at, tail + row * m.inputs + from * CHUNK + at % CHUNK);
+                }
             }
         }
     }
 }
 
-/* The convolution of a lane's channel of chunk `i` for all rows. */
+/* A lane's channels, one of each chunk: their taps, the oldest first, behind those that do not exist. */
+struct chunk_taps {
+    float weight[MOST_CHUNKS][MOST_TAPS], bias[MOST_CHUNKS];
+};
+
+/* The convolution of the warp's chunks for all rows. */
 template <typename T>
 static __device__ __forceinline__ void
-convolve_chunk(const mixer_arguments &m, int i, int chunks, float bias, const project_memory &memory)
+convolve_chunks(const mixer_arguments &m, int chunks, const chunk_taps &taps, const project_memory &memory)
 {
-    const int at = i * CHUNK + threadIdx.x % MIL_WARP, wide = chunks * CHUNK, lead = m.taps - 1;
-    float weight[MOST_TAPS], window[MOST_TAPS];
-#pragma unroll
-    for (int j = 0; j < MOST_TAPS; j++) {
-        weight[j] = j < m.taps ? memory.weight[at * m.taps + j] : 0.0f;
-    }
+    const int lane = threadIdx.x % MIL_WARP, wide = chunks * CHUNK, missing = MOST_TAPS - m.taps;
+#pragma unroll 1
     for (int sequence = 0; sequence < m.scan.rows.sequences; sequence++) {
+        float window[MOST_CHUNKS][MOST_TAPS];
+        const float *tail = memory.tail + sequence * (m.taps - 1) * wide + lane;
 #pragma unroll
-        for (int j = 0; j < MOST_TAPS; j++) {
-            window[j] = j < lead ? memory.tail[(sequence * lead + j) * wide + at] : 0.0f;
-        }
-        for (int row = m.begin[sequence]; row < m.begin[sequence + 1]; row++) {
-            const float fresh = mil_float(((const T *)memory.raw)[row * wide + at]);
+        for (int i = 0; i < MOST_CHUNKS; i++) {
 #pragma unroll
-            for (int j = 0; j < MOST_TAPS; j++) {
-                window[j] = j == lead ? fresh : window[j];
+            for (int j = 1; j < MOST_TAPS; j++) {
+                window[i][j] = i < chunks && j > missing ? tail[(j - 1 - missing) * wide + i * CHUNK] : 0.0f;
             }
-            const float y = mil_convolve<T, MOST_TAPS>(weight, window, bias, m.taps, true);
-            ((T *)memory.x)[row * (wide + 8) + at] = mil_round<T>(y);
+        }
+#pragma unroll 1
+        for (int row = m.begin[sequence]; row < m.begin[sequence + 1]; row++) {
 #pragma unroll
-            for (int j = 0; j + 1 < MOST_TAPS; j++) {
-                window[j] = window[j + 1];
+            for (int i = 0; i < MOST_CHUNKS; i++) {
+#pragma unroll
+                for (int j = 0; j + 1 < MOST_TAPS; j++) {
+                    window[i][j] = window[i][j + 1];
+                }
+                if (i < chunks) {
+                    const int at = i * CHUNK + lane;
+                    window[i][MOST_TAPS - 1] = mil_float(((const T *)memory.raw)[row * wide + at]);
+                    ((T *)memory.x)[row * (wide + 8) + at] = mil_round<T>(
+                        mil_convolve<T, MOST_TAPS>(taps.weight[i], window[i], taps.bias[i], missing, true));
+                }
             }
         }
     }
@@ -246,80 +248,84 @@ static __global__ void
 __launch_bounds__(THREADS)
     mixer_project_kernel(const __grid_constant__ mixer_arguments m, const __grid_constant__ mil_states states)
 {
-    extern __shared__ __align__(16) char shared[];
-    __shared__ float sums[WARPS][OUTPUTS][GROUPS * 8];
+    extern __shared__ __align__(16) char shared[]; /* sums, then the warps' inputs */
+    float *sums = (float *)shared;                 /* [WARPS, OUTPUTS, 8 GROUPS] */
     const int warp = threadIdx.x / MIL_WARP, lane = threadIdx.x % MIL_WARP, g = lane / 4, t = lane % 4;
-    const int first_output = blockIdx.x * OUTPUTS, inner = m.scan.inner;
-    const int a_slice = (inner / CHUNK + SLICES - 1) / SLICES, a_warp = (a_slice + WARPS - 1) / WARPS;
-    const int at_once = min(a_warp, MOST_CHUNKS);
-    const size_t bytes = cut_project_memory(NULL, at_once, m.total, m.scan.rows.sequences, m.taps).bytes;
+    const int first_output = blockIdx.x * OUTPUTS, inner = m.scan.inner, all = inner / CHUNK;
+    const int a_slice = (all + SLICES - 1) / SLICES, a_warp = (a_slice + WARPS - 1) / WARPS;
+    const int chunks = min(a_warp, MOST_CHUNKS), missing = MOST_TAPS - m.taps;
+    const int bytes = (int)cut_project_memory(NULL, chunks, m.total, m.scan.rows.sequences, m.taps).bytes;
     const project_memory memory =
-        cut_project_memory(shared + warp * bytes, at_once, m.total, m.scan.rows.sequences, m.taps);
+        cut_project_memory(shared + WARPS * OUTPUTS * 8 * GROUPS * sizeof(float) + warp * bytes, chunks,
+                           m.total, m.scan.rows.sequences, m.taps);
     const T *low = (const T *)m.x_weight + (int64_t)min(first_output + g, m.x_width - 1) * inner + 8 * t;
     const T *high = (const T *)m.x_weight + (int64_t)min(first_output + g + 8, m.x_width - 1) * inner + 8 * t;
     float c[GROUPS][4] = {};
+#pragma unroll 1
     for (int first = 0; first < a_warp; first += MOST_CHUNKS) {
+        const warp_chunks own = {(int)blockIdx.y * a_slice + warp + first * WARPS,
+                                 min(all, ((int)blockIdx.y + 1) * a_slice)};
         uint4 wl[MOST_CHUNKS], wh[MOST_CHUNKS];
-        float bias[MOST_CHUNKS];
+        chunk_taps taps;
 #pragma unroll
         for (int i = 0; i < MOST_CHUNKS; i++) {
-            const int chunk = chunk_of(m, first + i);
-            if (chunk >= 0) {
-                wl[i] = load_weight(low + chunk * CHUNK);
-                wh[i] = load_weight(high + chunk * CHUNK);
-                bias[i] = m.conv_bias == NULL ? 0.0f : m.conv_bias[chunk * CHUNK + lane];
+            const int chunk = own.at(i), channel = chunk * CHUNK + lane;
+            const bool there = i < chunks && chunk < own.end;
+            wl[i] = there ? load_weight(low + chunk * CHUNK) : make_uint4(0, 0, 0, 0);
+            wh[i] = there ? load_weight(high + chunk * CHUNK) : make_uint4(0, 0, 0, 0);
+            taps.bias[i] = there && m.conv_bias != NULL ? m.conv_bias[channel] : 0.0f;
+#pragma unroll
+            for (int j = 0; j < MOST_TAPS; j++) {
+                taps.weight[i][j] =
+                    there && j >= missing ? m.conv_weight[channel * m.taps + j - missing] : 0.0f;
             }
         }
-        fetch_taps(m, first, at_once, memory);
         if (first == 0) {
             mil_trigger();
-            prefetch_inputs(m, states, at_once);
+            prefetch_inputs(m, states, own, chunks);
             mil_wait();
         }
-        fetch_inputs<T>(m, states, first, at_once, memory);
+        fetch_inputs<T>(m, states, own, chunks, memory);
         if (first == 0 &&
             warp == 0) { /* not earlier: behind all of it, what the scan asks for now would be late */
             mil_fetch_ahead(m.next, m.next_bytes);
         }
         await_copies();
         __syncwarp();
-#pragma unroll
-        for (int i = 0; i < MOST_CHUNKS; i++) {
-            if (chunk_of(m, first + i) >= 0) {
-                convolve_chunk<T>(m, i, at_once, bias[i], memory);
-            }
-        }
+        convolve_chunks<T>(m, chunks, taps, memory);
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < MOST_CHUNKS; i++) {
-            if (chunk_of(m, first + i) < 0) {
-                continue;
-            }
 #pragma unroll
             for (int group = 0; group < GROUPS; group++) {
                 const int row = group * 8 + g;
-                const T *x = (const T *)memory.x + row * (at_once * CHUNK + 8) + i * CHUNK + 8 * t;
-                const uint4 v = row < m.total ? *(const uint4 *)x : make_uint4(0, 0, 0, 0);
-                multiply(c[group], wl[i].x, wh[i].x, wl[i].y, wh[i].y, v.x, v.y, T());
-                multiply(c[group], wl[i].z, wh[i].z, wl[i].w, wh[i].w, v.z, v.w, T());
+                const T *x = (const T *)memory.x + row * (chunks * CHUNK + 8) + i * CHUNK + 8 * t;
+                if (i < chunks) { /* chunks beyond the end have weights of 0, and inputs of any kind */
+                    const bool there = row < m.total && own.at(i) < own.end;
+                    const uint4 v = there ? *(const uint4 *)x : make_uint4(0, 0, 0, 0);
+                    multiply(c[group], wl[i].x, wh[i].x, wl[i].y, wh[i].y, v.x, v.y, T());
+                    multiply(c[group], wl[i].z, wh[i].z, wl[i].w, wh[i].w, v.z, v.w, T());
+                }
             }
         }
         __syncwarp();
     }
 #pragma unroll
     for (int group = 0; group < GROUPS; group++) {
-        const int row = group * 8 + 2 * t;
-        sums[warp][g][row] = c[group][0];
-        sums[warp][g][row + 1] = c[group][1];
-        sums[warp][g + 8][row] = c[group][2];
-        sums[warp][g + 8][row + 1] = c[group][3];
+        float *to = sums + (warp * OUTPUTS + g) * 8 * GROUPS + group * 8 + 2 * t;
+        to[0] = c[group][0];
+        to[1] = c[group][1];
+        to[8 * 8 * GROUPS] = c[group][2];
+        to[8 * 8 * GROUPS + 1] = c[group][3];
     }
     __syncthreads();
+#pragma unroll 1
     for (int e = threadIdx.x; e < OUTPUTS * m.total; e += THREADS) {
-        const int out = e % OUTPUTS, row = e / OUTPUTS;
+        const int out = e % OUTPUTS, row = e / OUTPUTS, next = OUTPUTS * 8 * GROUPS;
+        const float *from = sums + out * 8 * GROUPS + row;
         if (first_output + out < m.x_width) {
-            float sum = (sums[0][out][row] + sums[1][out][row]) + (sums[2][out][row] + sums[3][out][row]);
-            m.partial[((int64_t)blockIdx.y * m.total + row) * m.x_width + first_output + out] = sum;
+            m.partial[((int)blockIdx.y * m.total + row) * m.x_width + first_output + out] =
+                (from[0] + from[next]) + (from[2 * next] + from[3 * next]);
         }
     }
 }
@@ -330,9 +336,9 @@ __launch_bounds__(THREADS)
 struct mixer_memory {
     float *tail_x, *tail_dt; /* [MIL_TAIL, COLUMNS] */
     float *tail_B;           /* [MIL_TAIL, B_width] */
-    float *x, *dt;           /* [ROWS, COLUMNS] of this call */
-    float *B, *C;            /* [ROWS, width] */
-    float *sums;             /* [ROWS, WARPS, COLUMNS] of C . H */
+    float *x, *dt;           /* [rows, COLUMNS] of this call */
+    float *B, *C;            /* [rows, width] */
+    float *sums;             /* [rows, WARPS, COLUMNS] of C . H */
     float *chains;           /* [CHAINS, COLUMNS, 8 GROUPS] of W_dt low */
     void *low;               /* [8 GROUPS, low_stride]: low, or [low | B | C] */
     int low_stride;
@@ -352,11 +358,11 @@ cut_mixer_memory(const mixer_arguments &m, char *memory, int groups)
     s.tail_x = take(MIL_TAIL * COLUMNS);
     s.tail_dt = take(MIL_TAIL * COLUMNS);
     s.tail_B = take(MIL_TAIL * m.scan.B_width);
-    s.x = take(ROWS * COLUMNS);
-    s.dt = take(ROWS * COLUMNS);
-    s.B = take(ROWS * m.scan.B_width);
-    s.C = take(ROWS * m.scan.C_width);
-    s.sums = take(ROWS * WARPS * COLUMNS);
+    s.x = take(m.total * COLUMNS);
+    s.dt = take(m.total * COLUMNS);
+    s.B = take(m.total * m.scan.B_width);
+    s.C = take(m.total * m.scan.C_width);
+    s.sums = take(m.total * WARPS * COLUMNS);
     s.chains = take(CHAINS * COLUMNS * 8 * groups);
     s.low = at;
     s.low_stride = (m.x_weight != NULL ? (m.x_width + 7) / 8 * 8 : m.rank) + 8;
@@ -374,16 +380,17 @@ static __device__ __forceinline__ void
 fetch_tails(const scan_arguments &a, const mixer_place &p, int before, const mil_tails &tails,
             const mixer_memory &s)
 {
-    const int B_columns = a.B_groups * a.state_dim, wide = a.B_width / V;
-    for (int e = threadIdx.x; e < before * QUADS; e += THREADS) {
-        const int token = e / QUADS, at = e % QUADS * V;
-        copy_16(s.tail_x + token * COLUMNS + at, tails.x + (int64_t)token * a.inner + p.channel + at);
-        copy_16(s.tail_dt + token * COLUMNS + at, tails.dt + (int64_t)token * a.inner + p.channel + at);
-    }
-    for (int e = threadIdx.x; e < before * wide; e += THREADS) {
-        const int token = e / wide, at = e % wide * V;
-        if (p.B_at + at < B_columns) {
-            copy_16(s.tail_B + token * a.B_width + at, tails.B + (int64_t)token * B_columns + p.B_at + at);
+    const int B_columns = a.B_groups * a.state_dim, column = threadIdx.x % QUADS * V;
+#pragma unroll 1
+    for (int token = threadIdx.x / QUADS; token < before; token += LANES_N) {
+        const int at = token * a.inner + p.channel + column;
+        copy_16(s.tail_x + token * COLUMNS + column, tails.x + at);
+        copy_16(s.tail_dt + token * COLUMNS + column, tails.dt + at);
+#pragma unroll 1
+        for (int n = column; n < a.B_width; n += COLUMNS) {
+            if (p.B_at + n < B_columns) {
+                copy_16(s.tail_B + token * a.B_width + n, tails.B + token * B_columns + p.B_at + n);
+            }
         }
     }
 }
@@ -413,47 +420,53 @@ take_token(const scan_arguments &a, const float *x, const float *dt, const float
 /* Rows of [low | B | C]: sums of the partial sums, rounded as the product's output would be. */
 template <typename T>
 static __device__ __forceinline__ void
-add_slices(const mixer_arguments &m, const mil_span &span, int thread, const mixer_memory &s)
+add_slices(const mixer_arguments &m, int first, int count, int thread, const mixer_memory &s)
 {
-    const int vectors = m.x_width / V;
-    for (int e = thread; e < (int)span.count * vectors; e += THREADS) {
-        const int row = e / vectors, at = e % vectors * V;
-        const float *from = m.partial + (span.row + row) * m.x_width + at;
-        float4 part[SLICES];
+    constexpr int ACROSS = THREADS / 2; /* threads of a row */
+#pragma unroll 1
+    for (int row = thread / ACROSS; row < count; row += THREADS / ACROSS) {
+#pragma unroll 1
+        for (int at = thread % ACROSS * V; at < m.x_width; at += ACROSS * V) {
+            const float *from = m.partial + (first + row) * m.x_width + at;
+            float4 part[SLICES];
 #pragma unroll
-        for (int slice = 0; slice < SLICES; slice++) {
-            part[slice] = *(const float4 *)(from + (int64_t)slice * m.total * m.x_width);
-        }
-        float sum[V] = {};
+            for (int slice = 0; slice < SLICES; slice++) {
+                part[slice] = *(const float4 *)(from + slice * m.total * m.x_width);
+            }
+            float sum[V] = {};
 #pragma unroll
-        for (int slice = 0; slice < SLICES; slice++) {
-            sum[0] += part[slice].x;
-            sum[1] += part[slice].y;
-            sum[2] += part[slice].z;
-            sum[3] += part[slice].w;
+            for (int slice = 0; slice < SLICES; slice++) {
+                sum[0] += part[slice].x;
+                sum[1] += part[slice].y;
+                sum[2] += part[slice].z;
+                sum[3] += part[slice].w;
+            }
+            mil_store<V>((T *)s.low + row * s.low_stride + at, sum);
         }
-        mil_store<V>((T *)s.low + row * s.low_stride + at, sum);
     }
 }
 
 /* The norms of parts of those rows, in place: a warp each. */
 template <typename T>
-static __device__ __forceinline__ void
-norm_parts(const mixer_arguments &m, const mil_span &span, int thread, const mixer_memory &s)
+static __device__ __noinline__ void
+norm_parts(const mixer_arguments &m, int count, int thread, T *low, int low_stride)
 {
-    for (int e = thread / MIL_WARP; e < (int)span.count * m.normed; e += WARPS) {
-        const int row = e / m.normed, part = e % m.normed;
-        norm_arguments n = {};
-        T *at = (T *)s.low + row * s.low_stride + m.norms[part].at;
-        n.group = m.norms[part].width;
-        n.x = at;
-        n.eps = m.norms[part].eps;
-        auto sum = [](float value) { return mil_warp_sum(value); };
-        if (m.norms[part].at % 8 == 0 && m.norms[part].width % 8 == 0) {
-            norm_group<T, 8>(n, 0, 0, m.norms[part].weight, at, thread % MIL_WARP, MIL_WARP, sum);
-        }
-        else {
-            norm_group<T, 1>(n, 0, 0, m.norms[part].weight, at, thread % MIL_WARP, MIL_WARP, sum);
+#pragma unroll 1
+    for (int row = thread / MIL_WARP; row < count; row += WARPS) {
+#pragma unroll 1
+        for (int part = 0; part < m.normed; part++) {
+            norm_arguments n = {};
+            T *at = low + row * low_stride + m.norms[part].at;
+            n.group = m.norms[part].width;
+            n.x = at;
+            n.eps = m.norms[part].eps;
+            auto sum = [](float value) { return mil_warp_sum(value); };
+            if (m.norms[part].at % 8 == 0 && m.norms[part].width % 8 == 0) {
+                norm_group<T, 8>(n, 0, 0, m.norms[part].weight, at, thread % MIL_WARP, MIL_WARP, sum);
+            }
+            else {
+                norm_group<T, 1>(n, 0, 0, m.norms[part].weight, at, thread % MIL_WARP, MIL_WARP, sum);
+            }
         }
     }
 }
@@ -463,9 +476,11 @@ template <typename T>
 static __device__ __forceinline__ void
 take_columns(const T *from, int64_t stride, int at, int width, int columns, int count, int thread, float *to)
 {
-    for (int e = thread; e < count * width; e += THREADS) {
-        const int row = e / width, column = e % width;
-        if (at + column < columns) {
+    const int inside = min(width, columns - at);
+#pragma unroll 1
+    for (int row = thread / MIL_WARP; row < count; row += WARPS) {
+#pragma unroll 1
+        for (int column = thread % MIL_WARP; column < inside; column += MIL_WARP) {
             to[row * width + column] = mil_float(from[row * stride + at + column]);
         }
     }
@@ -478,9 +493,11 @@ input_of(const mixer_arguments &m, int c)
     return m.repeat > 1 ? c / (m.repeat_group * m.repeat) * m.repeat_group + c % m.repeat_group : c;
 }
 
-/* A channel's taps. */
+/* A channel's taps, the oldest first, behind those that do not exist, and its input. */
 struct conv_taps {
     float weight[MOST_TAPS], bias;
+    int input;
+    bool owns; /* appends it to the tail */
 };
 
 static __device__ __forceinline__ conv_taps
@@ -489,34 +506,35 @@ load_taps(const mixer_arguments &m, int channel)
     conv_taps w;
 #pragma unroll
     for (int j = 0; j < MOST_TAPS; j++) {
-        w.weight[j] = j < m.taps ? m.conv_weight[(int64_t)channel * m.taps + j] : 0.0f;
+        const int missing = MOST_TAPS - m.taps;
+        w.weight[j] = j < missing ? 0.0f : m.conv_weight[channel * m.taps + j - missing];
     }
     w.bias = m.conv_bias == NULL ? 0.0f : m.conv_bias[channel];
+    w.input = input_of(m, channel);
+    w.owns = m.repeat == 1 || channel / m.repeat_group % m.repeat == 0;
     return w;
 }
 
 /* The convolution of the block's channels, `before` tokens after the boundary: every fourth row of a thread's channel. */
 template <typename T>
 static __device__ __forceinline__ void
-convolve_rows(const mixer_arguments &m, const mixer_place &p, int before, const mil_tails &tails, int thread,
+convolve_rows(const mixer_arguments &m, int first, int count, int before, const mil_tails &tails, int thread,
               const conv_taps &w, const mixer_memory &s)
 {
-    const int column = thread % COLUMNS, lead = m.taps - 1, input = input_of(m, p.channel + column);
-    const int first = m.begin[blockIdx.y], count = m.begin[blockIdx.y + 1] - first;
-    const T *rows = (const T *)m.raw + first * m.raw_stride + input;
-    const float *tail = tails.conv + (int64_t)(before + lead) * m.inputs + input;
-#pragma unroll 2
+    const T *rows = (const T *)m.raw + first * m.raw_stride + w.input;
+    const float *tail = tails.conv + (before + m.taps - 1) * m.inputs + w.input;
+#pragma unroll 1
     for (int row = thread / COLUMNS; row < count; row += WARPS) {
         float window[MOST_TAPS];
 #pragma unroll
         for (int j = 0; j < MOST_TAPS; j++) {
-            const int token = row - lead + j;
-            window[j] = j > lead     ? 0.0f
-                        : token >= 0 ? mil_float(rows[token * m.raw_stride])
-                                     : tail[(int64_t)token * m.inputs];
+            const int token = row - (MOST_TAPS - 1) + j;
+            window[j] = j < MOST_TAPS - m.taps ? 0.0f
+                        : token >= 0           ? mil_float(rows[token * m.raw_stride])
+                                               : tail[token * m.inputs];
         }
-        const float y = mil_convolve<T, MOST_TAPS>(w.weight, window, w.bias, m.taps, true);
-        s.x[row * COLUMNS + column] = mil_float(mil_round<T>(y));
+        const float y = mil_convolve<T, MOST_TAPS>(w.weight, window, w.bias, MOST_TAPS - m.taps, true);
+        s.x[row * COLUMNS + thread % COLUMNS] = mil_float(mil_round<T>(y));
     }
 }
 
@@ -528,50 +546,49 @@ struct dt_weights {
 
 template <typename T>
 static __device__ __forceinline__ void
-load_dt_weights(const mixer_arguments &m, int channel, int chain, int tile, int k, uint4 &low, uint4 &high)
+load_dt_weights(const mixer_arguments &m, int channel, int tile, int k, uint4 &low, uint4 &high)
 {
     const int lane = threadIdx.x % MIL_WARP, at = k + lane % 4 * 8;
-    const T *from = (const T *)m.dt_weight + (int64_t)(channel + tile * OUTPUTS + lane / 4) * m.rank + at;
-    const bool there = at < m.rank;
+    const T *from = (const T *)m.dt_weight + (channel + tile * OUTPUTS + lane / 4) * m.rank + at;
+    const bool there = m.dt_weight != NULL && at < m.rank;
     low = there ? load_weight(from) : make_uint4(0, 0, 0, 0);
-    high = there ? load_weight(from + 8 * (int64_t)m.rank) : make_uint4(0, 0, 0, 0);
+    high = there ? load_weight(from + 8 * m.rank) : make_uint4(0, 0, 0, 0);
 }
 
 /* W_dt low in the order of thin_product.cu: chain w takes chunks w, w + 8, ... */
 template <typename T, int GROUPS>
 static __device__ __forceinline__ void
-multiply_dt(const mixer_arguments &m, const mixer_place &p, int count, int thread, dt_weights &weights,
+multiply_dt(const mixer_arguments &m, const mixer_place &p, int count, int thread, const dt_weights &weights,
             const mixer_memory &s)
 {
     const int warp = thread / MIL_WARP, lane = thread % MIL_WARP, g = lane / 4, t = lane % 4;
+    const T *low = (const T *)s.low + g * s.low_stride + 8 * t;
 #pragma unroll
     for (int i = 0; i < dt_weights::PAIRS; i++) {
-        const int tile = (warp * dt_weights::PAIRS + i) / CHAINS,
-                  chain = (warp * dt_weights::PAIRS + i) % CHAINS;
+        const int pair = warp * dt_weights::PAIRS + i, tile = pair / CHAINS, chain = pair % CHAINS;
         float c[GROUPS][4] = {};
+        uint4 l = weights.low[i], h = weights.high[i];
+#pragma unroll 1
         for (int k = chain * CHUNK; k < m.rank; k += CHAINS * CHUNK) {
             if (k >= CHAINS * CHUNK) {
-                load_dt_weights<T>(m, p.channel, chain, tile, k, weights.low[i], weights.high[i]);
+                load_dt_weights<T>(m, p.channel, tile, k, l, h);
             }
-            const uint4 l = weights.low[i], h = weights.high[i];
 #pragma unroll
             for (int group = 0; group < GROUPS; group++) {
-                const int row = group * 8 + g, at = k + 8 * t;
-                const bool real = row < count && at < m.rank;
-                const uint4 v = real ? *(const uint4 *)((const T *)s.low + row * s.low_stride + at)
-                                     : make_uint4(0, 0, 0, 0);
+                const bool real = group * 8 + g < count && k + 8 * t < m.rank;
+                const uint4 v =
+                    real ? *(const uint4 *)(low + group * 8 * s.low_stride + k) : make_uint4(0, 0, 0, 0);
                 multiply(c[group], l.x, h.x, l.y, h.y, v.x, v.y, T());
                 multiply(c[group], l.z, h.z, l.w, h.w, v.z, v.w, T());
             }
         }
-        float *to = s.chains + (chain * COLUMNS + tile * OUTPUTS) * 8 * GROUPS;
+        float *to = s.chains + (chain * COLUMNS + tile * OUTPUTS + g) * 8 * GROUPS + 2 * t;
 #pragma unroll
         for (int group = 0; group < GROUPS; group++) {
-            const int row = group * 8 + 2 * t;
-            to[g * 8 * GROUPS + row] = c[group][0];
-            to[g * 8 * GROUPS + row + 1] = c[group][1];
-            to[(g + 8) * 8 * GROUPS + row] = c[group][2];
-            to[(g + 8) * 8 * GROUPS + row + 1] = c[group][3];
+            to[group * 8] = c[group][0];
+            to[group * 8 + 1] = c[group][1];
+            to[8 * 8 * GROUPS + group * 8] = c[group][2];
+            to[8 * 8 * GROUPS + group * 8 + 1] = c[group][3];
         }
     }
 }
@@ -579,15 +596,15 @@ multiply_dt(const mixer_arguments &m, const mixer_place &p, int count, int threa
 /* dt after bias, softplus and clamp. */
 template <typename T, int GROUPS>
 static __device__ __forceinline__ void
-finish_dt(const mixer_arguments &m, const mixer_place &p, const mil_span &span, int thread, float bias,
+finish_dt(const mixer_arguments &m, const mixer_place &p, int first, int count, int thread, float bias,
           const mixer_memory &s)
 {
     const scan_arguments &a = m.scan;
     const int column = thread % COLUMNS;
-    for (int row = thread / COLUMNS; row < (int)span.count; row += WARPS) {
-        float value;
+#pragma unroll 1
+    for (int row = thread / COLUMNS; row < count; row += WARPS) {
+        float value = 0.0f;
         if (m.dt_weight != NULL) {
-            value = 0.0f;
 #pragma unroll
             for (int chain = 0; chain < CHAINS; chain++) {
                 value += s.chains[(chain * COLUMNS + column) * 8 * GROUPS + row];
@@ -595,173 +612,178 @@ finish_dt(const mixer_arguments &m, const mixer_place &p, const mil_span &span, 
             value = mil_float(mil_round<T>(value));
         }
         else {
-            value = mil_float(((const T *)a.dt)[(span.row + row) * a.dt_stride + p.channel + column]);
+            value = mil_float(((const T *)a.dt)[(first + row) * a.dt_stride + p.channel + column]);
         }
         s.dt[row * COLUMNS + column] = mil_time_step(value + bias, a.dt_min, a.dt_max);
     }
 }
 
-/* The second four warps, from the kernel before's results to x, dt, B and C of this call's rows. */
-template <typename T, int GROUPS>
+/* The second four warps' part, from the kernel before's results: what B, C and dt are made of. */
+template <typename T>
 static __device__ __forceinline__ void
-prepare_rows(const mixer_arguments &m, const mixer_place &p, int guess, const mil_span &span,
-             const mil_tails &tails, dt_weights &weights, const conv_taps &taps, float bias,
-             const mixer_memory &s)
+gather_rows(const mixer_arguments &m, const mixer_place &p, int first, int count, const mixer_memory &s)
 {
     const scan_arguments &a = m.scan;
-    const int thread = threadIdx.x - THREADS, count = (int)span.count;
-    const int B_columns = a.B_groups * a.state_dim, C_columns = a.C_groups * a.state_dim;
+    const int thread = threadIdx.x - THREADS;
     if (m.x_weight != NULL) {
-        add_slices<T>(m, span, thread, s);
+        add_slices<T>(m, first, count, thread, s);
     }
     else {
-        const int vectors = m.dt_weight != NULL ? m.rank / 8 : 0;
-        for (int e = thread; e < count * vectors; e += THREADS) {
-            const int row = e / vectors, at = e % vectors * 8;
-            copy_16((T *)s.low + row * s.low_stride + at,
-                    (const T *)m.low + (span.row + row) * m.low_stride + at);
+#pragma unroll 1
+        for (int row = thread / MIL_WARP; row < count && m.dt_weight != NULL; row += WARPS) {
+#pragma unroll 1
+            for (int at = thread % MIL_WARP * 8; at < m.rank; at += MIL_WARP * 8) {
+                copy_16((T *)s.low + row * s.low_stride + at,
+                        (const T *)m.low + (first + row) * m.low_stride + at);
+            }
         }
-        take_columns<T>((const T *)a.B + span.row * a.B_stride, a.B_stride, p.B_at, a.B_width, B_columns,
-                        count, thread, s.B);
-        take_columns<T>((const T *)a.C + span.row * a.C_stride, a.C_stride, p.C_at, a.C_width, C_columns,
-                        count, thread, s.C);
+        take_columns<T>((const T *)a.B + first * a.B_stride, a.B_stride, p.B_at, a.B_width,
+                        a.B_groups * a.state_dim, count, thread, s.B);
+        take_columns<T>((const T *)a.C + first * a.C_stride, a.C_stride, p.C_at, a.C_width,
+                        a.C_groups * a.state_dim, count, thread, s.C);
     }
-    convolve_rows<T>(m, p, guess, tails, thread, taps, s);
-    if (span.before != guess) {
-        convolve_rows<T>(m, p, span.before, tails, thread, taps, s);
-    }
-    await_copies();
+}
+
+/* And from there to B, C and dt. */
+template <typename T, int GROUPS>
+static __device__ __forceinline__ void
+prepare_rows(const mixer_arguments &m, const mixer_place &p, int first, int count, const dt_weights &weights,
+             float bias, const mixer_memory &s)
+{
+    const scan_arguments &a = m.scan;
+    const int thread = threadIdx.x - THREADS;
     meet(1);
     if (m.normed > 0) {
-        norm_parts<T>(m, span, thread, s);
+        norm_parts<T>(m, count, thread, (T *)s.low, s.low_stride);
         meet(1);
     }
     if (m.x_weight != NULL) {
-        take_columns<T>((const T *)s.low + m.B_at, s.low_stride, p.B_at, a.B_width, B_columns, count, thread,
-                        s.B);
-        take_columns<T>((const T *)s.low + m.C_at, s.low_stride, p.C_at, a.C_width, C_columns, count, thread,
-                        s.C);
+        take_columns<T>((const T *)s.low + m.B_at, s.low_stride, p.B_at, a.B_width, a.B_groups * a.state_dim,
+                        count, thread, s.B);
+        take_columns<T>((const T *)s.low + m.C_at, s.low_stride, p.C_at, a.C_width, a.C_groups * a.state_dim,
+                        count, thread, s.C);
     }
     if (m.dt_weight != NULL) {
         multiply_dt<T, GROUPS>(m, p, count, thread, weights, s);
         meet(1);
     }
-    finish_dt<T, GROUPS>(m, p, span, thread, bias, s);
-}
-
-/* This call's rows of `columns` of the convolution's inputs into its tail. */
-template <typename T>
-static __device__ __forceinline__ void
-append_inputs(const mixer_arguments &m, const mil_span &span, const mil_tails &tails, int input, int columns,
-              int base)
-{
-    for (int e = threadIdx.x; e < (int)span.count * columns; e += BLOCK) {
-        const int row = e / columns, at = input + e % columns;
-        tails.conv[(int64_t)(base + m.taps - 1 + row) * m.inputs + at] =
-            mil_float(((const T *)m.raw)[(span.row + row) * m.raw_stride + at]);
-    }
+    finish_dt<T, GROUPS>(m, p, first, count, thread, bias, s);
 }
 
 /* One group's columns of B: what the tail keeps, where it is folded, and this call's rows. */
 static __device__ __forceinline__ void
-write_B(const scan_arguments &a, const mixer_place &p, const mil_span &span, const mil_tails &tails,
+write_B(const scan_arguments &a, const mixer_place &p, int before, int count, const mil_tails &tails,
         int group, int shift, const mixer_memory &s)
 {
-    const int64_t B_columns = (int64_t)a.B_groups * a.state_dim;
-    const int at = group * a.state_dim - p.B_at, kept = shift > 0 ? span.before - shift : 0;
-    const int base = span.before - shift;
-    for (int e = threadIdx.x; e < (kept + (int)span.count) * a.state_dim; e += BLOCK) {
-        const int row = e / a.state_dim, n = e % a.state_dim;
+    const int B_columns = a.B_groups * a.state_dim, at = group * a.state_dim - p.B_at;
+    const int kept = shift > 0 ? before - shift : 0, base = before - shift;
+#pragma unroll 1
+    for (int row = threadIdx.x / MIL_WARP; row < kept + count; row += BLOCK / MIL_WARP) {
         const float *from =
             row < kept ? s.tail_B + (shift + row) * a.B_width : s.B + (row - kept) * a.B_width;
-        tails.B[(row < kept ? row : base + row - kept) * B_columns + group * a.state_dim + n] = from[at + n];
+        float *to = tails.B + (row < kept ? row : base + row - kept) * B_columns + group * a.state_dim;
+#pragma unroll 1
+        for (int n = threadIdx.x % MIL_WARP; n < a.state_dim; n += MIL_WARP) {
+            to[n] = from[at + n];
+        }
     }
 }
 
 /* Tails where nothing is folded: rows of this call behind those that are there, each by one block. */
 template <typename T>
 static __device__ __forceinline__ void
-append_tails(const mixer_arguments &m, const mixer_place &p, const mil_span &span, const mil_tails &tails,
-             const mixer_memory &s)
+append_tails(const mixer_arguments &m, const mixer_place &p, int first, int count, int before,
+             const mil_tails &tails, const conv_taps &taps, const mixer_memory &s)
 {
     const scan_arguments &a = m.scan;
-    const int B_run = a.inner / a.B_groups;
-    for (int e = threadIdx.x; e < (int)span.count * COLUMNS; e += BLOCK) {
-        const int row = e / COLUMNS, column = e % COLUMNS, c = p.channel + column;
-        const int64_t at = (int64_t)(span.before + row) * a.inner + c;
-        tails.x[at] = s.x[e];
-        tails.dt[at] = s.dt[e];
-        if (m.repeat == 1 || c / m.repeat_group % m.repeat == 0) {
-            const int input = input_of(m, c);
-            tails.conv[(int64_t)(span.before + m.taps - 1 + row) * m.inputs + input] =
-                mil_float(((const T *)m.raw)[(span.row + row) * m.raw_stride + input]);
+    const int column = threadIdx.x % COLUMNS;
+#pragma unroll 1
+    for (int row = threadIdx.x / COLUMNS; row < count; row += BLOCK / COLUMNS) {
+        const int at = (before + row) * a.inner + p.channel + column;
+        tails.x[at] = s.x[row * COLUMNS + column];
+        tails.dt[at] = s.dt[row * COLUMNS + column];
+        if (taps.owns) {
+            tails.conv[(before + m.taps - 1 + row) * m.inputs + taps.input] =
+                mil_float(((const T *)m.raw)[(first + row) * m.raw_stride + taps.input]);
         }
     }
-    for (int group = p.channel / B_run; group * B_run < p.channel + COLUMNS; group++) {
-        if (group * B_run >= p.channel) {
-            write_B(a, p, span, tails, group, 0, s);
+#pragma unroll 1
+    for (int group = p.B_at / a.state_dim; group * m.B_run < p.channel + COLUMNS; group++) {
+        if (group * m.B_run >= p.channel) {
+            write_B(a, p, before, count, tails, group, 0, s);
         }
     }
 }
 
 /* Tails where a window is folded: `shift` rows go, and what is left moves to the beginning. */
 template <typename T>
-static __device__ __forceinline__ void
-fold_tails(const mixer_arguments &m, const mixer_place &p, const mil_span &span, const mil_tails &tails,
-           int shift, const mixer_memory &s)
+static __device__ __noinline__ void
+fold_tails(const mixer_arguments &m, const mil_tails &tails, int channel, int first, int count, int before,
+           int shift, int groups)
 {
+    extern __shared__ __align__(16) char shared[];
     const scan_arguments &a = m.scan;
-    const int B_run = a.inner / a.B_groups, input_run = m.repeat > 1 ? m.repeat * m.repeat_group : 1;
-    const int kept = span.before - shift, lead = m.taps - 1;
-    const int B_group = p.channel / B_run, run = p.channel / input_run;
-    const int64_t B_columns = (int64_t)a.B_groups * a.state_dim;
-    const mil_slots slots = {{mil_slot(tails.B, B_columns, (int64_t)B_group * a.state_dim),
-                              mil_slot(tails.x, a.inner, (int64_t)run * input_run), NULL},
-                             {B_run > COLUMNS ? (unsigned)(B_run / COLUMNS) : 1u,
-                              input_run > COLUMNS ? (unsigned)(input_run / COLUMNS) : 1u, 0u}};
+    const mixer_memory s = cut_mixer_memory(m, shared, groups);
+    const int input_run = m.repeat > 1 ? m.repeat * m.repeat_group : 1;
+    const int kept = before - shift, lead = m.taps - 1, column = threadIdx.x % COLUMNS;
+    const int B_group = channel / m.B_run, run = channel / input_run;
+    const mixer_place p = {channel, B_group * a.state_dim, 0};
+    const mil_slots slots = {{mil_slot(tails.B, a.B_groups * a.state_dim, p.B_at),
+                              mil_slot(tails.x, a.inner, run * input_run), NULL, NULL},
+                             {m.B_run > COLUMNS ? (unsigned)(m.B_run / COLUMNS) : 1u,
+                              input_run > COLUMNS ? (unsigned)(input_run / COLUMNS) : 1u, 0u, 0u}};
     const unsigned last = mil_last_of(slots);
-    for (int e = threadIdx.x; e < (kept + (int)span.count) * COLUMNS; e += BLOCK) {
-        const int row = e / COLUMNS, column = e % COLUMNS;
-        const int64_t at = (int64_t)row * a.inner + p.channel + column;
-        const int from = row < kept ? (shift + row) * COLUMNS + column : (row - kept) * COLUMNS + column;
+#pragma unroll 1
+    for (int row = threadIdx.x / COLUMNS; row < kept + count; row += BLOCK / COLUMNS) {
+        const int at = row * a.inner + channel + column;
+        const int from = (row < kept ? shift + row : row - kept) * COLUMNS + column;
         tails.x[at] = row < kept ? s.tail_x[from] : s.x[from];
         tails.dt[at] = row < kept ? s.tail_dt[from] : s.dt[from];
     }
     if (last & 1) {
-        for (int group = B_group; group * B_run < p.channel + COLUMNS; group++) {
-            write_B(a, p, span, tails, group, shift, s);
+#pragma unroll 1
+        for (int group = B_group; group * m.B_run < channel + COLUMNS; group++) {
+            write_B(a, p, before, count, tails, group, shift, s);
         }
     }
     if (last & 2) {
         const int columns = max(input_run, COLUMNS) / m.repeat, input = input_of(m, run * input_run);
         mil_tail_shift<BLOCK>(tails.conv + input, m.inputs, columns, shift, lead + kept);
-        append_inputs<T>(m, span, tails, input, columns, kept);
+#pragma unroll 1
+        for (int row = threadIdx.x / COLUMNS; row < count; row += BLOCK / COLUMNS) {
+#pragma unroll 1
+            for (int at = input + column; at < input + columns; at += COLUMNS) {
+                tails.conv[(kept + lead + row) * m.inputs + at] =
+                    mil_float(((const T *)m.raw)[(first + row) * m.raw_stride + at]);
+            }
+        }
     }
 }
 
 /* y of all rows; D and z are those of the thread's column and rows. */
 template <typename T>
 static __device__ __forceinline__ void
-finish_rows(const scan_arguments &a, const mixer_place &p, const mil_span &span, float D, const float (&z)[2],
+finish_rows(const scan_arguments &a, const mixer_place &p, int first, int count, float D, const float (&z)[2],
             const mixer_memory &s)
 {
     const int column = threadIdx.x % COLUMNS;
 #pragma unroll
     for (int k = 0; k < ROWS / (BLOCK / COLUMNS); k++) {
         const int row = threadIdx.x / COLUMNS + k * (BLOCK / COLUMNS);
-        if (row < (int)span.count) {
+        if (row < count) {
             const float *sums = s.sums + row * WARPS * COLUMNS + column;
             float y = (sums[0] + sums[COLUMNS]) + (sums[2 * COLUMNS] + sums[3 * COLUMNS]);
             y = fmaf(D, s.x[row * COLUMNS + column], y);
             if (a.z != NULL) {
                 y *= __fdividef(z[k], 1.0f + __expf(-z[k]));
             }
-            ((T *)a.y)[(span.row + row) * a.y_stride + p.channel + column] = mil_round<T>(y);
+            ((T *)a.y)[(first + row) * a.y_stride + p.channel + column] = mil_round<T>(y);
         }
     }
 }
 
-/* Grid: blocks of COLUMNS channels, sequences. */
+/* Grid: blocks of COLUMNS channels, sequences.  This code runs once a layer, from caches that weights have swept: it is
+ * kept short (loops of runtime length are not unrolled, what is rare is not inlined). */
 template <typename T, int J, int GROUPS>
 static __global__ void
 __launch_bounds__(BLOCK)
@@ -773,48 +795,39 @@ __launch_bounds__(BLOCK)
     const mil_tails tails = states.of[blockIdx.y];
     const bool scans = threadIdx.x < THREADS;
     const int channel = blockIdx.x * COLUMNS, own = channel + (int)threadIdx.x % COLUMNS;
-    const int B_run = a.inner / a.B_groups, C_run = a.inner / a.C_groups;
-    const mixer_place p = {channel, channel / B_run * a.state_dim, channel / C_run * a.state_dim};
+    const mixer_place p = {channel, channel / m.B_run * a.state_dim, channel / m.C_run * a.state_dim};
     const int c = channel + (int)threadIdx.x % QUADS * V, lane_n = (int)threadIdx.x / QUADS;
-    const int B_own = c / B_run * a.state_dim - p.B_at, C_own = c / C_run * a.state_dim - p.C_at;
+    const int B_own = c / m.B_run * a.state_dim - p.B_at, C_own = c / m.C_run * a.state_dim - p.C_at;
     const float D = a.D[own], bias = a.dt_bias_scale * a.dt_bias[own];
+    const conv_taps taps = load_taps(m, own);
     float H[J][V], exponent[J][V];
     dt_weights weights;
-    conv_taps taps;
     mil_trigger();
-    if (scans) {
-        if (threadIdx.x % QUADS < 2) { /* a row of 32 channels is a line */
-            const float *tail = threadIdx.x % QUADS == 0 ? tails.x : tails.dt;
-            mil_prefetch(tail + (int64_t)lane_n * a.inner + channel);
-        }
-        else if (threadIdx.x % QUADS == 2) {
-            for (int n = lane_n; n < a.state_dim; n += LANES_N) {
-                mil_prefetch(tails.state + (int64_t)n * a.inner + channel);
-            }
+    const int guess = mil_guess_before(a.rows, blockIdx.y);
+    if (scans) { /* a row of 32 channels is a line */
+        const int which = threadIdx.x % QUADS;
+        const float *of = which == 0   ? tails.x + lane_n * a.inner + channel
+                          : which == 1 ? tails.dt + lane_n * a.inner + channel
+                          : which == 2 ? tails.state + min(lane_n, a.state_dim - 1) * a.inner + channel
+                          : which == 3 ? tails.B + lane_n * a.B_groups * a.state_dim + p.B_at
+                                       : tails.conv + (guess + lane_n) * m.inputs + taps.input;
+        if (which < 4 || (which == 4 && lane_n < m.taps - 1)) {
+            mil_prefetch(of);
         }
         load_exponent<V, J>(a, c, lane_n, exponent);
     }
     else {
         const int warp = threadIdx.x / MIL_WARP - WARPS;
-        taps = load_taps(m, own);
 #pragma unroll
-        for (int i = 0; i < dt_weights::PAIRS && m.dt_weight != NULL; i++) {
+        for (int i = 0; i < dt_weights::PAIRS; i++) {
             const int pair = warp * dt_weights::PAIRS + i;
-            load_dt_weights<T>(m, channel, pair % CHAINS, pair / CHAINS, pair % CHAINS * CHUNK,
-                               weights.low[i], weights.high[i]);
+            load_dt_weights<T>(m, channel, pair / CHAINS, pair % CHAINS * CHUNK, weights.low[i],
+                               weights.high[i]);
         }
     }
-    const int sequence = blockIdx.y, guess = mil_guess_before(a.rows, sequence);
-    const int first = m.begin[sequence], count = m.begin[sequence + 1] - first;
+    const int first = m.begin[blockIdx.y], count = m.begin[blockIdx.y + 1] - first;
     mil_wait();
-    const int64_t past = __ldcg(a.rows.past + sequence), boundary = __ldcg(a.rows.boundary + sequence);
-    if (scans) {
-        load_H<V, J>(a, tails.state, c, lane_n, H);
-        fetch_tails(a, p, guess, tails, s);
-    }
-    else if (m.x_weight == NULL && threadIdx.x < THREADS + MIL_WARP) {
-        mil_fetch_ahead(m.next, m.next_bytes);
-    }
+    const int64_t past = __ldcg(a.rows.past + blockIdx.y), boundary = __ldcg(a.rows.boundary + blockIdx.y);
     float z[ROWS / (BLOCK / COLUMNS)];
 #pragma unroll
     for (int k = 0; k < ROWS / (BLOCK / COLUMNS); k++) {
@@ -822,16 +835,27 @@ __launch_bounds__(BLOCK)
         z[k] =
             a.z != NULL && row < count ? mil_float(((const T *)a.z)[(first + row) * a.z_stride + own]) : 0.0f;
     }
+    if (scans) {
+        load_H<V, J>(a, tails.state, c, lane_n, H);
+        fetch_tails(a, p, guess, tails, s);
+        if (m.x_weight == NULL && threadIdx.x < MIL_WARP) {
+            mil_fetch_ahead(m.next, m.next_bytes);
+        }
+    }
+    else {
+        gather_rows<T>(m, p, first, count, s);
+    }
     const mil_span span = mil_span_from(first, first + count, past, boundary);
-    const int shift = (int)(span.after - span.boundary);
+    const int before = span.before, shift = (int)(span.after - span.boundary);
     if (scans) {
         await_copies();
-        if (span.before != guess) {
-            fetch_tails(a, p, span.before, tails, s);
+        if (before != guess) {
+            fetch_tails(a, p, before, tails, s);
             await_copies();
         }
         meet(0);
-        for (int token = 0; token < span.before; token++) {
+#pragma unroll 1
+        for (int token = 0; token < before; token++) {
             take_token<J>(a, s.tail_x, s.tail_dt, s.tail_B, token, B_own, exponent, H);
             if (token + 1 == shift) {
                 store_H<V, J>(a, H, c, lane_n, tails.state);
@@ -839,10 +863,13 @@ __launch_bounds__(BLOCK)
         }
     }
     else {
-        prepare_rows<T, GROUPS>(m, p, guess, span, tails, weights, taps, bias, s);
+        convolve_rows<T>(m, first, count, before, tails, (int)threadIdx.x - THREADS, taps, s);
+        await_copies();
+        prepare_rows<T, GROUPS>(m, p, first, count, weights, bias, s);
     }
     __syncthreads();
     if (scans) {
+#pragma unroll 1
         for (int row = 0; row < count; row++) {
             take_token<J>(a, s.x, s.dt, s.B, row, B_own, exponent, H);
             float C[J];
@@ -855,12 +882,12 @@ __launch_bounds__(BLOCK)
         }
     }
     __syncthreads();
-    finish_rows<T>(a, p, span, D, z, s);
+    finish_rows<T>(a, p, first, count, D, z, s);
     if (shift == 0) {
-        append_tails<T>(m, p, span, tails, s);
+        append_tails<T>(m, p, first, count, before, tails, taps, s);
     }
     else {
-        fold_tails<T>(m, p, span, tails, shift, s);
+        fold_tails<T>(m, tails, channel, first, count, before, shift, GROUPS);
     }
 }
 
@@ -948,7 +975,8 @@ static size_t
 project_bytes(const mixer_arguments &a)
 {
     const int64_t chunks = mil_ceil_div(mil_ceil_div(a.scan.inner / CHUNK, SLICES), WARPS);
-    return WARPS * cut_project_memory(NULL, (int)(chunks < MOST_CHUNKS ? chunks : MOST_CHUNKS), a.total,
+    return WARPS * OUTPUTS * mil_ceil_div(a.total, 8) * 8 * sizeof(float) +
+           WARPS * cut_project_memory(NULL, (int)(chunks < MOST_CHUNKS ? chunks : MOST_CHUNKS), a.total,
                                       a.scan.rows.sequences, a.taps)
                        .bytes;
 }
@@ -976,6 +1004,8 @@ mixer(mil_context *context, const mil_scan_mixer *m)
     a.scan = scan_arguments_of(&m->scan);
     a.scan.B_width = group_columns(a.scan.inner, a.scan.B_groups, a.scan.state_dim, COLUMNS);
     a.scan.C_width = group_columns(a.scan.inner, a.scan.C_groups, a.scan.state_dim, COLUMNS);
+    a.B_run = a.scan.inner / a.scan.B_groups;
+    a.C_run = a.scan.inner / a.scan.C_groups;
     a.raw = c->x;
     a.raw_stride = c->x_stride;
     a.inputs = (int)(c->channels / c->repeat);

@@ -169,6 +169,7 @@ fill_weights(int first, int length, bool folds, window_memory<COLUMNS, ROWS> &m)
     const int lane = threadIdx.x % PAIR_LANES, s = threadIdx.x / PAIR_LANES % WINDOW;
     constexpr int ROWS_AT_ONCE = THREADS / PAIR_LANES / WINDOW;
     static_assert(ROWS_AT_ONCE == 1, "a block computes a row of weights at a time");
+#pragma unroll 1
     for (int i = first; i < length; i += GROUP) {
         float dot[GROUP] = {}, product[GROUP];
 #pragma unroll
@@ -263,6 +264,7 @@ compute_rows(const ssd_arguments &a, const window_place &p, int64_t row, int i, 
         }
     }
     __syncthreads(); /* also the weights are there now */
+#pragma unroll 1
     for (int e = threadIdx.x; e < count * COLUMNS; e += THREADS) {
         int r = e / COLUMNS, c = e % COLUMNS;
         float y = m.from_start[i + r] * add_tree<WARPS>(&m.partial[r][0][c], COLUMNS);
@@ -292,7 +294,7 @@ fold(const window_memory<V * QUADS, LANES_N * J> &m, float (&H)[J][V])
             H[j][v] *= last;
         }
     }
-#pragma unroll 4
+#pragma unroll 2
     for (int s = 0; s < WINDOW; s++) {
         float x[V], weight = m.to_end[s];
         mil_load<V>(&m.x[s][quad * V], x);
@@ -349,7 +351,9 @@ prefetch_state(const ssd_arguments &a, const window_place &p, int columns, const
 {
     constexpr int LINE = 32; /* floats */
     const int lane_n = threadIdx.x / QUADS, first = threadIdx.x % QUADS * LINE;
+#pragma unroll 1
     for (int c = first; c < columns; c += QUADS * LINE) {
+#pragma unroll 1
         for (int n = lane_n; n < a.state_dim; n += LANES_N) {
             mil_prefetch(state + (int64_t)n * a.head_dim + p.column + c);
         }
@@ -359,6 +363,7 @@ prefetch_state(const ssd_arguments &a, const window_place &p, int columns, const
         mil_prefetch(tails.dt + (lane_n % WINDOW) * a.heads + p.head);
     }
     else if (threadIdx.x % QUADS == 7 && p.is_first_of_group) {
+#pragma unroll 1
         for (int n = lane_n / WINDOW * LINE; n < a.state_dim; n += LANES_N / WINDOW * LINE) {
             mil_prefetch(tails.B + (int64_t)(lane_n % WINDOW) * a.B_groups * a.state_dim + p.B_column + n);
         }
@@ -375,6 +380,7 @@ run_slice(const ssd_arguments &a, const window_place &p, const mil_span &span, c
     const int64_t total = span.before + span.count;
     const bool whole = is_first || total > WINDOW;
     window_inputs<T, V, J> in;
+#pragma unroll 1
     for (int64_t start = 0; start < total; start += WINDOW) {
         int length = (int)min((int64_t)WINDOW, total - start);
         int first = (int)min((int64_t)length, max((int64_t)0, span.before - start));
@@ -396,6 +402,7 @@ run_slice(const ssd_arguments &a, const window_place &p, const mil_span &span, c
         if (whole) {
             fill_weights<V>(first, length, folds, m);
         }
+#pragma unroll 1
         for (int i = first; i < length; i += GROUP) {
             if (i > first) {
                 __syncthreads();
@@ -446,6 +453,7 @@ __launch_bounds__(THREADS, J <= 4 ? 2 : 1)
     window_owner owner = {appends && p.head % of_x == 0, appends && p.is_first_of_group,
                           appends && blockIdx.x == 0};
     const int first_column = p.column;
+#pragma unroll 1
     for (int k = 0; k < slices; k++) {
         p.columns = min(V * QUADS, a.head_dim - p.column);
         float H[J][V];
@@ -509,14 +517,15 @@ convolve_column(const ssd_mixer_arguments &m, const mil_span &span, const mil_ta
                 const float (&weight)[MOST_TAPS], float bias, bool appends, int width, T *fresh)
 {
     constexpr int AHEAD = 4;
-    const int lead = m.taps - 1, count = (int)span.count;
+    const int lead = m.taps - 1, missing = MOST_TAPS - m.taps, count = (int)span.count;
     const T *rows = (const T *)m.raw + span.row * m.raw_stride + channel;
     float *tail = tails.conv + (int64_t)span.before * m.inputs + channel;
     float x[MOST_TAPS - 1 + AHEAD];
 #pragma unroll
     for (int j = 0; j < MOST_TAPS - 1; j++) {
-        x[j] = j < lead ? tail[(int64_t)j * m.inputs] : 0.0f;
+        x[j] = j < missing ? 0.0f : tail[(int64_t)(j - missing) * m.inputs];
     }
+#pragma unroll 1
     for (int row = 0; row < count; row += AHEAD) {
         float next[AHEAD];
 #pragma unroll
@@ -528,7 +537,7 @@ convolve_column(const ssd_mixer_arguments &m, const mil_span &span, const mil_ta
             float window[MOST_TAPS];
 #pragma unroll
             for (int j = 0; j < MOST_TAPS; j++) {
-                window[j] = j < lead ? x[j] : next[i];
+                window[j] = j < MOST_TAPS - 1 ? x[j] : next[i];
             }
 #pragma unroll
             for (int j = 0; j + 1 < MOST_TAPS; j++) {
@@ -536,7 +545,7 @@ convolve_column(const ssd_mixer_arguments &m, const mil_span &span, const mil_ta
             }
             if (row + i < count) {
                 fresh[(row + i) * width] =
-                    mil_round<T>(mil_convolve<T, MOST_TAPS>(weight, window, bias, m.taps, true));
+                    mil_round<T>(mil_convolve<T, MOST_TAPS>(weight, window, bias, missing, true));
                 if (appends) {
                     tail[(int64_t)(lead + row + i) * m.inputs] = next[i];
                 }
@@ -547,12 +556,13 @@ convolve_column(const ssd_mixer_arguments &m, const mil_span &span, const mil_ta
 
 /* The inputs' tail in `columns` columns from `channel` on, where a window is folded. */
 template <typename T>
-static __device__ __forceinline__ void
+static __device__ __noinline__ void
 move_inputs(const ssd_mixer_arguments &m, const mil_span &span, const mil_tails &tails, int channel,
             int columns)
 {
     const int shift = (int)(span.after - span.boundary), lead = m.taps - 1, kept = span.before - shift;
     mil_tail_shift<THREADS>(tails.conv + channel, m.inputs, columns, shift, lead + kept);
+#pragma unroll 1
     for (int e = threadIdx.x; e < (int)span.count * columns; e += THREADS) {
         const int row = e / columns, column = channel + e % columns;
         tails.conv[(int64_t)(kept + lead + row) * m.inputs + column] =
@@ -562,7 +572,7 @@ move_inputs(const ssd_mixer_arguments &m, const mil_span &span, const mil_tails 
 
 /* All tails where a window is folded. `a` reads this call's rows from shared memory. */
 template <typename T>
-static __device__ __forceinline__ void
+static __device__ __noinline__ void
 move_all_tails(const ssd_mixer_arguments &m, const ssd_arguments &a, const window_place &p,
                const mil_span &span, const mil_tails &tails, float bias)
 {
@@ -628,7 +638,8 @@ __launch_bounds__(THREADS)
         channel[k] = channel_of(m, p, COLUMNS, threadIdx.x + k * THREADS);
 #pragma unroll
         for (int j = 0; j < MOST_TAPS; j++) {
-            weight[k][j] = channel[k] >= 0 && j < m.taps ? m.weight[channel[k] * m.taps + j] : 0.0f;
+            const int tap = j - (MOST_TAPS - m.taps);
+            weight[k][j] = channel[k] >= 0 && tap >= 0 ? m.weight[channel[k] * m.taps + tap] : 0.0f;
         }
         conv_bias[k] = channel[k] >= 0 && m.bias != NULL ? m.bias[channel[k]] : 0.0f;
     }

@@ -182,6 +182,7 @@ mil_tail_move(float *tail, int64_t width, int64_t column, int columns, const mil
         constexpr int AT_ONCE = 8; /* loads under way */
         float value[AT_ONCE];
         int count = (int)kept * columns;
+#pragma unroll 1
         for (int i = threadIdx.x; i < count; i += AT_ONCE * blockDim.x) {
 #pragma unroll
             for (int k = 0; k < AT_ONCE; k++) {
@@ -200,6 +201,7 @@ mil_tail_move(float *tail, int64_t width, int64_t column, int columns, const mil
     }
     int64_t first = span.after > span.past ? span.after : span.past;
     int fresh = (int)(span.past + span.count - first) * columns;
+#pragma unroll 1
     for (int i = threadIdx.x; i < fresh; i += blockDim.x) {
         int row = i / columns, j = i % columns;
         at[(first - span.after + row) * width + j] = value(first - span.past + row, j);
@@ -225,6 +227,7 @@ mil_tail_shift(float *tail, int64_t width, int columns, int shift, int count)
 {
     constexpr int AT_ONCE = 8, WIDEST = 64;
     static_assert((MIL_WINDOW + 8) * WIDEST <= AT_ONCE * BLOCK, "a tail and its convolution's lead fit");
+#pragma unroll 1
     for (int first = 0; first < columns; first += WIDEST) {
         const int wide = min(WIDEST, columns - first);
         float value[AT_ONCE];
