@@ -172,6 +172,9 @@ def generate(
     draft_tokens
         The most tokens to draft in a round, up to 15. How many are drafted follows how many were
         accepted so far (`adapt_draft`), down to none where drafting does not pay.
+    adapt_draft
+        False drafts `draft_tokens` in every round. True decides by the text's own acceptance; on a
+        GPU by that of the whole batch, so there sampled texts may differ with their company.
     repetition_penalty
         Above 1 makes tokens that occur in the prompt or the answer less likely.
     logprobs, prompt_logprobs, top_logprobs
