@@ -275,7 +275,8 @@ def time_text(seconds: float | None) -> str:
 def speed_text(figure: dict) -> str:
     if "seconds" not in figure:
         return "not run"
-    return f"{time_text(figure['seconds'])}, {figure['tokens_per_second']:.0f} tokens/s"
+    text = f"{time_text(figure['seconds'])}, {figure['tokens_per_second']:.0f} tokens/s"
+    return f"{text} ({figure['note']})" if "note" in figure else text
 
 
 def peer_text(figures: Figures, key: str, name: str) -> str:
