@@ -29,6 +29,8 @@
  */
 #include "ssd_chunks.cuh"
 
+#include <stdlib.h>
+
 #define CHUNK_THREADS 128
 
 /* Element of a tile in shared memory whose rows are `units` times 16 bytes: units are permuted by row, so that eight
@@ -389,7 +391,7 @@ __launch_bounds__(CHUNK_THREADS, N > 128 ? 1 : 2)
     const int64_t index = ((int64_t)blockIdx.z * a.heads + p.head) * c.segments + segment;
     const int64_t size = (int64_t)N * a.head_dim;
     float *state = given ? tails.state + p.head * size + p.column : NULL;
-    const float *from = !OUTPUT ? NULL : segment == 0 ? state : c.segment_states + index * size + p.column;
+    const float *from = !OUTPUT ? NULL : c.segments == 1 ? state : c.segment_states + index * size + p.column;
 
     auto ask = [&](int64_t chunk) {
         if (chunk < end) {
@@ -566,16 +568,14 @@ run_chunks(mil_context *context, const ssd_arguments &a, const mil_states &state
                             : a.state_dim == 64  ? launch_chunks<T, 64, 1>
                             : a.state_dim == 128 ? launch_chunks<T, 128, 1>
                                                  : launch_chunks<T, 256, 1>;
-    chunk_blocks blocks = {false, a.head_dim / (wide ? 128 : 64)};
-    int64_t enough = 256; /* two on a multiprocessor */
-    if (mil_ssd_hopper_takes(context, &a, &blocks)) {
+    chunk_blocks blocks = {false, a.head_dim / (wide ? 128 : 64), 256}; /* two on a multiprocessor */
+    if (getenv("MIL_SSD_HOPPER") == NULL && mil_ssd_hopper_takes(context, &a, &blocks)) {
         launch = mil_ssd_hopper;
-        enough = 132;
     }
     chunk_arguments c = {};
     c.ssd = a;
     c.ssd.slices = blocks.slices;
-    cut_segments(&c, sequences * a.heads * blocks.slices / (blocks.pairs ? 2 : 1), enough, longest);
+    cut_segments(&c, sequences * a.heads * blocks.slices / (blocks.pairs ? 2 : 1), blocks.enough, longest);
     mil_arena_mark mark = mil_arena_get_mark(context->scratch);
     mil_status status = run_segments(context, &c, states, sequences, launch);
     mil_arena_rewind(context->scratch, mark);

@@ -146,6 +146,7 @@ fill_decays(const ssd_arguments &a, const mil_span &span, int64_t start, int64_t
 struct chunk_blocks {
     bool pairs;
     int slices; /* of a head */
+    int enough; /* blocks that fill the chip */
 };
 
 /* Whether this device and shape are for it. */

@@ -15,8 +15,6 @@
 #include "ssd_chunks.cuh"
 #include "wgmma.cuh"
 
-#include <stdlib.h>
-
 #define GROUPS 2
 #define GROUP_THREADS 128
 #define THREADS (GROUPS * GROUP_THREADS)
@@ -345,7 +343,9 @@ __launch_bounds__(THREADS, 1)
     }
     float H[N / 2];
     {
-        const float *from = !OUTPUT ? NULL : segment == 0 ? state : c.segment_states + index * size + column;
+        const float *from = !OUTPUT           ? NULL
+                            : c.segments == 1 ? state
+                                              : c.segment_states + index * size + column;
         each_of_H<N>(a.head_dim, H, [&](int at, float &h) { h = from == NULL ? 0.0f : from[at]; });
     }
 #pragma unroll 1
@@ -475,18 +475,18 @@ launch(mil_context *context, const chunk_arguments *c, const mil_states *states,
 bool
 mil_ssd_hopper_takes(const mil_context *context, const ssd_arguments *a, chunk_blocks *out)
 {
-    int major = 0;
     const bool pairs = a->head_dim % 128 != 0, /* of which both must read the same B and C */
         shares = a->heads / a->B_groups % 2 == 0 && a->heads / a->C_groups % 2 == 0;
-    const char *wanted = getenv("MIL_SSD_HOPPER");
-    if ((wanted != NULL && wanted[0] == '0') ||
-        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, context->ops->device) !=
+    int major = 0, multiprocessors = 0;
+    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, context->ops->device) !=
+            cudaSuccess ||
+        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, context->ops->device) !=
             cudaSuccess ||
         major != 9 || a->head_dim % 64 != 0 || (a->state_dim != 64 && a->state_dim != 128) ||
         (pairs && !shares)) {
         return false;
     }
-    *out = {pairs, a->head_dim / (pairs ? 64 : 128)};
+    *out = {pairs, a->head_dim / (pairs ? 64 : 128), multiprocessors};
     return true;
 }
 
