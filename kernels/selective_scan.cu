@@ -419,7 +419,7 @@ replay_tail(const scan_arguments &a, const mil_span &span, const mil_tails &tail
 /* Grid: blocks of channels, sequences. TILE * K is state_dim. */
 template <typename T, int K, int HALVES>
 static __global__ void
-__launch_bounds__(THREADS, K == 4                  ? 3
+__launch_bounds__(THREADS, K == 4                  ? 2
                            : K == 2 || HALVES == 1 ? 4
                                                    : 5)
     scan_pieces_kernel(const __grid_constant__ scan_arguments a, const __grid_constant__ mil_states states)
@@ -528,13 +528,23 @@ shares_columns(const scan_arguments &a, int channels)
     return a.inner / a.B_groups % channels == 0 && a.inner / a.C_groups % channels == 0;
 }
 
+/* Whether the columns of B and C that a block needs leave room: many small groups may not. */
+template <typename T, int HALVES>
+static bool
+fits(const scan_arguments &a)
+{
+    constexpr int COLUMNS = piece_shape<HALVES>::COLUMNS;
+    return piece_bytes<T, HALVES>(group_columns(a.inner, a.B_groups, a.state_dim, COLUMNS),
+                                  group_columns(a.inner, a.C_groups, a.state_dim, COLUMNS)) <= 96 * 1024;
+}
+
 /* Many channels: 16 a warp. Few: 8, for twice the warps. */
 template <typename T>
 static mil_status
 choose_halves(mil_context *context, const scan_arguments &a, const mil_states &states, int64_t sequences)
 {
     const int64_t enough = 1 << 10; /* warps: two on each scheduler */
-    if (!shares_columns(a, 16) || sequences * a.inner / 16 < enough) {
+    if (!shares_columns(a, 16) || !fits<T, 2>(a) || sequences * a.inner / 16 < enough) {
         return a.state_dim == 16   ? launch_pieces<T, 1, 1>(context, a, states, sequences)
                : a.state_dim == 32 ? launch_pieces<T, 2, 1>(context, a, states, sequences)
                                    : launch_pieces<T, 4, 1>(context, a, states, sequences);
@@ -550,7 +560,7 @@ static bool
 takes_pieces(const scan_arguments &a)
 {
     const bool divides = a.state_dim == TILE || a.state_dim == 2 * TILE || a.state_dim == 4 * TILE;
-    return sizeof(T) == 2 && divides && shares_columns(a, 8) &&
+    return sizeof(T) == 2 && divides && shares_columns(a, 8) && fits<T, 1>(a) &&
            (a.x_repeat == 1 || a.x_repeat_group % VECTOR == 0) && mil_is_aligned<T>(a.x, a.x_stride) &&
            mil_is_aligned<T>(a.dt, a.dt_stride) && mil_is_aligned<T>(a.y, a.y_stride) &&
            mil_is_aligned<T>(a.B, a.B_stride) && mil_is_aligned<T>(a.C, a.C_stride) &&

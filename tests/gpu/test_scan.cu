@@ -82,6 +82,7 @@ main(void)
         {64, 16, 1, 1, 1, 1, true, 7, 80},        {64, 16, 1, 1, 1, 1, true, -2, -2.9f},
         {36, 32, 12, 36, 1, 1, true, 2.8f, 0},    {6144, 16, 96, 384, 1, 1, true, 2.8f, 0},
         {6144, 32, 2, 1, 1, 1, false, 2.8f, 0}, /* 16 channels a warp */
+        {64, 64, 8, 8, 1, 1, true, 2.8f, 0},    /* too many columns of B and C for a block */
     };
     static const mil_dtype types[] = {MIL_F32, MIL_BF16, MIL_F16};
     static harness h;
