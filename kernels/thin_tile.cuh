@@ -139,8 +139,4 @@ mil_status
 mil_thin_ring(mil_context *context, mil_dtype weights, const thin_arguments &a, bool normed, bool gated,
               bool *done);
 
-mil_status
-mil_thin_async(mil_context *context, mil_dtype weights, const thin_arguments &a, bool normed, bool gated,
-               bool *done);
-
 #endif

@@ -97,6 +97,11 @@ test_products(harness *h)
     }
     test_product_bits(h, 4096, 40);
     test_product_bits(h, 96, 33);
+    /* Products that stream through shared memory, by one tile a block and by several. */
+    test_product(h, 1, 2048, 2300, true, false, false);
+    test_product(h, 2, 1032, 4300, false, true, false);
+    test_product(h, 1, 1536, 9000, true, false, true);
+    test_product_bits(h, 2048, 4300);
 }
 
 /* norm, products and gate in one launch, and one after another: the same bits. */
@@ -156,6 +161,10 @@ test_projects(harness *h)
     for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
         test_project(h, sizes[i][0], sizes[i][1], sizes[i][2], false);
         test_project(h, sizes[i][0], sizes[i][1], sizes[i][2], true);
+    }
+    for (int64_t rows = 1; rows <= 3; rows++) {
+        test_project(h, rows, 2048, 4300, false);
+        test_project(h, rows, 1040, 4300, true);
     }
 }
 
@@ -403,6 +412,8 @@ test_scaled(harness *h)
         if (h->act != MIL_F32) {
             test_scaled_bits(h, 4096, 40, (mil_dtype)dtype);
             test_scaled_bits(h, 96, 33, (mil_dtype)dtype);
+            test_scaled_bits(h, 2064, 4300, (mil_dtype)dtype);
+            test_scaled_product(h, 1, 4096, 2300, (mil_dtype)dtype, false, true);
         }
         test_scaled_table(h, (mil_dtype)dtype);
     }
