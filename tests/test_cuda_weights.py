@@ -1,4 +1,4 @@
-"""Weights of 8 bits on a CUDA device: the model that `quantize.rounded` describes, and nothing else.
+"""Weights of 8 bits on a CUDA device: the model that `quantize.rounded` describes.
 
 A float32 table computes in float32, so there a model with 8-bit weights agrees to 1e-5 with the CPU
 and the weights' values; 16-bit tables as far as 16-bit models agree anyway. Everything that holds
@@ -102,8 +102,9 @@ def test_load_generate_save(folder, weights, dtype, tmp_path):
         assert [g.token_ids for g in found] == alone
     plain = mil.load(folder, dtype=dtype)
     saved = mil.load(model.save(tmp_path / "saved"))
-    for name, array in plain.parameters().items():
-        np.testing.assert_array_equal(saved.parameters()[name], array)
+    specs = _core.Model.parameter_specs(plain.core.config)
+    for name in coded(specs, plain.parameters(), weights):
+        np.testing.assert_array_equal(saved.parameters()[name], plain.parameters()[name])
 
 
 def test_weights_that_are_not_finite(folder, tmp_path):
@@ -123,13 +124,14 @@ def test_less_memory():
 
     def taken(weights):
         gc.collect()
+        _core.trim_memory()
         before = cuda_devices()[0]["free"]
         model = build(
             KINDS["transformer"], dtype="bfloat16", device="cuda:0", weights=weights,
-            vocab=60000, hidden=2048, tied=False,
+            vocab=20000, hidden=1024, tied=True,
         )  # fmt: skip
         after = cuda_devices()[0]["free"]
         del model
         return before - after
 
-    assert taken("int8") < 0.8 * taken(None)
+    assert taken("int8") < 0.7 * taken(None)
