@@ -18,12 +18,12 @@ pytestmark = pytest.mark.skipif(
 MiB = 1 << 20
 WIDE_ATTENTION = {
     "mixer": "attention", "heads": 16, "kv_heads": 8, "head_dim": 128, "rotary": 128,
-    "intermediate": 8192,
+    "intermediate": 4096,
 }  # fmt: skip
 WIDE_MAMBA2 = {
     "mixer": "mamba2", "heads": 16, "head_dim": 128, "inner": 2048, "state_dim": 128,
     "x_width": 1024, "B_groups": 8, "C_groups": 16, "conv_width": 4, "norm_group": 128,
-    "intermediate": 8192,
+    "intermediate": 4096,
 }  # fmt: skip
 
 
@@ -34,9 +34,9 @@ def some_tokens(model, count, seed=0):
 @pytest.fixture(scope="module")
 def wide():
     rope = {"rotary": 128, "inv_freq": [0.9**i for i in range(64)]}
-    layers = [WIDE_ATTENTION, WIDE_MAMBA2] * 4
+    layers = [WIDE_ATTENTION, WIDE_MAMBA2] * 2
     return build(
-        layers, dtype="bfloat16", device="cuda:0", vocab=64000, hidden=2048, rope=rope, biases=False
+        layers, dtype="bfloat16", device="cuda:0", vocab=32000, hidden=1024, rope=rope, biases=False
     )
 
 
