@@ -105,8 +105,12 @@ class Collector:
     def run(self, *command: str, lines: Callable[[str], Iterator[dict]] | None = None) -> None:
         """`lines` turns what a program printed into figures; else it prints JSON lines, or writes
         them to the file that it gets as the last argument."""
-        shown = " ".join(os.path.relpath(c, ROOT) if c.startswith("/") else c for c in command)
+        words = command[: command.index("--json")] if "--json" in command else command
+        shown = " ".join(os.path.relpath(w, ROOT) if w.startswith("/") else w for w in words)
         print(f"\n$ {shown}", flush=True)
+        if not (ROOT / command[0]).exists():
+            print(f"{shown}: is not built (make bench-gpu builds it)", flush=True)
+            return
         program = [sys.executable, *command] if command[0].endswith(".py") else list(command)
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
         with subprocess.Popen(
