@@ -233,7 +233,8 @@ def page(reports: Sequence[dict[str, Any]]) -> str:
         "values of every round. Peers run in turns with this project, in the same minutes on the\n"
         "same machine; figures are medians, ± half the distance of the extremes; ratios, medians\n"
         "of each round's ratio. Load averages count the benchmark itself: about the number of\n"
-        "threads after a run alone, more where others worked beside it.\n"
+        "threads after a run alone, more where others worked beside it.\n\n"
+        "On GPUs: [H200](gpu-h200.md), [H100](gpu-h100.md).\n"
     )
     for report in reports:
         here = report["machine"]
