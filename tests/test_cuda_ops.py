@@ -1,6 +1,6 @@
 """Operators on PyTorch's CUDA tensors: the CPU's results, in place, on the caller's stream.
 
-float32 agrees with the CPU to 1e-5 of the largest result; 16-bit tensors are judged against float32
+float32 agrees with the CPU to 2e-5 of the largest result; 16-bit tensors are judged against float32
 of the same rounded inputs. What happens around a kernel (places, dtypes, references) is proven
 without a GPU in test_device_arrays.py.
 """
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
     reason="no CUDA device here, or a build of either library without CUDA",
 )
 
-TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
+TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}
 rng = np.random.default_rng(0)
 
 
@@ -130,7 +130,8 @@ def test_caches_and_states_change_in_place():
         ops.kv_append(on_gpu(k), on_gpu(v), there, past=[past])
         expected = ops.attention_forward(q, caches=caches, past=[past])
         assert (
-            relative(ops.attention_forward(on_gpu(q), caches=there, past=[past]), expected) < 1e-5
+            relative(ops.attention_forward(on_gpu(q), caches=there, past=[past]), expected)
+            < TOLERANCE["float32"]
         )
         where = {"past": [past], "boundary": [boundary]}
         for name, states, others in (("ssd", state, other), ("scan", scan, other_scan)):
@@ -138,10 +139,10 @@ def test_caches_and_states_change_in_place():
             cut = {n: a if n in vectors else a[:count] for n, a in arrays.items()}
             expected = function(**cut, **where, states=[states])
             found = function(**{n: on_gpu(a) for n, a in cut.items()}, **where, states=[others])
-            assert relative(found, expected) < 1e-5
+            assert relative(found, expected) < TOLERANCE["float32"]
         past += count
-    assert relative(other["state"], state["state"]) < 1e-5
-    assert relative(other_scan["state"], scan["state"]) < 1e-5
+    assert relative(other["state"], state["state"]) < TOLERANCE["float32"]
+    assert relative(other_scan["state"], scan["state"]) < TOLERANCE["float32"]
 
 
 def test_slices_are_used_in_place():
