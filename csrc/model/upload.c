@@ -17,12 +17,12 @@ mil_uploader_init(mil_uploader *uploader, const mil_ops *ops)
 void
 mil_uploader_release(mil_uploader *uploader)
 {
-    mil_context context = {.ops = uploader->ops};
     if (uploader->slice != NULL) {
-        uploader->ops->free(&context, uploader->slice);
+        uploader->ops->free(&uploader->context, uploader->slice);
+        uploader->ops->close(&uploader->context);
     }
     if (uploader->bad != NULL) {
-        uploader->ops->free(&context, uploader->bad);
+        uploader->ops->free(&uploader->context, uploader->bad);
     }
     *uploader = (mil_uploader){0};
 }
@@ -41,7 +41,13 @@ prepare_slices(mil_uploader *uploader, const mil_parameter *p)
                         (long long)p->shape[1], p->name, mil_dtype_name(p->dtype));
     }
     if (uploader->slice == NULL) {
-        MIL_TRY(uploader->ops->alloc(&context, SLICE_BYTES, &uploader->slice));
+        uploader->context = context;
+        MIL_TRY(uploader->ops->open(&uploader->context));
+        mil_status status = uploader->ops->alloc(&context, SLICE_BYTES, &uploader->slice);
+        if (status != MIL_OK) {
+            uploader->ops->close(&uploader->context);
+            return status;
+        }
     }
     if (uploader->bad == NULL) {
         void *bad;
@@ -72,8 +78,8 @@ upload_codes(mil_uploader *uploader, mil_parameter *p, const char *values)
         };
         MIL_TRY(ops->copy(&context, uploader->slice, values + first * row_bytes,
                           (size_t)(part.rows * row_bytes)));
-        MIL_TRY(ops->quantize(&context, &part));
-        MIL_TRY(ops->finish(&context)); /* the next slice comes into the same place */
+        MIL_TRY(ops->quantize(&uploader->context, &part));
+        MIL_TRY(ops->finish(&uploader->context)); /* the next slice comes into the same place */
     }
     int32_t bad;
     MIL_TRY(ops->copy(&context, &bad, uploader->bad, sizeof bad));

@@ -6,8 +6,9 @@
 
 typedef struct mil_uploader {
     const mil_ops *ops;
-    void *slice;  /* on the device: values that are about to become codes */
-    int32_t *bad; /* on the device */
+    mil_context context; /* open while there is a slice */
+    void *slice;         /* on the device: values that are about to become codes */
+    int32_t *bad;        /* on the device */
 } mil_uploader;
 
 void
