@@ -87,7 +87,7 @@ typedef struct mil_kv_cache {
 } mil_kv_cache;
 
 /* One sequence's mixer state in one layer, float32. Index of token t in a tail array: t - boundary. The last row of
- * conv, x, B and dt is never a token's: it is 0 between calls, and CUDA's blocks count themselves there. */
+ * x, B and dt is never a token's: it is 0 between calls, and CUDA's blocks count themselves there. */
 typedef struct mil_mixer_state {
     float *
         state; /* Mamba-2 [heads, state_dim, head_dim], Mamba-1 [state_dim, inner]: after `boundary` tokens */
@@ -299,8 +299,6 @@ typedef struct mil_scan_mixer {
     int64_t norm_count;
     mil_linear dt; /* of dt_low; its y is the scan's dt */
     mil_scan scan;
-    const void *next; /* a hint, as in mil_linear */
-    int64_t next_bytes;
 } mil_scan_mixer;
 
 typedef struct mil_scan_grad {
@@ -357,16 +355,6 @@ typedef struct mil_glu {
     void *y;
     int64_t y_stride;
 } mil_glu;
-
-/* A Mamba-2 mixer between its first product and its last one (see ssd_mixer). */
-typedef struct mil_ssd_mixer {
-    mil_conv1d conv; /* x, B and C of ssd are columns of its y */
-    mil_ssd ssd;
-    mil_norm norm;    /* of the scanned rows, with the gate; rows = 0: none, but */
-    mil_glu gate;     /* this */
-    const void *next; /* a hint, as in mil_linear */
-    int64_t next_bytes;
-} mil_ssd_mixer;
 
 typedef struct mil_glu_grad {
     mil_glu forward; /* y is not read */
@@ -687,14 +675,12 @@ struct mil_ops {
      *                 glu_forward of the first two products' outputs
      *   rope_append   rope of q and of k, kv_append of that k
      *   scan_mixer    conv1d_forward, linear_forward of x_proj (which may be summed in an order of its own), norm_forward of
-     *                 the norms, linear_forward of dt, scan_forward
-     *   ssd_mixer     conv1d_forward, ssd_forward, norm_forward or glu_forward */
+     *                 the norms, linear_forward of dt, scan_forward */
     mil_status (*project)(mil_context *context, const mil_norm *norm, const mil_linear *products,
                           int64_t count, const mil_glu *gate);
     mil_status (*rope_append)(mil_context *context, const mil_rope *q, const mil_rope *k,
                               const mil_kv_append *append);
     mil_status (*scan_mixer)(mil_context *context, const mil_scan_mixer *arguments);
-    mil_status (*ssd_mixer)(mil_context *context, const mil_ssd_mixer *arguments);
     /* Optional: weights into 8 bits, all pointers of the device. */
     mil_status (*quantize)(mil_context *context, const mil_quantize *arguments);
     /* Optional: tokens from logits without the host. */
@@ -712,16 +698,6 @@ struct mil_ops {
     mil_status (*replay)(mil_context *context, void *recording);
     void (*record_free)(mil_context *context, void *recording);
 };
-
-/* ssd_mixer, operator by operator. */
-static inline mil_status
-mil_ssd_mixer_apart(mil_context *context, const mil_ssd_mixer *m)
-{
-    const mil_ops *ops = context->ops;
-    MIL_TRY(ops->conv1d_forward(context, &m->conv));
-    MIL_TRY(ops->ssd_forward(context, &m->ssd));
-    return m->norm.rows > 0 ? ops->norm_forward(context, &m->norm) : ops->glu_forward(context, &m->gate);
-}
 
 /* scan_mixer, operator by operator. */
 static inline mil_status

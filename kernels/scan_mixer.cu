@@ -15,13 +15,11 @@
  *             repeated channels) moves it where a window is folded; all else is the block's own.
  *
  * Weights, and what else no kernel writes, are loaded before the kernel before has ended; states and tails are asked for into
- * the second-level cache.  While the chip waits for these kernels' latency it fetches the weights that follow them
- * (`next`) into that cache.
+ * the second-level cache.  The code is kept short: it runs once a layer, when the weights have swept the caches.
  *
  * The convolution, W_dt and the scan give the bits of conv1d.cu, thin_product.cu and selective_scan_step.cu; sums of W_x
  * are cut by their length alone.  So a row's bits do not depend on what stands beside it.
  */
-#include "ahead.cuh"
 #include "conv1d.cuh"
 #include "norm.cuh"
 #include "scan_step.cuh"
@@ -60,8 +58,6 @@ struct mixer_arguments {
         const float *weight;
         float eps;
     } norms[3];
-    const void *next;
-    int64_t next_bytes;
 };
 
 /* c += a b: 16 x 16 by 16 x 8. */
@@ -286,10 +282,6 @@ __launch_bounds__(THREADS)
             mil_wait();
         }
         fetch_inputs<T>(m, states, own, chunks, memory);
-        if (first == 0 &&
-            warp == 0) { /* not earlier: behind all of it, what the scan asks for now would be late */
-            mil_fetch_ahead(m.next, m.next_bytes);
-        }
         await_copies();
         __syncwarp();
         convolve_chunks<T>(m, chunks, taps, memory);
@@ -729,9 +721,9 @@ fold_tails(const mixer_arguments &m, const mil_tails &tails, int channel, int fi
     const int B_group = channel / m.B_run, run = channel / input_run;
     const mixer_place p = {channel, B_group * a.state_dim, 0};
     const mil_slots slots = {{mil_slot(tails.B, a.B_groups * a.state_dim, p.B_at),
-                              mil_slot(tails.x, a.inner, run * input_run), NULL, NULL},
+                              mil_slot(tails.x, a.inner, run * input_run), NULL},
                              {m.B_run > COLUMNS ? (unsigned)(m.B_run / COLUMNS) : 1u,
-                              input_run > COLUMNS ? (unsigned)(input_run / COLUMNS) : 1u, 0u, 0u}};
+                              input_run > COLUMNS ? (unsigned)(input_run / COLUMNS) : 1u, 0u}};
     const unsigned last = mil_last_of(slots);
 #pragma unroll 1
     for (int row = threadIdx.x / COLUMNS; row < kept + count; row += BLOCK / COLUMNS) {
@@ -838,9 +830,6 @@ __launch_bounds__(BLOCK)
     if (scans) {
         load_H<V, J>(a, tails.state, c, lane_n, H);
         fetch_tails(a, p, guess, tails, s);
-        if (m.x_weight == NULL && threadIdx.x < MIL_WARP) {
-            mil_fetch_ahead(m.next, m.next_bytes);
-        }
     }
     else {
         gather_rows<T>(m, p, first, count, s);
@@ -1018,7 +1007,6 @@ mixer(mil_context *context, const mil_scan_mixer *m)
     for (int64_t i = 0; i <= m->scan.rows.sequences; i++) {
         a.begin[i] = (int)m->scan.rows.offsets[i];
     }
-    mil_set_ahead(m->next, m->next_bytes, &a.next, &a.next_bytes);
     if (takes_product(context, &m->dt)) {
         a.dt_weight = m->dt.weight;
         a.rank = (int)m->dt.in;

@@ -53,7 +53,6 @@ table_of(mil_dtype activation_dtype, int device)
         ops.rope_append = mil_cuda_rope_append;
         ops.scan_mixer = mil_cuda_scan_mixer;
     }
-        ops.ssd_mixer = mil_cuda_ssd_mixer;
     ops.quantize = mil_cuda_quantize;
     ops.sample = mil_cuda_sample;
     ops.accept = mil_cuda_accept;

@@ -117,9 +117,6 @@ mil_cuda_scan_mixer(mil_context *context, const mil_scan_mixer *arguments);
 /* elementwise.cu */
 mil_status
 mil_cuda_glu_forward(mil_context *context, const mil_glu *arguments);
-/* ssd_step.cu */
-mil_status
-mil_cuda_ssd_mixer(mil_context *context, const mil_ssd_mixer *arguments);
 mil_status
 mil_cuda_embedding_forward(mil_context *context, const mil_embedding *arguments);
 mil_status

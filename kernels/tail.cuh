@@ -117,7 +117,7 @@ mil_prefetch(const void *address)
 
 /* Whether this block is the last of `sharers` to come here with the same slot, for up to MIL_SLOTS slots at once: one
  * bit each, the same in every thread.  What the others read before they came they have read. */
-#define MIL_SLOTS 4
+#define MIL_SLOTS 3
 
 struct mil_slots {
     float *slot[MIL_SLOTS];
@@ -219,29 +219,28 @@ mil_tail_share(float *tail, int64_t width, int64_t column, int columns, const mi
     }
 }
 
-/* Rows from `shift` on, `count` of them, to the beginning of a tail, by a whole block of BLOCK threads; so few rows that
- * all of 64 columns are loaded before any is stored: the rows may overlap. */
+/* Rows from `shift` on, `count` of them (a tail's most and a convolution's lead), to the beginning of a tail, by a whole
+ * block of BLOCK threads.  All of 64 columns are loaded before any is stored: the rows may overlap. */
 template <int BLOCK>
-static __device__ __forceinline__ void
-mil_tail_shift(float *tail, int64_t width, int columns, int shift, int count)
+static __device__ __noinline__ void
+mil_tail_shift(float *tail, int width, int columns, int shift, int count)
 {
-    constexpr int AT_ONCE = 8, WIDEST = 64;
-    static_assert((MIL_WINDOW + 8) * WIDEST <= AT_ONCE * BLOCK, "a tail and its convolution's lead fit");
+    constexpr int WIDE = 64, APART = BLOCK / WIDE, AT_ONCE = (MIL_WINDOW + 8 + APART - 1) / APART;
+    const int row = threadIdx.x / WIDE, column = threadIdx.x % WIDE;
 #pragma unroll 1
-    for (int first = 0; first < columns; first += WIDEST) {
-        const int wide = min(WIDEST, columns - first);
+    for (int at = column; at - column < columns; at += WIDE) {
         float value[AT_ONCE];
 #pragma unroll
         for (int k = 0; k < AT_ONCE; k++) {
-            const int e = threadIdx.x + k * BLOCK;
-            value[k] = e < count * wide ? tail[(int64_t)(shift + e / wide) * width + first + e % wide] : 0.0f;
+            const int r = row + k * APART;
+            value[k] = r < count && at < columns ? tail[(shift + r) * width + at] : 0.0f;
         }
         __syncthreads();
 #pragma unroll
         for (int k = 0; k < AT_ONCE; k++) {
-            const int e = threadIdx.x + k * BLOCK;
-            if (e < count * wide) {
-                tail[(int64_t)(e / wide) * width + first + e % wide] = value[k];
+            const int r = row + k * APART;
+            if (r < count && at < columns) {
+                tail[r * width + at] = value[k];
             }
         }
     }

@@ -56,12 +56,6 @@ product(const mil_pass *pass, const mil_parameter *weight, const mil_parameter *
     };
 }
 
-static int64_t
-parameter_bytes(const mil_parameter *p)
-{
-    return p->count * (int64_t)mil_dtype_size(p->dtype);
-}
-
 /* norm, then products of its output, then their gated activation where `gate` is given. */
 static mil_status
 project(const mil_pass *pass, const mil_norm *norm, const mil_linear *products, int64_t count,
@@ -496,20 +490,16 @@ mamba2_mixer_forward(mil_pass *pass, int64_t layer, mil_mixer_saved *saved)
     mil_linear in = product(pass, l->p[MIL_P_IN], l->p[MIL_P_IN_BIAS], saved->u, pass->model->config.hidden,
                             saved->projected);
     MIL_TRY(project(pass, &saved->norm, &in, 1, NULL));
-    mil_ssd_mixer mixer = {
-        .conv = mamba2_conv(pass, l, saved, states),
-        .ssd = mamba2_ssd(pass, l, saved, states),
-        .next = l->p[MIL_P_OUT]->data,
-        .next_bytes = parameter_bytes(l->p[MIL_P_OUT]),
-    };
+    mil_conv1d conv = mamba2_conv(pass, l, saved, states);
+    MIL_TRY(context->ops->conv1d_forward(context, &conv));
+    mil_ssd ssd = mamba2_ssd(pass, l, saved, states);
+    MIL_TRY(context->ops->ssd_forward(context, &ssd));
     if (l->config.norm_group == 0) {
-        mixer.gate = mamba2_gate(pass, l, saved);
+        mil_glu gate = mamba2_gate(pass, l, saved);
+        return context->ops->glu_forward(context, &gate);
     }
-    else {
-        mixer.norm = mamba2_norm(pass, l, saved);
-    }
-    return pass->lean && context->ops->ssd_mixer != NULL ? context->ops->ssd_mixer(context, &mixer)
-                                                         : mil_ssd_mixer_apart(context, &mixer);
+    mil_norm norm = mamba2_norm(pass, l, saved);
+    return context->ops->norm_forward(context, &norm);
 }
 
 static mil_status
@@ -781,8 +771,6 @@ mamba1_mixer_forward(mil_pass *pass, int64_t layer, mil_mixer_saved *saved)
         .conv = mamba1_conv(pass, l, saved, states),
         .dt = product(pass, l->p[MIL_P_DT], NULL, view.dt_low, view.dt_low_stride, saved->dt),
         .scan = mamba1_scan(pass, l, saved, states),
-        .next = l->p[MIL_P_OUT]->data,
-        .next_bytes = parameter_bytes(l->p[MIL_P_OUT]),
     };
     if (c->x_proj) {
         mixer.x_proj = product(pass, l->p[MIL_P_X_PROJ], NULL, saved->conv, c->inner, saved->x_projected);
