@@ -29,8 +29,6 @@
  */
 #include "ssd_chunks.cuh"
 
-#include <stdlib.h>
-
 #define CHUNK_THREADS 128
 
 /* Element of a tile in shared memory whose rows are `units` times 16 bytes: units are permuted by row, so that eight
@@ -569,7 +567,7 @@ run_chunks(mil_context *context, const ssd_arguments &a, const mil_states &state
                             : a.state_dim == 128 ? launch_chunks<T, 128, 1>
                                                  : launch_chunks<T, 256, 1>;
     chunk_blocks blocks = {false, a.head_dim / (wide ? 128 : 64), 256}; /* two on a multiprocessor */
-    if (getenv("MIL_SSD_HOPPER") == NULL && mil_ssd_hopper_takes(context, &a, &blocks)) {
+    if (mil_takes_new_kernels() && mil_ssd_hopper_takes(context, &a, &blocks)) {
         launch = mil_ssd_hopper;
     }
     chunk_arguments c = {};

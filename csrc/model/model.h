@@ -170,10 +170,10 @@ typedef struct mil_layer_state {
 
 typedef struct mil_state {
     const mil_model *model;
-    int64_t length;          /* tokens seen */
-    int64_t boundary;        /* tokens folded into the mixers' states */
-    int64_t capacity;        /* tokens that the KV caches hold */
-    int64_t expected;        /* tokens that will ever be asked for, as far as known: growth ends there; 0: unknown */
+    int64_t length;   /* tokens seen */
+    int64_t boundary; /* tokens folded into the mixers' states */
+    int64_t capacity; /* tokens that the KV caches hold */
+    int64_t expected; /* tokens that will ever be asked for, as far as known: growth ends there; 0: unknown */
     mil_layer_state *layers; /* [layer_count] */
     void *mixer_memory;      /* one block for all mixers, on the model's device like the caches */
     size_t mixer_bytes;

@@ -112,8 +112,7 @@ run(harness *h, const mixer_case *c, bool gpu, const mil_rows *rows, const void 
     m.scan.y = y;
     m.scan.y_stride = c->y_width;
     m.scan.states = states;
-    harness_check(
-        h, gpu && !p->apart ? context->ops->scan_mixer(context, &m) : mil_scan_mixer_apart(context, &m));
+    harness_check(h, gpu && !p->apart ? mil_cuda_scan_mixer(context, &m) : mil_scan_mixer_apart(context, &m));
     mil_arena_rewind(context->scratch, mark);
 }
 
