@@ -293,8 +293,9 @@ typedef struct mil_scan {
 
 /* A Mamba-1 mixer between its first products and its last one (see scan_mixer). */
 typedef struct mil_scan_mixer {
-    mil_conv1d conv;   /* its y is the scan's x */
-    mil_linear x_proj; /* [dt_low | B | C] of conv.y, in one row; out = 0: they came from the first products */
+    mil_conv1d conv; /* its y is the scan's x */
+    mil_linear
+        x_proj; /* [dt_low | B | C] of conv.y, in one row; out = 0: they came from the first products */
     mil_norm norms[3]; /* of dt_low, B and C out of x_proj.y */
     int64_t norm_count;
     mil_linear dt; /* of dt_low; its y is the scan's dt */
@@ -611,8 +612,8 @@ struct mil_ops {
     uint32_t size;    /* sizeof(mil_ops) */
     const char *name; /* "cpu", "cuda" */
     mil_dtype activation_dtype;
-    bool keeps_current; /* uses mil_mixer_state.current */
-    int device;         /* which of several devices of this kind */
+    bool keeps_current;   /* uses mil_mixer_state.current */
+    int device;           /* which of several devices of this kind */
     int64_t prefill_rows; /* prompt rows that fill it: what a round takes unless told otherwise */
 
     /* A call's queue of work: open sets context->stream and makes the device the calling thread's, finish waits

@@ -16,9 +16,10 @@ mil_cuda_order(mil_context *context, void *before, void *after)
     cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
     MIL_CUDA_TRY(cudaStreamIsCapturing((cudaStream_t)before, &capture));
     if (capture != cudaStreamCaptureStatusNone) {
-        return mil_fail(MIL_ERR_UNSUPPORTED,
-                        "the caller's CUDA stream is being captured into a graph; operators cannot be part of "
-                        "one, since their workspace is used again: call them outside of the capture");
+        return mil_fail(
+            MIL_ERR_UNSUPPORTED,
+            "the caller's CUDA stream is being captured into a graph; operators cannot be part of "
+            "one, since their workspace is used again: call them outside of the capture");
     }
     cudaEvent_t event;
     MIL_CUDA_TRY(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
