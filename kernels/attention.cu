@@ -249,12 +249,12 @@ weigh_keys(const attention_arguments &a, const decode_warp &w, uint32_t q, uint3
         uint32_t left[4], right[4];
         load_left<D>(left, q, w.m * 16, i);
         load_right_rows<D>(right, k, w.lane * LANE_KEYS, i);
-        multiply<T>(s[0], left, right[0], right[1]);
-        multiply<T>(s[1], left, right[2], right[3]);
+        mil_multiply_add<T>(s[0], left, right[0], right[1]);
+        mil_multiply_add<T>(s[1], left, right[2], right[3]);
         if (both) {
             load_right_rows<D>(right, k, TILE + w.lane * LANE_KEYS, i);
-            multiply<T>(s[2], left, right[0], right[1]);
-            multiply<T>(s[3], left, right[2], right[3]);
+            mil_multiply_add<T>(s[2], left, right[0], right[1]);
+            mil_multiply_add<T>(s[3], left, right[2], right[3]);
         }
     }
     float scale = __fmul_rn(a.scale, LOG2_E), factor[2];
@@ -301,8 +301,8 @@ add_values(const decode_warp &w, const uint32_t (&weights)[4], uint32_t v, float
     for (int i = 0; i < D / 16; i++) {
         uint32_t right[4];
         load_right_columns<D>(right, v, w.lane * LANE_KEYS, i);
-        multiply<T>(acc[2 * i], weights, right[0], right[1]);
-        multiply<T>(acc[2 * i + 1], weights, right[2], right[3]);
+        mil_multiply_add<T>(acc[2 * i], weights, right[0], right[1]);
+        mil_multiply_add<T>(acc[2 * i + 1], weights, right[2], right[3]);
     }
 }
 

@@ -7,7 +7,7 @@
 #ifndef MIL_KERNELS_ATTENTION_CUH
 #define MIL_KERNELS_ATTENTION_CUH
 
-#include "cuda.cuh"
+#include "mma.cuh"
 
 #include <float.h>
 
@@ -237,29 +237,6 @@ load_matrices_transposed(uint32_t (&to)[4], uint32_t from)
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                  : "r"(from)
                  : "memory");
-}
-
-/* c [16, 8] += a [16, 16] b [16, 8].  Lane l holds of c rows l / 4 and l / 4 + 8, columns l % 4 * 2 and the
- * next. */
-template <typename T>
-static __device__ __forceinline__ void
-multiply(float *c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
-{
-    if constexpr (is_half<T>) {
-        asm volatile(
-            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-            "{%0, %1, %2, %3};"
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    }
-    else {
-        asm volatile(
-            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, "
-            "%9}, "
-            "{%0, %1, %2, %3};"
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    }
 }
 
 /* Two values rounded into one register, the first in the low half. */

@@ -109,8 +109,8 @@ __launch_bounds__(WARPS *MIL_WARP) prefill_kernel(const __grid_constant__ attent
                 load_right_rows<D>(right, k, n * 16, i);
 #pragma unroll
                 for (int m = 0; m < M; m++) {
-                    multiply<T>(s[m] + 8 * n, left[m], right[0], right[1]);
-                    multiply<T>(s[m] + 8 * n + 4, left[m], right[2], right[3]);
+                    mil_multiply_add<T>(s[m] + 8 * n, left[m], right[0], right[1]);
+                    mil_multiply_add<T>(s[m] + 8 * n + 4, left[m], right[2], right[3]);
                 }
             }
         }
@@ -152,8 +152,8 @@ __launch_bounds__(WARPS *MIL_WARP) prefill_kernel(const __grid_constant__ attent
                 load_right_columns<D>(right, v, n * 16, i);
 #pragma unroll
                 for (int m = 0; m < M; m++) {
-                    multiply<T>(acc[m] + 8 * i, left[m], right[0], right[1]);
-                    multiply<T>(acc[m] + 8 * i + 4, left[m], right[2], right[3]);
+                    mil_multiply_add<T>(acc[m] + 8 * i, left[m], right[0], right[1]);
+                    mil_multiply_add<T>(acc[m] + 8 * i + 4, left[m], right[2], right[3]);
                 }
             }
         }

@@ -21,6 +21,7 @@
  * are cut by their length alone.  So a row's bits do not depend on what stands beside it.
  */
 #include "conv1d.cuh"
+#include "mma.cuh"
 #include "norm.cuh"
 #include "scan_step.cuh"
 #include "thin_product.cuh"
@@ -59,28 +60,6 @@ struct mixer_arguments {
         float eps;
     } norms[3];
 };
-
-/* c += a b: 16 x 16 by 16 x 8. */
-static __device__ __forceinline__ void
-multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,
-         __nv_bfloat16)
-{
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-static __device__ __forceinline__ void
-multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, __half)
-{
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 
 static __device__ __forceinline__ uint4
 load_weight(const void *from)
@@ -295,8 +274,8 @@ __launch_bounds__(THREADS)
                 if (i < chunks) { /* chunks beyond the end have weights of 0, and inputs of any kind */
                     const bool there = row < m.total && own.at(i) < own.end;
                     const uint4 v = there ? *(const uint4 *)x : make_uint4(0, 0, 0, 0);
-                    multiply(c[group], wl[i].x, wh[i].x, wl[i].y, wh[i].y, v.x, v.y, T());
-                    multiply(c[group], wl[i].z, wh[i].z, wl[i].w, wh[i].w, v.z, v.w, T());
+                    mil_multiply_add<T>(c[group], wl[i].x, wh[i].x, wl[i].y, wh[i].y, v.x, v.y);
+                    mil_multiply_add<T>(c[group], wl[i].z, wh[i].z, wl[i].w, wh[i].w, v.z, v.w);
                 }
             }
         }
@@ -570,8 +549,8 @@ multiply_dt(const mixer_arguments &m, const mixer_place &p, int count, int threa
                 const bool real = group * 8 + g < count && k + 8 * t < m.rank;
                 const uint4 v =
                     real ? *(const uint4 *)(low + group * 8 * s.low_stride + k) : make_uint4(0, 0, 0, 0);
-                multiply(c[group], l.x, h.x, l.y, h.y, v.x, v.y, T());
-                multiply(c[group], l.z, h.z, l.w, h.w, v.z, v.w, T());
+                mil_multiply_add<T>(c[group], l.x, h.x, l.y, h.y, v.x, v.y);
+                mil_multiply_add<T>(c[group], l.z, h.z, l.w, h.w, v.z, v.w);
             }
         }
         float *to = s.chains + (chain * COLUMNS + tile * OUTPUTS + g) * 8 * GROUPS + 2 * t;

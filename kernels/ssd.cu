@@ -27,6 +27,7 @@
  * Few long sequences are cut into segments, so that there are blocks enough: a first launch runs the folds alone from
  * H = 0 in each segment, a second one chains them, and then every segment starts from its true state.
  */
+#include "mma.cuh"
 #include "ssd_chunks.cuh"
 
 #define CHUNK_THREADS 128
@@ -47,27 +48,6 @@ load_matrices(const void *row, uint32_t (&to)[4])
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                  : "r"(shared_address(row)));
-}
-
-/* d += a b: 16 x 16 by 16 x 8. */
-static __device__ __forceinline__ void
-multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __nv_bfloat16)
-{
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-static __device__ __forceinline__ void
-multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half)
-{
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 /* A chunk's inputs. */
@@ -126,8 +106,8 @@ fill_scores(const chunk_inputs<T, P, N> &in, int row, T *scores)
             if (t < pairs) {
                 load_matrices(unit_at(in.B, N / 8, 16 * t + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2),
                               B);
-                multiply_add(sum[2 * t], C, B[0], B[1], T());
-                multiply_add(sum[2 * t + 1], C, B[2], B[3], T());
+                mil_multiply_add<T>(sum[2 * t], C, B[0], B[1]);
+                mil_multiply_add<T>(sum[2 * t + 1], C, B[2], B[3]);
             }
         }
     }
@@ -192,8 +172,8 @@ compute_output(const chunk_inputs<T, P, N> &in, const T *scores, int row, int pa
             load_matrices(unit_at(in.C, N / 8, 16 * (first + t) + r8, 2 * k + half), right);
 #pragma unroll
             for (int m = 0; m < M_TILES; m++) {
-                multiply_add(Y[m][2 * t], left[m], right[0], right[1], T());
-                multiply_add(Y[m][2 * t + 1], left[m], right[2], right[3], T());
+                mil_multiply_add<T>(Y[m][2 * t], left[m], right[0], right[1]);
+                mil_multiply_add<T>(Y[m][2 * t + 1], left[m], right[2], right[3]);
             }
         }
     }
@@ -219,8 +199,8 @@ compute_output(const chunk_inputs<T, P, N> &in, const T *scores, int row, int pa
             load_matrices(unit_at(scores, CHUNK / 8, 16 * (first + t) + r8, 2 * k + half), right);
 #pragma unroll
             for (int m = 0; m < M_TILES; m++) {
-                multiply_add(Y[m][2 * t], left[m], right[0], right[1], T());
-                multiply_add(Y[m][2 * t + 1], left[m], right[2], right[3], T());
+                mil_multiply_add<T>(Y[m][2 * t], left[m], right[0], right[1]);
+                mil_multiply_add<T>(Y[m][2 * t + 1], left[m], right[2], right[3]);
                 if (first + t > k) {
                     continue;
                 }
@@ -279,8 +259,8 @@ fold_chunk(const chunk_inputs<T, P, N> &in, int row, float (&H)[M_TILES][N / 8][
             load_matrices_transposed(unit_at(in.B, N / 8, 16 * k + lane % 16, 2 * n + lane / 16), B);
 #pragma unroll
             for (int m = 0; m < M_TILES; m++) {
-                multiply_add(H[m][2 * n], x[m], B[0], B[1], T());
-                multiply_add(H[m][2 * n + 1], x[m], B[2], B[3], T());
+                mil_multiply_add<T>(H[m][2 * n], x[m], B[0], B[1]);
+                mil_multiply_add<T>(H[m][2 * n + 1], x[m], B[2], B[3]);
             }
         }
     }
@@ -584,29 +564,7 @@ template <typename T>
 static mil_status
 ssd(mil_context *context, const mil_ssd *s)
 {
-    ssd_arguments a = {};
-    a.rows = mil_rows_of(s->rows);
-    a.heads = (int)s->heads;
-    a.head_dim = (int)s->head_dim;
-    a.state_dim = (int)s->state_dim;
-    a.x_heads = (int)s->x_heads;
-    a.B_groups = (int)s->B_groups;
-    a.C_groups = (int)s->C_groups;
-    a.x = s->x;
-    a.B = s->B;
-    a.C = s->C;
-    a.dt = s->dt;
-    a.x_stride = s->x_stride;
-    a.B_stride = s->B_stride;
-    a.C_stride = s->C_stride;
-    a.dt_stride = s->dt_stride;
-    a.dt_bias = s->dt_bias;
-    a.A_log = s->A_log;
-    a.D = s->D;
-    a.dt_min = s->dt_min;
-    a.dt_max = s->dt_max;
-    a.y = s->y;
-    a.y_stride = s->y_stride;
+    ssd_arguments a = ssd_arguments_of(s);
     for (; a.first < s->rows.sequences; a.first += MIL_SEQUENCES) {
         int64_t count = s->rows.sequences - a.first;
         count = count < MIL_SEQUENCES ? count : MIL_SEQUENCES;

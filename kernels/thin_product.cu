@@ -100,8 +100,8 @@ struct tile_sums {
 #pragma unroll
             for (int group = 0; group < GROUPS; group++) {
                 const uint4 &v = x[group][0];
-                multiply(c[group], l.x, h.x, l.y, h.y, v.x, v.y, T());
-                multiply(c[group], l.z, h.z, l.w, h.w, v.z, v.w, T());
+                mil_multiply_add<T>(c[group], l.x, h.x, l.y, h.y, v.x, v.y);
+                mil_multiply_add<T>(c[group], l.z, h.z, l.w, h.w, v.z, v.w);
             }
         }
         else {
@@ -113,7 +113,7 @@ struct tile_sums {
 #pragma unroll
                 for (int group = 0; group < GROUPS; group++) {
                     const uint4 &v = x[group][word / 2];
-                    multiply(c[group], a0, a1, a2, a3, word % 2 ? v.z : v.x, word % 2 ? v.w : v.y, T());
+                    mil_multiply_add<T>(c[group], a0, a1, a2, a3, word % 2 ? v.z : v.x, word % 2 ? v.w : v.y);
                 }
             }
         }

@@ -222,17 +222,17 @@ static __device__ __forceinline__ void
 multiply_load(float (&c)[4], uint4 l, uint4 h, const uint4 (&x)[sizeof(T) / sizeof(W)])
 {
     if constexpr (sizeof(T) == sizeof(W)) {
-        multiply(c, l.x, h.x, l.y, h.y, x[0].x, x[0].y, T());
-        multiply(c, l.z, h.z, l.w, h.w, x[0].z, x[0].w, T());
+        mil_multiply_add<T>(c, l.x, h.x, l.y, h.y, x[0].x, x[0].y);
+        mil_multiply_add<T>(c, l.z, h.z, l.w, h.w, x[0].z, x[0].w);
     }
     else {
         const uint32_t lows[4] = {l.x, l.y, l.z, l.w}, highs[4] = {h.x, h.y, h.z, h.w};
 #pragma unroll
         for (int word = 0; word < 4; word++) {
             const uint4 &v = x[word / 2];
-            multiply(c, mil_expand(lows[word], 0, W(), T()), mil_expand(highs[word], 0, W(), T()),
-                     mil_expand(lows[word], 1, W(), T()), mil_expand(highs[word], 1, W(), T()),
-                     word % 2 ? v.z : v.x, word % 2 ? v.w : v.y, T());
+            mil_multiply_add<T>(c, mil_expand(lows[word], 0, W(), T()), mil_expand(highs[word], 0, W(), T()),
+                                mil_expand(lows[word], 1, W(), T()), mil_expand(highs[word], 1, W(), T()),
+                                word % 2 ? v.z : v.x, word % 2 ? v.w : v.y);
         }
     }
 }
