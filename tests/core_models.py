@@ -134,3 +134,24 @@ def build(layers, *, seed=0, dtype="float32", biases=True, device="cpu", weights
             parameters[name] = parameters[name].astype(dtype)
     table, codes = operator_table(device, dtype), coded(specs, parameters, weights)
     return _core.Model(config, parameters, dtypes, table, codes)
+
+
+def some_tokens(model, count, seed=0):
+    return np.random.default_rng(seed).integers(0, model.config["vocab"], count).astype(np.int32)
+
+
+def relative(a, b):
+    """The largest difference, relative to the largest entry of `b`."""
+    return np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).max() / np.abs(b).max()
+
+
+def rows_alone_and_in_windows(model, state, tokens):
+    """Logits of `tokens` after `state`, one by one; windows of them must give the same bits."""
+    single = state.copy()
+    alone = np.concatenate([model.forward([t], states=[single]) for t in tokens])
+    for size in (2, 5, 16):
+        window, parts = state.copy(), []
+        for at in range(0, len(tokens), size):
+            parts.append(model.forward(tokens[at : at + size], states=[window]))
+        np.testing.assert_array_equal(np.concatenate(parts), alone)
+    return alone

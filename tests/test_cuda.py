@@ -7,7 +7,16 @@ the same bits alone, among the up to 16 rows of a verify window, and in a batch 
 
 import numpy as np
 import pytest
-from core_models import KINDS, build, configuration, random_parameters, to_bfloat16
+from core_models import (
+    KINDS,
+    build,
+    configuration,
+    random_parameters,
+    relative,
+    rows_alone_and_in_windows,
+    some_tokens,
+    to_bfloat16,
+)
 from reference.sampler import chi_square_p
 from tiny_models import write_llama
 
@@ -21,14 +30,6 @@ pytestmark = pytest.mark.skipif(
 
 LOGITS = 1e-5
 DTYPES = {"float32": LOGITS, "bfloat16": 6e-2, "float16": 1.5e-2}
-
-
-def some_tokens(model, count, seed=0):
-    return np.random.default_rng(seed).integers(0, model.config["vocab"], count).astype(np.int32)
-
-
-def relative(a, b):
-    return np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).max() / np.abs(b).max()
 
 
 @pytest.fixture(params=KINDS, ids=str)
@@ -68,13 +69,7 @@ def test_windows_and_batches_give_the_same_bits(kind, dtype):
     tokens = some_tokens(model, 120)
     state = model.state()
     model.forward(tokens[:37], states=[state], rows="none")
-    single = state.copy()
-    alone = np.concatenate([model.forward([t], states=[single]) for t in tokens[37:]])
-    for size in (2, 5, 16):
-        window, parts = state.copy(), []
-        for at in range(37, 120, size):
-            parts.append(model.forward(tokens[at : at + size], states=[window]))
-        np.testing.assert_array_equal(np.concatenate(parts), alone)
+    alone = rows_alone_and_in_windows(model, state, tokens[37:])
     batch = [state.copy() for _ in range(3)]
     others = [some_tokens(model, 120, seed) for seed in (1, 2)]
     for at in range(37, 117, 5):

@@ -2,9 +2,8 @@
 
 import threading
 
-import numpy as np
 import pytest
-from core_models import build
+from core_models import build, some_tokens
 
 import mambainllama as mil
 from mambainllama import _core, memory
@@ -25,10 +24,6 @@ WIDE_MAMBA2 = {
     "x_width": 1024, "B_groups": 8, "C_groups": 16, "conv_width": 4, "norm_group": 128,
     "intermediate": 4096,
 }  # fmt: skip
-
-
-def some_tokens(model, count, seed=0):
-    return np.random.default_rng(seed).integers(0, model.config["vocab"], count).astype(np.int32)
 
 
 @pytest.fixture(scope="module")

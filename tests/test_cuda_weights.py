@@ -7,7 +7,7 @@ for rows in company holds here as well.
 
 import numpy as np
 import pytest
-from core_models import KINDS, build
+from core_models import KINDS, build, relative, rows_alone_and_in_windows, some_tokens
 from tiny_models import write_llama
 
 import mambainllama as mil
@@ -23,14 +23,6 @@ pytestmark = pytest.mark.skipif(
 KIND_OF_CODES = ["float8", "int8"]
 DTYPES = {"float32": 1e-5, "bfloat16": 6e-2, "float16": 1.5e-2}
 PROMPTS = ["a", "the state", "01"]
-
-
-def some_tokens(model, count, seed=0):
-    return np.random.default_rng(seed).integers(0, model.config["vocab"], count).astype(np.int32)
-
-
-def relative(a, b):
-    return np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).max() / np.abs(b).max()
 
 
 def with_values_of_codes(model, weights, dtype):
@@ -70,13 +62,7 @@ def test_windows_and_batches_give_the_same_bits(kind, weights, dtype):
     tokens, others = some_tokens(model, 90), some_tokens(model, 90, 1)
     state = model.state()
     model.forward(tokens[:37], states=[state], rows="none")
-    single = state.copy()
-    alone = np.concatenate([model.forward([t], states=[single]) for t in tokens[37:]])
-    for size in (2, 5, 16):
-        window, parts = state.copy(), []
-        for at in range(37, 90, size):
-            parts.append(model.forward(tokens[at : at + size], states=[window]))
-        np.testing.assert_array_equal(np.concatenate(parts), alone)
+    alone = rows_alone_and_in_windows(model, state, tokens[37:])
     batch = [state.copy(), state.copy()]
     for at in range(37, 85, 5):
         rows = [tokens[at : at + 5], others[at : at + 11]]

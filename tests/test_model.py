@@ -8,7 +8,7 @@ same bits.
 
 import numpy as np
 import pytest
-from core_models import KINDS, build
+from core_models import KINDS, build, relative, some_tokens
 
 from mambainllama import _core
 
@@ -23,14 +23,6 @@ LOGITS, GRADIENTS = 2e-5, 1e-4
 @pytest.fixture(params=KINDS, ids=str)
 def model(request):
     return build(KINDS[request.param])
-
-
-def some_tokens(model, count, seed=0):
-    return np.random.default_rng(seed).integers(0, model.config["vocab"], count).astype(np.int32)
-
-
-def relative(a, b):
-    return np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).max() / np.abs(b).max()
 
 
 # ---- forward -----------------------------------------------------------------------------------

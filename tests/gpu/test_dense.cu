@@ -354,12 +354,32 @@ test_scaled_bits(harness *h, int64_t in, int64_t out, mil_dtype dtype)
     harness_reset(h);
 }
 
+/* Looks `tokens` up in a float32 table on the CPU and in the device's `table`; x: both results. */
+static void
+embed_on_both(harness *h, const mil_embedding *given, const int32_t *tokens, const float *values,
+              const void *table, mil_dtype dtype, const harness_array *x)
+{
+    mil_embedding e = *given;
+    e.y_stride = e.hidden;
+    e.tokens = (const int32_t *)harness_bytes(h, tokens, (size_t)e.rows * sizeof *tokens);
+    e.table = table;
+    e.dtype = dtype;
+    e.y = x->gpu;
+    harness_check(h, h->gpu.ops->embedding_forward(&h->gpu, &e));
+    e.tokens = tokens;
+    e.table = values;
+    e.dtype = MIL_F32;
+    e.row_scale = NULL;
+    e.y = x->cpu;
+    harness_check(h, mil_cpu_ops.embedding_forward(&h->cpu, &e));
+}
+
 /* An embedding table in 8 bits, and weights that are not finite. */
 static void
 test_scaled_table(harness *h, mil_dtype dtype)
 {
     enum { VOCAB = 9, WIDTH = 40, ROWS = 4 };
-    int32_t tokens[ROWS] = {8, 0, 3, 4};
+    static const int32_t tokens[ROWS] = {8, 0, 3, 4};
     scaled_weights w = random_scaled(h, VOCAB, WIDTH, dtype);
     harness_array x = harness_empty(h, ROWS * WIDTH);
     mil_embedding e = {};
@@ -367,18 +387,8 @@ test_scaled_table(harness *h, mil_dtype dtype)
     e.hidden = WIDTH;
     e.vocab = VOCAB;
     e.scale = 1.0f;
-    e.y_stride = WIDTH;
-    e.tokens = tokens;
-    e.table = w.values;
-    e.dtype = MIL_F32;
-    e.y = x.cpu;
-    harness_check(h, mil_cpu_ops.embedding_forward(&h->cpu, &e));
-    e.tokens = (const int32_t *)harness_bytes(h, tokens, sizeof tokens);
-    e.table = w.codes;
-    e.dtype = dtype;
     e.row_scale = w.scale;
-    e.y = x.gpu;
-    harness_check(h, h->gpu.ops->embedding_forward(&h->gpu, &e));
+    embed_on_both(h, &e, tokens, w.values, w.codes, dtype, &x);
     harness_compare(h, "embedding of 8 bits", x, dtype == MIL_F8 ? 0 : tolerance_of(h));
     static const float strange[] = {NAN, INFINITY, -INFINITY};
     for (float value : strange) {
@@ -599,17 +609,7 @@ test_rows(harness *h)
     e.hidden = WIDTH;
     e.vocab = VOCAB;
     e.scale = 2.0f;
-    e.y_stride = WIDTH;
-    e.tokens = tokens;
-    e.table = table.cpu;
-    e.dtype = MIL_F32;
-    e.y = x.cpu;
-    harness_check(h, mil_cpu_ops.embedding_forward(&h->cpu, &e));
-    e.tokens = (const int32_t *)harness_bytes(h, tokens, sizeof tokens);
-    e.table = table.gpu;
-    e.dtype = h->act;
-    e.y = x.gpu;
-    harness_check(h, h->gpu.ops->embedding_forward(&h->gpu, &e));
+    embed_on_both(h, &e, tokens, table.cpu, table.gpu, h->act, &x);
     harness_compare(h, "embedding", x, 0);
 
     harness_array y = harness_random(h, ROWS * WIDTH, 1.0f), picked = harness_empty(h, ROWS * WIDTH);
