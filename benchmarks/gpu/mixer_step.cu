@@ -5,32 +5,9 @@
  *
  *   mixer_step [hidden layers vocab mixer (1 or 2) [quick]]
  */
-#include "timing.h"
+#include "random_model.h"
 
-extern "C" {
-#include "model/model.h"
-}
-
-enum { PAST = 512, REPLAYS = 40, MOST_ROWS = 16 };
-
-static mil_status
-skip_project(mil_context *, const mil_norm *, const mil_linear *, int64_t, const mil_glu *)
-{
-    return MIL_OK;
-}
-
-static mil_status
-skip_linear(mil_context *, const mil_linear *, int64_t)
-{
-    return MIL_OK;
-}
-
-template <typename Arguments>
-static mil_status
-skip(mil_context *, const Arguments *)
-{
-    return MIL_OK;
-}
+enum { PAST = 512, MOST_ROWS = 16 };
 
 static mil_layer_config
 layer_of(int64_t mixer, int64_t hidden)
@@ -52,48 +29,6 @@ layer_of(int64_t mixer, int64_t hidden)
     return c;
 }
 
-static __global__ void
-fill(uint32_t *to, size_t count)
-{
-    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < count;
-         i += (size_t)gridDim.x * blockDim.x) {
-        uint32_t v = (uint32_t)i * 2654435761u;
-        v ^= v >> 15;
-        v *= 2246822519u;
-        to[i] = (v & 0x807f807fu) | 0x3c003c00u;
-    }
-}
-
-/* Seconds of one replay of the step, back to back. */
-static double
-time_step(mil_context *context, const mil_model *model, const mil_step *step)
-{
-    cudaStream_t stream = mil_stream(context);
-    void *recording;
-    harness_need(mil_model_step(context, model, step));
-    harness_need(context->ops->finish(context));
-    harness_need(context->ops->record_begin(context));
-    harness_need(mil_model_step(context, model, step));
-    harness_need(context->ops->record_end(context, &recording));
-    cudaEvent_t begin, end;
-    cudaEventCreate(&begin);
-    cudaEventCreate(&end);
-    double best = INFINITY;
-    for (int round = 0; round < 4; round++) {
-        float ms;
-        cudaEventRecord(begin, stream);
-        for (int i = 0; i < REPLAYS; i++) {
-            harness_need(context->ops->replay(context, recording));
-        }
-        cudaEventRecord(end, stream);
-        timing_need(cudaEventSynchronize(end));
-        cudaEventElapsedTime(&ms, begin, end);
-        best = ms * 1e-3 / REPLAYS < best ? ms * 1e-3 / REPLAYS : best;
-    }
-    context->ops->record_free(context, recording);
-    return best;
-}
-
 static void
 leave_out(mil_context *context, mil_ops *ops, const mil_model *model, const mil_step *step, double whole)
 {
@@ -109,7 +44,7 @@ leave_out(mil_context *context, mil_ops *ops, const mil_model *model, const mil_
         ops->scan_forward = i == 4 ? skip<mil_scan> : all.scan_forward;
         ops->ssd_forward = i == 4 ? skip<mil_ssd> : all.ssd_forward;
         ops->norm_forward = i == 5 ? skip<mil_norm> : all.norm_forward;
-        double without = time_step(context, model, step);
+        double without = model_step_seconds(context, model, step);
         printf("  without %-20s %8.1f us: it costs %7.1f us\n", names[i], without * 1e6,
                (whole - without) * 1e6);
     }
@@ -138,23 +73,12 @@ main(int argc, char **argv)
     config.tied = true;
     config.norm_eps = 1e-5f;
     config.embedding_scale = config.logit_scale = 1.0f;
-    mil_model model;
-    harness_need(mil_model_init(&model, &config));
     mil_ops ops = *h.gpu.ops;
-    model.ops = &ops;
     h.gpu.ops = &ops;
-    size_t weight_bytes = 0;
-    for (int64_t i = 0; i < model.parameter_count; i++) {
-        mil_parameter *p = &model.parameters[i];
-        p->dtype = p->matrix ? MIL_BF16 : MIL_F32;
-        size_t bytes = (size_t)p->count * mil_dtype_size(p->dtype);
-        weight_bytes += p->matrix ? bytes : 0;
-        harness_need(ops.alloc(&h.gpu, bytes, &p->data));
-        fill<<<1024, 256, 0, mil_stream(&h.gpu)>>>((uint32_t *)p->data, bytes / 4);
-    }
-    harness_need(mil_model_bind(&model));
+    mil_model *model = model_of(&h, &config, MIL_BF16, true, &ops);
+    double weight_bytes = model_bytes(model, true);
     mil_state state;
-    harness_need(mil_state_init(&state, &model, PAST + 64));
+    harness_need(mil_state_init(&state, model, PAST + 64));
     mil_state *states[1] = {&state};
     mil_arena kept = {};
     kept.allocator = &h.allocator;
@@ -163,8 +87,7 @@ main(int argc, char **argv)
     harness_array logits = harness_empty_of(&h, MOST_ROWS * n[2], MIL_F32);
     int32_t tokens[MOST_ROWS] = {1, 2, 3, 4, 5};
     printf("%lld x %lld, mixer %lld: %.2f GB of weights, copy %.2f TB/s: limit %.1f us\n", (long long)n[0],
-           (long long)n[1], (long long)n[3], (double)weight_bytes * 1e-9, rate * 1e-12,
-           (double)weight_bytes / rate * 1e6);
+           (long long)n[1], (long long)n[3], weight_bytes * 1e-9, rate * 1e-12, weight_bytes / rate * 1e6);
     static const int64_t counts[][2] = {{1, 7}, {1, 16}, {5, 7}, {5, 18}, {9, 7}, {9, 18}};
     double one = 0;
     for (int i = 0; i < 6; i++) {
@@ -179,15 +102,17 @@ main(int argc, char **argv)
         step.tokens = (const int32_t *)harness_bytes(&h, tokens, sizeof tokens);
         step.rows = (const int64_t *)harness_bytes(&h, rows, sizeof rows);
         step.logits = (float *)logits.gpu;
-        double whole = time_step(&context, &model, &step);
+        double whole = model_step_seconds(&context, model, &step);
         one = i == 0 ? whole : one;
         printf("rows %lld, tail of %2lld: %8.1f us, %.3f of the limit, %.3f of one row\n", (long long)count,
-               (long long)tail, whole * 1e6, whole * rate / (double)weight_bytes, whole / one);
+               (long long)tail, whole * 1e6, whole * rate / weight_bytes, whole / one);
         if (i == 0 && n[4] == 0) {
-            leave_out(&context, &ops, &model, &step, whole);
+            leave_out(&context, &ops, model, &step, whole);
+            auto scan_mixer = ops.scan_mixer; /* NULL where it is off */
             ops.scan_mixer = NULL;
-            printf("  operator by operator        %8.1f us\n", time_step(&context, &model, &step) * 1e6);
-            ops.scan_mixer = mil_cuda_scan_mixer;
+            printf("  operator by operator        %8.1f us\n",
+                   model_step_seconds(&context, model, &step) * 1e6);
+            ops.scan_mixer = scan_mixer;
         }
     }
     return 0;

@@ -155,7 +155,7 @@ main(int argc, char **argv)
     mil_ops ops = all;
     h.gpu.ops = &ops;
     const model_shape shape = {n[2], n[3], n[4], n[5], n[6], n[7], n[8]};
-    mil_model *model = model_random(&h, &shape, &ops);
+    mil_model *model = model_random(&h, &shape, h.act, &ops);
     prompts p = {n[0], n[1], NULL, NULL, NULL};
     const int64_t rows = p.count * p.tokens;
     p.token = (int32_t *)malloc((size_t)rows * sizeof *p.token);

@@ -1,5 +1,5 @@
-/* Models of random weights in real shapes, and operator tables with holes: to time whole passes, and them without one
- * operator. */
+/* Models of random weights in real shapes, their recorded steps, and operators that do nothing: to time whole passes, and
+ * them without one operator. */
 #ifndef MIL_BENCHMARKS_GPU_RANDOM_MODEL_H
 #define MIL_BENCHMARKS_GPU_RANDOM_MODEL_H
 
@@ -43,9 +43,48 @@ model_layer(const model_shape *s, int64_t mixer)
     return c;
 }
 
-/* The model on the device, through `ops`, which is the caller's copy of the device's table. */
+static __global__ void
+model_fill_codes(uint32_t *to, int64_t words)
+{
+    for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < words;
+         i += (int64_t)gridDim.x * blockDim.x) {
+        uint32_t v = (uint32_t)i * 2654435761u;
+        v ^= v >> 15;
+        v *= 2246822519u;
+        to[i] = v & 0xbfbfbfbfu; /* no NaN in either format */
+    }
+}
+
+/* A model on the device, through `ops`, which is the caller's copy of the device's table: matrices of `weights`, the
+ * parameters that need not be there with `optional`. */
 static inline mil_model *
-model_random(harness *h, const model_shape *s, mil_ops *ops)
+model_of(harness *h, const mil_model_config *config, mil_dtype weights, bool optional, mil_ops *ops)
+{
+    mil_model *model = (mil_model *)calloc(1, sizeof *model);
+    harness_need(mil_model_init(model, config));
+    model->ops = ops;
+    for (int64_t i = 0; i < model->parameter_count; i++) {
+        mil_parameter *p = &model->parameters[i];
+        p->dtype = p->matrix ? weights : MIL_F32;
+        if (!p->required && !optional) {
+            continue;
+        }
+        if (mil_dtype_is_scaled(p->dtype)) {
+            harness_need(ops->alloc(&h->gpu, (size_t)p->count, &p->data));
+            model_fill_codes<<<1024, 256, 0, mil_stream(&h->gpu)>>>((uint32_t *)p->data, p->count / 4);
+            p->scale = (float *)timing_array(h, p->shape[0], MIL_F32, 0.001f);
+        }
+        else {
+            p->data = timing_array(h, p->count, p->dtype, 0.02f);
+        }
+    }
+    harness_need(mil_model_bind(model));
+    return model;
+}
+
+/* The hybrid of a shape. */
+static inline mil_model *
+model_random(harness *h, const model_shape *s, mil_dtype weights, mil_ops *ops)
 {
     mil_layer_config *layers = (mil_layer_config *)calloc((size_t)s->layers, sizeof *layers);
     for (int64_t i = 0; i < s->layers; i++) {
@@ -65,19 +104,55 @@ model_random(harness *h, const model_shape *s, mil_ops *ops)
     config.rope.inv_freq = inv_freq;
     config.rope.rotary = s->hidden / s->heads;
     config.rope.scale = 1.0f;
-    mil_model *model = (mil_model *)calloc(1, sizeof *model);
-    harness_need(mil_model_init(model, &config));
+    mil_model *model = model_of(h, &config, weights, false, ops);
     free(layers);
-    model->ops = ops;
-    for (int64_t i = 0; i < model->parameter_count; i++) {
-        mil_parameter *p = &model->parameters[i];
-        p->dtype = p->matrix ? h->act : MIL_F32;
-        if (p->required) {
-            p->data = timing_array(h, p->count, p->dtype, 0.02f);
-        }
-    }
-    harness_need(mil_model_bind(model));
     return model;
+}
+
+/* Bytes of the parameters that are there; of matrices alone. */
+static inline double
+model_bytes(const mil_model *model, bool matrices)
+{
+    double bytes = 0;
+    for (int64_t i = 0; i < model->parameter_count; i++) {
+        const mil_parameter *p = &model->parameters[i];
+        bytes +=
+            p->data != NULL && (p->matrix || !matrices) ? (double)p->count * mil_dtype_size(p->dtype) : 0;
+    }
+    return bytes;
+}
+
+/* Seconds of one replay of a recorded step, back to back as a burst has them: the best of some rounds. */
+static inline double
+model_step_seconds(mil_context *context, const mil_model *model, const mil_step *step)
+{
+    enum { ROUNDS = 4, REPLAYS = 60 };
+    cudaStream_t stream = mil_stream(context);
+    void *recording;
+    harness_need(mil_model_step(context, model, step));
+    harness_need(context->ops->finish(context));
+    harness_need(context->ops->record_begin(context));
+    harness_need(mil_model_step(context, model, step));
+    harness_need(context->ops->record_end(context, &recording));
+    cudaEvent_t begin, end;
+    timing_need(cudaEventCreate(&begin));
+    timing_need(cudaEventCreate(&end));
+    double best = INFINITY;
+    for (int round = 0; round < ROUNDS; round++) {
+        float milliseconds;
+        timing_need(cudaEventRecord(begin, stream));
+        for (int i = 0; i < REPLAYS; i++) {
+            harness_need(context->ops->replay(context, recording));
+        }
+        timing_need(cudaEventRecord(end, stream));
+        timing_need(cudaEventSynchronize(end));
+        timing_need(cudaEventElapsedTime(&milliseconds, begin, end));
+        best = fmin(best, milliseconds * 1e-3 / REPLAYS);
+    }
+    timing_need(cudaEventDestroy(begin));
+    timing_need(cudaEventDestroy(end));
+    context->ops->record_free(context, recording);
+    return best;
 }
 
 /* ---- operators that do nothing -------------------------------------------------------------------------------- */
@@ -85,6 +160,12 @@ model_random(harness *h, const model_shape *s, mil_ops *ops)
 template <typename Arguments>
 static mil_status
 skip(mil_context *, const Arguments *)
+{
+    return MIL_OK;
+}
+
+static inline mil_status
+skip_project(mil_context *, const mil_norm *, const mil_linear *, int64_t, const mil_glu *)
 {
     return MIL_OK;
 }
