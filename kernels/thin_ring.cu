@@ -367,8 +367,8 @@ mil_thin_ring(mil_context *context, mil_dtype weights, const thin_arguments &a, 
     int device = context->ops->device, major, multiprocessors, shared;
     int64_t row_bytes = a.in * (int64_t)mil_dtype_size(weights);
     *done = false;
-    if (!mil_takes_new_kernels() || a.rows > MOST_ROWS || row_bytes <= SHORTER_ROW_BYTES ||
-        row_bytes > MOST_ROW_BYTES) {
+    if (a.rows > MOST_ROWS || row_bytes <= SHORTER_ROW_BYTES || row_bytes > MOST_ROW_BYTES ||
+        !mil_takes_new_kernels()) {
         return MIL_OK;
     }
     MIL_CUDA_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));

@@ -193,9 +193,7 @@ read_back(mil_engine *engine, mil_recorder *recorder, int64_t steps)
         mil_sequence *sequence = engine->running[i];
         mil_state *state = sequence->state;
         if (failed[i] != 0) {
-            return mil_fail(MIL_ERR_NONFINITE,
-                            "generate: the model's logits are not finite after %lld tokens",
-                            (long long)sequence->count);
+            return mil_sequence_not_finite(sequence);
         }
         for (int64_t step = 0; step < steps; step++) {
             state->boundary = mil_boundary_after(state->length, 1);

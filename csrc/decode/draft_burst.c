@@ -502,9 +502,7 @@ read_back(mil_engine *engine, mil_recorder *recorder, int64_t rounds)
         mil_state *state = sequence->state, *draft_state = burst->draft_states[i];
         int64_t count = sequence->count;
         if (failed[i] != 0) {
-            return mil_fail(MIL_ERR_NONFINITE,
-                            "generate: the model's logits are not finite after %lld tokens",
-                            (long long)sequence->count);
+            return mil_sequence_not_finite(sequence);
         }
         for (int64_t round = 0; round < rounds; round++) {
             const int32_t *at = history + (round * n + i) * (drafts + 3);

@@ -262,6 +262,13 @@ mil_generation_release(mil_generation *generation)
     *generation = (mil_generation){0};
 }
 
+mil_status
+mil_sequence_not_finite(const mil_sequence *sequence)
+{
+    return mil_fail(MIL_ERR_NONFINITE, "generate: the model's logits are not finite after %lld tokens",
+                    (long long)sequence->count);
+}
+
 void
 mil_sequence_add(const mil_engine *engine, mil_sequence *sequence, int32_t token, const float *logits)
 {

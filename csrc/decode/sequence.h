@@ -58,6 +58,10 @@ mil_sequence_delete(mil_sequence *sequence);
 mil_status
 mil_sequence_reserve(mil_sequence *sequence, int64_t more) MIL_MUST_CHECK;
 
+/* The failure of a text whose logits a device found not to be finite. */
+mil_status
+mil_sequence_not_finite(const mil_sequence *sequence) MIL_MUST_CHECK;
+
 /* Counts a token for the repetition penalty, or takes it back. */
 static inline void
 mil_sequence_mark(mil_sequence *sequence, int32_t token, int32_t change)
