@@ -69,6 +69,9 @@ typedef struct mil_rows {
     const int64_t
         *device; /* [3, sequences + 1] offsets, past and boundary again, where the device's kernels can
                                 read them (model code uploads them once a pass); the CPU does not look */
+    bool
+        settled; /* what `device`, the states and the caches hold on entry was written before this pass began:
+                     the embedding lies between (a device may read it ahead of its turn) */
 } mil_rows;
 
 /* The boundary after a call: what operators with state leave behind. */

@@ -236,6 +236,23 @@ mil_load(const T *from, float (&out)[N])
     }
 }
 
+/* The same past the first-level cache, and where it stands in the code. */
+template <int N>
+static __device__ __forceinline__ void
+mil_load_settled(const float *from, float (&out)[N])
+{
+    static_assert(N == 1 || N == 4, "one access");
+    if constexpr (N == 4) {
+        asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+                     : "=f"(out[0]), "=f"(out[1]), "=f"(out[2]), "=f"(out[3])
+                     : "l"(from)
+                     : "memory");
+    }
+    else {
+        asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(out[0]) : "l"(from) : "memory");
+    }
+}
+
 template <int N, typename T>
 static __device__ __forceinline__ void
 mil_store(T *to, const float (&in)[N])
@@ -260,6 +277,7 @@ mil_is_aligned(const void *pointer, int64_t stride)
 
 struct mil_device_rows {
     int sequences;
+    bool settled;
     const int64_t *offsets, *past, *boundary; /* [sequences + 1], the last two with one entry too many */
 };
 
@@ -267,7 +285,18 @@ static inline mil_device_rows
 mil_rows_of(const mil_rows &rows)
 {
     int64_t columns = rows.sequences + 1;
-    return {(int)rows.sequences, rows.device, rows.device + columns, rows.device + 2 * columns};
+    return {(int)rows.sequences, rows.settled, rows.device, rows.device + columns, rows.device + 2 * columns};
+}
+
+/* Until the rows' numbers, states and caches may be read, as they are on entry: at once where they are settled, as the
+ * kernel that embeds the tokens waits before it lets any other start.  What kernels of this pass write still needs
+ * mil_wait().  To be read past the first-level cache (mil_load_settled, __ldcg, cp.async.cg). */
+static __device__ __forceinline__ void
+mil_wait_for_states(const mil_device_rows &rows)
+{
+    if (!rows.settled) {
+        mil_wait();
+    }
 }
 
 /* The sequence that holds a row, by halving. */

@@ -96,8 +96,8 @@ template <typename T, typename W>
 static __global__ void
 embedding_kernel(embedding_arguments a)
 {
+    mil_wait(); /* first, so that what was written before this pass is settled for all kernels to come (mil_rows) */
     mil_trigger();
-    mil_wait();
     int64_t row = blockIdx.x, column = my_column<1>(a.hidden);
     if (column >= 0) {
         int64_t token = a.tokens[row];

@@ -126,7 +126,9 @@ embed_uploaded(mil_pass *pass, const int32_t *tokens, void *x)
         .y = x,
         .y_stride = model->config.hidden,
     };
-    return pass->context->ops->embedding_forward(pass->context, &embedding);
+    MIL_TRY(pass->context->ops->embedding_forward(pass->context, &embedding));
+    pass->rows.settled = true;
+    return MIL_OK;
 }
 
 /* The same from host memory. */
