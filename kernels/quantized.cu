@@ -164,6 +164,13 @@ dequantize(mil_context *context, const mil_linear *p, void *values)
                                            0, p->in, (const mil_i8 *)p->weight, p->scale, (T *)values);
 }
 
+/* Ends when everything before it has, and is seen: what comes next may read what is being written before it waits. */
+static __global__ void
+settle_kernel()
+{
+    mil_wait();
+}
+
 /* In passes of few rows, each of which reads the codes once. */
 static mil_status
 product_by_rows(mil_context *context, const mil_linear *product)
@@ -181,7 +188,8 @@ product_by_rows(mil_context *context, const mil_linear *product)
     return MIL_OK;
 }
 
-/* By slices of outputs whose values, written and read again at once, stay in the second-level cache. */
+/* By slices of outputs whose values, written and read again at once, stay in the second-level cache.  The kernels for
+ * few rows fetch weights before they wait, since nobody writes weights; these have only just been written. */
 static mil_status
 product_by_values(mil_context *context, const mil_linear *product)
 {
@@ -198,6 +206,9 @@ product_by_values(mil_context *context, const mil_linear *product)
         part.weight = (const char *)product->weight + first * product->in;
         part.scale = product->scale + first;
         MIL_TRY(MIL_FOR_ACT(context, dequantize, context, &part, values));
+        if (product->rows <= MIL_THIN_ROWS) {
+            MIL_TRY(mil_launch(context, "settle", settle_kernel, dim3(1), dim3(MIL_WARP), 0));
+        }
         part.weight = values;
         part.dtype = act;
         part.scale = NULL;

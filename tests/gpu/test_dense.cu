@@ -288,7 +288,8 @@ test_scaled_product(harness *h, int64_t rows, int64_t in, int64_t out, mil_dtype
     harness_reset(h);
 }
 
-/* Row 0 alone, among 2 to 64 rows, and by project with a norm and a gate. */
+/* Row 0 alone, among 2 to 64 rows (16 where rows of codes are no multiples of 16), and by project with a norm and a
+ * gate. */
 static void
 test_scaled_bits(harness *h, int64_t in, int64_t out, mil_dtype dtype)
 {
@@ -302,6 +303,9 @@ test_scaled_bits(harness *h, int64_t in, int64_t out, mil_dtype dtype)
     harness_check(h, h->gpu.ops->linear_forward(&h->gpu, &l, 1));
     static const int64_t counts[] = {2, 5, 8, 9, 16, 17, 40, 64};
     for (int64_t rows : counts) {
+        if (rows > 16 && in % 16 != 0) {
+            break; /* codes that the kernels for few rows cannot read: cuBLASLt's order */
+        }
         harness_array y = harness_empty(h, rows * out), z = harness_empty(h, rows * out);
         mil_linear pair[2] = {l, l};
         pair[0].rows = pair[1].rows = rows;
@@ -411,7 +415,7 @@ test_scaled(harness *h)
     static const int64_t sizes[][3] = {{1, 16, 1},    {1, 64, 16},    {3, 80, 17},    {5, 160, 100},
                                        {8, 336, 33},  {9, 4096, 31},  {16, 528, 50},  {17, 128, 9},
                                        {64, 272, 20}, {100, 256, 48}, {70, 4096, 40}, {2, 7, 5},
-                                       {20, 40, 7}};
+                                       {20, 40, 7},   {1, 24, 32},    {5, 24, 700},   {16, 1000, 3000}};
     for (int dtype = MIL_F8; dtype <= MIL_I8; dtype++) {
         for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
             const int64_t *n = sizes[i];
@@ -422,6 +426,7 @@ test_scaled(harness *h)
         if (h->act != MIL_F32) {
             test_scaled_bits(h, 4096, 40, (mil_dtype)dtype);
             test_scaled_bits(h, 96, 33, (mil_dtype)dtype);
+            test_scaled_bits(h, 1000, 300, (mil_dtype)dtype);
             test_scaled_bits(h, 2064, 4300, (mil_dtype)dtype);
             test_scaled_product(h, 1, 4096, 2300, (mil_dtype)dtype, false, true);
         }
