@@ -350,6 +350,8 @@ class Checkpoint:
         if tensor.begin == tensor.end:
             return np.zeros(tensor.shape, STORAGE[dtype]), dtype
         data = self._map(tensor.file)[tensor.begin : tensor.end]
+        if data.size < tensor.end - tensor.begin:
+            raise FileError(f"{tensor.file}: became shorter while it was being read; load it again")
         if tensor.begin % STORAGE[dtype].itemsize != 0:
             data = data.copy()  # an unaligned tensor cannot be used in place
         return data.view(STORAGE[dtype]).reshape(tensor.shape), dtype
@@ -358,14 +360,10 @@ class Checkpoint:
         if path not in self._maps:
             try:
                 data: np.ndarray = np.memmap(path, np.uint8, mode="c")
-            except OSError:
+            except (OSError, ValueError):
                 # Systems may refuse a writeable mapping larger than memory; reading needs none.
                 data = _map_read_only(path)
             self._maps[path] = data.view(np.ndarray)
-        if self._maps[path].size < max(
-            tensor.end for tensor in self.tensors.values() if tensor.file == path
-        ):
-            raise FileError(f"{path}: became shorter while it was being read; load it again")
         return self._maps[path]
 
 

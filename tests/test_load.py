@@ -199,6 +199,16 @@ def test_a_failed_save_leaves_the_old_model(llama, monkeypatch):
     assert [path.name for path in llama.parent.iterdir()] == ["llama"]
 
 
+@pytest.mark.parametrize("left", [0, 20_000])
+def test_a_file_that_becomes_shorter(llama, left):
+    checkpoint = Checkpoint(llama)
+    os.truncate(llama / "model.safetensors", left)
+    with pytest.raises(mil.FileError) as caught:
+        for name in checkpoint.tensors:
+            checkpoint.read(name)
+    assert "model.safetensors" in one_line(caught)
+
+
 def test_save_onto_a_file(llama, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(mil.FileError, match="folder"):
