@@ -76,6 +76,7 @@ typedef struct upload {
 typedef struct lane {
     upload *work;
     char *buffer; /* [PIECE], pinned */
+    cudaStream_t stream;
     cudaError_t error;
     pthread_t thread;
     bool started;
@@ -90,31 +91,24 @@ expect_reading(const char *from, size_t bytes)
 }
 
 static cudaError_t
-send_pieces(upload *work, char *buffer)
+send_pieces(lane *self)
 {
-    cudaStream_t stream;
+    upload *work = self->work;
     cudaError_t error = cudaSetDevice(work->device);
-    if (error == cudaSuccess) {
-        error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
-    }
-    if (error != cudaSuccess) {
-        return error;
-    }
-    for (;;) {
+    while (error == cudaSuccess) {
         size_t begin = __atomic_fetch_add(&work->next, PIECE, __ATOMIC_RELAXED);
-        if (begin >= work->bytes || error != cudaSuccess) {
+        if (begin >= work->bytes) {
             break;
         }
         size_t bytes = work->bytes - begin;
         bytes = bytes < PIECE ? bytes : (size_t)PIECE;
         expect_reading(work->from + begin, bytes);
-        memcpy(buffer, work->from + begin, bytes);
-        error = cudaMemcpyAsync(work->to + begin, buffer, bytes, cudaMemcpyHostToDevice, stream);
+        memcpy(self->buffer, work->from + begin, bytes);
+        error = cudaMemcpyAsync(work->to + begin, self->buffer, bytes, cudaMemcpyHostToDevice, self->stream);
         if (error == cudaSuccess) {
-            error = cudaStreamSynchronize(stream);
+            error = cudaStreamSynchronize(self->stream);
         }
     }
-    (void)cudaStreamDestroy(stream);
     return error;
 }
 
@@ -122,43 +116,59 @@ static void *
 run_lane(void *argument)
 {
     lane *self = (lane *)argument;
-    self->error = send_pieces(self->work, self->buffer);
+    self->error = send_pieces(self);
     return NULL;
 }
 
-/* Pinned memory costs milliseconds to get, a model has hundreds of weights: it is made once and stays (32 MiB).
- * NULL where there is none; then copies take the plain way. */
-static char *
-pinned_buffers(void)
+/* Pinned memory and streams cost milliseconds to get, a model has hundreds of weights: they are made once and stay
+ * (32 MiB), the streams until another device's turn.  Call it under the lock of whoever uses the lanes; false where
+ * there are none, and copies take the plain way. */
+static bool
+open_lanes(lane *lanes, int device)
 {
     static char *memory;
+    static int device_of_streams = -1;
     if (memory == NULL &&
         cudaHostAlloc((void **)&memory, (size_t)LANES * PIECE, cudaHostAllocPortable) != cudaSuccess) {
         (void)cudaGetLastError();
         memory = NULL;
+        return false;
     }
-    return memory;
+    for (int i = 0; i < LANES && device_of_streams != device; i++) {
+        if (lanes[i].stream != NULL) {
+            (void)cudaStreamDestroy(lanes[i].stream);
+            lanes[i].stream = NULL;
+        }
+        lanes[i].buffer = memory + (size_t)i * PIECE;
+        if (cudaStreamCreateWithFlags(&lanes[i].stream, cudaStreamNonBlocking) != cudaSuccess) {
+            (void)cudaGetLastError();
+            lanes[i].stream = NULL;
+            device_of_streams = -1;
+            return false;
+        }
+    }
+    device_of_streams = device;
+    return true;
 }
 
 /* Uploads by lanes, the caller's thread being the first; *done says whether that was possible. */
 static mil_status
 upload_by_lanes(mil_context *context, void *to, const void *from, size_t bytes, bool *done)
 {
-    static pthread_mutex_t buffers_in_use = PTHREAD_MUTEX_INITIALIZER;
+    static pthread_mutex_t lanes_in_use = PTHREAD_MUTEX_INITIALIZER;
+    static lane lanes[LANES];
     upload work = {context->ops->device, (char *)to, (const char *)from, bytes, 0};
-    lane lanes[LANES] = {};
     long cores = sysconf(_SC_NPROCESSORS_ONLN);
     cudaError_t error = cudaSuccess;
-    pthread_mutex_lock(&buffers_in_use);
-    char *memory = pinned_buffers();
-    *done = memory != NULL;
-    if (memory != NULL) {
-        for (int i = 1; i < LANES && i < cores; i++) {
+    pthread_mutex_lock(&lanes_in_use);
+    *done = open_lanes(lanes, work.device);
+    if (*done) {
+        for (int i = 0; i < LANES; i++) {
             lanes[i].work = &work;
-            lanes[i].buffer = memory + (size_t)i * PIECE;
-            lanes[i].started = pthread_create(&lanes[i].thread, NULL, run_lane, &lanes[i]) == 0;
+            lanes[i].started =
+                i > 0 && i < cores && pthread_create(&lanes[i].thread, NULL, run_lane, &lanes[i]) == 0;
         }
-        error = send_pieces(&work, memory);
+        error = send_pieces(&lanes[0]);
         for (int i = 1; i < LANES; i++) {
             if (lanes[i].started) {
                 (void)pthread_join(lanes[i].thread, NULL);
@@ -166,7 +176,7 @@ upload_by_lanes(mil_context *context, void *to, const void *from, size_t bytes, 
             }
         }
     }
-    pthread_mutex_unlock(&buffers_in_use);
+    pthread_mutex_unlock(&lanes_in_use);
     return mil_cuda_status(error, "upload");
 }
 
