@@ -56,27 +56,28 @@ def prompts_of(model: Model, batch: int, context: int) -> list[list[int]]:
     return [random.integers(0, model.config.vocab_size, context).tolist() for _ in range(batch)]
 
 
-def time_decoding(model, batch, context, tokens, rounds=3, **options) -> dict:
-    """Seconds a token of a batch, the best of some rounds, and of its prompts in each round."""
+def read_and_decode(model, batch, context, tokens) -> tuple[float, float]:
+    """Seconds of reading prompts, and of a step of the whole batch after them.
+
+    The prompts but for a token each are read into states before: in one call, texts whose prompts
+    come early would decode while the later prompts are read, and their time would be mostly that.
+    """
     prompts = prompts_of(model, batch, context)
-    steps, prefills = [], []
-    for _ in range(rounds):
-        out = mil.generate(
-            model, prompts, max_new_tokens=tokens, stop=[], max_batch=batch, **options
-        )
-        steps.append(max(g.stats.decode_seconds for g in out) / max(tokens - 1, 1))
-        prefills.append(max(g.stats.prefill_seconds for g in out))
-    return {
-        "seconds": min(steps),
-        "all_seconds": steps,
-        "prefill_seconds": min(prefills),
-        "all_prefill_seconds": prefills,
-    }
+    states = [model.state(context + tokens + 16) for _ in prompts]
+    beginnings = [prompt[:-1] for prompt in prompts]
+    read = mil.generate(model, beginnings, max_new_tokens=0, states=states, max_batch=batch)
+    out = mil.generate(
+        model, prompts, max_new_tokens=tokens, stop=[], states=states, max_batch=batch
+    )
+    seconds = max(g.stats.decode_seconds for g in out) / max(tokens - 1, 1)
+    return max(g.stats.prefill_seconds for g in read), seconds
 
 
 def decode(model, name, batch, context, tokens, rounds, rate, eight_bits=None) -> dict:
     """One row of decoding, with its limit at the mean length of the timed tokens."""
-    found = time_decoding(model, batch, context, tokens, rounds)
+    times = [read_and_decode(model, batch, context, tokens) for _ in range(rounds)]
+    prefills, steps = (list(column) for column in zip(*times, strict=True))
+    seconds = min(steps)
     length = context + tokens // 2
     weights, state = weight_bytes(model, eight_bits), model.core.state_bytes(length)
     limit = (weights + batch * state) / rate
@@ -87,20 +88,25 @@ def decode(model, name, batch, context, tokens, rounds, rate, eight_bits=None) -
         "context": context,
         "tokens": tokens,
         **({"weights": eight_bits} if eight_bits else {}),
-        **found,
-        "tokens_per_second": batch / found["seconds"],
+        "seconds": seconds,
+        "all_seconds": steps,
+        "prefill_seconds": min(prefills),
+        "tokens_per_second": batch / seconds,
         "weight_bytes": weights,
         "state_bytes": state,
         "copy_rate": rate,
-        "of_limit": limit / found["seconds"],
+        "of_limit": limit / seconds,
         "memory": memory_in_use(),
     }
 
 
 def prefill(model, name, batch, context, rounds, rate) -> dict:
     """One row of reading prompts; the first round, which loads kernels, is left out."""
-    found = time_decoding(model, batch, context, 1, rounds + 1)
-    seconds = float(np.median(found["all_prefill_seconds"][1:]))
+    prompts, times = prompts_of(model, batch, context), []
+    for _ in range(rounds + 1):
+        out = mil.generate(model, prompts, max_new_tokens=1, stop=[], max_batch=batch)
+        times.append(max(g.stats.prefill_seconds for g in out))
+    seconds = float(np.median(times[1:]))
     flops = prompt_flops(model, batch, context)
     return {
         "kind": "prefill",
@@ -108,7 +114,7 @@ def prefill(model, name, batch, context, rounds, rate) -> dict:
         "batch": batch,
         "context": context,
         "seconds": seconds,
-        "all_seconds": found["all_prefill_seconds"],
+        "all_seconds": times,
         "flops": flops,
         "gemm_rate": rate,
         "of_limit": flops / seconds / rate,

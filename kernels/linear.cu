@@ -1,16 +1,17 @@
 /* Dense products: y [rows, out] (+)= x [rows, in] W^T + bias.
  *
- * Up to 16 rows the reading of W decides and thin_product.cu does it; more rows go to cuBLASLt with float32
- * accumulation (and true float32 products for float32 weights, never TF32).  cuBLASLt is opened when the first such
- * product comes: neither building nor loading this module needs it, only its header.
+ * Up to 16 rows the reading of W decides and thin_product.cu does it; up to 128 rows of 16-bit types, on GPUs with
+ * wgmma, are batch_product.cu's; other products go to cuBLASLt with float32 accumulation (and true float32 products for
+ * float32 weights, never TF32).  cuBLASLt is opened when the first such product comes: neither building nor loading this
+ * module needs it, only its header.
  *
  * Row-major y = x W^T is column-major y^T = W x^T: A = W transposed [in, out], B = x^T [in, rows], both with `in`
  * along the columns.  Heuristic choices are remembered by shape, since asking costs more than a small product.
  */
-#include "thin_product.cuh"
-
+#include "batch_product.cuh"
 #include "quantized.cuh"
 #include "table.h"
+#include "thin_product.cuh"
 
 #include <cublasLt.h>
 #include <dlfcn.h>
@@ -291,6 +292,9 @@ mil_cuda_linear_forward(mil_context *context, const mil_linear *products, int64_
     if (mil_dtype_is_scaled(products->dtype)) {
         return mil_scaled_products(context, products, count);
     }
+    if (mil_batch_product_fits(context, products, count)) {
+        return mil_batch_product(context, products, count);
+    }
     for (int64_t i = 0; i < count; i++) {
         MIL_TRY(dense_product(context, &products[i]));
     }
@@ -305,6 +309,9 @@ mil_cuda_project(mil_context *context, const mil_norm *norm, const mil_linear *p
         return mil_thin_project(context, norm, products, count, gate);
     }
     MIL_TRY(context->ops->norm_forward(context, norm));
+    if (mil_batch_product_fits(context, products, count)) {
+        return mil_batch_gated(context, products, count, gate);
+    }
     MIL_TRY(mil_cuda_linear_forward(context, products, count));
     return gate == NULL ? MIL_OK : context->ops->glu_forward(context, gate);
 }

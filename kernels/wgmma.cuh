@@ -163,11 +163,11 @@ phase_wait(uint64_t *barrier, int parity)
 
 /* ---- instructions ------------------------------------------------------------------------------------ */
 
-/* Register lists of 32, 64 and 128 accumulators, for text and for operands. */
-#define WGMMA_TEXT_32                                                                                      \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
-    "%22, "                                                                                                \
-    "%23, %24, %25, %26, %27, %28, %29, %30, %31"
+/* Register lists of 16, 32, 64 and 128 accumulators, for text and for operands. */
+#define WGMMA_TEXT_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define WGMMA_TEXT_32 \
+    WGMMA_TEXT_16     \
+    ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define WGMMA_TEXT_64                                                                                        \
     WGMMA_TEXT_32                                                                                            \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
@@ -183,10 +183,12 @@ phase_wait(uint64_t *barrier, int parity)
     "%122, "                                                                                                 \
     "%123, %124, %125, %126, %127"
 #define WGMMA_4(c, i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
-#define WGMMA_16(c, i) WGMMA_4(c, i), WGMMA_4(c, i + 4), WGMMA_4(c, i + 8), WGMMA_4(c, i + 12)
-#define WGMMA_32(c) WGMMA_16(c, 0), WGMMA_16(c, 16)
-#define WGMMA_64(c) WGMMA_32(c), WGMMA_16(c, 32), WGMMA_16(c, 48)
-#define WGMMA_128(c) WGMMA_64(c), WGMMA_16(c, 64), WGMMA_16(c, 80), WGMMA_16(c, 96), WGMMA_16(c, 112)
+#define WGMMA_16_FROM(c, i) WGMMA_4(c, i), WGMMA_4(c, i + 4), WGMMA_4(c, i + 8), WGMMA_4(c, i + 12)
+#define WGMMA_16(c) WGMMA_16_FROM(c, 0)
+#define WGMMA_32(c) WGMMA_16(c), WGMMA_16_FROM(c, 16)
+#define WGMMA_64(c) WGMMA_32(c), WGMMA_16_FROM(c, 32), WGMMA_16_FROM(c, 48)
+#define WGMMA_128(c) \
+    WGMMA_64(c), WGMMA_16_FROM(c, 64), WGMMA_16_FROM(c, 80), WGMMA_16_FROM(c, 96), WGMMA_16_FROM(c, 112)
 
 /* COUNT accumulators are N = 2 * COUNT columns; A0 .. are the numbers of the operands after them. */
 #define WGMMA_SHARED(COUNT, N, TYPE, A, B, P)                                                           \
@@ -216,8 +218,14 @@ static __device__ __forceinline__ void
 wgmma_shared(float (&c)[COUNT], uint64_t a, uint64_t b, int add)
 {
 #if MIL_HAS_WGMMA
-    static_assert(COUNT == 32 || COUNT == 64, "64 or 128 columns");
-    if constexpr (COUNT == 32 && wgmma_is_half<T>) {
+    static_assert(COUNT == 16 || COUNT == 32 || COUNT == 64, "32, 64 or 128 columns");
+    if constexpr (COUNT == 16 && wgmma_is_half<T>) {
+        WGMMA_SHARED(16, "32", "f16", "16", "17", "18");
+    }
+    else if constexpr (COUNT == 16) {
+        WGMMA_SHARED(16, "32", "bf16", "16", "17", "18");
+    }
+    else if constexpr (COUNT == 32 && wgmma_is_half<T>) {
         WGMMA_SHARED(32, "64", "f16", "32", "33", "34");
     }
     else if constexpr (COUNT == 32) {

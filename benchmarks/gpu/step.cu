@@ -5,17 +5,61 @@
  * not included.
  *
  *   step [hidden layers heads kv_heads intermediate vocab [mixer: 0 attention, 1 Mamba-1, 2 Mamba-2
- *        [weights: 1 bfloat16, 3 float8, 4 int8 [1: the whole step alone]]]]
+ *        [weights: 1 bfloat16, 3 float8, 4 int8 [1: the whole step alone [sequences [tokens before]]]]]]
+ *
+ * Many sequences are at different places of their windows, so that one in 16 folds, as in texts of any lengths.
  */
 #include "random_model.h"
 
-enum { PAST = 512 };
+enum { NUMBERS = 11 };
+
+/* `sequences` states that have read `past` tokens and a few, and the step's block of numbers. */
+static mil_step
+step_of(harness *h, const mil_model *model, int64_t sequences, int64_t past)
+{
+    const int64_t columns = sequences + 1;
+    int64_t *rows = (int64_t *)calloc((size_t)(3 * columns), sizeof *rows);
+    int32_t *tokens = (int32_t *)calloc((size_t)sequences, sizeof *tokens);
+    mil_step step = {};
+    mil_state **states = (mil_state **)calloc((size_t)sequences, sizeof *states);
+    for (int64_t i = 0; i < sequences; i++) {
+        states[i] = (mil_state *)calloc(1, sizeof **states);
+        harness_need(mil_state_init(states[i], model, past + 64));
+        states[i]->length = past;
+        states[i]->boundary = past - past % MIL_WINDOW - MIL_WINDOW;
+        rows[i] = i;
+        rows[columns + i] = past + 1 + (i + 6) % MIL_WINDOW;
+        rows[2 * columns + i] = past;
+        tokens[i] = (int32_t)(i + 1);
+    }
+    rows[sequences] = sequences;
+    step.sequences = sequences;
+    step.states = states;
+    step.tokens = (const int32_t *)harness_bytes(h, tokens, (size_t)sequences * sizeof *tokens);
+    step.rows = (const int64_t *)harness_bytes(h, rows, (size_t)(3 * columns) * sizeof *rows);
+    step.logits = (float *)timing_array(h, sequences * model->config.vocab, MIL_F32, 0.0f);
+    free(rows);
+    free(tokens);
+    return step;
+}
+
+/* What a step must read of states: those of mixers, and keys and values. */
+static double
+state_bytes(const model_shape *s, int64_t past)
+{
+    int64_t head_dim = s->hidden / s->heads, odd = s->layers / 2, even = s->layers - odd;
+    double keys = 2.0 * 2 * (double)(s->kv_heads * head_dim * past);
+    double mixer = s->mixer == 1   ? 4.0 * 16 * (double)s->hidden
+                   : s->mixer == 2 ? 4.0 * (double)(s->hidden * head_dim)
+                                   : keys;
+    return keys * (double)odd + mixer * (double)even;
+}
 
 int
 main(int argc, char **argv)
 {
-    int64_t n[9] = {4096, 32, 32, 8, 14336, 128256, 2, MIL_BF16, 0};
-    for (int i = 1; i < argc && i <= 9; i++) {
+    int64_t n[NUMBERS] = {4096, 32, 32, 8, 14336, 128256, 2, MIL_BF16, 0, 1, 512};
+    for (int i = 1; i < argc && i <= NUMBERS; i++) {
         n[i - 1] = atoll(argv[i]);
     }
     static harness h;
@@ -24,28 +68,15 @@ main(int argc, char **argv)
     h.gpu.ops = &ops;
     const model_shape shape = {n[0], n[1], n[2], n[3], n[4], n[5], n[6]};
     mil_model *model = model_random(&h, &shape, (mil_dtype)n[7], &ops);
-    double weight_bytes = model_bytes(model, false);
-    mil_state state;
-    harness_need(mil_state_init(&state, model, PAST + 64));
-    state.length = PAST;
-    state.boundary = PAST - PAST % MIL_WINDOW - MIL_WINDOW;
-    int64_t rows[6] = {0, 1, PAST + 7, 0, PAST, 0};
-    int32_t token = 1;
-    mil_state *states[1] = {&state};
+    const double bytes = model_bytes(model, false) + (double)n[9] * state_bytes(&shape, n[10]);
     mil_arena kept = {};
     kept.allocator = &h.allocator;
     mil_context context = h.gpu;
     context.kept = &kept;
-    harness_array logits = harness_empty_of(&h, n[5], MIL_F32);
-    mil_step step = {};
-    step.sequences = 1;
-    step.states = states;
-    step.tokens = (const int32_t *)harness_bytes(&h, &token, sizeof token);
-    step.rows = (const int64_t *)harness_bytes(&h, rows, sizeof rows);
-    step.logits = (float *)logits.gpu;
+    const mil_step step = step_of(&h, model, n[9], n[10]);
     double whole = model_step_seconds(&context, model, &step);
-    printf("%.2f GB of weights: %.1f us a step, %.2f TB/s\n", weight_bytes * 1e-9, whole * 1e6,
-           weight_bytes / whole * 1e-12);
+    printf("%.2f GB of weights and states: %.1f us a step, %.2f TB/s, %.0f tokens/s\n", bytes * 1e-9,
+           whole * 1e6, bytes / whole * 1e-12, (double)n[9] / whole);
     if (n[8] != 0) {
         return 0;
     }

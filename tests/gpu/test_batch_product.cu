@@ -1,0 +1,168 @@
+/* Products of some tens of rows: CUDA against the CPU, a row's bits in any company, and gates that go along. */
+#include "harness.h"
+
+static double
+tolerance_of(const harness *h)
+{
+    return h->act == MIL_F16 ? 2e-3 : 1.6e-2; /* two roundings of the output */
+}
+
+static mil_linear
+linear_of(int64_t rows, int64_t in, int64_t out, mil_dtype dtype)
+{
+    mil_linear l = {};
+    l.rows = rows;
+    l.in = in;
+    l.out = out;
+    l.x_stride = in;
+    l.y_stride = out;
+    l.dtype = dtype;
+    return l;
+}
+
+enum { PRODUCTS = 3 };
+
+/* Three products of one x in one call, of different widths, rows of x and y further apart than they are long. */
+static void
+test_products(harness *h, int64_t rows, int64_t in, int64_t out, bool bias, bool accumulate,
+              bool float_output)
+{
+    const int64_t widths[PRODUCTS] = {out, out / 2 + 1, 32}, x_stride = in + 16;
+    harness_array x = harness_random(h, rows * x_stride, 1.0f), y[PRODUCTS], w[PRODUCTS], b[PRODUCTS];
+    mil_linear l[PRODUCTS];
+    mil_dtype y_dtype = float_output ? MIL_F32 : h->act;
+    for (int i = 0; i < PRODUCTS; i++) {
+        w[i] = harness_random(h, widths[i] * in, 1.0f);
+        b[i] = harness_random_of(h, widths[i], 1.0f, MIL_F32);
+        l[i] = linear_of(rows, in, widths[i], MIL_F32);
+        l[i].x_stride = x_stride;
+        l[i].y_stride = widths[i] + i;
+        /* No NaN of an empty array between the rows: nobody writes there. */
+        y[i] = harness_random_of(h, rows * l[i].y_stride, 1.0f, y_dtype);
+        l[i].accumulate = accumulate;
+        l[i].float_output = float_output;
+        l[i].x = x.cpu;
+        l[i].weight = w[i].cpu;
+        l[i].bias = bias ? b[i].cpu : NULL;
+        l[i].y = y[i].cpu;
+    }
+    harness_check(h, mil_cpu_ops.linear_forward(&h->cpu, l, PRODUCTS));
+    for (int i = 0; i < PRODUCTS; i++) {
+        l[i].dtype = h->act;
+        l[i].x = x.gpu;
+        l[i].weight = w[i].gpu;
+        l[i].bias = bias ? (const float *)b[i].gpu : NULL;
+        l[i].y = y[i].gpu;
+    }
+    harness_check(h, h->gpu.ops->linear_forward(&h->gpu, l, PRODUCTS));
+    for (int i = 0; i < PRODUCTS; i++) {
+        char name[96];
+        snprintf(name, sizeof name, "product %lld x %lld -> %lld%s%s%s", (long long)rows, (long long)in,
+                 (long long)widths[i], bias ? " bias" : "", accumulate ? " accumulate" : "",
+                 float_output ? " float" : "");
+        harness_compare(h, name, y[i], float_output ? 1e-5 : tolerance_of(h));
+    }
+    harness_reset(h);
+}
+
+/* The first rows among 17 to 128. */
+static void
+test_bits(harness *h, int64_t in, int64_t out)
+{
+    static const int64_t counts[] = {18, 24, 32, 33, 40, 64, 65, 100, 128};
+    harness_array x = harness_random(h, 128 * in, 1.0f), w = harness_random(h, out * in, 1.0f);
+    harness_array few = harness_empty(h, 17 * out);
+    mil_linear l = linear_of(17, in, out, h->act);
+    l.x = x.gpu;
+    l.weight = w.gpu;
+    l.y = few.gpu;
+    harness_check(h, h->gpu.ops->linear_forward(&h->gpu, &l, 1));
+    for (int64_t rows : counts) {
+        harness_array y = harness_empty(h, rows * out);
+        l.rows = rows;
+        l.y = y.gpu;
+        harness_check(h, h->gpu.ops->linear_forward(&h->gpu, &l, 1));
+        harness_same_bits(h, "a row's bits among others", few, 0, y, 0, 17 * out);
+    }
+    harness_reset(h);
+}
+
+/* norm, up, gate and their product, in two launches and in four: the same bits. */
+static void
+test_gate(harness *h, int64_t rows, int64_t in, int64_t out, bool bias)
+{
+    harness_array x = harness_random(h, rows * in, 2.0f), w = harness_random(h, 2 * out * in, 0.3f);
+    harness_array scale = harness_random_of(h, in, 1.0f, MIL_F32),
+                  b = harness_random_of(h, out, 1.0f, MIL_F32), results[2];
+    for (int fused = 0; fused < 2; fused++) {
+        harness_array u = harness_empty(h, rows * in), up = harness_empty(h, rows * out),
+                      gate = harness_empty(h, rows * out);
+        results[fused] = harness_empty(h, rows * out);
+        mil_norm n = {};
+        n.rows = rows;
+        n.width = n.group = n.x_stride = n.y_stride = in;
+        n.x = x.gpu;
+        n.weight = (const float *)scale.gpu;
+        n.eps = 1e-5f;
+        n.y = u.gpu;
+        mil_linear pair[2] = {linear_of(rows, in, out, h->act), linear_of(rows, in, out, h->act)};
+        for (int i = 0; i < 2; i++) {
+            pair[i].x = u.gpu;
+            pair[i].weight = (char *)w.gpu + i * out * in * (int64_t)mil_dtype_size(h->act);
+            pair[i].bias = bias ? (const float *)b.gpu : NULL;
+            pair[i].y = i == 0 ? up.gpu : gate.gpu;
+        }
+        mil_glu g = {};
+        g.rows = rows;
+        g.width = g.gate_stride = g.up_stride = g.y_stride = out;
+        g.up = up.gpu;
+        g.gate = gate.gpu;
+        g.y = results[fused].gpu;
+        const mil_ops *ops = h->gpu.ops;
+        if (fused) {
+            harness_check(h, ops->project(&h->gpu, &n, pair, 2, &g));
+            continue;
+        }
+        harness_check(h, ops->norm_forward(&h->gpu, &n));
+        harness_check(h, ops->linear_forward(&h->gpu, pair, 2));
+        harness_check(h, ops->glu_forward(&h->gpu, &g));
+    }
+    harness_same_bits(h, "project of many rows", results[0], 0, results[1], 0, rows * out);
+    harness_reset(h);
+}
+
+static void
+test_all(harness *h)
+{
+    static const int64_t sizes[][3] = {{17, 8, 1},     {17, 64, 16},   {20, 72, 130},   {31, 200, 33},
+                                       {32, 1024, 40}, {33, 1032, 7},  {40, 4096, 300}, {64, 264, 128},
+                                       {65, 512, 129}, {100, 256, 48}, {127, 2048, 65}, {128, 136, 1030},
+                                       {32, 14336, 20}};
+    for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
+        if (!harness_turn(h)) {
+            continue;
+        }
+        for (int flags = 0; flags < 4; flags++) {
+            test_products(h, sizes[i][0], sizes[i][1], sizes[i][2], flags & 1, (flags & 2) != 0, false);
+        }
+        test_products(h, sizes[i][0], sizes[i][1], sizes[i][2], true, false, true);
+        test_gate(h, sizes[i][0], sizes[i][1], sizes[i][2], i % 2 == 0);
+    }
+    test_bits(h, 4096, 40); /* four blocks a tile */
+    test_bits(h, 520, 9000);
+    test_bits(h, 1024, 40000); /* one block a tile */
+    test_gate(h, 24, 1024, 17000, true);
+}
+
+int
+main(void)
+{
+    static harness h;
+    static const mil_dtype acts[] = {MIL_BF16, MIL_F16};
+    for (mil_dtype act : acts) {
+        harness_begin(&h, act);
+        test_all(&h);
+        harness_close(&h);
+    }
+    return harness_end(&h, "batch product");
+}
