@@ -1,10 +1,13 @@
 /* A device for tests where there is none: the CPU's operators behind another name, with streams that are only counted.
  *
  * Compiled and imported by test_device_arrays.py; it runs everything that csrc/python does for arrays of a device.
+ * Codes of weights alone are as late as a device may be: they are made when somebody waits for their stream, of what
+ * the values' memory holds by then.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -15,6 +18,40 @@ static const mil_host *host;
 static mil_ops table;
 static int orders, waits;
 static size_t room = SIZE_MAX, taken, most; /* bytes: all that there are, and those in use */
+
+enum { MOST_PARTS = 256 };
+static mil_quantize parts[MOST_PARTS]; /* all since the table was made */
+static int part_count, parts_done;
+
+/* device.h's int8 codes of float32 values. */
+static void
+make_codes(const mil_quantize *a)
+{
+    for (int64_t row = 0; row < a->rows; row++) {
+        const float *values = (const float *)a->values + row * a->columns;
+        int8_t *codes = (int8_t *)a->codes + row * a->columns;
+        float largest = 0.0f;
+        for (int64_t i = 0; i < a->columns; i++) {
+            largest = fmaxf(largest, isfinite(values[i]) ? fabsf(values[i]) : INFINITY);
+        }
+        *a->bad |= !isfinite(largest);
+        a->scale[row] = largest > 0.0f && isfinite(largest) ? fmaxf(largest / 127.0f, 0x1p-126f) : 1.0f;
+        for (int64_t i = 0; i < a->columns; i++) {
+            codes[i] = isfinite(values[i]) ? (int8_t)rintf(values[i] / a->scale[row]) : 0;
+        }
+    }
+}
+
+static mil_status
+quantize(mil_context *context, const mil_quantize *arguments)
+{
+    if (context->stream == NULL || arguments->from != MIL_F32 || arguments->dtype != MIL_I8 ||
+        part_count == MOST_PARTS) {
+        return host->fail(MIL_ERR_UNSUPPORTED, "quantize: not of this device");
+    }
+    parts[part_count++] = *arguments;
+    return MIL_OK;
+}
 
 static mil_status
 open_stream(mil_context *context)
@@ -28,6 +65,9 @@ finish(mil_context *context)
 {
     (void)context;
     waits++;
+    while (parts_done < part_count) {
+        make_codes(&parts[parts_done++]);
+    }
     return MIL_OK;
 }
 
@@ -122,6 +162,8 @@ make_table(PyObject *module, PyObject *cpu)
     table.copy = copy;
     table.zero = zero;
     table.upload = upload;
+    table.quantize = quantize;
+    part_count = parts_done = 0;
     return PyCapsule_New(&table, MIL_OPS_CAPSULE, NULL);
 }
 
@@ -132,6 +174,26 @@ counts(PyObject *module, PyObject *unused)
     (void)module;
     (void)unused;
     return Py_BuildValue("ii", orders, waits);
+}
+
+/* scales() -> [(rows, float32 bytes)] of each part of a matrix that has become codes; for a model that is alive */
+static PyObject *
+scales(PyObject *module, PyObject *unused)
+{
+    (void)module;
+    (void)unused;
+    PyObject *list = PyList_New(parts_done);
+    for (int i = 0; list != NULL && i < parts_done; i++) {
+        const mil_quantize *a = &parts[i];
+        PyObject *pair = Py_BuildValue("Ly#", (long long)a->rows, (const char *)a->scale,
+                                       (Py_ssize_t)(a->rows * (int64_t)sizeof *a->scale));
+        if (pair == NULL) {
+            Py_CLEAR(list);
+            break;
+        }
+        PyList_SET_ITEM(list, i, pair);
+    }
+    return list;
 }
 
 /* memory(room) -> bytes in use, and the most since the last call; from now on there is room for so many in all, or
@@ -149,6 +211,7 @@ memory(PyObject *module, PyObject *bytes)
 
 static PyMethodDef methods[] = {
     {"memory", memory, METH_O, ""},
+    {"scales", scales, METH_NOARGS, ""},
     {"table", make_table, METH_O, ""},
     {"counts", counts, METH_NOARGS, ""},
     {NULL, NULL, 0, NULL},

@@ -20,6 +20,7 @@ from core_models import KINDS, configuration, random_parameters
 import mambainllama as mil
 from mambainllama import _core, interop, ops
 from mambainllama.devices import cuda_devices
+from mambainllama.quantize import coded, quantize
 
 HERE = Path(__file__).parent
 rng = np.random.default_rng(0)
@@ -348,6 +349,63 @@ def test_a_models_parameters_are_its_own(table):
     assert sys.getrefcount(model) == held - len(parameters) + 1
     with pytest.raises(mil.DeviceError, match="on the CPU"):
         _core.Model(config, parameters).device_parameters()
+
+
+# ---- codes of 8 bits on their way there ----------------------------------------------------------
+
+SLICE = 64 << 20  # bytes of values at once (csrc/model/upload.c)
+
+
+@pytest.fixture(scope="module")
+def tall():
+    """A model whose embedding, which is its output product as well, goes over in two slices."""
+    config = configuration(KINDS["mamba2 hybrid"], vocab=20001, hidden=1024)
+    parameters = random_parameters({**config, "vocab": 61})
+    name, pool = "model.embed_tokens.weight", random(4099)
+    parameters[name] = np.resize(pool, 20001 * 1024).reshape(20001, 1024)
+    parameters[name][20000, 5] = 9
+    return config, parameters
+
+
+def test_matrices_become_codes_on_the_way(device, table, tall):
+    config, parameters = tall
+    codes = coded(_core.Model.parameter_specs(config), parameters, "int8")
+    before = device.memory(-1)[0]
+    model = _core.Model(config, parameters, {}, table, codes)
+    assert device.memory(-1)[1] - before > SLICE  # of values
+    lent, parts = model.device_parameters(), device.scales()
+    assert [rows for rows, _ in parts if rows > 10_000] == [SLICE // 4096]
+    scales = np.frombuffer(b"".join(one for _, one in parts), np.float32)
+    expected = []
+    for name, *_ in _core.Model.parameter_specs(config):
+        if name in codes:
+            found, scale = quantize(parameters[name], "int8")
+            np.testing.assert_array_equal(lent[name].numpy(), found, err_msg=name)
+            expected.append(scale)
+        else:
+            np.testing.assert_array_equal(lent[name].numpy(), parameters[name])
+    np.testing.assert_array_equal(scales, np.concatenate(expected))
+    assert device.memory(-1)[0] - before < parameters["model.embed_tokens.weight"].size + 10**6
+    del lent, model
+    assert device.memory(-1)[0] == before
+
+
+def test_codes_that_cannot_be_made_leave_nothing_behind(device, table, tall):
+    config, parameters = tall
+    codes = coded(_core.Model.parameter_specs(config), parameters, "int8")
+    name = "model.embed_tokens.weight"
+    strange = {**parameters, name: parameters[name].copy()}
+    strange[name][19000, 3] = np.inf  # in the last slice
+    before = device.memory(-1)[0]
+    with pytest.raises(mil.Error, match=f"{name} has NaN or infinite") as caught:
+        _core.Model(config, strange, {}, table, codes)
+    assert "\n" not in str(caught.value) and device.memory(-1)[0] == before
+    for less in (1, 20001 * 1024, SLICE):  # no room for the rest, the codes, the values
+        device.memory(before + SLICE + 20001 * 1024 - less)
+        with pytest.raises(mil.OutOfMemoryError):
+            _core.Model(config, parameters, {}, table, codes)
+        assert device.memory(-1)[0] == before
+    assert _core.Model(config, parameters, {}, table, codes).state()
 
 
 def test_texts_wait_for_room(device, table):
