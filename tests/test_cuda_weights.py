@@ -80,6 +80,29 @@ def test_windows_and_batches_give_the_same_bits(kind, weights, dtype):
         np.testing.assert_array_equal(logits[:5], alone[at - 37 : at - 32])
 
 
+def greedy(model, prompt, count):
+    """`count` new tokens, one by one, as the model's logits say."""
+    state, tokens = model.state(), []
+    logits = model.forward(np.array(prompt, np.int32), states=[state])
+    while len(tokens) < count:
+        tokens.append(int(logits[-1].argmax()))
+        logits = model.forward(np.array(tokens[-1:], np.int32), states=[state])
+    return tokens
+
+
+@pytest.mark.parametrize("weights", KIND_OF_CODES)
+@pytest.mark.parametrize("kind", ["mamba1 hybrid", "both mixers"])
+def test_recorded_steps_make_values_of_codes_as_well(kind, weights):
+    """Rows of 24 codes, which products of few rows do not read as they are."""
+    model = build(KINDS[kind], dtype="bfloat16", device="cuda:0", weights=weights)
+    prompts = [some_tokens(model, 9 + i, i).tolist() for i in range(3)]
+    requests = [{"prompt": prompt, "max_new_tokens": 40} for prompt in prompts]
+    expected = [greedy(model, prompt, 40) for prompt in prompts]
+    for batch in (1, 3):
+        found = _core.generate(model, requests, max_batch=batch)
+        assert [one["tokens"].tolist() for one in found] == expected
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write_llama(tmp_path_factory.mktemp("llama"), layers=4, hidden=64, scale=3.0)
