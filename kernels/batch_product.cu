@@ -64,7 +64,7 @@ struct batch_ring {
     static_assert(COLUMNS * PITCH * 4 <= BYTES, "the sums take the ring's place");
 };
 
-static __device__ __forceinline__ const batch_output &
+[[maybe_unused]] static __device__ __forceinline__ const batch_output &
 output_of(const batch_arguments &a, int tile)
 {
     int i = 0;

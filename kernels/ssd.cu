@@ -28,6 +28,7 @@
  * H = 0 in each segment, a second one chains them, and then every segment starts from its true state.
  */
 #include "mma.cuh"
+#include "ssd_batch.cuh"
 #include "ssd_chunks.cuh"
 
 #define CHUNK_THREADS 128
@@ -571,6 +572,13 @@ ssd(mil_context *context, const mil_ssd *s)
         mil_states states = mil_states_of(s->states, a.first, count);
         const int64_t longest = mil_longest(s->rows, a.first, count);
         const bool chunks = takes_chunks<T>(a) && longest > MIL_WINDOW;
+        bool done = false;
+        MIL_TRY(longest == 1 && mil_shortest(s->rows, a.first, count) == 1
+                    ? mil_ssd_batch(context, &a, &states, count, &done)
+                    : MIL_OK);
+        if (done) {
+            continue;
+        }
         a.least = 0;
         a.most = chunks ? MIL_WINDOW : INT64_MAX;
         if (!chunks || mil_shortest(s->rows, a.first, count) <= MIL_WINDOW) {
