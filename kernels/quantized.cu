@@ -188,8 +188,8 @@ product_by_rows(mil_context *context, const mil_linear *product)
     return MIL_OK;
 }
 
-/* By slices of outputs whose values, written and read again at once, stay in the second-level cache.  The kernels for
- * few rows fetch weights before they wait, since nobody writes weights; these have only just been written. */
+/* By slices of outputs whose values, written and read again at once, stay in the second-level cache.  Our kernels for
+ * products fetch weights before they wait, since nobody writes weights; these have only just been written. */
 static mil_status
 product_by_values(mil_context *context, const mil_linear *product)
 {
@@ -206,9 +206,7 @@ product_by_values(mil_context *context, const mil_linear *product)
         part.weight = (const char *)product->weight + first * product->in;
         part.scale = product->scale + first;
         MIL_TRY(MIL_FOR_ACT(context, dequantize, context, &part, values));
-        if (product->rows <= MIL_THIN_ROWS) {
-            MIL_TRY(mil_launch(context, "settle", settle_kernel, dim3(1), dim3(MIL_WARP), 0));
-        }
+        MIL_TRY(mil_launch(context, "settle", settle_kernel, dim3(1), dim3(MIL_WARP), 0));
         part.weight = values;
         part.dtype = act;
         part.scale = NULL;
