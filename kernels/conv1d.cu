@@ -9,8 +9,9 @@
  * spreads over the chip.  Taps are added in the order j = 0 .. width - 1 whoever computes a row, so its bits are
  * always the same.
  *
- * The thread that has a column's first chunk is the only one that reads the column's tail, and moves it on when it
- * has computed: no other thread is in its way.
+ * The thread that has a column's first chunk is the only one that reads and moves the column's tail: no other thread is
+ * in its way.  So it takes what earlier calls left, and moves it on after a fold, before the kernel before has ended
+ * (mil_rows.settled); this call's rows are added when it has computed.
  */
 #include "conv1d.cuh"
 
@@ -72,39 +73,45 @@ load_taps(const conv_arguments &a, int64_t channel, float (&weight)[TAPS][V], fl
     }
 }
 
-/* The inputs of the row `row` of this call, which may lie before its first. */
-template <typename T, int V>
+/* The inputs before a chunk of rows, the newest last: of this call, or of earlier ones, or none. */
+template <typename T, int V, int TAPS>
 static __device__ __forceinline__ void
-load_input(const conv_arguments &a, const mil_span &span, const float *tail, int64_t input, int64_t row,
-           float (&x)[V])
+load_lead(const conv_arguments &a, const mil_span &span, const float *tail, int64_t input, int64_t row,
+          float (&lead)[TAPS - 1][V])
 {
-    if (row >= 0) {
-        mil_load<V>((const T *)a.x + (span.row + row) * a.x_stride + input, x);
-        return;
-    }
-    if (tail != NULL) {
-        mil_load<V>(tail + (span.before + row + a.width - 1) * a.inputs + input, x);
-        return;
-    }
+    const int missing = missing_taps<TAPS>(a);
 #pragma unroll
-    for (int v = 0; v < V; v++) {
-        x[v] = 0.0f;
+    for (int j = 0; j < TAPS - 1; j++) {
+#pragma unroll
+        for (int v = 0; v < V; v++) {
+            lead[j][v] = 0.0f;
+        }
+        if (j < missing) {
+            continue;
+        }
+        if (row > 0) { /* a whole chunk */
+            mil_load<V>((const T *)a.x + (span.row + row - (TAPS - 1) + j) * a.x_stride + input, lead[j]);
+        }
+        else if (tail != NULL) {
+            mil_load_settled<V>(tail + (span.before + j - missing) * a.inputs + input, lead[j]);
+        }
     }
 }
 
 /* Rows `row` .. `end` of the channels that read the inputs, in the repetition whose taps are given. */
 template <typename T, int V, int TAPS>
 static __device__ __forceinline__ void
-convolve(const conv_arguments &a, const mil_span &span, const float *tail, int64_t input, int64_t channel,
-         int64_t row, int64_t end, const float (&weight)[TAPS][V], const float (&bias)[V])
+convolve(const conv_arguments &a, const mil_span &span, const float (&lead)[TAPS - 1][V], int64_t input,
+         int64_t channel, int64_t row, int64_t end, const float (&weight)[TAPS][V], const float (&bias)[V])
 {
     constexpr int AHEAD = 8; /* rows asked for before the first of them is needed */
     const int missing = missing_taps<TAPS>(a);
     float x[TAPS - 1 + AHEAD][V];
 #pragma unroll
     for (int j = 0; j < TAPS - 1; j++) {
-        if (j >= missing) {
-            load_input<T, V>(a, span, tail, input, row - (TAPS - 1) + j, x[j]);
+#pragma unroll
+        for (int v = 0; v < V; v++) {
+            x[j][v] = lead[j][v];
         }
     }
     for (; row < end; row += AHEAD) {
@@ -116,17 +123,17 @@ convolve(const conv_arguments &a, const mil_span &span, const float *tail, int64
         }
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
-            float y[V];
-#pragma unroll
-            for (int v = 0; v < V; v++) {
-                y[v] = bias[v];
-#pragma unroll
-                for (int j = 0; j < TAPS; j++) {
-                    y[v] = j < missing ? y[v] : fmaf(weight[j][v], x[i + j][v], y[v]);
-                }
-                y[v] = mil_conv_activate<T>(y[v], a.silu);
-            }
             if (row + i < end) {
+                float y[V];
+#pragma unroll
+                for (int v = 0; v < V; v++) {
+                    y[v] = bias[v];
+#pragma unroll
+                    for (int j = 0; j < TAPS; j++) {
+                        y[v] = j < missing ? y[v] : fmaf(weight[j][v], x[i + j][v], y[v]);
+                    }
+                    y[v] = mil_conv_activate<T>(y[v], a.silu);
+                }
                 mil_store<V>((T *)a.y + (span.row + row + i) * a.y_stride + channel, y);
             }
         }
@@ -140,61 +147,83 @@ convolve(const conv_arguments &a, const mil_span &span, const float *tail, int64
     }
 }
 
-/* Brings V columns of the tail from `boundary` to `after`. */
-template <typename T, int V>
+/* Where V columns of the tail fold: the rows of earlier calls that stay, to the beginning. */
+template <int V>
 static __device__ __forceinline__ void
-move_columns(const conv_arguments &a, const mil_span &span, float *tail, int64_t input)
+keep_rows(const conv_arguments &a, const mil_span &span, float *tail, int64_t input)
 {
     constexpr int GROUP = 8; /* rows on their way at once; a fold moves rows by 16 or more */
-    int64_t lead = a.width - 1, first = span.after - lead, shift = span.after - span.boundary;
+    const int64_t shift = span.after - span.boundary, kept = span.past - span.after + a.width - 1;
     float x[GROUP][V];
-    int64_t token = shift > 0 ? first : span.past, end = span.past + span.count;
-    for (; token < end; token += GROUP) {
+    for (int64_t i = 0; shift > 0 && i < kept; i += GROUP) {
 #pragma unroll
-        for (int i = 0; i < GROUP; i++) {
-            if (token + i < end) {
-                load_input<T, V>(a, span, tail, input, token + i - span.past, x[i]);
+        for (int k = 0; k < GROUP; k++) {
+            if (i + k < kept) {
+                mil_load_settled<V>(tail + (shift + i + k) * a.inputs + input, x[k]);
             }
         }
 #pragma unroll
-        for (int i = 0; i < GROUP; i++) {
-            if (token + i < end) {
-                mil_store<V>(tail + (token + i - first) * a.inputs + input, x[i]);
+        for (int k = 0; k < GROUP; k++) {
+            if (i + k < kept) {
+                mil_store<V>(tail + (i + k) * a.inputs + input, x[k]);
             }
         }
     }
 }
 
+/* The rows of this call that stay. */
+template <typename T, int V>
+static __device__ __forceinline__ void
+append_rows(const conv_arguments &a, const mil_span &span, float *tail, int64_t input)
+{
+    constexpr int GROUP = 8;
+    const int64_t first = span.after - (a.width - 1), end = span.past + span.count;
+    float x[V];
+#pragma unroll GROUP
+    for (int64_t token = first > span.past ? first : span.past; token < end; token++) {
+        mil_load<V>((const T *)a.x + (span.row + token - span.past) * a.x_stride + input, x);
+        mil_store<V>(tail + (token - first) * a.inputs + input, x);
+    }
+}
+
 template <typename T, int V, int TAPS>
 static __global__ void
-__launch_bounds__(THREADS, 4)
+__launch_bounds__(THREADS, TAPS > 4 ? 3 : 4)
     conv1d_forward_kernel(const __grid_constant__ conv_arguments a, const __grid_constant__ conv_tails tails)
 {
-    int64_t input = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * V;
-    bool mine = input < a.inputs;
-    int64_t run = a.repeat > 1 ? a.repeat_group : a.inputs;
-    int64_t channel = input / run * run * a.repeat + input % run;
-    float weight[TAPS][V], bias[V];
     mil_trigger();
-    if (mine) {
-        load_taps<V, TAPS>(a, channel, weight, bias);
-    }
-    mil_wait();
-    mil_span span = mil_span_of(a.rows, a.first + blockIdx.z);
-    int64_t row = (int64_t)blockIdx.y * CHUNK;
-    if (!mine || (row > 0 && row >= span.count)) {
+    const int64_t input = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * V;
+    const int64_t run = a.repeat > 1 ? a.repeat_group : a.inputs;
+    int64_t channel = input / run * run * a.repeat + input % run;
+    float weight[TAPS][V], bias[V], lead[TAPS - 1][V];
+    if (input >= a.inputs) {
+        mil_wait();
         return;
     }
-    int64_t end = row + CHUNK < span.count ? row + CHUNK : span.count;
+    load_taps<V, TAPS>(a, channel, weight, bias);
+    mil_wait_for_states(a.rows);
+    const mil_span span = mil_span_of(a.rows, a.first + blockIdx.z);
+    const int64_t row = (int64_t)blockIdx.y * CHUNK,
+                  end = row + CHUNK < span.count ? row + CHUNK : span.count;
     float *tail = tails.given ? tails.of[blockIdx.z] : NULL;
-    convolve<T, V, TAPS>(a, span, tail, input, channel, row, end, weight, bias);
+    if (row == 0) {
+        load_lead<T, V, TAPS>(a, span, tail, input, row, lead);
+        if (tail != NULL) {
+            keep_rows<V>(a, span, tail, input);
+        }
+    }
+    mil_wait();
+    if (row > 0 && row < end) {
+        load_lead<T, V, TAPS>(a, span, tail, input, row, lead);
+    }
+    convolve<T, V, TAPS>(a, span, lead, input, channel, row, end, weight, bias);
     for (int64_t repetition = 1; repetition < a.repeat; repetition++) {
         channel += run;
         load_taps<V, TAPS>(a, channel, weight, bias);
-        convolve<T, V, TAPS>(a, span, tail, input, channel, row, end, weight, bias);
+        convolve<T, V, TAPS>(a, span, lead, input, channel, row, end, weight, bias);
     }
     if (tail != NULL && row == 0) {
-        move_columns<T, V>(a, span, tail, input);
+        append_rows<T, V>(a, span, tail, input);
     }
 }
 

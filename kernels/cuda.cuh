@@ -241,10 +241,16 @@ template <int N>
 static __device__ __forceinline__ void
 mil_load_settled(const float *from, float (&out)[N])
 {
-    static_assert(N == 1 || N == 4, "one access");
+    static_assert(N == 1 || N == 2 || N == 4, "one access");
     if constexpr (N == 4) {
         asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
                      : "=f"(out[0]), "=f"(out[1]), "=f"(out[2]), "=f"(out[3])
+                     : "l"(from)
+                     : "memory");
+    }
+    else if constexpr (N == 2) {
+        asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];"
+                     : "=f"(out[0]), "=f"(out[1])
                      : "l"(from)
                      : "memory");
     }

@@ -5,8 +5,9 @@
  *
  * A block has COLUMNS neighbouring channels of one sequence.  A thread has V of them and the states n = lane + 16 j,
  * so that a state of inner = 4096 x 16 is 16,384 threads' work and is read with 16-byte loads; it keeps H and A in
- * registers and runs the recurrence from the boundary on: over the tail (8 tokens on the average in decoding), which
- * costs registers' time only, then over the rows of the call.  H is written where a window has been folded.
+ * registers and runs the recurrence from the boundary on: over the tail (8 tokens on the average in decoding) before the
+ * kernel before has ended (mil_rows.settled), then over the rows of the call.  H is written where a window has been
+ * folded.
  *
  * Tokens pass through shared memory, `stage` at a time.  The sum over n is a chain over j in a thread, a tree over the
  * 16 lanes (shuffles, then shared memory), so a row's bits depend on nothing but its sequence's tokens.
@@ -52,22 +53,6 @@ struct scan_place {
     int channel, B_at, C_at; /* first channel; first columns of B and C that it may need */
 };
 
-/* Which of the tails' columns this block appends to, where no fold moves them. */
-struct scan_owner {
-    bool x, B, dt;
-};
-
-/* A thread's share of a stage on its way to shared memory: one token's x, dt and z of its V channels, and some of B
- * and C. All of it is asked for before the first value is waited for. */
-template <typename T, int V>
-struct scan_inputs {
-    mil_either<T, V> x, dt;
-    mil_vector<T, V> z;
-    static constexpr int SHARE = 2; /* vectors of B, and of C; what more there is comes later */
-    mil_either<T, V> B[SHARE];
-    mil_vector<T, V> C[SHARE];
-};
-
 /* Vector e of a stage's B (or C): its token, and its column after the block's first. */
 struct column_place {
     int s, at;
@@ -84,138 +69,184 @@ place_column(int e, int width, int at, int columns, int length)
     return place;
 }
 
+#define SHARE 2 /* vectors of B, and of C, that a thread has under way; what more there is comes later */
+
+/* `length` tokens of earlier calls, from tail row `start` on, into shared memory. */
+template <int V>
+static __device__ __forceinline__ void
+take_tail(const scan_arguments &a, const scan_place &p, const mil_tails &tails, int start, int length,
+          const scan_memory<V * QUADS> &m)
+{
+    const int s = threadIdx.x / QUADS, c = p.channel + threadIdx.x % QUADS * V;
+    const int B_columns = a.B_groups * a.state_dim, vectors = length * a.B_width / V;
+    float x[V] = {}, dt[V] = {}, B[SHARE][V];
+    if (s < length && c < a.inner) {
+        mil_load_settled<V>(tails.x + (start + s) * (a.inner / a.x_repeat) + source_of(a, c), x);
+        mil_load_settled<V>(tails.dt + (start + s) * a.inner + c, dt);
+    }
+#pragma unroll 1
+    for (int e = threadIdx.x; e < vectors; e += SHARE * THREADS) {
+#pragma unroll
+        for (int k = 0; k < SHARE; k++) {
+            const column_place b = place_column<V>(e + k * THREADS, a.B_width, p.B_at, B_columns, length);
+            if (b.there) {
+                mil_load_settled<V>(tails.B + (start + b.s) * B_columns + p.B_at + b.at, B[k]);
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < SHARE; k++) {
+            if (e + k * THREADS < vectors) {
+                mil_store<V>(m.B + (e + k * THREADS) * V, B[k]);
+            }
+        }
+    }
+    if (s < length) {
+        const int at = s * V * QUADS + threadIdx.x % QUADS * V;
+        float input[V];
+#pragma unroll
+        for (int v = 0; v < V; v++) {
+            input[v] = dt[v] * x[v];
+        }
+        mil_store<V>(m.dt + at, dt);
+        mil_store<V>(m.input + at, input);
+    }
+}
+
+/* A thread's share of a stage of this call's rows on its way to shared memory: one token's x, dt and z of its V channels,
+ * and some of B and C. All of it is asked for before the first value is waited for. */
+template <typename T, int V>
+struct scan_inputs {
+    mil_vector<T, V> x, dt, z, B[SHARE], C[SHARE];
+};
+
+/* `row`: the stage's first. */
 template <typename T, int V>
 static __device__ __forceinline__ void
-ask_for_stage(const scan_arguments &a, const scan_place &p, const mil_span &span, const mil_tails &tails,
-              int64_t start, int first, int length, scan_inputs<T, V> &in)
+ask_for_rows(const scan_arguments &a, const scan_place &p, int64_t row, int length, scan_inputs<T, V> &in)
 {
-    using inputs = scan_inputs<T, V>;
-    const int64_t row =
-        span.row + start - span.before; /* of the stage's first token, if it is of this call */
     const int s = threadIdx.x / QUADS, c = p.channel + threadIdx.x % QUADS * V;
     const int B_columns = a.B_groups * a.state_dim, C_columns = a.C_groups * a.state_dim;
     if (s < length && c < a.inner) {
-        const int source = source_of(a, c);
-        in.x.load(s < first, tails.x + (start + s) * (a.inner / a.x_repeat) + source, s >= first,
-                  (const T *)a.x + (row + s) * a.x_stride + source);
-        in.dt.load(s < first, tails.dt + (start + s) * a.inner + c, s >= first,
-                   (const T *)a.dt + (row + s) * a.dt_stride + c);
-        if (s >= first && a.z != NULL) {
+        in.x = *(const mil_vector<T, V> *)((const T *)a.x + (row + s) * a.x_stride + source_of(a, c));
+        in.dt = *(const mil_vector<T, V> *)((const T *)a.dt + (row + s) * a.dt_stride + c);
+        if (a.z != NULL) {
             in.z = *(const mil_vector<T, V> *)((const T *)a.z + (row + s) * a.z_stride + c);
         }
     }
 #pragma unroll
-    for (int k = 0; k < inputs::SHARE; k++) {
-        column_place b = place_column<V>(threadIdx.x + k * THREADS, a.B_width, p.B_at, B_columns, length);
-        in.B[k].load(b.there && b.s < first, tails.B + (start + b.s) * B_columns + p.B_at + b.at,
-                     b.there && b.s >= first, (const T *)a.B + (row + b.s) * a.B_stride + p.B_at + b.at);
-        column_place d = place_column<V>(threadIdx.x + k * THREADS, a.C_width, p.C_at, C_columns, length);
-        if (d.there && d.s >= first) {
+    for (int k = 0; k < SHARE; k++) {
+        const int e = threadIdx.x + k * THREADS;
+        const column_place b = place_column<V>(e, a.B_width, p.B_at, B_columns, length);
+        if (b.there) {
+            in.B[k] = *(const mil_vector<T, V> *)((const T *)a.B + (row + b.s) * a.B_stride + p.B_at + b.at);
+        }
+        const column_place d = place_column<V>(e, a.C_width, p.C_at, C_columns, length);
+        if (d.there) {
             in.C[k] = *(const mil_vector<T, V> *)((const T *)a.C + (row + d.s) * a.C_stride + p.C_at + d.at);
         }
     }
 }
 
-/* Columns of B and C for which the share above has no room: many groups, or many states. */
+/* Columns of B or C for which the share above has no room: many groups, or many states. */
 template <typename T, int V>
 static __device__ __forceinline__ void
-take_more_columns(const scan_arguments &a, const scan_place &p, const mil_span &span, const mil_tails &tails,
-                  int64_t start, int first, int length, float *B, float *C)
+take_more_columns(const T *rows, int64_t stride, int width, int at, int columns, int length, float *to)
 {
-    const int64_t row = span.row + start - span.before;
-    const int B_columns = a.B_groups * a.state_dim, C_columns = a.C_groups * a.state_dim;
     float value[V];
-    for (int e = threadIdx.x + scan_inputs<T, V>::SHARE * THREADS; e < length * a.B_width / V; e += THREADS) {
-        column_place b = place_column<V>(e, a.B_width, p.B_at, B_columns, length);
-        if (b.there && b.s < first) {
-            mil_load<V>(tails.B + (start + b.s) * B_columns + p.B_at + b.at, value);
-            mil_store<V>(B + e * V, value);
-        }
-        else if (b.there) {
-            mil_load<V>((const T *)a.B + (row + b.s) * a.B_stride + p.B_at + b.at, value);
-            mil_store<V>(B + e * V, value);
-        }
-    }
-    for (int e = threadIdx.x + scan_inputs<T, V>::SHARE * THREADS; e < length * a.C_width / V; e += THREADS) {
-        column_place d = place_column<V>(e, a.C_width, p.C_at, C_columns, length);
-        if (d.there && d.s >= first) {
-            mil_load<V>((const T *)a.C + (row + d.s) * a.C_stride + p.C_at + d.at, value);
-            mil_store<V>(C + e * V, value);
+#pragma unroll 1
+    for (int e = threadIdx.x + SHARE * THREADS; e < length * width / V; e += THREADS) {
+        const column_place place = place_column<V>(e, width, at, columns, length);
+        if (place.there) {
+            mil_load<V>(rows + place.s * stride + at + place.at, value);
+            mil_store<V>(to + e * V, value);
         }
     }
 }
 
-/* Puts the stage into shared memory, and rows of this call that the block owns into the tails. */
+/* Puts the stage into shared memory. */
 template <typename T, int V>
 static __device__ __forceinline__ void
-take_stage(const scan_arguments &a, const scan_place &p, const mil_span &span, const mil_tails &tails,
-           const scan_owner &owner, int64_t start, int first, int length, const float (&bias)[V],
-           const scan_inputs<T, V> &in, const scan_memory<V * QUADS> &m)
+take_rows(const scan_arguments &a, const scan_place &p, int64_t row, int length, const float (&bias)[V],
+          const scan_inputs<T, V> &in, const scan_memory<V * QUADS> &m)
 {
-    using inputs = scan_inputs<T, V>;
     const int s = threadIdx.x / QUADS, c = p.channel + threadIdx.x % QUADS * V;
     if (s < length) {
         const int at = s * V * QUADS + threadIdx.x % QUADS * V;
-        float x[V] = {}, dt[V] = {}, input[V];
+        float x[V] = {}, dt[V] = {}, z[V] = {}, input[V];
         if (c < a.inner) {
-            in.x.get(x);
-            in.dt.get(dt);
+            mil_widen<T, V>(in.x, x);
+            mil_widen<T, V>(in.dt, dt);
+#pragma unroll
+            for (int v = 0; v < V; v++) {
+                dt[v] = mil_time_step(dt[v] + bias[v], a.dt_min, a.dt_max);
+            }
+            if (a.z != NULL) {
+                mil_widen<T, V>(in.z, z);
+            }
         }
 #pragma unroll
         for (int v = 0; v < V; v++) {
-            if (s >= first && c < a.inner) {
-                dt[v] = mil_time_step(dt[v] + bias[v], a.dt_min, a.dt_max);
-                m.z[at + v] = a.z == NULL ? 0.0f : mil_float(in.z.at[v]);
-            }
             input[v] = dt[v] * x[v];
         }
         mil_store<V>(m.x + at, x);
+        mil_store<V>(m.z + at, z);
         mil_store<V>(m.dt + at, dt);
         mil_store<V>(m.input + at, input);
-        if (s >= first && c < a.inner && owner.x) {
-            mil_store<V>(tails.x + (start + s) * a.inner + c, x);
-        }
-        if (s >= first && c < a.inner && owner.dt) {
-            mil_store<V>(tails.dt + (start + s) * a.inner + c, dt);
-        }
     }
 #pragma unroll
-    for (int k = 0; k < inputs::SHARE; k++) {
+    for (int k = 0; k < SHARE; k++) {
         const int e = threadIdx.x + k * THREADS;
         float value[V];
         if (e < length * a.B_width / V) {
-            in.B[k].get(value);
+            mil_widen<T, V>(in.B[k], value);
             mil_store<V>(m.B + e * V, value);
         }
         if (e < length * a.C_width / V) {
-#pragma unroll
-            for (int v = 0; v < V; v++) {
-                value[v] = mil_float(in.C[k].at[v]);
-            }
+            mil_widen<T, V>(in.C[k], value);
             mil_store<V>(m.C + e * V, value);
         }
     }
-    take_more_columns<T, V>(a, p, span, tails, start, first, length, m.B, m.C);
-    if (owner.B) { /* all groups, whichever the block itself needs */
-        const int columns = a.B_groups * a.state_dim;
-        const int64_t row = span.row + start - span.before;
-        for (int e = threadIdx.x; e < (length - first) * columns; e += THREADS) {
-            int i = first + e / columns, column = e % columns;
-            tails.B[(start + i) * columns + column] =
-                mil_float(((const T *)a.B)[(row + i) * a.B_stride + column]);
+    take_more_columns<T, V>((const T *)a.B + row * a.B_stride, a.B_stride, a.B_width, p.B_at,
+                            a.B_groups * a.state_dim, length, m.B);
+    take_more_columns<T, V>((const T *)a.C + row * a.C_stride, a.C_stride, a.C_width, p.C_at,
+                            a.C_groups * a.state_dim, length, m.C);
+}
+
+/* The stage's rows to the tails, from tail row `start` on, where no fold moves them: the block's own channels of dt, of x
+ * those that no channel before has, and B, all groups of it, by the first block. */
+template <typename T, int V>
+static __device__ __forceinline__ void
+append_rows(const scan_arguments &a, const scan_place &p, const mil_tails &tails, int64_t row, int start,
+            int length, const scan_memory<V * QUADS> &m)
+{
+    const int s = threadIdx.x / QUADS, c = p.channel + threadIdx.x % QUADS * V;
+    float value[V];
+    if (s < length && c < a.inner) {
+        const int at = s * V * QUADS + threadIdx.x % QUADS * V;
+        if (a.x_repeat == 1 || c % (a.x_repeat_group * a.x_repeat) < a.x_repeat_group) {
+            mil_load<V>(m.x + at, value);
+            mil_store<V>(tails.x + (start + s) * (a.inner / a.x_repeat) + source_of(a, c), value);
         }
+        mil_load<V>(m.dt + at, value);
+        mil_store<V>(tails.dt + (start + s) * a.inner + c, value);
+    }
+    const int columns = a.B_groups * a.state_dim;
+#pragma unroll 1
+    for (int e = threadIdx.x; blockIdx.x == 0 && e < length * columns; e += THREADS) {
+        tails.B[start * columns + e] =
+            mil_float(((const T *)a.B)[(row + e / columns) * a.B_stride + e % columns]);
     }
 }
 
-/* y of a stage's rows, from row `first` of the stage on. D is that of the thread's column. */
+/* y of a stage's rows. D is that of the thread's column. */
 template <typename T, int COLUMNS>
 static __device__ __forceinline__ void
-finish_rows(const scan_arguments &a, const scan_place &p, const mil_span &span, int64_t start, int first,
-            int length, float D, const scan_memory<COLUMNS> &m)
+finish_rows(const scan_arguments &a, const scan_place &p, int64_t row, int length, float D,
+            const scan_memory<COLUMNS> &m)
 {
     static_assert(THREADS % COLUMNS == 0, "a thread's column is always the same");
     const int column = threadIdx.x % COLUMNS, c = p.channel + column;
-    for (int s = first + threadIdx.x / COLUMNS; s < length && c < a.inner; s += THREADS / COLUMNS) {
+    for (int s = threadIdx.x / COLUMNS; s < length && c < a.inner; s += THREADS / COLUMNS) {
         const float *partial = m.partial + s * WARPS * COLUMNS + column;
         float y = (partial[0] + partial[COLUMNS]) + (partial[2 * COLUMNS] + partial[3 * COLUMNS]);
         y = fmaf(D, m.x[s * COLUMNS + column], y);
@@ -223,26 +254,42 @@ finish_rows(const scan_arguments &a, const scan_place &p, const mil_span &span, 
             float z = m.z[s * COLUMNS + column];
             y *= sizeof(T) == 4 ? z / (1.0f + expf(-z)) : __fdividef(z, 1.0f + __expf(-z));
         }
-        ((T *)a.y)[(span.row + start + s - span.before) * a.y_stride + c] = mil_round<T>(y);
+        ((T *)a.y)[(row + s) * a.y_stride + c] = mil_round<T>(y);
     }
 }
 
-/* Asks for the state and the tails' first window. */
-template <int V, int J>
+/* The stage's tokens, of which the last is the `end`-th after the boundary; where OUTPUT, their sums as well.  `fold`:
+ * tokens to be in the state, which goes to `state` then. */
+template <int V, int J, bool OUTPUT>
 static __device__ __forceinline__ void
-prefetch_state(const scan_arguments &a, const mil_tails &tails, int channel)
+run_stage(const scan_arguments &a, int B_own, int C_own, int c, int start, int length, int fold, float *state,
+          const float (&exponent)[J][V], float (&H)[J][V], const scan_memory<V * QUADS> &m)
 {
+    constexpr int COLUMNS = V * QUADS;
     const int lane_n = threadIdx.x / QUADS;
-    if (threadIdx.x % QUADS == 0) {
-        for (int n = lane_n; n < a.state_dim; n += LANES_N) {
-            mil_prefetch(tails.state + (int64_t)n * a.inner + channel);
+#pragma unroll 2
+    for (int s = 0; s < length; s++) {
+        float dt[V], input[V], B[J];
+        mil_load<V>(m.dt + s * COLUMNS + threadIdx.x % QUADS * V, dt);
+        mil_load<V>(m.input + s * COLUMNS + threadIdx.x % QUADS * V, input);
+#pragma unroll
+        for (int j = 0; j < J; j++) {
+            int n = lane_n + j * LANES_N;
+            B[j] = n < a.state_dim ? m.B[s * a.B_width + B_own + n] : 0.0f;
         }
-    }
-    else if (threadIdx.x % QUADS == 1) {
-        mil_prefetch(tails.dt + lane_n * a.inner + channel);
-    }
-    else if (threadIdx.x % QUADS == 2) {
-        mil_prefetch(tails.x + lane_n * (a.inner / a.x_repeat) + source_of(a, channel));
+        step<V, J>(dt, input, exponent, B, H);
+        if constexpr (OUTPUT) {
+            float C[J];
+#pragma unroll
+            for (int j = 0; j < J; j++) {
+                int n = lane_n + j * LANES_N;
+                C[j] = n < a.state_dim ? m.C[s * a.C_width + C_own + n] : 0.0f;
+            }
+            store_partial<V, J>(C, H, m.partial + s * WARPS * COLUMNS);
+        }
+        if (start + s + 1 == fold) {
+            store_H<V, J>(a, H, c, lane_n, state);
+        }
     }
 }
 
@@ -254,6 +301,7 @@ __launch_bounds__(THREADS)
 {
     constexpr int COLUMNS = V * QUADS;
     extern __shared__ __align__(16) float shared[];
+    mil_trigger();
     const scan_memory<COLUMNS> m = cut_memory<COLUMNS>(a, shared);
     const mil_tails tails = states.of[blockIdx.y];
     const int channel = blockIdx.x * COLUMNS, c = channel + threadIdx.x % QUADS * V,
@@ -262,61 +310,45 @@ __launch_bounds__(THREADS)
     const scan_place p = {channel, channel / B_run * a.state_dim, channel / C_run * a.state_dim};
     const int B_own = inside / B_run * a.state_dim - p.B_at, C_own = inside / C_run * a.state_dim - p.C_at;
     float H[J][V], exponent[J][V], bias[V];
-    mil_trigger();
-    if (states.given) {
-        prefetch_state<V, J>(a, tails, channel);
-    }
     load_exponent<V, J>(a, c, lane_n, exponent);
 #pragma unroll
     for (int v = 0; v < V; v++) {
         bias[v] = a.dt_bias_scale * a.dt_bias[inside + v];
     }
     const float D = a.D[min(channel + (int)threadIdx.x % COLUMNS, a.inner - 1)];
-    mil_wait();
+    mil_wait_for_states(a.rows);
     load_H<V, J>(a, states.given ? tails.state : NULL, c, lane_n, H);
     const mil_span span = mil_span_of(a.rows, a.first + blockIdx.y);
     if (span.count < a.least || span.count > a.most) {
+        mil_wait();
         return;
     }
-    const bool appends = states.given && span.after == span.boundary && a.x_repeat == 1; /* nothing moves */
-    const scan_owner owner = {appends, appends && blockIdx.x == 0, appends};
-    const int64_t total = span.before + span.count;
-    for (int64_t start = 0; start < total; start += a.stage) {
-        const int length = (int)min((int64_t)a.stage, total - start);
-        const int first = (int)min((int64_t)length, max((int64_t)0, span.before - start));
-        scan_inputs<T, V> in;
-        ask_for_stage<T, V>(a, p, span, tails, start, first, length, in);
+    const int count = (int)span.count;
+    const int fold = states.given ? (int)(span.after - span.boundary) : 0; /* tokens; 0: nothing moves */
+    for (int start = 0; start < span.before; start += a.stage) {
+        const int length = min(a.stage, span.before - start);
         __syncthreads(); /* the stage before is done with */
-        take_stage<T, V>(a, p, span, tails, owner, start, first, length, bias, in, m);
+        take_tail<V>(a, p, tails, start, length, m);
         __syncthreads();
-#pragma unroll 2
-        for (int s = 0; s < length; s++) {
-            float dt[V], input[V], B[J];
-            mil_load<V>(m.dt + s * COLUMNS + threadIdx.x % QUADS * V, dt);
-            mil_load<V>(m.input + s * COLUMNS + threadIdx.x % QUADS * V, input);
-#pragma unroll
-            for (int j = 0; j < J; j++) {
-                int n = lane_n + j * LANES_N;
-                B[j] = n < a.state_dim ? m.B[s * a.B_width + B_own + n] : 0.0f;
-            }
-            step<V, J>(dt, input, exponent, B, H);
-            if (s >= first) {
-                float C[J];
-#pragma unroll
-                for (int j = 0; j < J; j++) {
-                    int n = lane_n + j * LANES_N;
-                    C[j] = n < a.state_dim ? m.C[s * a.C_width + C_own + n] : 0.0f;
-                }
-                store_partial<V, J>(C, H, m.partial + s * WARPS * COLUMNS);
-            }
-            if (states.given && span.after > span.boundary && span.boundary + start + s + 1 == span.after) {
-                store_H<V, J>(a, H, c, lane_n, tails.state);
-            }
-        }
-        __syncthreads();
-        finish_rows<T, COLUMNS>(a, p, span, start, first, length, D, m);
+        run_stage<V, J, false>(a, B_own, C_own, c, start, length, fold, tails.state, exponent, H, m);
     }
-    if (states.given && !appends) {
+    mil_wait();
+    for (int start = 0; start < count; start += a.stage) {
+        const int length = min(a.stage, count - start), at = span.before + start;
+        const int64_t row = span.row + start;
+        scan_inputs<T, V> in;
+        ask_for_rows<T, V>(a, p, row, length, in);
+        __syncthreads(); /* the stage before is done with */
+        take_rows<T, V>(a, p, row, length, bias, in, m);
+        __syncthreads();
+        run_stage<V, J, true>(a, B_own, C_own, c, at, length, fold, tails.state, exponent, H, m);
+        __syncthreads();
+        finish_rows<T, COLUMNS>(a, p, row, length, D, m);
+        if (states.given && fold == 0) {
+            append_rows<T, V>(a, p, tails, row, at, length, m);
+        }
+    }
+    if (fold > 0) {
         move_tails<T, COLUMNS>(a, span, tails, channel);
     }
 }

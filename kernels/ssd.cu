@@ -451,7 +451,7 @@ __launch_bounds__(CHUNK_THREADS, N > 128 ? 1 : 2)
         }
     }
     else if (state != NULL && segment == 0) {
-        move_tails<T>(a, p, span, tails, a.slices, bias);
+        move_tails<T>(a, p, span, tails, come_for_tails(a, p, tails, a.slices), bias);
     }
 }
 

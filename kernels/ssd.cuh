@@ -74,18 +74,25 @@ struct window_place {
     bool is_first_of_group; /* of the blocks that read the same B */
 };
 
-/* This block's part of the tails after a fold: those that it is the last to have read. `sharers`: blocks a head. */
+/* Which of the tails' columns that this block has read (bits: x, B, dt) it is the last of all blocks to come for.
+ * `sharers`: blocks a head. */
+static __device__ __forceinline__ unsigned
+come_for_tails(const ssd_arguments &a, const window_place &p, const mil_tails &tails, int sharers)
+{
+    const int64_t x_width = (int64_t)a.x_heads * a.head_dim, B_width = (int64_t)a.B_groups * a.state_dim;
+    return mil_last_of(
+        {{mil_slot(tails.x, x_width, p.x_column), mil_slot(tails.B, B_width, p.B_column),
+          mil_slot(tails.dt, a.heads, p.head)},
+         {(unsigned)(a.heads / a.x_heads), (unsigned)(a.heads / a.B_groups * sharers), (unsigned)sharers}});
+}
+
+/* Moves those columns on after a fold. */
 template <typename T>
 static __device__ __forceinline__ void
 move_tails(const ssd_arguments &a, const window_place &p, const mil_span &span, const mil_tails &tails,
-           int sharers, float bias)
+           unsigned last, float bias)
 {
     const int64_t x_width = (int64_t)a.x_heads * a.head_dim, B_width = (int64_t)a.B_groups * a.state_dim;
-    const mil_slots slots = {
-        {mil_slot(tails.x, x_width, p.x_column), mil_slot(tails.B, B_width, p.B_column),
-         mil_slot(tails.dt, a.heads, p.head)},
-        {(unsigned)(a.heads / a.x_heads), (unsigned)(a.heads / a.B_groups * sharers), (unsigned)sharers}};
-    const unsigned last = mil_last_of(slots);
     if (last & 1) {
         mil_tail_move(tails.x, x_width, p.x_column, p.columns, span, [&](int64_t row, int column) {
             return mil_float(((const T *)a.x)[(span.row + row) * a.x_stride + p.x_column + column]);

@@ -21,43 +21,14 @@
 #define PANEL (CHUNK * 64) /* elements of a panel: 64 tokens by 64 columns */
 #define STAGES 3           /* chunks in shared memory */
 
-/* ---- instructions that wgmma.cuh does not have ------------------------------------------------------------------ */
+/* ---- an instruction that wgmma.cuh does not have ----------------------------------------------------------------- */
 
-#define WGMMA_TEXT_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define SCORES_16(TYPE)                                                                \
-    asm volatile(                                                                      \
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"                                   \
-        "wgmma.mma_async.sync.aligned.m64n32k16.f32." TYPE "." TYPE " {" WGMMA_TEXT_16 \
-        "}, %16, %17, p, 1, 1, 0, 0;\n}"                                               \
-        : WGMMA_16(c, 0)                                                               \
-        : "l"(a), "l"(b), "r"(add)                                                     \
-        : "memory")
 #define STRAIGHT_32(TYPE)                                                                       \
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" WGMMA_TEXT_32 \
                  "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 0;"                                    \
                  : WGMMA_32(c)                                                                  \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)                           \
                  : "memory")
-
-/* c [64, COUNT * 2] (+)= a [64, 16] b [COUNT * 2, 16]^T, both in shared memory. */
-template <typename T, int COUNT>
-static __device__ __forceinline__ void
-multiply_shared(float (&c)[COUNT], uint64_t a, uint64_t b, int add)
-{
-#if MIL_HAS_WGMMA
-    if constexpr (COUNT == 32) {
-        wgmma_shared<T>(c, a, b, add);
-    }
-    else if constexpr (wgmma_is_half<T>) {
-        SCORES_16("f16");
-    }
-    else {
-        SCORES_16("bf16");
-    }
-#else
-    (void)c, (void)a, (void)b, (void)add;
-#endif
-}
 
 /* c [64, CHUNK] += a [64, 16] b [CHUNK, 16]^T, a in registers. */
 template <typename T>
@@ -368,8 +339,8 @@ __launch_bounds__(THREADS, 1)
 #pragma unroll
             for (int k = 0; k < N / 16; k++) {
                 const uint32_t at = k / 4 * PANEL * 2 + k % 4 * 32;
-                multiply_shared<T>(s, wgmma_factor(C + at, 16), wgmma_factor(B + at + score_column * 128, 16),
-                                   k > 0);
+                wgmma_shared<T>(s, wgmma_factor(C + at, 16), wgmma_factor(B + at + score_column * 128, 16),
+                                k > 0);
             }
             wgmma_commit();
         }
@@ -450,7 +421,7 @@ __launch_bounds__(THREADS, 1)
             p.column = slice * p.columns;
             p.x_column = (int64_t)(p.head / x_head_of) * a.head_dim + p.column;
             p.B_column = B_first;
-            move_tails<T>(a, p, span, tails, a.slices, m.bias[PAIRS ? i : 0]);
+            move_tails<T>(a, p, span, tails, come_for_tails(a, p, tails, a.slices), m.bias[PAIRS ? i : 0]);
         }
     }
 #else

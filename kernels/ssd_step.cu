@@ -18,10 +18,11 @@
  *               differences
  *
  * So a row is the same bits in any call of at most MIL_WINDOW rows a sequence; longer ones (prompts) take tensor cores
- * (ssd.cu) where types and shapes allow.  One row is a matter of latency: all of a window's inputs are asked for before
- * the first is waited for, and the state is on its way to the second-level cache before the kernel may read it.  Bytes
- * of a decoding step: heads * state_dim * head_dim * 4 for H; the tail, 8 tokens on the average, is some hundredths of
- * that.
+ * (ssd.cu) where types and shapes allow.  One row is a matter of latency: whatever earlier calls left is taken before the
+ * kernel before has ended (mil_rows.settled): H, the tails' rows, and the fold of a window of nothing else.  What
+ * remains is one trip to this call's rows, all asked for at once, and some 500 cycles.  The tails grow when y is
+ * out.  Bytes of a decoding step: heads * state_dim * head_dim * 4 for H; the tail, 8 tokens on the average, is some
+ * hundredths of that.
  */
 #include "ssd.cuh"
 
@@ -45,45 +46,147 @@ struct window_memory {
     float to_end[WINDOW];     /* W[last, s] dt_s */
 };
 
-/* A window's inputs on their way to shared memory: each thread's share of B, C and x. */
-template <typename T, int V, int J>
-struct window_inputs {
+/* Where a thread's vectors of B and C are in a window: rows s, columns n. */
+template <int V, int J>
+struct window_share {
     static constexpr int VECTORS = LANES_N * J / V;          /* of a row of B */
-    static constexpr int SHARE = WINDOW * VECTORS / THREADS; /* of B, and of C */
-    mil_either<T, V> B[SHARE], x;
-    mil_vector<T, V> C[SHARE];
-    float dt;
+    static constexpr int COUNT = WINDOW * VECTORS / THREADS; /* of B, and of C */
+
+    static __device__ __forceinline__ int row(int k)
+    {
+        return (threadIdx.x + k * THREADS) / VECTORS;
+    }
+
+    static __device__ __forceinline__ int column(int k)
+    {
+        return (threadIdx.x + k * THREADS) % VECTORS * V;
+    }
 };
+
+/* The window's rows of earlier calls, its first `first`, and what rows of no token or columns of no state hold, into
+ * shared memory (if not `whole`, x only). */
+template <int V, int J>
+static __device__ __forceinline__ void
+take_tail(const ssd_arguments &a, const window_place &p, const mil_tails &tails, int start, int first,
+          int length, bool whole, float exponent, window_memory<V * QUADS, LANES_N * J> &m)
+{
+    using share = window_share<V, J>;
+    const int64_t x_width = (int64_t)a.x_heads * a.head_dim, B_width = (int64_t)a.B_groups * a.state_dim;
+    const int x_row = threadIdx.x / QUADS, x_column = threadIdx.x % QUADS * V, s = threadIdx.x;
+    const bool has_x = x_row < first && x_column < p.columns, has_dt = whole && s < first;
+    float B[share::COUNT][V], x[V], dt[1] = {0.0f};
+#pragma unroll
+    for (int k = 0; k < share::COUNT; k++) {
+        if (whole && share::row(k) < first && share::column(k) < a.state_dim) {
+            mil_load_settled<V>(tails.B + (start + share::row(k)) * B_width + p.B_column + share::column(k),
+                                B[k]);
+        }
+    }
+    if (has_x) {
+        mil_load_settled<V>(tails.x + (start + x_row) * x_width + p.x_column + x_column, x);
+    }
+    if (has_dt) {
+        mil_load_settled<1>(tails.dt + (start + s) * a.heads + p.head, dt);
+    }
+#pragma unroll
+    for (int k = 0; k < share::COUNT; k++) {
+        const float zeros[V] = {};
+        const int row = share::row(k), n = share::column(k);
+        if (whole && row < length && n >= a.state_dim) {
+            mil_store<V>(&m.B[row][n], zeros);
+            mil_store<V>(&m.C[row][n], zeros);
+        }
+        else if (whole && row < first) {
+            mil_store<V>(&m.B[row][n], B[k]);
+        }
+    }
+    if (has_x) {
+        mil_store<V>(&m.x[x_row][x_column], x);
+    }
+    if (whole && (s < first || (s >= length && s < WINDOW))) {
+        m.dt[s] = dt[0];
+        m.decay[s] = exp2f(dt[0] * exponent);
+    }
+}
+
+/* A window's rows of this call on their way to shared memory: each thread's share. */
+template <typename T, int V, int J>
+struct window_rows {
+    mil_vector<T, V> B[window_share<V, J>::COUNT], C[window_share<V, J>::COUNT], x;
+    T dt;
+};
+
+/* Where a thread's share of them begins: at hand when the kernel before has ended. */
+template <typename T>
+struct window_sources {
+    const T *B, *C, *x, *dt;
+};
+
+/* `row`: of the window's first token, if it is of this call. */
+template <typename T, int V, int J>
+static __device__ __forceinline__ window_sources<T>
+find_sources(const ssd_arguments &a, const window_place &p, int64_t row)
+{
+    using share = window_share<V, J>;
+    window_sources<T> from = {
+        (const T *)a.B + (row + share::row(0)) * a.B_stride + p.B_column + share::column(0),
+        (const T *)a.C + (row + share::row(0)) * a.C_stride + p.C_column + share::column(0),
+        (const T *)a.x + (row + threadIdx.x / QUADS) * a.x_stride + p.x_column + threadIdx.x % QUADS * V,
+        (const T *)a.dt + (row + threadIdx.x) * a.dt_stride + p.head,
+    };
+    asm volatile("" : "+l"(from.B), "+l"(from.C), "+l"(from.x), "+l"(from.dt)); /* now, not later */
+    return from;
+}
 
 template <typename T, int V, int J>
 static __device__ __forceinline__ void
-ask_for_window(const ssd_arguments &a, const window_place &p, const mil_span &span, const mil_tails &tails,
-               int64_t start, int first, int length, bool whole, window_inputs<T, V, J> &in)
+ask_for_rows(const ssd_arguments &a, const window_place &p, const window_sources<T> &from, int first,
+             int length, bool whole, window_rows<T, V, J> &in)
 {
-    using inputs = window_inputs<T, V, J>;
-    const int64_t row =
-        span.row + start - span.before; /* of the window's first token, if it is of this call */
-    const T *rows_B = (const T *)a.B + row * a.B_stride + p.B_column;
-    const T *rows_C = (const T *)a.C + row * a.C_stride + p.C_column;
-    const float *tail_B = tails.B + start * a.B_groups * a.state_dim + p.B_column;
+    using share = window_share<V, J>;
+    const int s = threadIdx.x / QUADS, c = threadIdx.x % QUADS * V;
 #pragma unroll
-    for (int k = 0; k < inputs::SHARE; k++) {
-        int e = threadIdx.x + k * THREADS, s = e / inputs::VECTORS, n = e % inputs::VECTORS * V;
-        bool there = whole && s < length && n < a.state_dim;
-        in.B[k].load(there && s < first, tail_B + (int64_t)s * a.B_groups * a.state_dim + n,
-                     there && s >= first, rows_B + s * a.B_stride + n);
-        if (there && s >= first) {
-            in.C[k] = *(const mil_vector<T, V> *)(rows_C + s * a.C_stride + n);
+    for (int k = 0; k < share::COUNT; k++) {
+        const int i = share::row(k);
+        if (whole && i >= first && i < length && share::column(k) < a.state_dim) {
+            in.B[k] = *(const mil_vector<T, V> *)(from.B + (i - share::row(0)) * a.B_stride);
+            in.C[k] = *(const mil_vector<T, V> *)(from.C + (i - share::row(0)) * a.C_stride);
         }
     }
-    int s = threadIdx.x / QUADS, c = threadIdx.x % QUADS * V;
-    bool there = s < length && c < p.columns;
-    in.x.load(there && s < first, tails.x + (start + s) * a.x_heads * a.head_dim + p.x_column + c,
-              there && s >= first, (const T *)a.x + (row + s) * a.x_stride + p.x_column + c);
-    if (threadIdx.x < length) {
-        in.dt = (int)threadIdx.x < first
-                    ? tails.dt[(start + threadIdx.x) * a.heads + p.head]
-                    : mil_float(((const T *)a.dt)[(row + threadIdx.x) * a.dt_stride + p.head]);
+    if (s >= first && s < length && c < p.columns) {
+        in.x = *(const mil_vector<T, V> *)from.x;
+    }
+    if ((int)threadIdx.x >= first && (int)threadIdx.x < length) {
+        in.dt = *from.dt;
+    }
+}
+
+template <typename T, int V, int J>
+static __device__ __forceinline__ void
+take_rows(const ssd_arguments &a, const window_place &p, int first, int length, bool whole, float exponent,
+          float bias, const window_rows<T, V, J> &in, window_memory<V * QUADS, LANES_N * J> &m)
+{
+    using share = window_share<V, J>;
+    const int x_row = threadIdx.x / QUADS, x_column = threadIdx.x % QUADS * V, s = threadIdx.x;
+    float value[V];
+    if (whole && s >= first && s < length) {
+        const float dt = mil_time_step(mil_float(in.dt) + bias, a.dt_min, a.dt_max);
+        m.dt[s] = dt;
+        m.decay[s] = exp2f(dt * exponent);
+    }
+#pragma unroll
+    for (int k = 0; k < share::COUNT; k++) {
+        const int row = share::row(k), n = share::column(k);
+        if (whole && row >= first && row < length && n < a.state_dim) {
+            mil_widen<T, V>(in.B[k], value);
+            mil_store<V>(&m.B[row][n], value);
+            mil_widen<T, V>(in.C[k], value);
+            mil_store<V>(&m.C[row][n], value);
+        }
+    }
+    if (x_row >= first && x_row < length && x_column < p.columns) {
+        mil_widen<T, V>(in.x, value);
+        mil_store<V>(&m.x[x_row][x_column], value);
     }
 }
 
@@ -92,56 +195,28 @@ struct window_owner {
     bool x, B, dt;
 };
 
-/* Puts the window (if not `whole`, x only) into shared memory, and rows of this call that the block owns into the
- * tails. */
-template <typename T, int V, int J>
+/* The window's rows of this call to the tails, as far as the block owns the columns. */
+template <int V, int J>
 static __device__ __forceinline__ void
-take_window(const ssd_arguments &a, const window_place &p, const mil_tails &tails, const window_owner &owner,
-            int64_t start, int first, int length, bool whole, float exponent, float bias,
-            const window_inputs<T, V, J> &in, window_memory<V * QUADS, LANES_N * J> &m)
+append_rows(const ssd_arguments &a, const window_place &p, const mil_tails &tails, const window_owner &owner,
+            int start, int first, int length, const window_memory<V * QUADS, LANES_N * J> &m)
 {
-    using inputs = window_inputs<T, V, J>;
-    const float zeros[V] = {};
+    using share = window_share<V, J>;
+    const int x_row = threadIdx.x / QUADS, x_column = threadIdx.x % QUADS * V, s = threadIdx.x;
     float value[V];
-#pragma unroll
-    for (int k = 0; k < inputs::SHARE; k++) {
-        int e = threadIdx.x + k * THREADS, s = e / inputs::VECTORS, n = e % inputs::VECTORS * V;
-        if (!whole || s >= length) {
-            continue;
-        }
-        if (n >= a.state_dim) {
-            mil_store<V>(&m.B[s][n], zeros);
-            mil_store<V>(&m.C[s][n], zeros);
-            continue;
-        }
-        in.B[k].get(value);
-        mil_store<V>(&m.B[s][n], value);
-        if (s >= first) {
-            if (owner.B) {
-                mil_store<V>(tails.B + (start + s) * a.B_groups * a.state_dim + p.B_column + n, value);
-            }
-#pragma unroll
-            for (int v = 0; v < V; v++) {
-                value[v] = mil_float(in.C[k].at[v]);
-            }
-            mil_store<V>(&m.C[s][n], value);
-        }
+    if (owner.x && x_row >= first && x_row < length && x_column < p.columns) {
+        mil_load<V>(&m.x[x_row][x_column], value);
+        mil_store<V>(tails.x + (start + x_row) * a.x_heads * a.head_dim + p.x_column + x_column, value);
     }
-    int s = threadIdx.x / QUADS, c = threadIdx.x % QUADS * V;
-    if (s < length && c < p.columns) {
-        in.x.get(value);
-        mil_store<V>(&m.x[s][c], value);
-        if (owner.x && s >= first) {
-            mil_store<V>(tails.x + (start + s) * a.x_heads * a.head_dim + p.x_column + c, value);
-        }
+    if (owner.dt && s >= first && s < length) {
+        tails.dt[(start + s) * a.heads + p.head] = m.dt[s];
     }
-    s = threadIdx.x;
-    if (whole && s < WINDOW) {
-        float dt = s >= length ? 0.0f : s < first ? in.dt : mil_time_step(in.dt + bias, a.dt_min, a.dt_max);
-        m.dt[s] = dt;
-        m.decay[s] = exp2f(dt * exponent);
-        if (owner.dt && s >= first && s < length) {
-            tails.dt[(start + s) * a.heads + p.head] = dt;
+#pragma unroll
+    for (int k = 0; k < share::COUNT; k++) {
+        const int row = share::row(k), n = share::column(k);
+        if (owner.B && row >= first && row < length && n < a.state_dim) {
+            mil_load<V>(&m.B[row][n], value);
+            mil_store<V>(tails.B + (start + row) * a.B_groups * a.state_dim + p.B_column + n, value);
         }
     }
 }
@@ -159,19 +234,19 @@ multiply_decays(const float *decay, int s, int i)
     return value;
 }
 
-/* Weights of rows first .. length, and what a fold needs. */
-template <int V, int COLUMNS, int ROWS>
+/* Weights of rows first .. length, AT_ONCE at a time. */
+template <int V, int AT_ONCE, int COLUMNS, int ROWS>
 static __device__ __forceinline__ void
-fill_weights(int first, int length, bool folds, window_memory<COLUMNS, ROWS> &m)
+fill_weights(int first, int length, window_memory<COLUMNS, ROWS> &m)
 {
     const int lane = threadIdx.x % PAIR_LANES, s = threadIdx.x / PAIR_LANES % WINDOW;
     constexpr int ROWS_AT_ONCE = THREADS / PAIR_LANES / WINDOW;
     static_assert(ROWS_AT_ONCE == 1, "a block computes a row of weights at a time");
 #pragma unroll 1
-    for (int i = first; i < length; i += GROUP) {
-        float dot[GROUP] = {}, product[GROUP];
+    for (int i = first; i < length; i += AT_ONCE) {
+        float dot[AT_ONCE] = {}, product[AT_ONCE];
 #pragma unroll
-        for (int r = 0; r < GROUP; r++) {
+        for (int r = 0; r < AT_ONCE; r++) {
             product[r] = multiply_decays(m.decay, s, min(i + r, WINDOW - 1));
         }
 #pragma unroll
@@ -179,7 +254,7 @@ fill_weights(int first, int length, bool folds, window_memory<COLUMNS, ROWS> &m)
             float B[V];
             mil_load<V>(&m.B[s][n], B); /* beyond the rows it may be anything, and is not used */
 #pragma unroll
-            for (int r = 0; r < GROUP; r++) {
+            for (int r = 0; r < AT_ONCE; r++) {
                 float C[V];
                 mil_load<V>(&m.C[min(i + r, WINDOW - 1)][n], C);
 #pragma unroll
@@ -191,12 +266,12 @@ fill_weights(int first, int length, bool folds, window_memory<COLUMNS, ROWS> &m)
 #pragma unroll
         for (int step = PAIR_LANES / 2; step > 0; step /= 2) {
 #pragma unroll
-            for (int r = 0; r < GROUP; r++) {
+            for (int r = 0; r < AT_ONCE; r++) {
                 dot[r] += __shfl_xor_sync(MIL_ALL_LANES, dot[r], step);
             }
         }
 #pragma unroll
-        for (int r = 0; r < GROUP; r++) {
+        for (int r = 0; r < AT_ONCE; r++) {
             if (lane == 0 && s <= i + r && i + r < length) {
                 m.weight[i + r][s] = product[r] * m.dt[s] * dot[r];
                 if (s == 0) {
@@ -205,13 +280,19 @@ fill_weights(int first, int length, bool folds, window_memory<COLUMNS, ROWS> &m)
             }
         }
     }
-    if (folds) {
-        float product = multiply_decays(m.decay, s, WINDOW - 1);
-        if (lane == 0) {
-            m.to_end[s] = product * m.dt[s];
-            if (s == 0 && first == length) { /* else it is there, as a row's */
-                m.from_start[WINDOW - 1] = m.decay[0] * product;
-            }
+}
+
+/* What the fold of a window needs. `has_rows`: of this call. */
+template <int COLUMNS, int ROWS>
+static __device__ __forceinline__ void
+fill_fold(bool has_rows, window_memory<COLUMNS, ROWS> &m)
+{
+    const int s = threadIdx.x / PAIR_LANES % WINDOW;
+    const float product = multiply_decays(m.decay, s, WINDOW - 1);
+    if (threadIdx.x % PAIR_LANES == 0) {
+        m.to_end[s] = product * m.dt[s];
+        if (s == 0 && !has_rows) { /* else it is there, as a row's */
+            m.from_start[WINDOW - 1] = m.decay[0] * product;
         }
     }
 }
@@ -317,7 +398,7 @@ load_H(const ssd_arguments &a, const window_place &p, const float *state, float 
     for (int j = 0; j < J; j++) {
         int n = lane_n + j * LANES_N;
         if (state != NULL && n < a.state_dim && c < p.columns) {
-            mil_load<V>(state + (int64_t)n * a.head_dim + p.column + c, H[j]);
+            mil_load_settled<V>(state + (int64_t)n * a.head_dim + p.column + c, H[j]);
         }
         else {
 #pragma unroll
@@ -342,72 +423,82 @@ store_H(const ssd_arguments &a, const window_place &p, const float (&H)[J][V], f
     }
 }
 
-/* Asks for the columns of H and for the tails' first window. */
+/* Asks for the columns of H after the first slice. */
 static __device__ __forceinline__ void
-prefetch_state(const ssd_arguments &a, const window_place &p, int columns, const mil_tails &tails,
-               const float *state)
+prefetch_slices(const ssd_arguments &a, const window_place &p, int first, int columns, const float *state)
 {
     constexpr int LINE = 32; /* floats */
-    const int lane_n = threadIdx.x / QUADS, first = threadIdx.x % QUADS * LINE;
 #pragma unroll 1
-    for (int c = first; c < columns; c += QUADS * LINE) {
+    for (int c = first + threadIdx.x % QUADS * LINE; c < columns; c += QUADS * LINE) {
 #pragma unroll 1
-        for (int n = lane_n; n < a.state_dim; n += LANES_N) {
+        for (int n = threadIdx.x / QUADS; n < a.state_dim; n += LANES_N) {
             mil_prefetch(state + (int64_t)n * a.head_dim + p.column + c);
-        }
-        mil_prefetch(tails.x + (int64_t)(lane_n % WINDOW) * a.x_heads * a.head_dim + p.x_column + c);
-    }
-    if (threadIdx.x % QUADS == 6) {
-        mil_prefetch(tails.dt + (lane_n % WINDOW) * a.heads + p.head);
-    }
-    else if (threadIdx.x % QUADS == 7 && p.is_first_of_group) {
-#pragma unroll 1
-        for (int n = lane_n / WINDOW * LINE; n < a.state_dim; n += LANES_N / WINDOW * LINE) {
-            mil_prefetch(tails.B + (int64_t)(lane_n % WINDOW) * a.B_groups * a.state_dim + p.B_column + n);
         }
     }
 }
 
-/* All windows of one slice, whose H is at hand. Where there is but one window, what `m` has of it besides x is good for the next slice. */
+/* Which tails this block is to move after a fold: those that it is the last to have read. */
+struct window_move {
+    bool wanted;
+    unsigned last; /* bits: x, B, dt */
+};
+
+/* All windows of one slice, whose H is at hand, to the place where nothing of earlier calls is read any more; there, if
+ * the tails are to move and this is the block's last slice, the block counts itself.  Where there is but one window, what
+ * `m` has of it besides x is good for the next slice. */
 template <typename T, int V, int J>
 static __device__ __forceinline__ void
 run_slice(const ssd_arguments &a, const window_place &p, const mil_span &span, const mil_tails &tails,
-          const window_owner &owner, bool is_first, float *state, float exponent, float bias, float D,
-          float (&H)[J][V], window_memory<V * QUADS, LANES_N * J> &m)
+          const window_owner &owner, bool is_first, bool is_last, float *state, float exponent, float bias,
+          float D, float (&H)[J][V], window_memory<V * QUADS, LANES_N * J> &m, window_move &move)
 {
-    const int64_t total = span.before + span.count;
+    const int total = span.before + (int)span.count;
     const bool whole = is_first || total > WINDOW;
-    window_inputs<T, V, J> in;
+    bool asked = false;
+    window_rows<T, V, J> in;
 #pragma unroll 1
-    for (int64_t start = 0; start < total; start += WINDOW) {
-        int length = (int)min((int64_t)WINDOW, total - start);
-        int first = (int)min((int64_t)length, max((int64_t)0, span.before - start));
-        bool kept = state != NULL && span.boundary + start + WINDOW <= span.after;
-        bool folds = kept || start + WINDOW < total;
-        if (start == 0) {
-            ask_for_window(a, p, span, tails, start, first, length, whole, in);
-        }
+    for (int start = 0; start < total; start += WINDOW) {
+        const int length = min(WINDOW, total - start);
+        const int first = min(length, max(0, span.before - start));
+        const int64_t row = span.row + start - span.before; /* of the first token, if it is of this call */
+        const bool kept = state != NULL && span.boundary + start + WINDOW <= span.after;
+        const bool folds = kept || start + WINDOW < total;
         __syncthreads(); /* the window before is done with */
-        take_window(a, p, tails, owner, start, first, length, whole, exponent, bias, in, m);
-        __syncthreads();
-        if (start + WINDOW < total) { /* the next window's inputs: on their way while this one is computed */
-            int64_t next = start + WINDOW;
-            int next_length = (int)min((int64_t)WINDOW, total - next);
-            ask_for_window(a, p, span, tails, next,
-                           (int)min((int64_t)next_length, max((int64_t)0, span.before - next)), next_length,
-                           whole, in);
+        take_tail<V, J>(a, p, tails, start, first, length, whole, exponent, m);
+        if (move.wanted && is_last && start + WINDOW >= span.before && (start == 0 || start < span.before)) {
+            move.last = come_for_tails(a, p, tails, gridDim.x);
         }
-        if (whole) {
-            fill_weights<V>(first, length, folds, m);
+        if (first < length) {
+            if (!asked) {
+                const window_sources<T> from = find_sources<T, V, J>(a, p, row);
+                mil_wait();
+                ask_for_rows<T, V, J>(a, p, from, first, length, whole, in);
+            }
+            take_rows<T, V, J>(a, p, first, length, whole, exponent, bias, in, m);
+        }
+        __syncthreads();
+        if (first < length && start + WINDOW < total) { /* on their way while this window is computed */
+            ask_for_rows<T, V, J>(a, p, find_sources<T, V, J>(a, p, row + WINDOW), 0,
+                                  min(WINDOW, total - start - WINDOW), whole, in);
+            asked = true;
+        }
+        if (whole && length - first == 1) {
+            fill_weights<V, 1>(first, length, m);
+        }
+        else if (whole) {
+            fill_weights<V, GROUP>(first, length, m);
+        }
+        if (whole && folds) {
+            fill_fold(first < length, m);
         }
 #pragma unroll 1
         for (int i = first; i < length; i += GROUP) {
             if (i > first) {
                 __syncthreads();
             }
-            compute_rows<T, V, J>(a, p, span.row + start + i - span.before, i, min(GROUP, length - i), D, H,
-                                  m);
+            compute_rows<T, V, J>(a, p, row + i, i, min(GROUP, length - i), D, H, m);
         }
+        append_rows<V, J>(a, p, tails, owner, start, first, length, m);
         if (folds) {
             __syncthreads();
             fold<V, J>(m, H);
@@ -426,6 +517,7 @@ __launch_bounds__(THREADS, J <= 4 ? 2 : 1)
 {
     extern __shared__ __align__(128) char shared[];
     auto &m = *reinterpret_cast<window_memory<V * QUADS, LANES_N * J> *>(shared);
+    mil_trigger();
     const int of_x = a.heads / a.x_heads, of_B = a.heads / a.B_groups;
     const mil_tails tails = states.of[blockIdx.z];
     const int slice = blockIdx.x * a.slices_a_block, slices = min(a.slices_a_block, a.slices - slice);
@@ -437,36 +529,39 @@ __launch_bounds__(THREADS, J <= 4 ? 2 : 1)
     p.C_column = (int64_t)(p.head / (a.heads / a.C_groups)) * a.state_dim;
     p.is_first_of_group = p.head % of_B == 0 && blockIdx.x == 0;
     float *state = states.given ? tails.state + (int64_t)p.head * a.state_dim * a.head_dim : NULL;
-    mil_trigger();
-    if (state != NULL) {
-        prefetch_state(a, p, min(slices * V * QUADS, a.head_dim - p.column), tails, state);
-    }
     const float exponent = get_exponent(a, p.head), bias = a.dt_bias[p.head], D = a.D[p.head];
-    mil_wait();
+    mil_wait_for_states(a.rows);
     const mil_span span = mil_span_of(a.rows, a.first + blockIdx.z);
     if (span.count < a.least || span.count > a.most) {
+        mil_wait();
         return;
     }
     const bool appends = state != NULL && span.after == span.boundary; /* no rows of the tails move */
     window_owner owner = {appends && p.head % of_x == 0, appends && p.is_first_of_group,
                           appends && blockIdx.x == 0};
+    window_move move = {state != NULL && !appends, 0};
+    if (state != NULL && slices > 1) {
+        prefetch_slices(a, p, V * QUADS, min(slices * V * QUADS, a.head_dim - p.column), state);
+    }
     const int first_column = p.column;
 #pragma unroll 1
     for (int k = 0; k < slices; k++) {
         p.columns = min(V * QUADS, a.head_dim - p.column);
         float H[J][V];
         load_H<V, J>(a, p, state, H);
-        run_slice<T, V, J>(a, p, span, tails, owner, k == 0, state, exponent, bias, D, H, m);
+        run_slice<T, V, J>(a, p, span, tails, owner, k == 0, k == slices - 1, state, exponent, bias, D, H, m,
+                           move);
         owner.B = owner.dt = false;
         p.column += V * QUADS;
         p.x_column += V * QUADS;
     }
-    if (state != NULL && !appends) {
+    if (move.wanted) {
         p.x_column -= p.column - first_column; /* all columns of the block */
         p.columns = min(p.column, a.head_dim) - first_column;
         p.column = first_column;
-        move_tails<T>(a, p, span, tails, gridDim.x, bias);
+        move_tails<T>(a, p, span, tails, move.last, bias);
     }
+    mil_wait();
 }
 
 /* ---- launches --------------------------------------------------------------------------------------------------- */

@@ -87,12 +87,21 @@ mil_span_from(int64_t row, int64_t end, int64_t past, int64_t boundary)
     return span;
 }
 
-/* Sequence `index` of the whole call. */
+/* One of the numbers of mil_rows, past the first-level cache, and where it stands in the code. */
+static __device__ __forceinline__ int64_t
+mil_load_number(const int64_t *from)
+{
+    long long value;
+    asm volatile("ld.global.cg.s64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
+    return value;
+}
+
+/* Sequence `index` of the whole call, after mil_wait_for_states. */
 static __device__ __forceinline__ mil_span
 mil_span_of(const mil_device_rows &rows, int64_t index)
 {
-    return mil_span_from(rows.offsets[index], rows.offsets[index + 1], rows.past[index],
-                         rows.boundary[index]);
+    return mil_span_from(mil_load_number(rows.offsets + index), mil_load_number(rows.offsets + index + 1),
+                         mil_load_number(rows.past + index), mil_load_number(rows.boundary + index));
 }
 
 /* A guess at mil_span.before for before mil_wait(): good enough for addresses, from numbers that may be old or nobody's yet.
@@ -169,43 +178,59 @@ mil_is_last(float *slot, unsigned sharers)
     return last;
 }
 
-/* `columns` columns of a tail of `width` from `column` on, as one block moves them; `value` (row of this call,
- * column from 0) gives the new rows. */
-template <typename Value>
+/* Rows of earlier calls that stay in a tail of `width` after a fold, `columns` columns from `column` on: to its beginning,
+ * by one block. */
 static __device__ __forceinline__ void
-mil_tail_move(float *tail, int64_t width, int64_t column, int columns, const mil_span &span, Value value)
+mil_tail_keep(float *tail, int64_t width, int64_t column, int columns, const mil_span &span)
 {
     int64_t shift = span.after - span.boundary, kept = span.past - span.after;
     float *at = tail + column;
-    if (shift > 0 &&
-        kept > 0) { /* by at least a window, and fewer rows than that: no row is read and written */
-        constexpr int AT_ONCE = 8; /* loads under way */
-        float value[AT_ONCE];
-        int count = (int)kept * columns;
+    if (shift <= 0 || kept <= 0) {
+        return;
+    }
+    constexpr int AT_ONCE = 8; /* loads under way */
+    float value[AT_ONCE][1];
+    int count = (int)kept * columns; /* by at least a window, and fewer rows: none is read and written */
 #pragma unroll 1
-        for (int i = threadIdx.x; i < count; i += AT_ONCE * blockDim.x) {
+    for (int i = threadIdx.x; i < count; i += AT_ONCE * blockDim.x) {
 #pragma unroll
-            for (int k = 0; k < AT_ONCE; k++) {
-                int e = i + k * (int)blockDim.x;
-                value[k] = e < count ? at[(e / columns + shift) * width + e % columns] : 0.0f;
-            }
-#pragma unroll
-            for (int k = 0; k < AT_ONCE; k++) {
-                int e = i + k * (int)blockDim.x;
-                if (e < count) {
-                    at[e / columns * width + e % columns] = value[k];
-                }
+        for (int k = 0; k < AT_ONCE; k++) {
+            int e = i + k * (int)blockDim.x;
+            if (e < count) {
+                mil_load_settled<1>(&at[(e / columns + shift) * width + e % columns], value[k]);
             }
         }
-        __syncthreads();
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+            int e = i + k * (int)blockDim.x;
+            if (e < count) {
+                at[e / columns * width + e % columns] = value[k][0];
+            }
+        }
     }
+    __syncthreads();
+}
+
+/* Rows of this call that stay in the tail; `value` (row of this call, column from 0) gives them. */
+template <typename Value>
+static __device__ __forceinline__ void
+mil_tail_append(float *tail, int64_t width, int64_t column, int columns, const mil_span &span, Value value)
+{
     int64_t first = span.after > span.past ? span.after : span.past;
     int fresh = (int)(span.past + span.count - first) * columns;
 #pragma unroll 1
     for (int i = threadIdx.x; i < fresh; i += blockDim.x) {
         int row = i / columns, j = i % columns;
-        at[(first - span.after + row) * width + j] = value(first - span.past + row, j);
+        tail[column + (first - span.after + row) * width + j] = value(first - span.past + row, j);
     }
+}
+
+template <typename Value>
+static __device__ __forceinline__ void
+mil_tail_move(float *tail, int64_t width, int64_t column, int columns, const mil_span &span, Value value)
+{
+    mil_tail_keep(tail, width, column, columns, span);
+    mil_tail_append(tail, width, column, columns, span, value);
 }
 
 /* The same for columns that `sharers` blocks read, all of which call this: the last one moves them. */
@@ -253,32 +278,16 @@ mil_slot(float *tail, int64_t width, int64_t column)
     return tail + (MIL_TAIL - 1) * width + column;
 }
 
-/* N values that are float32 in a tail or activations, loaded now and used later: so that many are under way at once. */
+/* A vector's elements as float32. */
 template <typename T, int N>
-struct mil_either {
-    mil_vector<float, N> old;
-    mil_vector<T, N> fresh;
-    bool is_old;
-
-    __device__ __forceinline__ void load(bool from_tail, const float *tail, bool from_rows, const T *rows)
-    {
-        is_old = from_tail;
-        if (from_tail) {
-            old = *reinterpret_cast<const mil_vector<float, N> *>(tail);
-        }
-        if (from_rows) {
-            fresh = *reinterpret_cast<const mil_vector<T, N> *>(rows);
-        }
-    }
-
-    __device__ __forceinline__ void get(float (&out)[N]) const
-    {
+static __device__ __forceinline__ void
+mil_widen(const mil_vector<T, N> &from, float (&out)[N])
+{
 #pragma unroll
-        for (int i = 0; i < N; i++) {
-            out[i] = is_old ? old.at[i] : mil_float(fresh.at[i]);
-        }
+    for (int i = 0; i < N; i++) {
+        out[i] = mil_float(from.at[i]);
     }
-};
+}
 
 /* dt after bias, softplus and clamp. */
 static __device__ __forceinline__ float
