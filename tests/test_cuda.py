@@ -266,6 +266,19 @@ def test_greedy_rounds_on_the_device(name, drafts, dtype):
         assert tokens_of(adapting) == expected
 
 
+@pytest.mark.parametrize("batch", [20, 40, 130])
+@pytest.mark.parametrize("name", SPECULATED)
+def test_greedy_batches_of_many(name, batch):
+    """Beyond 16 rows products are other kernels: the same tokens, also where texts join."""
+    model = build(KINDS[name], device="cuda:0")
+    prompts = some_prompts(model, *(1 + i % 40 for i in range(batch)))
+    several = [{"max_new_tokens": 40 + i % 7} for i in range(batch)]
+    requests = [{"prompt": p, "stop": [], **more} for p, more in zip(prompts, several, strict=True)]
+    expected = tokens_of(_core.generate(model, requests, max_batch=16))
+    for most in (batch, batch - batch // 3):
+        assert tokens_of(_core.generate(model, requests, max_batch=most)) == expected
+
+
 @pytest.mark.parametrize("drafts", [2, 5, 15])
 @pytest.mark.parametrize("name", SPECULATED)
 def test_the_model_itself_is_a_draft_that_is_always_right_in_recorded_rounds(name, drafts):

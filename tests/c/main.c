@@ -26,6 +26,7 @@
     X(test_model_hostile_images)     \
     X(test_burst_failures)           \
     X(test_burst_is_rounds)          \
+    X(test_bursts_of_many)           \
     X(test_bursts_are_cut)           \
     X(test_draft_burst_failures)     \
     X(test_draft_burst_is_rounds)    \

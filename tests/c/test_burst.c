@@ -13,7 +13,7 @@
 #include "settle.h"
 #include "small_model.h"
 
-enum { TEXTS = 4, NEW_TOKENS = 45 };
+enum { TEXTS = 4, MANY_TEXTS = 40, NEW_TOKENS = 45 };
 
 /* ---- the played device ---------------------------------------------------------------------------------------- */
 
@@ -239,8 +239,8 @@ run_step(mil_context *context, const mil_model *model, mil_step *step, bool draf
 {
     mil_context plain = *context;
     plain.kept = NULL;
-    mil_state *states[TEXTS];
-    int64_t lengths[TEXTS], boundaries[TEXTS], n = step->sequences;
+    mil_state *states[MANY_TEXTS];
+    int64_t lengths[MANY_TEXTS], boundaries[MANY_TEXTS], n = step->sequences;
     for (int64_t i = 0; i < n; i++) {
         const mil_sequence *sequence = played.engine->running[i];
         states[i] = drafts ? sequence->draft_state : sequence->state;
@@ -349,11 +349,13 @@ static const int64_t prompt_counts[TEXTS] = {18, 1, 3, 5};
 
 /* What a run left: texts, and how far the lent states have read. */
 typedef struct outcome {
-    mil_generation texts[TEXTS];
-    int64_t lengths[TEXTS];
+    int64_t count;
+    mil_generation texts[MANY_TEXTS];
+    int64_t lengths[MANY_TEXTS];
 } outcome;
 
 typedef struct setting {
+    int64_t texts; /* 0: TEXTS; beyond those, the same prompts with other seeds */
     int64_t max_batch;
     int32_t stop;
     unsigned lent; /* bits: texts on a state of the caller's, which must end where its text ends and go on */
@@ -373,16 +375,17 @@ run_texts(const mil_model *model, const setting *with, outcome *out)
     mil_arena scratch = {0}, host = {0};
     mil_context context = {.ops = model->ops, .scratch = &scratch, .host = &host, .threads = 1};
     mil_engine engine = {0};
-    mil_state states[TEXTS] = {0};
+    mil_state states[MANY_TEXTS] = {0};
     mil_engine_options options = {
         .model = model, .max_batch = with->max_batch, .draft_kind = with->draft_kind, .draft = with->draft};
     mil_status status = mil_engine_init(&engine, &options);
+    out->count = with->texts > 0 ? with->texts : TEXTS;
     played.engine = &engine;
-    for (int64_t i = 0; i < TEXTS && status == MIL_OK; i++) {
+    for (int64_t i = 0; i < out->count && status == MIL_OK; i++) {
         mil_request request = {
-            .prompt = prompts[i],
-            .prompt_count = prompt_counts[i],
-            .max_new_tokens = NEW_TOKENS - 9 * i,
+            .prompt = prompts[i % TEXTS],
+            .prompt_count = prompt_counts[i % TEXTS],
+            .max_new_tokens = NEW_TOKENS - 9 * (i % TEXTS),
             .sampling = MIL_SAMPLING_DEFAULT,
             .stop_tokens = &stop,
             .stop_count = stop < 0 ? 0 : 1,
@@ -393,7 +396,7 @@ run_texts(const mil_model *model, const setting *with, outcome *out)
         request.sampling.temperature = with->temperature;
         request.sampling.top_k = with->temperature > 1.0f ? 7 : 0;
         request.sampling.seed = (uint64_t)(40 + i);
-        if (lent >> i & 1) {
+        if (lent >> i % TEXTS & 1) {
             status = mil_state_init(&states[i], model, 0);
             request.state = &states[i];
         }
@@ -410,7 +413,7 @@ run_texts(const mil_model *model, const setting *with, outcome *out)
             }
         }
     }
-    for (int64_t i = 0; i < TEXTS; i++) {
+    for (int64_t i = 0; i < out->count; i++) {
         out->lengths[i] = states[i].length;
         mil_state_release(&states[i]);
     }
@@ -430,7 +433,7 @@ run_all(const mil_model *model, int64_t max_batch, int32_t stop, unsigned lent, 
 static void
 release(outcome *o)
 {
-    for (int64_t i = 0; i < TEXTS; i++) {
+    for (int64_t i = 0; i < o->count; i++) {
         mil_generation_release(&o->texts[i]);
     }
 }
@@ -438,11 +441,12 @@ release(outcome *o)
 static void
 compare(const outcome *a, const outcome *b)
 {
-    for (int64_t i = 0; i < TEXTS; i++) {
+    for (int64_t i = 0; i < a->count; i++) {
         const mil_generation *x = &a->texts[i], *y = &b->texts[i];
         CHECK(x->finish == y->finish && x->count == y->count);
         CHECK(x->count == y->count &&
-              memcmp(x->tokens, y->tokens, (size_t)(prompt_counts[i] + x->count) * sizeof *x->tokens) == 0);
+              memcmp(x->tokens, y->tokens,
+                     (size_t)(prompt_counts[i % TEXTS] + x->count) * sizeof *x->tokens) == 0);
         CHECK(x->stats.rounds == y->stats.rounds);
         CHECK(x->stats.accepted == y->stats.accepted);
         CHECK(a->lengths[i] == b->lengths[i]);
@@ -453,10 +457,11 @@ compare(const outcome *a, const outcome *b)
 static void
 compare_texts(const outcome *a, const outcome *b)
 {
-    for (int64_t i = 0; i < TEXTS; i++) {
+    for (int64_t i = 0; i < a->count; i++) {
         const mil_generation *x = &a->texts[i], *y = &b->texts[i];
         CHECK(x->finish == y->finish && x->count == y->count &&
-              memcmp(x->tokens, y->tokens, (size_t)(prompt_counts[i] + x->count) * sizeof *x->tokens) == 0);
+              memcmp(x->tokens, y->tokens,
+                     (size_t)(prompt_counts[i % TEXTS] + x->count) * sizeof *x->tokens) == 0);
         CHECK(a->lengths[i] == b->lengths[i]);
     }
 }
@@ -483,6 +488,37 @@ test_burst_is_rounds(void)
                 release(&plain);
                 release(&bursts);
             }
+        }
+    }
+    small_model_release(&m);
+}
+
+/* More texts than any kernel takes rows at its best: all of them in one recording, whoever has ended in between. */
+void
+test_bursts_of_many(void)
+{
+    small_model m;
+    CHECK_OK(small_model_init(&m, 0.0f));
+    mil_ops ops = played_table();
+    for (int64_t batch = MANY_TEXTS / 2; batch <= MANY_TEXTS; batch += MANY_TEXTS / 2) {
+        for (unsigned lent = 0; lent < 16; lent += 15) {
+            setting with = {.texts = MANY_TEXTS,
+                            .max_batch = batch,
+                            .stop = -1,
+                            .lent = lent,
+                            .temperature = lent > 0 ? 0.7f : 0.0f};
+            outcome plain = {0}, bursts = {0};
+            m.model.ops = &mil_cpu_ops;
+            CHECK_OK(run_texts(&m.model, &with, &plain));
+            played.recordings = played.replays = played.freed = 0;
+            played.bad_after = -1;
+            m.model.ops = &ops;
+            CHECK_OK(run_texts(&m.model, &with, &bursts));
+            compare(&plain, &bursts);
+            CHECK(played.recordings == played.freed);
+            CHECK(played.replays > NEW_TOKENS / 2 * (MANY_TEXTS / batch));
+            release(&plain);
+            release(&bursts);
         }
     }
     small_model_release(&m);
