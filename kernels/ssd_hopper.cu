@@ -1,39 +1,48 @@
 /* Mamba-2's prompts on Hopper: the chunks of ssd.cu over wgmma.
  *
- * A block has two groups of four warps, each with 64 columns of a head and H^T [64, N] in its accumulators: two halves of
- * 128 columns of one head, or two heads of 64 that read the same B and C.  What the groups share comes once; right
- * operands are read from shared memory once for 64 rows instead of 16 or 32.  Of every chunk of 64 tokens:
+ * A block has three groups of four warps.  Two hold 64 columns of a head each, as H^T [64, N] in their accumulators: two
+ * halves of 128 columns of one head, or two heads of 64 that read the same B and C.  The third prepares what they share,
+ * and runs a chunk of 64 tokens ahead of them:
  *
- *   scores   C B^T [64, 64] from shared memory; groups of one head do 32 columns each.  Weighted, rounded, and into
- *            shared memory
- *   output   Y^T = h (H^T C^T) + D x^T + x^T S^T, left operands from registers: H^T as it is, rounded, x^T by ldmatrix
- *   fold     H^T = h_last H^T + (to_end x)^T B, in the background while Y^T goes out through x's place
+ *   third    x, B and C into shared memory (cp.async, two chunks ahead), decays, and scores C B^T [64, 64], weighted and
+ *            rounded, into shared memory
+ *   others   Y^T = h (H^T C^T) + D x^T + x^T S^T, left operands from registers: H^T as it is, rounded, x^T by ldmatrix;
+ *            H^T = h_last H^T + (to_end x)^T B right behind the first product, so that it runs while Y^T is scaled; and
+ *            Y^T goes out through x's place
  *
- * A block has a multiprocessor of its own, for two would leave 128 registers a thread, where H^T and Y^T alone are 96.
- * Inputs come by cp.async two chunks ahead.
+ * What a chunk needs passes from the third group to the others and back by barriers in shared memory, so the two
+ * holders are apart from each other: one computes while the other's products run.  A block has a multiprocessor of its own:
+ * H^T, Y^T and their operands are 160 registers a thread, of which the third group gives some of its own.
  */
 #include "ssd_chunks.cuh"
 #include "wgmma.cuh"
 
-#define GROUPS 2
+#define HOLDERS 2
 #define GROUP_THREADS 128
-#define THREADS (GROUPS * GROUP_THREADS)
+#define THREADS ((HOLDERS + 1) * GROUP_THREADS)
 #define PANEL (CHUNK * 64) /* elements of a panel: 64 tokens by 64 columns */
 #define STAGES 3           /* chunks in shared memory */
 
+/* Registers a thread: a third of 504 each, as the kernel begins and ends, and between. */
+#define REGISTERS 168
+#define REGISTERS_TO_PREPARE 88
+#define REGISTERS_TO_HOLD 208
+
 /* ---- an instruction that wgmma.cuh does not have ----------------------------------------------------------------- */
 
-#define STRAIGHT_32(TYPE)                                                                       \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" WGMMA_TEXT_32 \
-                 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 0;"                                    \
-                 : WGMMA_32(c)                                                                  \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)                           \
-                 : "memory")
+#define STRAIGHT_32(TYPE)                                                              \
+    asm volatile(                                                                      \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                   \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" WGMMA_TEXT_32 \
+        "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"                                 \
+        : WGMMA_32(c)                                                                  \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add)                 \
+        : "memory")
 
-/* c [64, CHUNK] += a [64, 16] b [CHUNK, 16]^T, a in registers. */
+/* c [64, CHUNK] (+)= a [64, 16] b [CHUNK, 16]^T, a in registers. */
 template <typename T>
 static __device__ __forceinline__ void
-multiply_straight(float (&c)[CHUNK / 2], const uint32_t (&a)[4], uint64_t b)
+multiply_straight(float (&c)[CHUNK / 2], const uint32_t (&a)[4], uint64_t b, int add)
 {
 #if MIL_HAS_WGMMA
     if constexpr (wgmma_is_half<T>) {
@@ -43,21 +52,21 @@ multiply_straight(float (&c)[CHUNK / 2], const uint32_t (&a)[4], uint64_t b)
         STRAIGHT_32("bf16");
     }
 #else
-    (void)c, (void)a, (void)b;
+    (void)c, (void)a, (void)b, (void)add;
 #endif
 }
 
 /* ---- shared memory ------------------------------------------------------------------------------------------------ */
 
-/* Tiles are panels as wgmma reads them. Panel g of x is group g's. */
+/* Tiles are panels as wgmma reads them. Panel g of x is holder g's. */
 template <typename T, int N, bool PAIRS>
 struct hopper_memory {
-    alignas(1024) T x[STAGES][GROUPS][PANEL];
+    alignas(1024) T x[STAGES][HOLDERS][PANEL];
     alignas(1024) T B[STAGES][CHUNK * N];
     alignas(1024) T C[STAGES][CHUNK * N];
-    alignas(1024) T scores[PAIRS ? GROUPS : 1][PANEL];
-    chunk_decays decays[2][GROUPS];
-    float exponent[GROUPS], bias[GROUPS], D[GROUPS];
+    alignas(1024) T scores[STAGES][PAIRS ? HOLDERS : 1][PANEL];
+    chunk_decays decays[STAGES][PAIRS ? HOLDERS : 1];
+    uint64_t ready[STAGES], free[STAGES]; /* for the holders; for the third group */
 };
 
 /* A thread's part of a tile of UNITS units a token: the same unit of 16 bytes of every few tokens. `from`: that unit of the
@@ -66,11 +75,11 @@ template <typename T, int UNITS>
 static __device__ __forceinline__ void
 ask_for_units(T *tile, const T *from, int64_t stride, int token, int count)
 {
-    constexpr int STEP = THREADS / UNITS;
+    constexpr int STEP = GROUP_THREADS / UNITS;
     static_assert(STEP % 8 == 0, "a thread's units lie at the same place of every eight rows");
-    const int row = threadIdx.x / UNITS;
+    const int thread = threadIdx.x % GROUP_THREADS, row = thread / UNITS;
     const T *at = from + (token + row) * stride;
-    char *to = (char *)tile + panel_place<CHUNK>(row, threadIdx.x % UNITS);
+    char *to = (char *)tile + panel_place<CHUNK>(row, thread % UNITS);
 #pragma unroll
     for (int s = 0; s < CHUNK; s += STEP) {
         const bool there = (unsigned)(token + row + s) < (unsigned)count;
@@ -84,8 +93,9 @@ template <typename T, int UNITS>
 static __device__ __forceinline__ void
 take_tail(T *tile, const float *tail, int64_t stride, int before)
 {
-    for (int row = threadIdx.x / UNITS; row < before; row += THREADS / UNITS) {
-        T *to = (T *)((char *)tile + panel_place<CHUNK>(row, threadIdx.x % UNITS));
+    const int thread = threadIdx.x % GROUP_THREADS;
+    for (int row = thread / UNITS; row < before; row += GROUP_THREADS / UNITS) {
+        T *to = (T *)((char *)tile + panel_place<CHUNK>(row, thread % UNITS));
         float value[4];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -95,58 +105,176 @@ take_tail(T *tile, const float *tail, int64_t stride, int before)
     }
 }
 
-/* ---- a chunk -------------------------------------------------------------------------------------------------------- */
+/* ---- what every group knows of the block ------------------------------------------------------------------------- */
 
-/* Weighted and rounded scores of 2 * COUNT columns from `column` on into the tile. */
-template <typename T, int COUNT>
-static __device__ __forceinline__ void
-place_scores(const float (&s)[COUNT], int column, const chunk_decays &decays, T *tile)
+struct hopper_place {
+    int slice, segment;
+    int head;          /* the block's first */
+    int before, count; /* tokens of earlier calls and of this one */
+    int folded;        /* of both, to be in the state */
+    int first, end;    /* chunks of the segment */
+    int64_t row;       /* first of the call */
+
+    __device__ __forceinline__ int folded_of(int chunk) const
+    {
+        return max(0, min(CHUNK, folded - chunk * CHUNK));
+    }
+};
+
+/* Where the states of segment `segment` of a head are among all of them. */
+static __device__ __forceinline__ int64_t
+find_segment(const chunk_arguments &c, int head, int segment)
 {
-    const int lane = threadIdx.x % MIL_WARP, row = threadIdx.x % GROUP_THREADS / MIL_WARP * 16 + lane / 4;
+    return ((int64_t)blockIdx.z * c.ssd.heads + head) * c.segments + segment;
+}
+
+/* ---- the third group ----------------------------------------------------------------------------------------------- */
+
+/* Weighted and rounded scores of the warp's 16 rows into the tile, up to the diagonal; beyond, the tile is 0.  Left of the
+ * warp's diagonal tiles a decay is two factors: from the token to the warp's first row, and from there. */
+template <typename T>
+static __device__ __forceinline__ void
+place_scores(const float (&s)[CHUNK / 2], const chunk_decays &decays, T *tile)
+{
+    const int lane = threadIdx.x % MIL_WARP, warp = threadIdx.x % GROUP_THREADS / MIL_WARP;
+    const int row = warp * 16 + lane / 4;
     const float2 top = decays.sum[row], bottom = decays.sum[row + 8];
+    const float2 before = decays.sum[max(warp * 16 - 1, 0)];
+    const float from_top = fast_power((top.x - before.x) + (top.y - before.y));
+    const float from_bottom = fast_power((bottom.x - before.x) + (bottom.y - before.y));
 #pragma unroll
-    for (int j = 0; j < COUNT / 4; j++) {
-        const int at = column + 8 * j + lane % 4 * 2;
+    for (int j = 0; j < CHUNK / 8; j++) {
+        if (j >= 2 * warp + 2) {
+            continue;
+        }
+        const int at = 8 * j + lane % 4 * 2;
         const float4 others = *(const float4 *)(decays.sum + at);
         const float2 dt = *(const float2 *)(decays.dt + at);
         float value[4];
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const float2 own = e < 2 ? top : bottom;
-            const float high = e % 2 == 0 ? others.x : others.z, low = e % 2 == 0 ? others.y : others.w;
-            const float weight = fast_power((own.x - high) + (own.y - low)) * (e % 2 == 0 ? dt.x : dt.y);
-            value[e] = at + e % 2 <= row + e / 2 * 8 ? weight * s[4 * j + e] : 0.0f;
+        if (j < 2 * warp) {
+            const float left = fast_power((before.x - others.x) + (before.y - others.y)) * dt.x;
+            const float right = fast_power((before.x - others.z) + (before.y - others.w)) * dt.y;
+            value[0] = from_top * left * s[4 * j];
+            value[1] = from_top * right * s[4 * j + 1];
+            value[2] = from_bottom * left * s[4 * j + 2];
+            value[3] = from_bottom * right * s[4 * j + 3];
         }
-        *(uint32_t *)((char *)tile + panel_place<CHUNK>(row, at / 8) + lane % 4 * 4) =
-            pack<T>(value[0], value[1]);
-        *(uint32_t *)((char *)tile + panel_place<CHUNK>(row + 8, at / 8) + lane % 4 * 4) =
+        else {
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const float2 own = e < 2 ? top : bottom;
+                const float high = e % 2 == 0 ? others.x : others.z, low = e % 2 == 0 ? others.y : others.w;
+                const float weight = fast_power((own.x - high) + (own.y - low)) * (e % 2 == 0 ? dt.x : dt.y);
+                value[e] = at + e % 2 <= row + e / 2 * 8 ? weight * s[4 * j + e] : 0.0f;
+            }
+        }
+        *(uint32_t *)((char *)tile + panel_place<CHUNK>(row, j) + lane % 4 * 4) = pack<T>(value[0], value[1]);
+        *(uint32_t *)((char *)tile + panel_place<CHUNK>(row + 8, j) + lane % 4 * 4) =
             pack<T>(value[2], value[3]);
     }
 }
 
-/* Y^T = H^T C^T. */
-template <typename T, int N>
+template <typename T, int N, bool PAIRS, bool OUTPUT>
 static __device__ __forceinline__ void
-multiply_state(const float (&H)[N / 2], uint32_t C, float (&Y)[CHUNK / 2])
+prepare(const chunk_arguments &c, const mil_tails &tails, const mil_span &span, const hopper_place &p,
+        hopper_memory<T, N, PAIRS> &m)
 {
-    uint32_t left[N / 16][4];
-#pragma unroll
-    for (int i = 0; i < CHUNK / 2; i++) {
-        Y[i] = 0.0f;
+    constexpr int HEADS = PAIRS ? HOLDERS : 1, UNITS = N / 8 /* of a token's B or C */;
+    const ssd_arguments &a = c.ssd;
+    const int thread = threadIdx.x % GROUP_THREADS, warp = thread / MIL_WARP;
+    const int x_unit = thread % (HOLDERS * 8), unit = thread % UNITS * 8, of_x = a.heads / a.x_heads;
+    const int x_column = PAIRS ? (p.head + x_unit / 8) / of_x * a.head_dim + p.slice * 64 + x_unit % 8 * 8
+                               : p.head / of_x * a.head_dim + p.slice * 128 + x_unit * 8;
+    const int B_column = p.head / (a.heads / a.B_groups) * N + unit,
+              C_column = p.head / (a.heads / a.C_groups) * N + unit;
+    const T *x = (const T *)a.x + p.row * a.x_stride + x_column,
+            *B = (const T *)a.B + p.row * a.B_stride + B_column,
+            *C = (const T *)a.C + p.row * a.C_stride + C_column;
+    const int total = p.before + p.count, decay_head = p.head + (warp < HEADS ? warp : 0);
+    const float exponent = get_exponent(a, decay_head), bias = a.dt_bias[decay_head];
+    auto ask = [&](int n) {
+        const int stage = n % STAGES, token = (p.first + n) * CHUNK - p.before;
+        if (p.first + n < p.end) {
+            ask_for_units<T, HOLDERS * 8>(m.x[stage][0], x, a.x_stride, token, p.count);
+            ask_for_units<T, UNITS>(m.B[stage], B, a.B_stride, token, p.count);
+            if (OUTPUT) {
+                ask_for_units<T, UNITS>(m.C[stage], C, a.C_stride, token, p.count);
+            }
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    };
+    float dt[2];
+    auto decide = [&](int n) { /* the decays of a chunk, whose dt were asked for a chunk ago */
+                               const int chunk = p.first + n;
+                               fill_decays(a, span, chunk * CHUNK, total, p.folded_of(chunk), exponent, bias,
+                                           dt, m.decays[n % STAGES][warp]);
+                               ask_for_dt<T>(a, span, tails.dt, decay_head, (chunk + 1) * CHUNK, total, dt);
+    };
+
+    double log_decay = 0.0; /* of the segment */
+    ask(0);
+    if (OUTPUT) {
+        uint4 *scores = (uint4 *)m.scores;
+        for (int i = thread; i < (int)(sizeof m.scores / sizeof *scores); i += GROUP_THREADS) {
+            scores[i] = make_uint4(0, 0, 0, 0);
+        }
     }
-#pragma unroll
-    for (int i = 0; i < N / 4; i++) {
-        left[i / 4][i % 4] = pack<T>(H[2 * i], H[2 * i + 1]);
+    if (p.first == 0 && p.before > 0 && tails.x != NULL) {
+        asm volatile("cp.async.wait_all;" ::: "memory"); /* their zeros */
+        take_tail<T, HOLDERS * 8>(m.x[0][0], tails.x + x_column, (int64_t)a.x_heads * a.head_dim, p.before);
+        take_tail<T, UNITS>(m.B[0], tails.B + B_column, (int64_t)a.B_groups * N, p.before);
     }
-    wgmma_hold(Y);
-    wgmma_begin();
-#pragma unroll
-    for (int k = 0; k < N / 16; k++) {
-        multiply_straight<T>(Y, left[k], wgmma_factor(C + k / 4 * PANEL * 2 + k % 4 * 32, 16));
+    ask(1);
+    if (warp < HEADS) {
+        ask_for_dt<T>(a, span, tails.dt, decay_head, p.first * CHUNK, total, dt);
+        decide(0);
     }
-    wgmma_commit();
-    wgmma_wait<0>(Y);
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+    wgmma_publish();
+#pragma unroll 1
+    for (int n = 0; p.first + n < p.end; n++) {
+        const int stage = n % STAGES;
+        barrier_meet(1, GROUP_THREADS); /* the chunk is here */
+        float s[CHUNK / 2];
+        if constexpr (OUTPUT) {
+            const uint32_t B_tile = shared_address(m.B[stage]), C_tile = shared_address(m.C[stage]);
+            wgmma_begin();
+#pragma unroll
+            for (int k = 0; k < N / 16; k++) {
+                const uint32_t at = k / 4 * PANEL * 2 + k % 4 * 32;
+                wgmma_shared<T>(s, wgmma_factor(C_tile + at, 16), wgmma_factor(B_tile + at, 16), k > 0);
+            }
+            wgmma_commit();
+        }
+        if (warp < HEADS) {
+            if constexpr (!OUTPUT) {
+                const float2 last = m.decays[stage][warp].sum[p.folded_of(p.first + n) - 1];
+                log_decay += (double)last.x + (double)last.y;
+            }
+            decide(n + 1); /* in a place that was free when the chunk was asked for */
+        }
+        if constexpr (OUTPUT) {
+            wgmma_wait<0>(s);
+#pragma unroll
+            for (int i = 0; i < HEADS; i++) {
+                place_scores<T>(s, m.decays[stage][i], m.scores[stage][i]);
+            }
+            wgmma_publish();
+        }
+        phase_arrive(&m.ready[stage]);
+        asm volatile("cp.async.wait_all;" ::: "memory"); /* the next chunk, asked for a chunk ago */
+        wgmma_publish();
+        if (n > 0) {
+            phase_wait(&m.free[(n - 1) % STAGES], (n - 1) / STAGES % 2);
+        }
+        ask(n + 2);
+    }
+    if (!OUTPUT && warp < HEADS && thread % MIL_WARP == 0) {
+        c.segment_decays[find_segment(c, decay_head, p.segment)] = (float)exp2(log_decay);
+    }
 }
+
+/* ---- the holders ----------------------------------------------------------------------------------------------------- */
 
 /* Y^T = h Y^T + D x^T. */
 template <typename T>
@@ -178,10 +306,10 @@ load_x(const T *panel, uint32_t (&x)[4][4])
     }
 }
 
-/* x^T for the fold. */
+/* (to_end x)^T, rounded. */
 template <typename T>
 static __device__ __forceinline__ void
-weigh_x(const chunk_decays &decays, uint32_t (&x)[4][4])
+weigh_x(const chunk_decays &decays, const uint32_t (&x)[4][4], uint32_t (&weighed)[4][4])
 {
 #pragma unroll
     for (int k = 0; k < 4; k++) {
@@ -189,7 +317,7 @@ weigh_x(const chunk_decays &decays, uint32_t (&x)[4][4])
         for (int q = 0; q < 4; q++) {
             const float2 weight = *(const float2 *)(decays.to_end + 16 * k + q / 2 * 8 + threadIdx.x % 4 * 2);
             const float2 value = unpack<T>(x[k][q]);
-            x[k][q] = pack<T>(weight.x * value.x, weight.y * value.y);
+            weighed[k][q] = pack<T>(weight.x * value.x, weight.y * value.y);
         }
     }
 }
@@ -239,6 +367,90 @@ each_of_H(int head_dim, float (&H)[N / 2], Move move)
     }
 }
 
+template <typename T, int N, bool PAIRS, bool OUTPUT>
+static __device__ __forceinline__ void
+hold(const chunk_arguments &c, const mil_tails &tails, bool given, const hopper_place &p,
+     hopper_memory<T, N, PAIRS> &m)
+{
+    const ssd_arguments &a = c.ssd;
+    const int group = threadIdx.x / GROUP_THREADS, warp = threadIdx.x % GROUP_THREADS / MIL_WARP;
+    const int head = PAIRS ? p.head + group : p.head;
+    const int column = PAIRS ? p.slice * 64 : p.slice * 128 + group * 64; /* the group's first in its head */
+    const int64_t size = (int64_t)N * a.head_dim;
+    float *state = given ? tails.state + head * size + column : NULL;
+    float *segment_state = c.segment_states + find_segment(c, head, p.segment) * size + column;
+    const float D = a.D[head];
+    T *y = (T *)a.y + p.row * a.y_stride + head * a.head_dim + column + warp * 16;
+    float H[N / 2];
+    {
+        const float *from = !OUTPUT ? NULL : c.segments == 1 ? state : segment_state;
+        each_of_H<N>(a.head_dim, H, [&](int at, float &h) { h = from == NULL ? 0.0f : from[at]; });
+    }
+#pragma unroll 1
+    for (int n = 0; p.first + n < p.end; n++) {
+        const int stage = n % STAGES, chunk = p.first + n;
+        const chunk_decays &decays = m.decays[stage][PAIRS ? group : 0];
+        T *x_panel = m.x[stage][group];
+        const uint32_t B = shared_address(m.B[stage]), C = shared_address(m.C[stage]),
+                       scores = shared_address(m.scores[stage][PAIRS ? group : 0]);
+        float Y[CHUNK / 2];
+        uint32_t left[N / 16][4], x[4][4], weighed[4][4];
+        if constexpr (OUTPUT) {
+#pragma unroll
+            for (int i = 0; i < N / 4; i++) {
+                left[i / 4][i % 4] = pack<T>(H[2 * i], H[2 * i + 1]);
+            }
+        }
+        phase_wait(&m.ready[stage], n / STAGES % 2);
+        const float last = decays.last;
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) {
+            H[i] *= last;
+        }
+        if constexpr (OUTPUT) {
+            wgmma_begin();
+#pragma unroll
+            for (int k = 0; k < N / 16; k++) {
+                multiply_straight<T>(Y, left[k], wgmma_factor(C + k / 4 * PANEL * 2 + k % 4 * 32, 16), k > 0);
+            }
+            wgmma_commit();
+        }
+        load_x(x_panel, x);
+        weigh_x<T>(decays, x, weighed);
+        wgmma_hold(H);
+        wgmma_begin();
+#pragma unroll
+        for (int k = 0; k < CHUNK / 16; k++) {
+            wgmma_registers<T>(H, weighed[k], wgmma_factor(B + k * 16 * 128, PANEL * 2));
+        }
+        wgmma_commit(); /* where nothing of the chunk folds, it is the last and H is not used again */
+        if constexpr (OUTPUT) {
+            wgmma_wait<1>(Y);
+            scale_output<T>(decays, D, x, Y);
+            wgmma_hold(Y);
+            wgmma_begin();
+#pragma unroll
+            for (int k = 0; k < CHUNK / 16; k++) {
+                multiply_straight<T>(Y, x[k], wgmma_factor(scores + k * 32, 16), 1);
+            }
+            wgmma_commit();
+            wgmma_wait<0>(Y);
+            store_output<T>(Y, x_panel, y, a.y_stride, chunk * CHUNK - p.before, p.count);
+        }
+        wgmma_wait<0>(H);
+        __syncwarp();
+        if (threadIdx.x % MIL_WARP == 0) {
+            phase_arrive(&m.free[stage]);
+        }
+        if (OUTPUT && state != NULL && chunk == (p.folded - 1) / CHUNK && p.folded > 0) {
+            each_of_H<N>(a.head_dim, H, [&](int at, float &h) { state[at] = h; });
+        }
+    }
+    if constexpr (!OUTPUT) {
+        each_of_H<N>(a.head_dim, H, [&](int at, float &h) { segment_state[at] = h; });
+    }
+}
+
 /* Grid: (segments, slices of a head), heads or pairs of heads, sequences. */
 template <typename T, int N, bool PAIRS, bool OUTPUT>
 static __global__ void
@@ -250,178 +462,48 @@ __launch_bounds__(THREADS, 1)
     auto &m = *reinterpret_cast<hopper_memory<T, N, PAIRS> *>(shared);
     const ssd_arguments &a = c.ssd;
     const mil_tails &tails = states.of[blockIdx.z];
-    const bool given = states.given;
-    const int slice = blockIdx.x % a.slices, segment = blockIdx.x / a.slices;
-    const int group = threadIdx.x / GROUP_THREADS, warp = threadIdx.x % GROUP_THREADS / MIL_WARP;
-    const int head = PAIRS ? 2 * blockIdx.y + group : blockIdx.y;
-    const int column = PAIRS ? slice * 64 : slice * 128 + group * 64; /* the group's first in its head */
-    if (threadIdx.x % GROUP_THREADS == 0) {                           /* registers are scarce */
-        m.exponent[group] = get_exponent(a, head);
-        m.bias[group] = a.dt_bias[head];
-        m.D[group] = a.D[head];
+    hopper_place p;
+    p.slice = blockIdx.x % a.slices;
+    p.segment = blockIdx.x / a.slices;
+    p.head = PAIRS ? 2 * blockIdx.y : blockIdx.y;
+    if (threadIdx.x < STAGES) {
+        phase_init(&m.ready[threadIdx.x], GROUP_THREADS);
+        phase_init(&m.free[threadIdx.x], HOLDERS * GROUP_THREADS / MIL_WARP);
     }
+    __syncthreads();
     mil_wait();
     const mil_span span = mil_span_of(a.rows, a.first + blockIdx.z);
-    const int before = span.before, count = (int)span.count, total = before + count;
-    const int folded = given ? (int)(span.after - span.boundary) : total; /* tokens to be in the state */
-    const int chunks = (total + CHUNK - 1) / CHUNK;
-    const int first = segment * c.segment_chunks, end = min(chunks, first + c.segment_chunks);
-    if (count < a.least || first >= chunks || (!OUTPUT && end == chunks)) {
+    const int total = span.before + (int)span.count, chunks = (total + CHUNK - 1) / CHUNK;
+    p.before = span.before;
+    p.count = (int)span.count;
+    p.folded = states.given ? (int)(span.after - span.boundary) : total;
+    p.first = p.segment * c.segment_chunks;
+    p.end = min(chunks, p.first + c.segment_chunks);
+    p.row = span.row;
+    if (span.count < a.least || p.first >= chunks || (!OUTPUT && p.end == chunks)) {
         return; /* nothing follows the last segment's own state */
     }
-    const int64_t size = (int64_t)N * a.head_dim;
-    const int64_t index = ((int64_t)blockIdx.z * a.heads + head) * c.segments + segment;
-    float *state = given ? tails.state + head * size + column : NULL;
-
-    constexpr int UNITS = N / 8; /* of a token's B or C */
-    const int x_unit = threadIdx.x % (GROUPS * 8), x_head_of = a.heads / a.x_heads;
-    const int x_column =
-        PAIRS ? (2 * (int)blockIdx.y + x_unit / 8) / x_head_of * a.head_dim + slice * 64 + x_unit % 8 * 8
-              : head / x_head_of * a.head_dim + slice * 128 + x_unit * 8;
-    const int B_first = head / (a.heads / a.B_groups) * N, C_first = head / (a.heads / a.C_groups) * N,
-              unit = threadIdx.x % UNITS * 8;
-    auto ask = [&](int chunk) {
-        const int stage = chunk % STAGES, token = chunk * CHUNK - before;
-        if (chunk < end) {
-            ask_for_units<T, GROUPS * 8>(m.x[stage][0], (const T *)a.x + span.row * a.x_stride + x_column,
-                                         a.x_stride, token, count);
-            ask_for_units<T, UNITS>(m.B[stage], (const T *)a.B + span.row * a.B_stride + B_first + unit,
-                                    a.B_stride, token, count);
-            if (OUTPUT) {
-                ask_for_units<T, UNITS>(m.C[stage], (const T *)a.C + span.row * a.C_stride + C_first + unit,
-                                        a.C_stride, token, count);
-            }
-        }
-        asm volatile("cp.async.commit_group;" ::: "memory");
-    };
-    auto folded_of = [&](int chunk) { return max(0, min(CHUNK, folded - chunk * CHUNK)); };
-
-    float dt[2];
-    double log_decay = 0.0; /* of the segment; in each group's first warp */
-    ask(first);
-    if (given && first == 0 && before > 0) {
-        asm volatile("cp.async.wait_all;" ::: "memory"); /* their zeros */
-        take_tail<T, GROUPS * 8>(m.x[0][0], tails.x + x_column, (int64_t)a.x_heads * a.head_dim, before);
-        take_tail<T, UNITS>(m.B[0], tails.B + B_first + unit, (int64_t)a.B_groups * N, before);
+    if (threadIdx.x >= HOLDERS * GROUP_THREADS) {
+        group_give_registers<REGISTERS_TO_PREPARE>();
+        prepare<T, N, PAIRS, OUTPUT>(c, tails, span, p, m);
+        group_take_registers<REGISTERS>();
     }
-    ask(first + 1);
-    if (warp == 0) {
-        __syncwarp();
-        ask_for_dt<T>(a, span, tails.dt, head, first * CHUNK, total, dt);
-        fill_decays(a, span, first * CHUNK, total, folded_of(first), m.exponent[group], m.bias[group], dt,
-                    m.decays[first % 2][group]);
-        ask_for_dt<T>(a, span, tails.dt, head, (first + 1) * CHUNK, total, dt);
-    }
-    float H[N / 2];
-    {
-        const float *from = !OUTPUT           ? NULL
-                            : c.segments == 1 ? state
-                                              : c.segment_states + index * size + column;
-        each_of_H<N>(a.head_dim, H, [&](int at, float &h) { h = from == NULL ? 0.0f : from[at]; });
-    }
-#pragma unroll 1
-    for (int chunk = first; chunk < end; chunk++) {
-        const int stage = chunk % STAGES, turn = chunk % 2;
-        const chunk_decays &decays = m.decays[turn][group];
-        const bool folds = folded_of(chunk) > 0;
-        T *x_panel = m.x[stage][group];
-        T *scores = m.scores[PAIRS ? group : 0];
-        const uint32_t B = shared_address(m.B[stage]), C = shared_address(m.C[stage]);
-        asm volatile("cp.async.wait_group 1;" ::: "memory");
-        wgmma_publish();
-        __syncthreads(); /* this chunk is here, and the one before is done with */
-        ask(chunk + 2);
-        constexpr int SCORES = PAIRS ? 32 : 16;
-        float s[SCORES];
-        const int score_column = PAIRS ? 0 : group * 32;
-        if constexpr (OUTPUT) {
-            wgmma_begin();
-#pragma unroll
-            for (int k = 0; k < N / 16; k++) {
-                const uint32_t at = k / 4 * PANEL * 2 + k % 4 * 32;
-                wgmma_shared<T>(s, wgmma_factor(C + at, 16), wgmma_factor(B + at + score_column * 128, 16),
-                                k > 0);
-            }
-            wgmma_commit();
-        }
-        if (warp == 0) { /* the next chunk's decays; its dt were asked for a chunk ago */
-            if constexpr (!OUTPUT) {
-                int at = folded_of(chunk) - 1;
-                log_decay += (double)decays.sum[at].x + (double)decays.sum[at].y;
-            }
-            fill_decays(a, span, (chunk + 1) * CHUNK, total, folded_of(chunk + 1), m.exponent[group],
-                        m.bias[group], dt, m.decays[turn ^ 1][group]);
-            ask_for_dt<T>(a, span, tails.dt, head, (chunk + 2) * CHUNK, total, dt);
-        }
-        float Y[CHUNK / 2];
-        uint32_t x[4][4];
-        if constexpr (OUTPUT) {
-            wgmma_wait<0>(s);
-            place_scores<T>(s, score_column, decays, scores);
-            wgmma_publish();
-            if (PAIRS) {
-                barrier_meet(1 + group, GROUP_THREADS);
-            }
-            else {
-                __syncthreads();
-            }
-            multiply_state<T, N>(H, C, Y);
-        }
-        load_x(x_panel, x);
-        if constexpr (OUTPUT) {
-            scale_output<T>(decays, m.D[group], x, Y);
-            wgmma_hold(Y);
-            wgmma_begin();
-#pragma unroll
-            for (int k = 0; k < CHUNK / 16; k++) {
-                multiply_straight<T>(Y, x[k], wgmma_factor(shared_address(scores) + k * 32, 16));
-            }
-            wgmma_commit();
-            wgmma_wait<0>(Y);
-        }
-        if (folds) {
-            weigh_x<T>(decays, x);
-            const float last = decays.last;
-#pragma unroll
-            for (int i = 0; i < N / 2; i++) {
-                H[i] *= last;
-            }
-            wgmma_hold(H);
-            wgmma_begin();
-#pragma unroll
-            for (int k = 0; k < CHUNK / 16; k++) {
-                wgmma_registers<T>(H, x[k], wgmma_factor(B + k * 16 * 128, PANEL * 2));
-            }
-            wgmma_commit();
-        }
-        if constexpr (OUTPUT) {
-            store_output<T>(Y, x_panel,
-                            (T *)a.y + span.row * a.y_stride + head * a.head_dim + column + warp * 16,
-                            a.y_stride, chunk * CHUNK - before, count);
-        }
-        wgmma_wait<0>(H);
-        if (OUTPUT && state != NULL && folds && chunk * CHUNK + CHUNK >= folded) {
-            each_of_H<N>(a.head_dim, H, [&](int at, float &h) { state[at] = h; });
-        }
+    else {
+        group_take_registers<REGISTERS_TO_HOLD>();
+        hold<T, N, PAIRS, OUTPUT>(c, tails, states.given, p, m);
+        group_give_registers<REGISTERS>();
     }
     mil_trigger();
-    if constexpr (!OUTPUT) {
-        float *to = c.segment_states + index * size + column;
-        each_of_H<N>(a.head_dim, H, [&](int at, float &h) { to[at] = h; });
-        if (threadIdx.x % GROUP_THREADS == 0) { /* of one head: the same from both groups */
-            c.segment_decays[index] = (float)exp2(log_decay);
-        }
-    }
-    else if (state != NULL && segment == 0) {
+    if (OUTPUT && states.given && p.segment == 0) {
 #pragma unroll 1
         for (int i = 0; i < (PAIRS ? 2 : 1); i++) {
-            window_place p = {};
-            p.head = PAIRS ? 2 * blockIdx.y + i : blockIdx.y;
-            p.columns = PAIRS ? 64 : 128;
-            p.column = slice * p.columns;
-            p.x_column = (int64_t)(p.head / x_head_of) * a.head_dim + p.column;
-            p.B_column = B_first;
-            move_tails<T>(a, p, span, tails, come_for_tails(a, p, tails, a.slices), m.bias[PAIRS ? i : 0]);
+            window_place w = {};
+            w.head = p.head + i;
+            w.columns = PAIRS ? 64 : 128;
+            w.column = p.slice * w.columns;
+            w.x_column = (int64_t)(w.head / (a.heads / a.x_heads)) * a.head_dim + w.column;
+            w.B_column = (int64_t)(w.head / (a.heads / a.B_groups)) * N;
+            move_tails<T>(a, w, span, tails, come_for_tails(a, w, tails, a.slices), a.dt_bias[w.head]);
         }
     }
 #else
