@@ -8,11 +8,13 @@
  *
  * Weights come from a mapped file.  A plain copy of pageable memory goes through the driver's own small buffer, by
  * one thread that also takes the page faults: 3 to 8 GB/s where the bus carries 50.  So large uploads are cut into
- * pieces, and several threads ("lanes") each bring one piece into a pinned buffer of their own, which is sent from
- * there while the others read on:
+ * pieces, and several threads ("lanes") bring them into pinned buffers, two of each lane, of which one is sent
+ * while the other is filled:
  *
- *     lane 0   read piece 0 | send 0 | read piece 5 | send 5 ...
- *     lane 1   read piece 1    | send 1 | read piece 4 | send 4 ...
+ *     lane 0   read piece 0 | read piece 2   | read piece 5 ...
+ *                           | send 0         | send 2
+ *     lane 1   read piece 1    | read piece 3 | read piece 4 ...
+ *                              | send 1       | send 3
  */
 #include "cuda.cuh"
 #include "table.h"
@@ -22,7 +24,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { LANES = 8, PIECE = 4 << 20, LARGE = 2 * PIECE };
+enum { LANES = 8, PIECE = 2 << 20, LARGE = 4 * PIECE };
 
 mil_status
 mil_cuda_alloc(mil_context *context, size_t bytes, void **out)
@@ -75,8 +77,9 @@ typedef struct upload {
 
 typedef struct lane {
     upload *work;
-    char *buffer; /* [PIECE], pinned */
+    char *buffers; /* [2, PIECE], pinned */
     cudaStream_t stream;
+    cudaEvent_t sent[2]; /* of each buffer */
     cudaError_t error;
     pthread_t thread;
     bool started;
@@ -95,21 +98,26 @@ send_pieces(lane *self)
 {
     upload *work = self->work;
     cudaError_t error = cudaSetDevice(work->device);
-    while (error == cudaSuccess) {
+    for (int turn = 0; error == cudaSuccess; turn = 1 - turn) {
         size_t begin = __atomic_fetch_add(&work->next, PIECE, __ATOMIC_RELAXED);
         if (begin >= work->bytes) {
             break;
         }
+        char *buffer = self->buffers + (size_t)turn * PIECE;
         size_t bytes = work->bytes - begin;
         bytes = bytes < PIECE ? bytes : (size_t)PIECE;
         expect_reading(work->from + begin, bytes);
-        memcpy(self->buffer, work->from + begin, bytes);
-        error = cudaMemcpyAsync(work->to + begin, self->buffer, bytes, cudaMemcpyHostToDevice, self->stream);
+        error = cudaEventSynchronize(self->sent[turn]);
         if (error == cudaSuccess) {
-            error = cudaStreamSynchronize(self->stream);
+            memcpy(buffer, work->from + begin, bytes);
+            error = cudaMemcpyAsync(work->to + begin, buffer, bytes, cudaMemcpyHostToDevice, self->stream);
+        }
+        if (error == cudaSuccess) {
+            error = cudaEventRecord(self->sent[turn], self->stream);
         }
     }
-    return error;
+    cudaError_t waited = cudaStreamSynchronize(self->stream);
+    return error == cudaSuccess ? waited : error;
 }
 
 static void *
@@ -120,6 +128,29 @@ run_lane(void *argument)
     return NULL;
 }
 
+static void
+close_lane(lane *self)
+{
+    for (int i = 0; i < 2 && self->sent[i] != NULL; i++) {
+        (void)cudaEventDestroy(self->sent[i]);
+    }
+    if (self->stream != NULL) {
+        (void)cudaStreamDestroy(self->stream);
+    }
+    *self = (lane){};
+}
+
+static cudaError_t
+open_lane(lane *self, char *buffers)
+{
+    self->buffers = buffers;
+    cudaError_t error = cudaStreamCreateWithFlags(&self->stream, cudaStreamNonBlocking);
+    for (int i = 0; i < 2 && error == cudaSuccess; i++) {
+        error = cudaEventCreateWithFlags(&self->sent[i], cudaEventDisableTiming);
+    }
+    return error;
+}
+
 /* Pinned memory and streams cost milliseconds to get, a model has hundreds of weights: they are made once and stay
  * (32 MiB), the streams until another device's turn.  Call it under the lock of whoever uses the lanes; false where
  * there are none, and copies take the plain way. */
@@ -127,28 +158,26 @@ static bool
 open_lanes(lane *lanes, int device)
 {
     static char *memory;
-    static int device_of_streams = -1;
-    if (memory == NULL &&
-        cudaHostAlloc((void **)&memory, (size_t)LANES * PIECE, cudaHostAllocPortable) != cudaSuccess) {
+    static int device_of_lanes = -1;
+    cudaError_t error = cudaSuccess;
+    if (device_of_lanes == device) {
+        return true;
+    }
+    if (memory == NULL) {
+        error = cudaHostAlloc((void **)&memory, (size_t)LANES * 2 * PIECE, cudaHostAllocPortable);
+        memory = error == cudaSuccess ? memory : NULL;
+    }
+    for (int i = 0; i < LANES; i++) {
+        close_lane(&lanes[i]);
+        if (error == cudaSuccess) {
+            error = open_lane(&lanes[i], memory + (size_t)i * 2 * PIECE);
+        }
+    }
+    if (error != cudaSuccess) {
         (void)cudaGetLastError();
-        memory = NULL;
-        return false;
     }
-    for (int i = 0; i < LANES && device_of_streams != device; i++) {
-        if (lanes[i].stream != NULL) {
-            (void)cudaStreamDestroy(lanes[i].stream);
-            lanes[i].stream = NULL;
-        }
-        lanes[i].buffer = memory + (size_t)i * PIECE;
-        if (cudaStreamCreateWithFlags(&lanes[i].stream, cudaStreamNonBlocking) != cudaSuccess) {
-            (void)cudaGetLastError();
-            lanes[i].stream = NULL;
-            device_of_streams = -1;
-            return false;
-        }
-    }
-    device_of_streams = device;
-    return true;
+    device_of_lanes = error == cudaSuccess ? device : -1;
+    return error == cudaSuccess;
 }
 
 /* Uploads by lanes, the caller's thread being the first; *done says whether that was possible. */
