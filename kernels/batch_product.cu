@@ -375,7 +375,7 @@ bool
 mil_batch_product_fits(const mil_context *context, const mil_linear *products, int64_t count)
 {
     int major = 0;
-    if (!mil_takes_new_kernels() || count > MIL_BATCH_PRODUCTS || context->ops->activation_dtype == MIL_F32 ||
+    if (count > MIL_BATCH_PRODUCTS || context->ops->activation_dtype == MIL_F32 ||
         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, context->ops->device) !=
             cudaSuccess ||
         major != 9) {

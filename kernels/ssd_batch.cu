@@ -398,7 +398,7 @@ mil_ssd_batch(mil_context *context, const ssd_arguments *a, const mil_states *st
 {
     int major = 0;
     MIL_CUDA_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, context->ops->device));
-    *done = mil_takes_new_kernels() && major == 9 && states->given && sequences * a->heads >= MANY_BLOCKS &&
+    *done = major == 9 && states->given && sequences * a->heads >= MANY_BLOCKS &&
             (a->head_dim == 64 || a->head_dim == 128) && (a->state_dim == 64 || a->state_dim == 128) &&
             MIL_FOR_ACT(context, is_aligned, *a, *states, sequences);
     return *done ? MIL_FOR_ACT(context, choose_sizes, context, *a, *states, sequences) : MIL_OK;
