@@ -32,8 +32,9 @@ norm_by_block(norm_arguments a)
                      MIL_NORM_THREADS, [&](float value) { return mil_block_sum(value, partial); });
 }
 
-/* Rows of one group each, STEPS vectors a thread. */
-template <typename T, int V, int STEPS>
+/* Rows of one group each, STEPS vectors a thread, with the weights there before the rows are. FEW: a row is one trip to
+ * memory; else other blocks have work while it is under way, and fewer registers are better. */
+template <typename T, int V, int STEPS, bool FEW>
 static __global__ void
 __launch_bounds__(MIL_NORM_THREADS) norm_rows(norm_arguments a)
 {
@@ -53,14 +54,31 @@ __launch_bounds__(MIL_NORM_THREADS) norm_rows(norm_arguments a)
         const T *x = (const T *)a.x + row * a.x_stride;
         const T *z = a.z == NULL ? NULL : (const T *)a.z + row * a.z_stride;
         T *y = group_output<T>(a, row, 0);
+        mil_vector<T, V> inputs[STEPS], gates[STEPS];
+#pragma unroll
+        for (int s = 0; FEW && s < STEPS; s++) {
+            int64_t column = ((int64_t)s * MIL_NORM_THREADS + threadIdx.x) * V;
+            if (column < a.group) {
+                inputs[s] = *(const mil_vector<T, V> *)(x + column);
+            }
+            if (column < a.group && z != NULL) {
+                gates[s] = *(const mil_vector<T, V> *)(z + column);
+            }
+        }
         float squares = 0.0f;
 #pragma unroll
         for (int s = 0; s < STEPS; s++) {
             int64_t column = ((int64_t)s * MIL_NORM_THREADS + threadIdx.x) * V;
             if (column < a.group) {
-                load_input<T, V>(a, x, z, column, value[s], gate);
+                if constexpr (!FEW) {
+                    load_input<T, V>(a, x, z, column, value[s], gate);
+                }
 #pragma unroll
                 for (int i = 0; i < V; i++) {
+                    if constexpr (FEW) {
+                        value[s][i] = mil_float(inputs[s].at[i]);
+                        value[s][i] *= z != NULL ? mil_silu(mil_float(gates[s].at[i])) : 1.0f;
+                    }
                     squares = fmaf(value[s][i], value[s][i], squares);
                 }
             }
@@ -109,7 +127,7 @@ template <typename T, int V>
 static mil_status
 launch(mil_context *context, const norm_arguments &a)
 {
-    const int64_t items = a.rows * a.groups, many = 1024;
+    const int64_t items = a.rows * a.groups, most = 1024; /* blocks, of which each keeps its weights */
     const int64_t steps = mil_ceil_div(a.group, (int64_t)MIL_NORM_THREADS * V);
     if (a.group <= MIL_NORM_WIDEST_FOR_WARP) {
         const int lanes = a.group <= 8 * V ? 8 : a.group <= 16 * V ? 16 : 32;
@@ -120,12 +138,16 @@ launch(mil_context *context, const norm_arguments &a)
                           dim3((unsigned)mil_ceil_div(items * lanes, WARPS * MIL_WARP)),
                           dim3(WARPS * MIL_WARP), 0, a);
     }
-    if (a.rows >= many && a.groups == 1 && steps <= 4 && (a.z == NULL || !a.norm_before_gate)) {
+    if (a.groups == 1 && steps <= 4 && (a.z == NULL || !a.norm_before_gate)) {
+        const bool few = a.rows < most;
         return mil_launch(context, "norm",
-                          steps == 1   ? norm_rows<T, V, 1>
-                          : steps == 2 ? norm_rows<T, V, 2>
-                                       : norm_rows<T, V, 4>,
-                          dim3((unsigned)many), dim3(MIL_NORM_THREADS), 0, a);
+                          few          ? steps == 1   ? norm_rows<T, V, 1, true>
+                                         : steps == 2 ? norm_rows<T, V, 2, true>
+                                                      : norm_rows<T, V, 4, true>
+                          : steps == 1 ? norm_rows<T, V, 1, false>
+                          : steps == 2 ? norm_rows<T, V, 2, false>
+                                       : norm_rows<T, V, 4, false>,
+                          dim3((unsigned)(few ? a.rows : most)), dim3(MIL_NORM_THREADS), 0, a);
     }
     return mil_launch(context, "norm", norm_by_block<T, V>, dim3((unsigned)items), dim3(MIL_NORM_THREADS), 0,
                       a);
