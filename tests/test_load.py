@@ -5,11 +5,14 @@ import os
 
 import numpy as np
 import pytest
+from core_models import to_bfloat16
 from safetensors import safe_open
 from tiny_checkpoints import CONFIGS, VOCAB, tiny, tiny_hybrid
 
 import mambainllama as mil
+from mambainllama import _core
 from mambainllama.checkpoint import Checkpoint, write_folder
+from mambainllama.dtypes import convert, from_float32, to_float32
 
 
 @pytest.fixture
@@ -252,8 +255,6 @@ def test_conversions_agree_with_torch(stored, wanted, tmp_path):
 
 def test_bfloat16_rounding_of_special_values():
     torch = pytest.importorskip("torch")
-    from mambainllama.dtypes import from_float32, to_float32
-
     bits = np.concatenate(
         [np.arange(0, 2**32, 65521, dtype=np.uint64), [0x7F800001, 0xFFFFFFFF, 0x7F7FFFFF]]
     )
@@ -261,6 +262,36 @@ def test_bfloat16_rounding_of_special_values():
     ours = to_float32(from_float32(values, "bfloat16"), "bfloat16")
     theirs = torch.from_numpy(values.copy()).to(torch.bfloat16).float().numpy()
     assert np.array_equal(ours, theirs, equal_nan=True)
+
+
+def test_conversions_of_large_arrays():
+    """By a team, in blocks: all bit patterns of float16, and random ones of float32."""
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    np.testing.assert_array_equal(to_float32(halves, "float16"), halves.astype(np.float32))
+    bits = np.random.default_rng(0).integers(0, 1 << 32, (5, 100_003), np.uint32)
+    values = bits.view(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.testing.assert_array_equal(from_float32(values, "float16"), values.astype(np.float16))
+    number, found = ~np.isnan(values), from_float32(values, "bfloat16")
+    np.testing.assert_array_equal(found[number], to_bfloat16(values[number]))
+    assert np.isnan(to_float32(found, "bfloat16")[~number]).all()
+    np.testing.assert_array_equal(
+        convert(found[number], "bfloat16", "float16"),
+        from_float32(to_float32(found[number], "bfloat16"), "float16"),
+    )
+    np.testing.assert_array_equal(from_float32(values[:, ::2], "bfloat16"), found[:, ::2])
+    assert convert(values[:0], "float32", "bfloat16").shape == (0, 100_003)
+
+
+def test_conversions_that_do_not_fit():
+    source, target = np.zeros(4, np.float32), np.zeros(3, np.uint16)
+    with pytest.raises(mil.ShapeError, match="16 bytes of float32 do not become 6 bytes of bf"):
+        _core.convert(source, "float32", target, "bfloat16")
+    with pytest.raises(mil.DtypeError, match="int8"):
+        _core.convert(source, "int8", target, "bfloat16")
+    target.flags.writeable = False
+    with pytest.raises((BufferError, TypeError, ValueError)):
+        _core.convert(source[:3], "float32", target, "bfloat16")
 
 
 def test_dtype_and_device_errors(llama):

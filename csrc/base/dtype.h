@@ -57,17 +57,16 @@ mil_bf16_to_float(uint16_t half)
     return mil_bits_to_float((uint32_t)half << 16);
 }
 
+/* Selections instead of branches, here and below, so that loops can be vectorised. */
 static inline uint16_t
 mil_float_to_bf16(float value)
 {
     uint32_t bits = mil_float_to_bits(value);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) {
-        return (uint16_t)((bits >> 16) | 0x40u); /* NaN: keep it one after the cut */
-    }
-    return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+    uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    uint32_t quiet = (bits >> 16) | 0x40u; /* NaN: keep it one after the cut */
+    return (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
 }
 
-/* Selections instead of branches, here and below, so that loops can be vectorised. */
 static inline float
 mil_f16_to_float(uint16_t half)
 {

@@ -11,6 +11,7 @@
 #endif
 #include <unistd.h>
 
+#include "base/convert.h"
 #include "base/host.h"
 #include "cpu/blas.h"
 #include "cpu/features.h"
@@ -206,6 +207,49 @@ get_threads(PyObject *module, PyObject *Py_UNUSED(ignored))
     return PyLong_FromLong(core_get_state(module)->threads);
 }
 
+/* -1 with an exception where no such float type is known. */
+static int
+float_dtype(core_state *state, const char *name)
+{
+    for (int i = MIL_F32; i <= MIL_F16; i++) {
+        if (strcmp(name, mil_dtype_name((mil_dtype)i)) == 0) {
+            return i;
+        }
+    }
+    core_raise_format(state, MIL_ERR_DTYPE, "convert: \"%s\" is not float32, bfloat16 or float16", name);
+    return -1;
+}
+
+static PyObject *
+convert(PyObject *module, PyObject *args)
+{
+    core_state *state = core_get_state(module);
+    Py_buffer from, to;
+    const char *from_name, *to_name;
+    if (!PyArg_ParseTuple(args, "y*sw*s:convert", &from, &from_name, &to, &to_name)) {
+        return NULL;
+    }
+    int from_dtype = float_dtype(state, from_name);
+    int to_dtype = from_dtype < 0 ? -1 : float_dtype(state, to_name);
+    if (to_dtype >= 0) {
+        size_t from_size = mil_dtype_size((mil_dtype)from_dtype), count = (size_t)from.len / from_size;
+        if ((size_t)from.len % from_size == 0 &&
+            (size_t)to.len == count * mil_dtype_size((mil_dtype)to_dtype)) {
+            Py_BEGIN_ALLOW_THREADS
+                mil_convert(from.buf, (mil_dtype)from_dtype, to.buf, (mil_dtype)to_dtype, (int64_t)count,
+                            state->threads);
+            Py_END_ALLOW_THREADS
+        }
+        else {
+            core_raise_format(state, MIL_ERR_SHAPE, "convert: %zd bytes of %s do not become %zd bytes of %s",
+                              from.len, from_name, to.len, to_name);
+        }
+    }
+    PyBuffer_Release(&from);
+    PyBuffer_Release(&to);
+    return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+}
+
 static PyObject *
 load_blas(PyObject *module, PyObject *argument)
 {
@@ -267,6 +311,8 @@ static PyMethodDef methods[] = {
     {"cpu_info", cpu_info, METH_NOARGS, "cpu_info() -> dict: kernels in use, BLAS, threads."},
     {"set_threads", set_threads, METH_O, "set_threads(n): the team of every later call; None = the default."},
     {"get_threads", get_threads, METH_NOARGS, "get_threads() -> int."},
+    {"convert", convert, METH_VARARGS,
+     "convert(source, dtype, target, to): a contiguous array's values into another, rounded to nearest."},
     {"load_blas", load_blas, METH_O, "load_blas(path): float32 products of this CBLAS library from now on."},
     {"memory", memory, METH_NOARGS, "memory() -> {'bytes', 'blocks'}: what the C core holds now."},
     {"trim_memory", trim_memory, METH_NOARGS, "trim_memory(): free the scratch memory that no call uses."},
