@@ -23,15 +23,15 @@
 #include "cluster.cuh"
 #include "wgmma.cuh"
 
+#include <cuda.h>
+
 #define GROUPS 2 /* of four warps */
 #define THREADS (GROUPS * 4 * MIL_WARP)
 #define GROUP_OUTPUTS 64
 #define TILE_OUTPUTS (GROUPS * GROUP_OUTPUTS)
 #define STEP 64                  /* inputs */
 #define PITCH (TILE_OUTPUTS + 4) /* of a row of sums: another 4 for the banks' sake */
-#define ENOUGH_BLOCKS 512        /* more are not made by cutting the inputs */
-#define MOST_RANKS 4
-#define LEAST_STEPS 4                                             /* of a block */
+#define LEAST_STEPS 4            /* of a block */
 #define MOST_OUTPUTS (65535 / MIL_BATCH_PRODUCTS * GROUP_OUTPUTS) /* of a product: tiles are a grid's y */
 
 struct batch_output {
@@ -248,6 +248,42 @@ put_sums(const float (&c)[COLUMNS / 2], int rows, float *sums)
     }
 }
 
+/* The tile's sums, of all ranks, to where they belong; `sums` is free memory. */
+template <typename T, int COLUMNS, int RANKS, bool GATED>
+static __device__ __forceinline__ void
+finish_tile(const batch_arguments &a, const batch_output &o, int tile, const float (&c)[COLUMNS / 2],
+            float *sums)
+{
+    const int rank = blockIdx.x;
+    if (threadIdx.x < THREADS) {
+        put_sums<COLUMNS>(c, a.rows, sums);
+    }
+    if constexpr (RANKS > 1) {
+        mil_cluster_sync();
+    }
+    else {
+        __syncthreads();
+    }
+    constexpr int QUADS = (GATED ? GROUP_OUTPUTS : TILE_OUTPUTS) / 4; /* of a row */
+    const int share = (a.rows * QUADS + RANKS - 1) / RANKS, end = min(a.rows * QUADS, (rank + 1) * share);
+    for (int i = threadIdx.x < THREADS ? rank * share + (int)threadIdx.x : end; i < end; i += THREADS) {
+        const int row = i / QUADS, column = i % QUADS * 4;
+        float sum[4];
+        add_ranks<RANKS>(sums, row, column, sum);
+        if constexpr (GATED) {
+            float gate[4];
+            add_ranks<RANKS>(sums, row, column + GROUP_OUTPUTS, gate);
+            finish_gated<T>(a, row, tile * GROUP_OUTPUTS + column, sum, gate);
+        }
+        else {
+            finish_outputs<T>(o, row, tile * TILE_OUTPUTS + column, sum);
+        }
+    }
+    if constexpr (RANKS > 1) {
+        mil_cluster_sync(); /* nobody leaves while its sums are read */
+    }
+}
+
 /* Grid: ranks of a tile, tiles. */
 template <typename T, int COLUMNS, int RANKS, bool GATED>
 static __global__ void
@@ -299,43 +335,206 @@ MIL_CLUSTER(RANKS) __launch_bounds__(THREADS, 2) batch_kernel(const __grid_const
     copies_wait<0>();
     wgmma_wait<0>(c);
     __syncthreads();
-    float *const sums = (float *)memory;
-    put_sums<COLUMNS>(c, a.rows, sums);
-    if constexpr (RANKS > 1) {
-        mil_cluster_sync();
-    }
-    else {
-        __syncthreads();
-    }
-    constexpr int QUADS = (GATED ? GROUP_OUTPUTS : TILE_OUTPUTS) / 4; /* of a row */
-    const int share = (a.rows * QUADS + RANKS - 1) / RANKS, end = min(a.rows * QUADS, (rank + 1) * share);
-    for (int i = rank * share + (int)threadIdx.x; i < end; i += THREADS) {
-        const int row = i / QUADS, column = i % QUADS * 4;
-        float sum[4];
-        add_ranks<RANKS>(sums, row, column, sum);
-        if constexpr (GATED) {
-            float gate[4];
-            add_ranks<RANKS>(sums, row, column + GROUP_OUTPUTS, gate);
-            finish_gated<T>(a, row, tile * GROUP_OUTPUTS + column, sum, gate);
-        }
-        else {
-            finish_outputs<T>(o, row, tile * TILE_OUTPUTS + column, sum);
-        }
-    }
-    if constexpr (RANKS > 1) {
-        mil_cluster_sync(); /* nobody leaves while its sums are read */
-    }
+    finish_tile<T, COLUMNS, RANKS, GATED>(a, o, tile, c, (float *)memory);
 #else
     (void)a;
 #endif
 }
 
+/* ---- by the copy engine ------------------------------------------------------------------------------------------------- */
+
+/* The same tiles, copied by one thread of a warp of their own: the engine knows the arrays (`maps`), fills what lies beyond them
+ * with zeros, and lays panels out as wgmma.cuh has them. */
+struct batch_maps {
+    CUtensorMap x, w[MIL_BATCH_PRODUCTS]; /* boxes of STEP inputs by all rows, and by GROUP_OUTPUTS outputs */
+};
+
+template <int COLUMNS, int STAGES>
+struct engine_ring {
+    static constexpr int W_BYTES = TILE_OUTPUTS * 128, STAGE = W_BYTES + COLUMNS * 128;
+    static constexpr int BYTES = STAGES * STAGE > COLUMNS * PITCH * 4 ? STAGES * STAGE : COLUMNS * PITCH * 4;
+    static constexpr int ALL = BYTES + 2 * STAGES * (int)sizeof(uint64_t);
+    static_assert(BYTES % 1024 == 0 || STAGES * STAGE < COLUMNS * PITCH * 4, "barriers come after it");
+};
+
+/* A box whose corner is at (input, row) of the array into shared memory. */
+[[maybe_unused]] static __device__ __forceinline__ void
+copy_box(uint32_t to, const CUtensorMap *map, int input, int row, uint64_t *barrier)
+{
+#if MIL_HAS_WGMMA
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+        "[%1, {%2, %3}], [%4];" ::"r"(to),
+        "l"(map), "r"(input), "r"(row), "r"(shared_address(barrier))
+        : "memory");
+#else
+    (void)to, (void)map, (void)input, (void)row, (void)barrier;
+#endif
+}
+
+[[maybe_unused]] static __device__ __forceinline__ void
+expect_bytes(uint64_t *barrier, int bytes)
+{
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+                 "r"(bytes)
+                 : "memory");
+}
+
+template <typename T, int COLUMNS, int RANKS, bool GATED, int STAGES>
+static __global__ void
+MIL_CLUSTER(RANKS) __launch_bounds__(THREADS + MIL_WARP, COLUMNS <= 64 && STAGES <= 3 ? 3 : 2)
+    engine_kernel(const __grid_constant__ batch_arguments a, const __grid_constant__ batch_maps maps)
+{
+#if MIL_HAS_WGMMA
+    using ring = engine_ring<COLUMNS, STAGES>;
+    extern __shared__ __align__(1024) unsigned char memory[];
+    uint64_t *const full = (uint64_t *)(memory + ring::BYTES), *const empty = full + STAGES;
+    const uint32_t stages = shared_address(memory);
+    const int warp = threadIdx.x / MIL_WARP, group = warp / 4;
+    const batch_output &o = output_of(a, (int)blockIdx.y);
+    const int tile = (int)blockIdx.y - o.first_tile, product = GATED ? 0 : (int)(&o - a.outputs);
+    const int all = (a.in + STEP - 1) / STEP, begin = all * (int)blockIdx.x / RANKS,
+              steps = all * ((int)blockIdx.x + 1) / RANKS - begin;
+    const bool copies = threadIdx.x == THREADS;
+    auto copy_w = [&](int i) {
+        const int at = i % STAGES;
+        expect_bytes(&full[at], ring::STAGE);
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++) {
+            copy_box(stages + at * ring::STAGE + g * GROUP_OUTPUTS * 128, &maps.w[GATED ? g : product],
+                     (begin + i) * STEP, GATED ? tile * GROUP_OUTPUTS : (tile * GROUPS + g) * GROUP_OUTPUTS,
+                     &full[at]);
+        }
+    };
+    auto copy_x = [&](int i) {
+        const int at = i % STAGES;
+        copy_box(stages + at * ring::STAGE + ring::W_BYTES, &maps.x, (begin + i) * STEP, 0, &full[at]);
+    };
+    if (copies) {
+        for (int i = 0; i < STAGES; i++) {
+            phase_init(&full[i], 1);
+            phase_init(&empty[i], GROUPS * 4);
+        }
+        wgmma_publish();
+        for (int i = 0; i < min(STAGES, steps); i++) { /* weights, which nobody writes */
+            copy_w(i);
+        }
+    }
+    __syncwarp();
+    mil_trigger();
+    mil_wait();
+    __syncthreads(); /* the barriers are there */
+    float c[COLUMNS / 2] = {};
+    if (copies) {
+        for (int i = 0; i < steps; i++) {
+            if (i >= STAGES) {
+                phase_wait(&empty[i % STAGES], (i / STAGES + 1) % 2);
+                copy_w(i);
+            }
+            copy_x(i);
+        }
+    }
+    __syncwarp();
+    if (warp < GROUPS * 4) {
+#pragma unroll 1
+        for (int i = 0; i < steps; i++) {
+            const uint32_t w = stages + i % STAGES * ring::STAGE + group * (GROUP_OUTPUTS * 128),
+                           x = stages + i % STAGES * ring::STAGE + ring::W_BYTES;
+            phase_wait(&full[i % STAGES], i / STAGES % 2);
+            wgmma_begin();
+#pragma unroll
+            for (int k = 0; k < STEP / 16; k++) {
+                wgmma_shared<T>(c, wgmma_factor(w + k * 32, 16), wgmma_factor(x + k * 32, 16), 1);
+            }
+            wgmma_commit();
+            wgmma_wait<1>(c);
+            if (i > 0 && threadIdx.x % MIL_WARP == 0) {
+                phase_arrive(&empty[(i - 1) % STAGES]);
+            }
+        }
+        wgmma_wait<0>(c);
+    }
+    __syncthreads();
+    finish_tile<T, COLUMNS, RANKS, GATED>(a, o, tile, c, (float *)memory);
+#else
+    (void)a, (void)maps;
+#endif
+}
+
 /* ---- launches --------------------------------------------------------------------------------------------------------- */
+
+/* How the copy engine finds a row-major array [rows, columns] of 16-bit elements. */
+static mil_status
+map_array(mil_context *context, CUtensorMap *map, const void *array, int64_t rows, int64_t columns,
+          int64_t stride, int box)
+{
+    static decltype(&cuTensorMapEncodeTiled) encode;
+    if (encode == NULL) {
+        void *found = NULL;
+        cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+        MIL_CUDA_TRY(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
+                                                      cudaEnableDefault, &result));
+#else
+        MIL_CUDA_TRY(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result));
+#endif
+        if (found == NULL) {
+            return mil_fail(MIL_ERR_DEVICE, "CUDA: this driver has no cuTensorMapEncodeTiled: it is too old");
+        }
+        encode = (decltype(&cuTensorMapEncodeTiled))found;
+    }
+    const bool brain = context->ops->activation_dtype == MIL_BF16;
+    const cuuint64_t size[2] = {(cuuint64_t)columns, (cuuint64_t)rows}, apart[1] = {(cuuint64_t)stride * 2};
+    const cuuint32_t boxes[2] = {STEP, (cuuint32_t)box}, steps[2] = {1, 1};
+    CUresult result = encode(map, brain ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                             2, (void *)array, size, apart, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return result == CUDA_SUCCESS
+               ? MIL_OK
+               : mil_fail(MIL_ERR_DEVICE, "CUDA: cuTensorMapEncodeTiled failed with status %d", (int)result);
+}
+
+static mil_status
+map_arrays(mil_context *context, const batch_arguments &a, bool gated, int columns, batch_maps *maps)
+{
+    MIL_TRY(map_array(context, &maps->x, a.x, a.rows, a.in, a.x_stride, columns));
+    for (int i = 0; i < (gated ? 2 : a.count); i++) {
+        MIL_TRY(map_array(context, &maps->w[i], a.outputs[i].weight, a.outputs[i].out, a.in, a.in,
+                          GROUP_OUTPUTS));
+    }
+    return MIL_OK;
+}
+
+static int
+setting(const char *name, int otherwise)
+{
+    const char *value = getenv(name);
+    return value == NULL ? otherwise : atoi(value);
+}
+
+template <typename T, int COLUMNS, int RANKS, bool GATED, int STAGES>
+static mil_status
+launch_engine(mil_context *context, const batch_arguments &a)
+{
+    batch_maps maps = {};
+    MIL_TRY(map_arrays(context, a, GATED, COLUMNS, &maps));
+    return mil_launch(context, "product", engine_kernel<T, COLUMNS, RANKS, GATED, STAGES>,
+                      dim3(RANKS, (unsigned)a.tiles), dim3(THREADS + MIL_WARP),
+                      engine_ring<COLUMNS, STAGES>::ALL, a, maps);
+}
 
 template <typename T, int COLUMNS, int RANKS, bool GATED>
 static mil_status
 launch(mil_context *context, const batch_arguments &a)
 {
+    static const int stages = setting("MIL_ENGINE", 0);
+    if (stages == 3) {
+        return launch_engine<T, COLUMNS, RANKS, GATED, 3>(context, a);
+    }
+    if (stages == 5) {
+        return launch_engine<T, COLUMNS, RANKS, GATED, COLUMNS == 32 ? 5 : COLUMNS == 64 ? 4 : 3>(context, a);
+    }
     return mil_launch(context, "product", batch_kernel<T, COLUMNS, RANKS, GATED>,
                       dim3(RANKS, (unsigned)a.tiles), dim3(THREADS), batch_ring<COLUMNS>::BYTES, a);
 }
@@ -345,11 +544,13 @@ template <typename T, int COLUMNS, bool GATED>
 static mil_status
 choose_ranks(mil_context *context, const batch_arguments &a)
 {
-    int ranks = MOST_RANKS;
-    while (ranks > 1 && (a.tiles * ranks > ENOUGH_BLOCKS || a.in < ranks * LEAST_STEPS * STEP)) {
+    static const int most_ranks = setting("MIL_RANKS", 4), enough = setting("MIL_ENOUGH", 512);
+    int ranks = most_ranks;
+    while (ranks > 1 && (a.tiles * ranks > enough || a.in < ranks * LEAST_STEPS * STEP)) {
         ranks /= 2;
     }
-    return ranks == 4   ? launch<T, COLUMNS, 4, GATED>(context, a)
+    return ranks == 8   ? launch<T, COLUMNS, 8, GATED>(context, a)
+           : ranks == 4 ? launch<T, COLUMNS, 4, GATED>(context, a)
            : ranks == 2 ? launch<T, COLUMNS, 2, GATED>(context, a)
                         : launch<T, COLUMNS, 1, GATED>(context, a);
 }

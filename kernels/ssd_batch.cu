@@ -2,8 +2,8 @@
  *
  * In a batch the bytes of the states decide: 64 KB for a head of 128 x 128, and little arithmetic for them.  A block has one
  * head of one sequence and asks for all of its H at once (bulk copies into shared memory, before the kernel before has
- * ended); while it comes, the block reads the tail and computes the scores of its one row.  Two blocks share a
- * multiprocessor: one waits for memory while the other multiplies.
+ * ended); while it comes, the block reads the tail and computes the scores of its one row.  Three blocks share a
+ * multiprocessor: two wait for memory while one multiplies.
  *
  *   H     pieces of 32 rows, each with a barrier of its own, in the order in which they are needed
  *   y     thread (r, q) has columns 4q .. 4q + 3 and of every piece rows 4r .. 4r + 3
@@ -23,11 +23,13 @@
 
 template <int WIDTH, int STATE>
 struct batch_memory {
-    alignas(128) float H[STATE][WIDTH];
-    alignas(16) float B[WINDOW][STATE];
+    union {
+        alignas(128) float H[STATE][WIDTH];
+        float B[WINDOW][STATE];       /* of a window that is folded, while the first piece is in registers */
+        float partial[ROWS_R][WIDTH]; /* after H */
+    };
     float x[WINDOW][WIDTH];
     float C[STATE];
-    float partial[ROWS_R][WIDTH];
     float weight[WINDOW]; /* W dt (C . B) of the row */
     float dt[WINDOW], decay[WINDOW];
     float to_end[WINDOW];        /* W[last, s] dt_s */
@@ -66,17 +68,13 @@ struct batch_place {
     int64_t x_width, B_width, x_column, B_column, C_column;
 };
 
-/* Rows first .. first + count of the tails on their way into the window's first places; dt comes at once. */
+/* Rows first .. first + count of the tail of x on their way into the window's first places; dt comes at once. */
 template <int WIDTH, int STATE>
 static __device__ __forceinline__ void
 ask_for_tail(const ssd_arguments &a, const batch_place &p, const mil_tails &tails, int first, int count,
              float exponent, batch_memory<WIDTH, STATE> &m)
 {
     constexpr int THREADS = ROWS_R * WIDTH / 4;
-    for (int i = threadIdx.x; i < count * (STATE / 4); i += THREADS) {
-        int s = i / (STATE / 4), n = i % (STATE / 4) * 4;
-        copy_quad(&m.B[s][n], tails.B + (first + s) * p.B_width + p.B_column + n);
-    }
     for (int i = threadIdx.x; i < count * (WIDTH / 4); i += THREADS) {
         int s = i / (WIDTH / 4), c = i % (WIDTH / 4) * 4;
         copy_quad(&m.x[s][c], tails.x + (first + s) * p.x_width + p.x_column + c);
@@ -91,6 +89,48 @@ ask_for_tail(const ssd_arguments &a, const batch_place &p, const mil_tails &tail
         m.decay[s] = exp2f(dt[0] * exponent);
     }
 }
+
+/* A thread's share of B for the scores: PAIR_LANES threads have a row of the window, quads of it in turn. */
+template <int WIDTH, int STATE>
+struct batch_scores {
+    static constexpr int APART = ROWS_R * WIDTH / 4 / PAIR_LANES, ROWS = WINDOW / APART,
+                         QUADS = STATE / (4 * PAIR_LANES);
+    float B[ROWS][QUADS][4];
+
+    /* Rows first .. first + count of the tail; they are the window's first. */
+    __device__ __forceinline__ void
+    load_tail(const batch_place &p, const mil_tails &tails, int first, int count)
+    {
+        const int n = threadIdx.x % PAIR_LANES * 4;
+#pragma unroll
+        for (int k = 0; k < ROWS; k++) {
+            const int s = threadIdx.x / PAIR_LANES + k * APART;
+#pragma unroll
+            for (int j = 0; j < QUADS; j++) {
+                if (s < count) {
+                    mil_load_settled<4>(
+                        tails.B + (first + s) * p.B_width + p.B_column + n + j * 4 * PAIR_LANES, B[k][j]);
+                }
+            }
+        }
+    }
+
+    /* The row of this call as row i. */
+    template <typename T>
+    __device__ __forceinline__ void load_row(const T *row, int i)
+    {
+        const int n = threadIdx.x % PAIR_LANES * 4;
+#pragma unroll
+        for (int k = 0; k < ROWS; k++) {
+            if ((int)threadIdx.x / PAIR_LANES + k * APART == i) {
+#pragma unroll
+                for (int j = 0; j < QUADS; j++) {
+                    mil_load<4>(row + n + j * 4 * PAIR_LANES, B[k][j]);
+                }
+            }
+        }
+    }
+};
 
 static __device__ __forceinline__ void
 await_tail()
@@ -111,13 +151,51 @@ multiply_decays(const float *decay, int s, int i)
     return value;
 }
 
-/* H of the threads' columns and rows: H' of the window. */
+/* What one piece of H becomes; x and B of the window are in shared memory. */
 template <int WIDTH, int STATE>
 static __device__ __forceinline__ void
-fold(batch_memory<WIDTH, STATE> &m, float (&H)[STATE / PIECE][4][4])
+fold_piece(const batch_memory<WIDTH, STATE> &m, int j, float (&H)[4][4])
+{
+    const int quad = threadIdx.x % (WIDTH / 4), r = threadIdx.x / (WIDTH / 4);
+    const float last = m.from_fold;
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        H[i / 4][i % 4] *= last;
+    }
+#pragma unroll 2
+    for (int s = 0; s < WINDOW; s++) {
+        float x[4], B[4], weight = m.to_end[s];
+        mil_load<4>(&m.x[s][quad * 4], x);
+        mil_load<4>(&m.B[s][j * PIECE + r * 4], B);
+#pragma unroll
+        for (int l = 0; l < 4; l++) {
+            const float weighted = weight * B[l];
+#pragma unroll
+            for (int v = 0; v < 4; v++) {
+                H[l][v] = fmaf(weighted, x[v], H[l][v]);
+            }
+        }
+    }
+}
+
+/* The window of 16 rows of the tail goes into H, in shared memory and, where it is to stay, in `state`. */
+template <int WIDTH, int STATE>
+static __device__ __forceinline__ void
+fold(const batch_place &p, const mil_tails &tails, float *state, bool stays, batch_memory<WIDTH, STATE> &m)
 {
     constexpr int THREADS = ROWS_R * WIDTH / 4;
     const int quad = threadIdx.x % (WIDTH / 4), r = threadIdx.x / (WIDTH / 4);
+    float first[4][4], H[4][4];
+    phase_wait(&m.arrived[0], 0);
+#pragma unroll
+    for (int l = 0; l < 4; l++) {
+        mil_load<4>(&m.H[r * 4 + l][quad * 4], first[l]);
+    }
+    __syncthreads(); /* the first piece's place is free */
+    for (int i = threadIdx.x; i < WINDOW * (STATE / 4); i += THREADS) {
+        int s = i / (STATE / 4), n = i % (STATE / 4) * 4;
+        copy_quad(&m.B[s][n], tails.B + s * p.B_width + p.B_column + n);
+    }
     for (int s = threadIdx.x / PAIR_LANES; s < WINDOW; s += THREADS / PAIR_LANES) {
         const float product = multiply_decays(m.decay, s, WINDOW - 1);
         if (threadIdx.x % PAIR_LANES == 0) {
@@ -127,59 +205,51 @@ fold(batch_memory<WIDTH, STATE> &m, float (&H)[STATE / PIECE][4][4])
             }
         }
     }
+    await_tail();
     __syncthreads();
-    const float last = m.from_fold;
+    auto keep = [&](int j, const float (&piece)[4][4]) {
 #pragma unroll
-    for (int j = 0; j < STATE / PIECE; j++) {
+        for (int l = 0; l < 4; l++) {
+            mil_store<4>(&m.H[j * PIECE + r * 4 + l][quad * 4], piece[l]);
+            if (stays) {
+                mil_store<4>(state + (int64_t)(j * PIECE + r * 4 + l) * WIDTH + quad * 4, piece[l]);
+            }
+        }
+    };
+    fold_piece(m, 0, first);
+#pragma unroll 1
+    for (int j = 1; j < STATE / PIECE; j++) {
         phase_wait(&m.arrived[j], 0);
 #pragma unroll
         for (int l = 0; l < 4; l++) {
-            mil_load<4>(&m.H[j * PIECE + r * 4 + l][quad * 4], H[j][l]);
-#pragma unroll
-            for (int v = 0; v < 4; v++) {
-                H[j][l][v] *= last;
-            }
+            mil_load<4>(&m.H[j * PIECE + r * 4 + l][quad * 4], H[l]);
         }
+        fold_piece(m, j, H);
+        keep(j, H);
     }
-#pragma unroll 1
-    for (int s = 0; s < WINDOW; s++) {
-        float x[4], weight = m.to_end[s];
-        mil_load<4>(&m.x[s][quad * 4], x);
-#pragma unroll
-        for (int j = 0; j < STATE / PIECE; j++) {
-            float B[4];
-            mil_load<4>(&m.B[s][j * PIECE + r * 4], B);
-#pragma unroll
-            for (int l = 0; l < 4; l++) {
-                const float weighted = weight * B[l];
-#pragma unroll
-                for (int v = 0; v < 4; v++) {
-                    H[j][l][v] = fmaf(weighted, x[v], H[j][l][v]);
-                }
-            }
-        }
-    }
+    __syncthreads(); /* B has been read */
+    keep(0, first);
 }
 
 /* The row's weights, row i of the window. */
 template <int WIDTH, int STATE>
 static __device__ __forceinline__ void
-fill_weights(int i, batch_memory<WIDTH, STATE> &m)
+fill_weights(int i, const batch_scores<WIDTH, STATE> &scores, batch_memory<WIDTH, STATE> &m)
 {
-    constexpr int THREADS = ROWS_R * WIDTH / 4;
+    using all = batch_scores<WIDTH, STATE>;
     const int lane = threadIdx.x % PAIR_LANES;
 #pragma unroll
-    for (int s = threadIdx.x / PAIR_LANES; s < WINDOW; s += THREADS / PAIR_LANES) {
+    for (int k = 0; k < all::ROWS; k++) {
+        const int s = threadIdx.x / PAIR_LANES + k * all::APART;
         const float product = multiply_decays(m.decay, s, i);
         float dot = 0.0f;
 #pragma unroll
-        for (int n = lane * 4; n < STATE; n += PAIR_LANES * 4) {
-            float B[4], C[4];
-            mil_load<4>(&m.B[s][n], B); /* beyond the row it may be anything, and is not used */
-            mil_load<4>(&m.C[n], C);
+        for (int j = 0; j < all::QUADS; j++) {
+            float C[4];
+            mil_load<4>(&m.C[lane * 4 + j * 4 * PAIR_LANES], C);
 #pragma unroll
             for (int v = 0; v < 4; v++) {
-                dot = fmaf(C[v], B[v], dot);
+                dot = fmaf(C[v], scores.B[k][j][v], dot); /* beyond the row of anything, and not used */
             }
         }
 #pragma unroll
@@ -195,10 +265,10 @@ fill_weights(int i, batch_memory<WIDTH, STATE> &m)
     }
 }
 
-/* C . H of the threads' columns and rows, H in shared memory or, after a fold, in registers. */
-template <bool FOLDED, int WIDTH, int STATE>
+/* C . H of the threads' columns and rows. */
+template <int WIDTH, int STATE>
 static __device__ __forceinline__ void
-multiply_state(batch_memory<WIDTH, STATE> &m, const float (&H)[STATE / PIECE][4][4])
+multiply_state(batch_memory<WIDTH, STATE> &m)
 {
     const int quad = threadIdx.x % (WIDTH / 4), r = threadIdx.x / (WIDTH / 4);
     float sum[4][4] = {};
@@ -206,18 +276,14 @@ multiply_state(batch_memory<WIDTH, STATE> &m, const float (&H)[STATE / PIECE][4]
     for (int j = 0; j < STATE / PIECE; j++) {
         float C[4];
         mil_load<4>(&m.C[j * PIECE + r * 4], C);
-        if constexpr (!FOLDED) {
-            phase_wait(&m.arrived[j], 0);
-        }
+        phase_wait(&m.arrived[j], 0);
 #pragma unroll
         for (int l = 0; l < 4; l++) {
             float row[4];
-            if constexpr (!FOLDED) {
-                mil_load<4>(&m.H[j * PIECE + r * 4 + l][quad * 4], row);
-            }
+            mil_load<4>(&m.H[j * PIECE + r * 4 + l][quad * 4], row);
 #pragma unroll
             for (int v = 0; v < 4; v++) {
-                sum[l][v] = fmaf(C[l], FOLDED ? H[j][l][v] : row[v], sum[l][v]);
+                sum[l][v] = fmaf(C[l], row[v], sum[l][v]);
             }
         }
     }
@@ -225,6 +291,7 @@ multiply_state(batch_memory<WIDTH, STATE> &m, const float (&H)[STATE / PIECE][4]
     for (int v = 0; v < 4; v++) {
         sum[0][v] = (sum[0][v] + sum[1][v]) + (sum[2][v] + sum[3][v]);
     }
+    __syncthreads(); /* H has been read */
     mil_store<4>(&m.partial[r][quad * 4], sum[0]);
 }
 
@@ -253,7 +320,7 @@ write_row(const ssd_arguments &a, const batch_place &p, int64_t row, int i, floa
 template <typename T, int WIDTH, int STATE>
 static __device__ __forceinline__ void
 leave_row(const ssd_arguments &a, const batch_place &p, const mil_span &span, const mil_tails &tails, int i,
-          const batch_memory<WIDTH, STATE> &m)
+          const T *B, const batch_memory<WIDTH, STATE> &m)
 {
     const int of_x = a.heads / a.x_heads, of_B = a.heads / a.B_groups;
     unsigned mine = (unsigned)(p.head % of_x == 0) | (unsigned)(p.head % of_B == 0) << 1 | 4;
@@ -268,7 +335,7 @@ leave_row(const ssd_arguments &a, const batch_place &p, const mil_span &span, co
     }
     if (mine & 2) {
         mil_tail_move(tails.B, p.B_width, p.B_column, STATE, span,
-                      [&](int64_t, int column) { return m.B[i][column]; });
+                      [&](int64_t, int column) { return mil_float(B[column]); });
     }
     if (mine & 4) {
         mil_tail_move(tails.dt, a.heads, p.head, 1, span, [&](int64_t, int) { return m.dt[i]; });
@@ -278,7 +345,7 @@ leave_row(const ssd_arguments &a, const batch_place &p, const mil_span &span, co
 /* Grid: heads, sequences. */
 template <typename T, int WIDTH, int STATE>
 static __global__ void
-__launch_bounds__(ROWS_R *WIDTH / 4, 2)
+__launch_bounds__(ROWS_R *WIDTH / 4, WIDTH == 128 ? 3 : 4)
     ssd_batch_kernel(const __grid_constant__ ssd_arguments a, const __grid_constant__ mil_states states)
 {
     extern __shared__ __align__(128) char shared[];
@@ -308,38 +375,30 @@ __launch_bounds__(ROWS_R *WIDTH / 4, 2)
     }
     const mil_span span = mil_span_of(a.rows, a.first + blockIdx.y);
     const bool folds = span.before >= WINDOW;
-    ask_for_tail(a, p, tails, 0, folds ? WINDOW : span.before, exponent, m);
+    const int i = folds ? span.before - WINDOW : span.before; /* of the row in its window */
+    batch_scores<WIDTH, STATE> scores;
+    ask_for_tail(a, p, tails, 0, folds ? WINDOW : i, exponent, m);
+    scores.load_tail(p, tails, span.before - i, i);
     mil_wait();
+    const T *const B = (const T *)a.B + span.row * a.B_stride + p.B_column;
     const int vector = threadIdx.x % (2 * MIL_WARP) * 4, part = threadIdx.x / (2 * MIL_WARP);
-    const int i = folds ? span.before - WINDOW : span.before;
-    float B[4], C[4], x[4];
+    float C[4], x[4];
     if (part == 0 && vector < STATE) {
-        mil_load<4>((const T *)a.B + span.row * a.B_stride + p.B_column + vector, B);
         mil_load<4>((const T *)a.C + span.row * a.C_stride + p.C_column + vector, C);
     }
     if (part == 1 && vector < WIDTH) {
         mil_load<4>((const T *)a.x + span.row * a.x_stride + p.x_column + vector, x);
     }
+    scores.load_row(B, i);
     const float dt = threadIdx.x == 0 ? get_time_step<T>(a, span.row, p.head, bias) : 0.0f;
-    float H[PIECES][4][4];
     if (folds) {
         await_tail();
         __syncthreads();
-        fold(m, H);
-        if (span.boundary + WINDOW <= span.after) {
-            const int quad = threadIdx.x % (WIDTH / 4), r = threadIdx.x / (WIDTH / 4);
-#pragma unroll
-            for (int k = 0; k < STATE / ROWS_R; k++) {
-                mil_store<4>(state + (int64_t)(k / 4 * PIECE + r * 4 + k % 4) * WIDTH + quad * 4,
-                             H[k / 4][k % 4]);
-            }
-        }
-        __syncthreads(); /* the window has been read */
-        ask_for_tail(a, p, tails, WINDOW, i, exponent, m);
+        fold(p, tails, state, span.boundary + WINDOW <= span.after, m);
+        ask_for_tail(a, p, tails, WINDOW, i, exponent, m); /* all have read the window */
     }
     await_tail();
     if (part == 0 && vector < STATE) {
-        mil_store<4>(&m.B[i][vector], B);
         mil_store<4>(&m.C[vector], C);
     }
     if (part == 1 && vector < WIDTH) {
@@ -351,11 +410,11 @@ __launch_bounds__(ROWS_R *WIDTH / 4, 2)
         m.decay[i] = exp2f(dt * exponent);
     }
     __syncthreads();
-    fill_weights(i, m);
-    folds ? multiply_state<true>(m, H) : multiply_state<false>(m, H);
+    fill_weights(i, scores, m);
+    multiply_state(m);
     __syncthreads();
     write_row<T>(a, p, span.row, i, D, m);
-    leave_row<T>(a, p, span, tails, i, m);
+    leave_row<T>(a, p, span, tails, i, B, m);
 }
 
 /* ---- launches --------------------------------------------------------------------------------------------------- */
