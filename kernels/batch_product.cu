@@ -51,6 +51,7 @@ struct batch_arguments {
     int64_t gated_stride;
     mil_activation activation;
     bool gated_wide;
+    int ahead; /* steps beyond the ring that the second-level cache is asked for */
     batch_output outputs[MIL_BATCH_PRODUCTS];
 };
 
@@ -372,6 +373,19 @@ copy_box(uint32_t to, const CUtensorMap *map, int input, int row, uint64_t *barr
 #endif
 }
 
+/* The same into the second-level cache alone. */
+[[maybe_unused]] static __device__ __forceinline__ void
+prefetch_box(const CUtensorMap *map, int input, int row)
+{
+#if MIL_HAS_WGMMA
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(input),
+                 "r"(row)
+                 : "memory");
+#else
+    (void)map, (void)input, (void)row;
+#endif
+}
+
 [[maybe_unused]] static __device__ __forceinline__ void
 expect_bytes(uint64_t *barrier, int bytes)
 {
@@ -418,6 +432,13 @@ MIL_CLUSTER(RANKS) __launch_bounds__(THREADS + MIL_WARP, COLUMNS <= 64 && STAGES
         wgmma_publish();
         for (int i = 0; i < min(STAGES, steps); i++) { /* weights, which nobody writes */
             copy_w(i);
+        }
+        for (int i = STAGES; i < min(STAGES + a.ahead, steps); i++) {
+#pragma unroll
+            for (int g = 0; g < GROUPS; g++) {
+                prefetch_box(&maps.w[GATED ? g : product], (begin + i) * STEP,
+                             GATED ? tile * GROUP_OUTPUTS : (tile * GROUPS + g) * GROUP_OUTPUTS);
+            }
         }
     }
     __syncwarp();
@@ -517,11 +538,14 @@ template <typename T, int COLUMNS, int RANKS, bool GATED, int STAGES>
 static mil_status
 launch_engine(mil_context *context, const batch_arguments &a)
 {
+    static const int ahead = setting("MIL_AHEAD", 0);
     batch_maps maps = {};
+    batch_arguments b = a;
+    b.ahead = ahead;
     MIL_TRY(map_arrays(context, a, GATED, COLUMNS, &maps));
     return mil_launch(context, "product", engine_kernel<T, COLUMNS, RANKS, GATED, STAGES>,
                       dim3(RANKS, (unsigned)a.tiles), dim3(THREADS + MIL_WARP),
-                      engine_ring<COLUMNS, STAGES>::ALL, a, maps);
+                      engine_ring<COLUMNS, STAGES>::ALL, b, maps);
 }
 
 template <typename T, int COLUMNS, int RANKS, bool GATED>
