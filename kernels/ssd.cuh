@@ -11,7 +11,8 @@ static const float log2_e = 1.442695041f;
 
 struct ssd_arguments {
     mil_device_rows rows;
-    int64_t first; /* sequence of blockIdx.z = 0 */
+    int64_t first;      /* sequence of blockIdx.z = 0 */
+    int64_t rows_count; /* of all sequences */
     int heads, head_dim, state_dim, x_heads, B_groups, C_groups;
     const void *x, *B, *C, *dt;
     int64_t x_stride, B_stride, C_stride, dt_stride;
@@ -28,6 +29,7 @@ ssd_arguments_of(const mil_ssd *s)
 {
     ssd_arguments a = {};
     a.rows = mil_rows_of(s->rows);
+    a.rows_count = s->rows.rows;
     a.heads = (int)s->heads;
     a.head_dim = (int)s->head_dim;
     a.state_dim = (int)s->state_dim;

@@ -4,8 +4,8 @@
  * halves of 128 columns of one head, or two heads of 64 that read the same B and C.  The third prepares what they share,
  * and runs a chunk of 64 tokens ahead of them:
  *
- *   third    x, B and C into shared memory (cp.async, two chunks ahead), decays, and scores C B^T [64, 64], weighted and
- *            rounded, into shared memory
+ *   third    x, B and C into shared memory (tensor copies, two chunks ahead), decays, and scores C B^T [64, 64], weighted
+ *            and rounded, into shared memory
  *   others   Y^T = h (H^T C^T) + D x^T + x^T S^T, left operands from registers: H^T as it is, rounded, x^T by ldmatrix;
  *            H^T = h_last H^T + (to_end x)^T B right behind the first product, so that it runs while Y^T is scaled; and
  *            Y^T goes out through x's place
@@ -14,6 +14,8 @@
  * holders are apart from each other: one computes while the other's products run.  A block has a multiprocessor of its own:
  * H^T, Y^T and their operands are 160 registers a thread, of which the third group gives some of its own.
  */
+#include <cuda.h>
+
 #include "ssd_chunks.cuh"
 #include "wgmma.cuh"
 
@@ -22,11 +24,12 @@
 #define THREADS ((HOLDERS + 1) * GROUP_THREADS)
 #define PANEL (CHUNK * 64) /* elements of a panel: 64 tokens by 64 columns */
 #define STAGES 3           /* chunks in shared memory */
+#define DECAYS 4           /* and of their decays, which are made before the inputs are there */
 
 /* Registers a thread: a third of 504 each, as the kernel begins and ends, and between. */
 #define REGISTERS 168
-#define REGISTERS_TO_PREPARE 88
-#define REGISTERS_TO_HOLD 208
+#define REGISTERS_TO_PREPARE 104
+#define REGISTERS_TO_HOLD 200
 
 /* ---- an instruction that wgmma.cuh does not have ----------------------------------------------------------------- */
 
@@ -65,27 +68,42 @@ struct hopper_memory {
     alignas(1024) T B[STAGES][CHUNK * N];
     alignas(1024) T C[STAGES][CHUNK * N];
     alignas(1024) T scores[STAGES][PAIRS ? HOLDERS : 1][PANEL];
-    chunk_decays decays[STAGES][PAIRS ? HOLDERS : 1];
-    uint64_t ready[STAGES], free[STAGES]; /* for the holders; for the third group */
+    chunk_decays decays[DECAYS][PAIRS ? HOLDERS : 1];
+    uint64_t full[STAGES], ready[STAGES]; /* inputs are here; and scores */
+    uint64_t free[STAGES];                /* the holders are done with both */
 };
 
-/* A thread's part of a tile of UNITS units a token: the same unit of 16 bytes of every few tokens. `from`: that unit of the
- * call's first row; token: of the call, the chunk's first. */
-template <typename T, int UNITS>
+/* Descriptions of x, B and C of all rows, for copies of a panel. */
+struct hopper_maps {
+    CUtensorMap x, B, C;
+};
+
+/* A panel of the rows from `row` on, in the background; zeros where there is nothing. `barrier` counts its bytes. */
 static __device__ __forceinline__ void
-ask_for_units(T *tile, const T *from, int64_t stride, int token, int count)
+copy_panel(void *to, const CUtensorMap *map, int column, int row, uint64_t *barrier)
 {
-    constexpr int STEP = GROUP_THREADS / UNITS;
-    static_assert(STEP % 8 == 0, "a thread's units lie at the same place of every eight rows");
-    const int thread = threadIdx.x % GROUP_THREADS, row = thread / UNITS;
-    const T *at = from + (token + row) * stride;
-    char *to = (char *)tile + panel_place<CHUNK>(row, thread % UNITS);
-#pragma unroll
-    for (int s = 0; s < CHUNK; s += STEP) {
-        const bool there = (unsigned)(token + row + s) < (unsigned)count;
-        copy_unit(to + s * 128, there ? at : from, there);
-        at += STEP * stride;
-    }
+#if MIL_HAS_WGMMA
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+        "[%1, {%2, %3}], [%4];" ::"r"(shared_address(to)),
+        "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
+        : "memory");
+#else
+    (void)to, (void)map, (void)column, (void)row, (void)barrier;
+#endif
+}
+
+/* Announces `bytes` of them. */
+static __device__ __forceinline__ void
+expect_bytes(uint64_t *barrier, int bytes)
+{
+#if MIL_HAS_WGMMA
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+                 "r"(bytes)
+                 : "memory");
+#else
+    (void)barrier, (void)bytes;
+#endif
 }
 
 /* What earlier calls left of the first chunk: its first `before` tokens. */
@@ -99,9 +117,20 @@ take_tail(T *tile, const float *tail, int64_t stride, int before)
         float value[4];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            mil_load<4>(tail + row * stride + 4 * half, value);
+            mil_load<4>(tail + row * stride + thread % UNITS * 8 + 4 * half, value);
             mil_store<4>(to + 4 * half, value);
         }
+    }
+}
+
+/* Zeros for the rows of a tile from `from` on: what lies there is another sequence's, or nobody's. */
+template <typename T, int UNITS>
+static __device__ __forceinline__ void
+clear_rows(T *tile, int from)
+{
+    const int thread = threadIdx.x % GROUP_THREADS;
+    for (int row = from + thread / UNITS; row < CHUNK; row += GROUP_THREADS / UNITS) {
+        *(uint4 *)((char *)tile + panel_place<CHUNK>(row, thread % UNITS)) = make_uint4(0, 0, 0, 0);
     }
 }
 
@@ -176,65 +205,86 @@ place_scores(const float (&s)[CHUNK / 2], const chunk_decays &decays, T *tile)
 
 template <typename T, int N, bool PAIRS, bool OUTPUT>
 static __device__ __forceinline__ void
-prepare(const chunk_arguments &c, const mil_tails &tails, const mil_span &span, const hopper_place &p,
-        hopper_memory<T, N, PAIRS> &m)
+prepare(const chunk_arguments &c, const hopper_maps &maps, const mil_tails &tails, const mil_span &span,
+        const hopper_place &p, hopper_memory<T, N, PAIRS> &m)
 {
     constexpr int HEADS = PAIRS ? HOLDERS : 1, UNITS = N / 8 /* of a token's B or C */;
+    constexpr int COPIER = 2 * MIL_WARP; /* a thread of a warp that makes no decays */
     const ssd_arguments &a = c.ssd;
-    const int thread = threadIdx.x % GROUP_THREADS, warp = thread / MIL_WARP;
-    const int x_unit = thread % (HOLDERS * 8), unit = thread % UNITS * 8, of_x = a.heads / a.x_heads;
-    const int x_column = PAIRS ? (p.head + x_unit / 8) / of_x * a.head_dim + p.slice * 64 + x_unit % 8 * 8
-                               : p.head / of_x * a.head_dim + p.slice * 128 + x_unit * 8;
-    const int B_column = p.head / (a.heads / a.B_groups) * N + unit,
-              C_column = p.head / (a.heads / a.C_groups) * N + unit;
-    const T *x = (const T *)a.x + p.row * a.x_stride + x_column,
-            *B = (const T *)a.B + p.row * a.B_stride + B_column,
-            *C = (const T *)a.C + p.row * a.C_stride + C_column;
+    const int thread = threadIdx.x % GROUP_THREADS, warp = thread / MIL_WARP, of_x = a.heads / a.x_heads;
+    const int x_columns[HOLDERS] = {
+        p.head / of_x * a.head_dim + p.slice * (PAIRS ? 64 : 128),
+        PAIRS ? (p.head + 1) / of_x * a.head_dim + p.slice * 64
+              : p.head / of_x * a.head_dim + p.slice * 128 + 64,
+    };
+    const int B_column = p.head / (a.heads / a.B_groups) * N, C_column = p.head / (a.heads / a.C_groups) * N;
     const int total = p.before + p.count, decay_head = p.head + (warp < HEADS ? warp : 0);
     const float exponent = get_exponent(a, decay_head), bias = a.dt_bias[decay_head];
     auto ask = [&](int n) {
-        const int stage = n % STAGES, token = (p.first + n) * CHUNK - p.before;
-        if (p.first + n < p.end) {
-            ask_for_units<T, HOLDERS * 8>(m.x[stage][0], x, a.x_stride, token, p.count);
-            ask_for_units<T, UNITS>(m.B[stage], B, a.B_stride, token, p.count);
+        const int stage = n % STAGES, row = (int)p.row + (p.first + n) * CHUNK - p.before;
+        if (p.first + n >= p.end) {
+            return;
+        }
+        expect_bytes(&m.full[stage], (HOLDERS + N / 64 * (OUTPUT ? 2 : 1)) * (int)sizeof m.x[0][0]);
+#pragma unroll
+        for (int i = 0; i < HOLDERS; i++) {
+            copy_panel(m.x[stage][i], &maps.x, x_columns[i], row, &m.full[stage]);
+        }
+#pragma unroll
+        for (int i = 0; i < N / 64; i++) {
+            copy_panel(m.B[stage] + i * PANEL, &maps.B, B_column + i * 64, row, &m.full[stage]);
             if (OUTPUT) {
-                ask_for_units<T, UNITS>(m.C[stage], C, a.C_stride, token, p.count);
+                copy_panel(m.C[stage] + i * PANEL, &maps.C, C_column + i * 64, row, &m.full[stage]);
             }
         }
-        asm volatile("cp.async.commit_group;" ::: "memory");
     };
     float dt[2];
     auto decide = [&](int n) { /* the decays of a chunk, whose dt were asked for a chunk ago */
                                const int chunk = p.first + n;
                                fill_decays(a, span, chunk * CHUNK, total, p.folded_of(chunk), exponent, bias,
-                                           dt, m.decays[n % STAGES][warp]);
+                                           dt, m.decays[n % DECAYS][warp]);
                                ask_for_dt<T>(a, span, tails.dt, decay_head, (chunk + 1) * CHUNK, total, dt);
     };
 
     double log_decay = 0.0; /* of the segment */
-    ask(0);
+    if (thread == COPIER) {
+        ask(0);
+        ask(1);
+        ask(2);
+    }
     if (OUTPUT) {
         uint4 *scores = (uint4 *)m.scores;
         for (int i = thread; i < (int)(sizeof m.scores / sizeof *scores); i += GROUP_THREADS) {
             scores[i] = make_uint4(0, 0, 0, 0);
         }
     }
-    if (p.first == 0 && p.before > 0 && tails.x != NULL) {
-        asm volatile("cp.async.wait_all;" ::: "memory"); /* their zeros */
-        take_tail<T, HOLDERS * 8>(m.x[0][0], tails.x + x_column, (int64_t)a.x_heads * a.head_dim, p.before);
-        take_tail<T, UNITS>(m.B[0], tails.B + B_column, (int64_t)a.B_groups * N, p.before);
-    }
-    ask(1);
     if (warp < HEADS) {
         ask_for_dt<T>(a, span, tails.dt, decay_head, p.first * CHUNK, total, dt);
         decide(0);
     }
-    asm volatile("cp.async.wait_group 1;" ::: "memory");
-    wgmma_publish();
 #pragma unroll 1
     for (int n = 0; p.first + n < p.end; n++) {
-        const int stage = n % STAGES;
-        barrier_meet(1, GROUP_THREADS); /* the chunk is here */
+        const int stage = n % STAGES, chunk = p.first + n, there = total - chunk * CHUNK;
+        phase_wait(&m.full[stage], n / STAGES % 2);
+        if (chunk == 0 && p.before > 0 && tails.x != NULL) {
+            const int64_t x_stride = (int64_t)a.x_heads * a.head_dim;
+#pragma unroll
+            for (int i = 0; i < HOLDERS; i++) {
+                take_tail<T, 8>(m.x[0][i], tails.x + x_columns[i], x_stride, p.before);
+            }
+            take_tail<T, UNITS>(m.B[0], tails.B + B_column, (int64_t)a.B_groups * N, p.before);
+        }
+        if (there < CHUNK) {
+#pragma unroll
+            for (int i = 0; i < HOLDERS; i++) {
+                clear_rows<T, 8>(m.x[stage][i], there);
+            }
+            clear_rows<T, UNITS>(m.B[stage], there);
+        }
+        if (chunk == 0 || there < CHUNK) {
+            wgmma_publish();
+        }
+        barrier_meet(1, GROUP_THREADS); /* the chunk is here, and its decays */
         float s[CHUNK / 2];
         if constexpr (OUTPUT) {
             const uint32_t B_tile = shared_address(m.B[stage]), C_tile = shared_address(m.C[stage]);
@@ -248,26 +298,25 @@ prepare(const chunk_arguments &c, const mil_tails &tails, const mil_span &span, 
         }
         if (warp < HEADS) {
             if constexpr (!OUTPUT) {
-                const float2 last = m.decays[stage][warp].sum[p.folded_of(p.first + n) - 1];
+                const float2 last = m.decays[n % DECAYS][warp].sum[p.folded_of(chunk) - 1];
                 log_decay += (double)last.x + (double)last.y;
             }
-            decide(n + 1); /* in a place that was free when the chunk was asked for */
+            decide(n + 1); /* where chunk n - 3 had its own, without which this one would not be here */
         }
         if constexpr (OUTPUT) {
             wgmma_wait<0>(s);
 #pragma unroll
             for (int i = 0; i < HEADS; i++) {
-                place_scores<T>(s, m.decays[stage][i], m.scores[stage][i]);
+                place_scores<T>(s, m.decays[n % DECAYS][i], m.scores[stage][i]);
             }
             wgmma_publish();
         }
         phase_arrive(&m.ready[stage]);
-        asm volatile("cp.async.wait_all;" ::: "memory"); /* the next chunk, asked for a chunk ago */
-        wgmma_publish();
-        if (n > 0) {
+        if (thread == COPIER && n > 0 && chunk + 2 < p.end) {
             phase_wait(&m.free[(n - 1) % STAGES], (n - 1) / STAGES % 2);
+            ask(n + 2);
         }
-        ask(n + 2);
+        __syncwarp();
     }
     if (!OUTPUT && warp < HEADS && thread % MIL_WARP == 0) {
         c.segment_decays[find_segment(c, decay_head, p.segment)] = (float)exp2(log_decay);
@@ -389,7 +438,7 @@ hold(const chunk_arguments &c, const mil_tails &tails, bool given, const hopper_
 #pragma unroll 1
     for (int n = 0; p.first + n < p.end; n++) {
         const int stage = n % STAGES, chunk = p.first + n;
-        const chunk_decays &decays = m.decays[stage][PAIRS ? group : 0];
+        const chunk_decays &decays = m.decays[n % DECAYS][PAIRS ? group : 0];
         T *x_panel = m.x[stage][group];
         const uint32_t B = shared_address(m.B[stage]), C = shared_address(m.C[stage]),
                        scores = shared_address(m.scores[stage][PAIRS ? group : 0]);
@@ -401,6 +450,7 @@ hold(const chunk_arguments &c, const mil_tails &tails, bool given, const hopper_
                 left[i / 4][i % 4] = pack<T>(H[2 * i], H[2 * i + 1]);
             }
         }
+        phase_wait(&m.full[stage], n / STAGES % 2); /* long since; but it is what shows the copies */
         phase_wait(&m.ready[stage], n / STAGES % 2);
         const float last = decays.last;
 #pragma unroll
@@ -455,7 +505,8 @@ hold(const chunk_arguments &c, const mil_tails &tails, bool given, const hopper_
 template <typename T, int N, bool PAIRS, bool OUTPUT>
 static __global__ void
 __launch_bounds__(THREADS, 1)
-    ssd_hopper_kernel(const __grid_constant__ chunk_arguments c, const __grid_constant__ mil_states states)
+    ssd_hopper_kernel(const __grid_constant__ chunk_arguments c, const __grid_constant__ mil_states states,
+                      const __grid_constant__ hopper_maps maps)
 {
 #if MIL_HAS_WGMMA
     extern __shared__ __align__(1024) char shared[];
@@ -467,8 +518,10 @@ __launch_bounds__(THREADS, 1)
     p.segment = blockIdx.x / a.slices;
     p.head = PAIRS ? 2 * blockIdx.y : blockIdx.y;
     if (threadIdx.x < STAGES) {
+        phase_init(&m.full[threadIdx.x], 1);
         phase_init(&m.ready[threadIdx.x], GROUP_THREADS);
         phase_init(&m.free[threadIdx.x], HOLDERS * GROUP_THREADS / MIL_WARP);
+        wgmma_publish();
     }
     __syncthreads();
     mil_wait();
@@ -485,7 +538,7 @@ __launch_bounds__(THREADS, 1)
     }
     if (threadIdx.x >= HOLDERS * GROUP_THREADS) {
         group_give_registers<REGISTERS_TO_PREPARE>();
-        prepare<T, N, PAIRS, OUTPUT>(c, tails, span, p, m);
+        prepare<T, N, PAIRS, OUTPUT>(c, maps, tails, span, p, m);
         group_take_registers<REGISTERS>();
     }
     else {
@@ -513,16 +566,66 @@ __launch_bounds__(THREADS, 1)
 
 /* ---- launches ------------------------------------------------------------------------------------------------------- */
 
+typedef CUresult (*map_encoder)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
+                                const cuuint64_t *, const cuuint32_t *, const cuuint32_t *,
+                                CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
+                                CUtensorMapFloatOOBfill);
+
+/* The driver's function that describes arrays, asked for by name, so that nothing is linked to the driver; NULL where
+ * it has none. */
+static map_encoder
+find_encoder(void)
+{
+    static map_encoder found;
+    if (found == NULL) {
+        void *function = NULL;
+        cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+        cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                             cudaEnableDefault, &result);
+#else
+        cudaError_t error =
+            cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
+#endif
+        if (error == cudaSuccess && result == cudaDriverEntryPointSuccess) {
+            found = (map_encoder)function;
+        }
+    }
+    return found;
+}
+
+/* [rows, width] of 16-bit values, `stride` apart, in panels of CHUNK rows and 64 columns. */
+static mil_status
+describe(bool half, const void *from, int64_t rows, int64_t width, int64_t stride, CUtensorMap *map)
+{
+    const cuuint64_t sizes[2] = {(cuuint64_t)width, (cuuint64_t)rows}, strides[1] = {(cuuint64_t)stride * 2};
+    const cuuint32_t box[2] = {64, CHUNK}, steps[2] = {1, 1};
+    const CUresult result = find_encoder()(
+        map, half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)from,
+        sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return result == CUDA_SUCCESS
+               ? MIL_OK
+               : mil_fail(MIL_ERR_DEVICE, "CUDA: ssd: cuTensorMapEncodeTiled of %lld x %lld failed with %d",
+                          (long long)rows, (long long)width, (int)result);
+}
+
 template <typename T, int N, bool PAIRS>
 static mil_status
 launch(mil_context *context, const chunk_arguments *c, const mil_states *states, int64_t sequences,
        bool outputs)
 {
+    const ssd_arguments &a = c->ssd;
+    const bool half = wgmma_is_half<T>;
+    hopper_maps maps;
+    MIL_TRY(describe(half, a.x, a.rows_count, (int64_t)a.x_heads * a.head_dim, a.x_stride, &maps.x));
+    MIL_TRY(describe(half, a.B, a.rows_count, (int64_t)a.B_groups * N, a.B_stride, &maps.B));
+    MIL_TRY(describe(half, a.C, a.rows_count, (int64_t)a.C_groups * N, a.C_stride, &maps.C));
     const dim3 grid((unsigned)(c->segments * c->ssd.slices), (unsigned)(c->ssd.heads / (PAIRS ? 2 : 1)),
                     (unsigned)sequences);
     return mil_launch(context, "ssd",
                       outputs ? ssd_hopper_kernel<T, N, PAIRS, true> : ssd_hopper_kernel<T, N, PAIRS, false>,
-                      grid, dim3(THREADS), sizeof(hopper_memory<T, N, PAIRS>), *c, *states);
+                      grid, dim3(THREADS), sizeof(hopper_memory<T, N, PAIRS>), *c, *states, maps);
 }
 
 bool
@@ -536,7 +639,7 @@ mil_ssd_hopper_takes(const mil_context *context, const ssd_arguments *a, chunk_b
         cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, context->ops->device) !=
             cudaSuccess ||
         major != 9 || a->head_dim % 64 != 0 || (a->state_dim != 64 && a->state_dim != 128) ||
-        (pairs && !shares)) {
+        (pairs && !shares) || a->rows_count > INT32_MAX / 2 || find_encoder() == NULL) {
         return false;
     }
     *out = {pairs, a->head_dim / (pairs ? 64 : 128), multiprocessors};
