@@ -23,6 +23,13 @@ struct chunk_arguments {
     float *segment_decays; /* [sequences, heads, segments] */
 };
 
+/* Where the states of segment `segment` of a head are among all of them. */
+static __device__ __forceinline__ int64_t
+find_segment(const chunk_arguments &c, int head, int segment)
+{
+    return ((int64_t)blockIdx.z * c.ssd.heads + head) * c.segments + segment;
+}
+
 static __device__ __forceinline__ unsigned
 shared_address(const void *pointer)
 {

@@ -78,34 +78,6 @@ struct hopper_maps {
     CUtensorMap x, B, C;
 };
 
-/* A panel of the rows from `row` on, in the background; zeros where there is nothing. `barrier` counts its bytes. */
-static __device__ __forceinline__ void
-copy_panel(void *to, const CUtensorMap *map, int column, int row, uint64_t *barrier)
-{
-#if MIL_HAS_WGMMA
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
-        "[%1, {%2, %3}], [%4];" ::"r"(shared_address(to)),
-        "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
-        : "memory");
-#else
-    (void)to, (void)map, (void)column, (void)row, (void)barrier;
-#endif
-}
-
-/* Announces `bytes` of them. */
-static __device__ __forceinline__ void
-expect_bytes(uint64_t *barrier, int bytes)
-{
-#if MIL_HAS_WGMMA
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-                 "r"(bytes)
-                 : "memory");
-#else
-    (void)barrier, (void)bytes;
-#endif
-}
-
 /* What earlier calls left of the first chunk: its first `before` tokens. */
 template <typename T, int UNITS>
 static __device__ __forceinline__ void
@@ -149,13 +121,6 @@ struct hopper_place {
         return max(0, min(CHUNK, folded - chunk * CHUNK));
     }
 };
-
-/* Where the states of segment `segment` of a head are among all of them. */
-static __device__ __forceinline__ int64_t
-find_segment(const chunk_arguments &c, int head, int segment)
-{
-    return ((int64_t)blockIdx.z * c.ssd.heads + head) * c.segments + segment;
-}
 
 /* ---- the third group ----------------------------------------------------------------------------------------------- */
 
@@ -225,7 +190,7 @@ prepare(const chunk_arguments &c, const hopper_maps &maps, const mil_tails &tail
         if (p.first + n >= p.end) {
             return;
         }
-        expect_bytes(&m.full[stage], (HOLDERS + N / 64 * (OUTPUT ? 2 : 1)) * (int)sizeof m.x[0][0]);
+        phase_expect(&m.full[stage], (HOLDERS + N / 64 * (OUTPUT ? 2 : 1)) * (int)sizeof m.x[0][0]);
 #pragma unroll
         for (int i = 0; i < HOLDERS; i++) {
             copy_panel(m.x[stage][i], &maps.x, x_columns[i], row, &m.full[stage]);

@@ -161,6 +161,35 @@ phase_wait(uint64_t *barrier, int parity)
     }
 }
 
+/* An arrival that also announces `bytes` of copies. */
+static __device__ __forceinline__ void
+phase_expect(uint64_t *barrier, int bytes)
+{
+#if MIL_HAS_WGMMA
+    uint32_t at = (uint32_t)__cvta_generic_to_shared(barrier);
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+#else
+    (void)barrier, (void)bytes;
+#endif
+}
+
+/* A panel of the array that `map` (a CUtensorMap) describes, from (row, column) on, in the background; zeros where there is
+ * nothing. The barrier counts its bytes, which need no publishing. */
+static __device__ __forceinline__ void
+copy_panel(void *to, const void *map, int column, int row, uint64_t *barrier)
+{
+#if MIL_HAS_WGMMA
+    uint32_t at = (uint32_t)__cvta_generic_to_shared(to), meet = (uint32_t)__cvta_generic_to_shared(barrier);
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+        "[%1, {%2, %3}], [%4];" ::"r"(at),
+        "l"(map), "r"(column), "r"(row), "r"(meet)
+        : "memory");
+#else
+    (void)to, (void)map, (void)column, (void)row, (void)barrier;
+#endif
+}
+
 /* ---- instructions ------------------------------------------------------------------------------------ */
 
 /* Register lists of 16, 32, 64 and 128 accumulators, for text and for operands. */
