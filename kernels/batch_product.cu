@@ -52,6 +52,7 @@ struct batch_arguments {
     mil_activation activation;
     bool gated_wide;
     int ahead; /* steps beyond the ring that the second-level cache is asked for */
+    int mixed, burst;
     batch_output outputs[MIL_BATCH_PRODUCTS];
 };
 
@@ -396,7 +397,7 @@ expect_bytes(uint64_t *barrier, int bytes)
 
 template <typename T, int COLUMNS, int RANKS, bool GATED, int STAGES>
 static __global__ void
-MIL_CLUSTER(RANKS) __launch_bounds__(THREADS + MIL_WARP, COLUMNS <= 64 && STAGES <= 3 ? 3 : 2)
+MIL_CLUSTER(RANKS) __launch_bounds__(THREADS + MIL_WARP, STAGES >= 6 ? 1 : 2)
     engine_kernel(const __grid_constant__ batch_arguments a, const __grid_constant__ batch_maps maps)
 {
 #if MIL_HAS_WGMMA
@@ -407,8 +408,9 @@ MIL_CLUSTER(RANKS) __launch_bounds__(THREADS + MIL_WARP, COLUMNS <= 64 && STAGES
     const int warp = threadIdx.x / MIL_WARP, group = warp / 4;
     const batch_output &o = output_of(a, (int)blockIdx.y);
     const int tile = (int)blockIdx.y - o.first_tile, product = GATED ? 0 : (int)(&o - a.outputs);
-    const int all = (a.in + STEP - 1) / STEP, begin = all * (int)blockIdx.x / RANKS,
-              steps = all * ((int)blockIdx.x + 1) / RANKS - begin;
+    const int all = (a.in + STEP - 1) / STEP, rank = blockIdx.x, begin = a.mixed ? rank : all * rank / RANKS,
+              apart = a.mixed ? RANKS : 1,
+              steps = a.mixed ? (all - rank + RANKS - 1) / RANKS : all * (rank + 1) / RANKS - begin;
     const bool copies = threadIdx.x == THREADS;
     auto copy_w = [&](int i) {
         const int at = i % STAGES;
@@ -416,13 +418,14 @@ MIL_CLUSTER(RANKS) __launch_bounds__(THREADS + MIL_WARP, COLUMNS <= 64 && STAGES
 #pragma unroll
         for (int g = 0; g < GROUPS; g++) {
             copy_box(stages + at * ring::STAGE + g * GROUP_OUTPUTS * 128, &maps.w[GATED ? g : product],
-                     (begin + i) * STEP, GATED ? tile * GROUP_OUTPUTS : (tile * GROUPS + g) * GROUP_OUTPUTS,
-                     &full[at]);
+                     (begin + i * apart) * STEP,
+                     GATED ? tile * GROUP_OUTPUTS : (tile * GROUPS + g) * GROUP_OUTPUTS, &full[at]);
         }
     };
     auto copy_x = [&](int i) {
         const int at = i % STAGES;
-        copy_box(stages + at * ring::STAGE + ring::W_BYTES, &maps.x, (begin + i) * STEP, 0, &full[at]);
+        copy_box(stages + at * ring::STAGE + ring::W_BYTES, &maps.x, (begin + i * apart) * STEP, 0,
+                 &full[at]);
     };
     if (copies) {
         for (int i = 0; i < STAGES; i++) {
@@ -436,7 +439,7 @@ MIL_CLUSTER(RANKS) __launch_bounds__(THREADS + MIL_WARP, COLUMNS <= 64 && STAGES
         for (int i = STAGES; i < min(STAGES + a.ahead, steps); i++) {
 #pragma unroll
             for (int g = 0; g < GROUPS; g++) {
-                prefetch_box(&maps.w[GATED ? g : product], (begin + i) * STEP,
+                prefetch_box(&maps.w[GATED ? g : product], (begin + i * apart) * STEP,
                              GATED ? tile * GROUP_OUTPUTS : (tile * GROUPS + g) * GROUP_OUTPUTS);
             }
         }
@@ -447,12 +450,19 @@ MIL_CLUSTER(RANKS) __launch_bounds__(THREADS + MIL_WARP, COLUMNS <= 64 && STAGES
     __syncthreads(); /* the barriers are there */
     float c[COLUMNS / 2] = {};
     if (copies) {
-        for (int i = 0; i < steps; i++) {
-            if (i >= STAGES) {
-                phase_wait(&empty[i % STAGES], (i / STAGES + 1) % 2);
-                copy_w(i);
+        for (int first = 0; first < steps; first += a.burst) {
+            const int end = min(first + a.burst, steps);
+            for (int i = first; i < end; i++) {
+                if (i >= STAGES) {
+                    phase_wait(&empty[i % STAGES], (i / STAGES + 1) % 2);
+                }
             }
-            copy_x(i);
+            for (int i = first; i < end; i++) {
+                if (i >= STAGES) {
+                    copy_w(i);
+                }
+                copy_x(i);
+            }
         }
     }
     __syncwarp();
@@ -542,6 +552,9 @@ launch_engine(mil_context *context, const batch_arguments &a)
     batch_maps maps = {};
     batch_arguments b = a;
     b.ahead = ahead;
+    static const int mixed = setting("MIL_MIXED", 0), burst = setting("MIL_BURST", 1);
+    b.mixed = mixed;
+    b.burst = burst;
     MIL_TRY(map_arrays(context, a, GATED, COLUMNS, &maps));
     return mil_launch(context, "product", engine_kernel<T, COLUMNS, RANKS, GATED, STAGES>,
                       dim3(RANKS, (unsigned)a.tiles), dim3(THREADS + MIL_WARP),
@@ -552,9 +565,12 @@ template <typename T, int COLUMNS, int RANKS, bool GATED>
 static mil_status
 launch(mil_context *context, const batch_arguments &a)
 {
-    static const int stages = setting("MIL_ENGINE", 0);
-    if (stages == 3) {
-        return launch_engine<T, COLUMNS, RANKS, GATED, 3>(context, a);
+    static const int stages = setting("MIL_ENGINE", 5);
+    if (stages == 10) {
+        return launch_engine<T, COLUMNS, RANKS, GATED,
+                             COLUMNS == 32   ? 10
+                             : COLUMNS == 64 ? 9
+                                             : 6>(context, a);
     }
     if (stages == 5) {
         return launch_engine<T, COLUMNS, RANKS, GATED, COLUMNS == 32 ? 5 : COLUMNS == 64 ? 4 : 3>(context, a);
