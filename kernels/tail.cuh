@@ -126,7 +126,7 @@ mil_prefetch(const void *address)
 
 /* Whether this block is the last of `sharers` to come here with the same slot, for up to MIL_SLOTS slots at once: one
  * bit each, the same in every thread.  What the others read before they came they have read. */
-#define MIL_SLOTS 3
+#define MIL_SLOTS 4
 
 struct mil_slots {
     float *slot[MIL_SLOTS];
@@ -254,18 +254,20 @@ mil_tail_shift(float *tail, int width, int columns, int shift, int count)
     const int row = threadIdx.x / WIDE, column = threadIdx.x % WIDE;
 #pragma unroll 1
     for (int at = column; at - column < columns; at += WIDE) {
-        float value[AT_ONCE];
+        float value[AT_ONCE][1];
 #pragma unroll
         for (int k = 0; k < AT_ONCE; k++) {
             const int r = row + k * APART;
-            value[k] = r < count && at < columns ? tail[(shift + r) * width + at] : 0.0f;
+            if (r < count && at < columns) {
+                mil_load_settled<1>(&tail[(shift + r) * width + at], value[k]);
+            }
         }
         __syncthreads();
 #pragma unroll
         for (int k = 0; k < AT_ONCE; k++) {
             const int r = row + k * APART;
             if (r < count && at < columns) {
-                tail[r * width + at] = value[k];
+                tail[r * width + at] = value[k][0];
             }
         }
     }
