@@ -6,13 +6,15 @@
  *
  *   block     128 outputs (two groups of four warps, 64 each; of a gated pair one group has up and one gate), all
  *             rows, a part of the inputs
- *   ring      64 inputs a step: 16 KB of W and 4 to 16 KB of x, copied (cp.async) STAGES - 1 steps ahead; two blocks share
- *             a multiprocessor, so that one multiplies while the other meets
+ *   ring      64 inputs a step: 16 KB of W and 4 to 16 KB of x, copied by the engine that knows the arrays (tensor maps) into
+ *             panels as wgmma.cuh has them, as far ahead as there is room.  A warp of its own tells it what to copy.
+ *             Two blocks share a multiprocessor: deeper rings of one were slower, shallower ones of three, too
  *   cluster   where outputs make too few blocks for the chip, up to four blocks share the inputs of a tile, and add their sums
- *             through each other's shared memory, in the order of the inputs
+ *             through each other's shared memory, in the order of the blocks.  They take steps in turn, so
+ *             that what they read at a time lies side by side
  *
  * Several products of one x go in one launch, and the first steps' weights are under way before the kernel before this one has
- * ended, which a library's kernels do not do.  How inputs are cut depends on the sizes of the weights only, so a
+ * ended, which a library's kernels do not do.  How inputs are cut depends on the weights of the launch only, so a
  * row is the same bits in any company of 17 to 128 rows.  Bytes: W once, and x once a tile of outputs from the
  * second-level cache, a quarter (32 rows) of W's or all of it (128), which is where this ends being the way.
  */
@@ -25,13 +27,10 @@
 
 #include <cuda.h>
 
-#define GROUPS 2 /* of four warps */
-#define THREADS (GROUPS * 4 * MIL_WARP)
+#define GROUP_THREADS (4 * MIL_WARP)
 #define GROUP_OUTPUTS 64
-#define TILE_OUTPUTS (GROUPS * GROUP_OUTPUTS)
-#define STEP 64                  /* inputs */
-#define PITCH (TILE_OUTPUTS + 4) /* of a row of sums: another 4 for the banks' sake */
-#define LEAST_STEPS 4            /* of a block */
+#define STEP 64                                                   /* inputs */
+#define LEAST_STEPS 4                                             /* of a block */
 #define MOST_OUTPUTS (65535 / MIL_BATCH_PRODUCTS * GROUP_OUTPUTS) /* of a product: tiles are a grid's y */
 
 struct batch_output {
@@ -51,19 +50,18 @@ struct batch_arguments {
     int64_t gated_stride;
     mil_activation activation;
     bool gated_wide;
-    int ahead; /* steps beyond the ring that the second-level cache is asked for */
-    int mixed, burst;
     batch_output outputs[MIL_BATCH_PRODUCTS];
 };
 
-/* A step's factors: W [TILE_OUTPUTS, STEP] and x [COLUMNS, STEP], panels as wgmma.cuh has them. */
-template <int COLUMNS>
+/* A step's factors: W [OUTPUTS, STEP] and x [COLUMNS, STEP]; then barriers: what has arrived, and what has been read. */
+template <int COLUMNS, int GROUPS, int STAGES_>
 struct batch_ring {
-    static constexpr int W_BYTES = TILE_OUTPUTS * 128, X_BYTES = COLUMNS * 128;
-    static constexpr int STAGE = W_BYTES + X_BYTES;
-    static constexpr int STAGES = COLUMNS == 32 ? 5 : COLUMNS == 64 ? 4 : 3;
-    static constexpr int BYTES = STAGES * STAGE;
-    static_assert(COLUMNS * PITCH * 4 <= BYTES, "the sums take the ring's place");
+    static constexpr int THREADS = GROUPS * GROUP_THREADS, OUTPUTS = GROUPS * GROUP_OUTPUTS; /* of a tile */
+    static constexpr int PITCH = OUTPUTS + 4; /* of a row of sums: another 4 for the banks' sake */
+    static constexpr int W_BYTES = OUTPUTS * 128, STAGE = W_BYTES + COLUMNS * 128, STAGES = STAGES_;
+    static constexpr int SUMS = COLUMNS * PITCH * 4;
+    static constexpr int BARRIERS = STAGES * STAGE > SUMS ? STAGES * STAGE : SUMS;
+    static constexpr int BYTES = BARRIERS + 2 * STAGES * (int)sizeof(uint64_t);
 };
 
 [[maybe_unused]] static __device__ __forceinline__ const batch_output &
@@ -76,72 +74,8 @@ output_of(const batch_arguments &a, int tile)
     return a.outputs[i];
 }
 
-/* What a thread copies of every step: one chunk of 16 bytes of every 32nd row of W, and of x. */
-template <typename T, int COLUMNS, bool GATED>
-struct batch_copier {
-    using ring = batch_ring<COLUMNS>;
-    static constexpr int APART = THREADS / 8, W_ROWS = TILE_OUTPUTS / APART, X_ROWS = COLUMNS / APART;
-    const T *w[W_ROWS], *x[X_ROWS];
-    uint32_t real_w, real_x; /* a bit a row */
-    int w_at, x_at, end;     /* the chunk's first input in the next step; all inputs end there */
-    uint32_t place;
-
-    __device__ __forceinline__ batch_copier(const batch_arguments &a, const batch_output &o, int tile,
-                                            int begin, int past)
-    {
-        const int chunk = threadIdx.x % 8, row = threadIdx.x / 8;
-        place = panel_place<TILE_OUTPUTS>(row, chunk); /* APART rows on, the swizzle is the same */
-        w_at = x_at = begin + chunk * 8;
-        end = past;
-        real_w = real_x = 0;
-#pragma unroll
-        for (int k = 0; k < W_ROWS; k++) {
-            int at = row + k * APART, second = GATED ? at / GROUP_OUTPUTS : 0;
-            int out = GATED ? tile * GROUP_OUTPUTS + at % GROUP_OUTPUTS : tile * TILE_OUTPUTS + at;
-            bool real = out < o.out;
-            real_w |= (uint32_t)real << k;
-            w[k] = (const T *)(second ? a.outputs[1].weight : o.weight) +
-                   (real ? (int64_t)out * a.in + w_at : 0);
-        }
-#pragma unroll
-        for (int k = 0; k < X_ROWS; k++) {
-            int at = row + k * APART;
-            bool real = at < a.rows;
-            real_x |= (uint32_t)real << k;
-            x[k] = (const T *)a.x + (real ? at * a.x_stride + x_at : 0);
-        }
-    }
-
-    __device__ __forceinline__ void copy_w(uint32_t stage)
-    {
-        bool inside = w_at < end;
-#pragma unroll
-        for (int k = 0; k < W_ROWS; k++) {
-            bool real = inside && (real_w >> k & 1);
-            asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(stage + place +
-                                                                                        k * APART * 128),
-                         "l"(w[k]), "r"(real ? 16 : 0)
-                         : "memory");
-            w[k] += real ? STEP : 0;
-        }
-        w_at += STEP;
-    }
-
-    __device__ __forceinline__ void copy_x(uint32_t stage)
-    {
-        bool inside = x_at < end;
-#pragma unroll
-        for (int k = 0; k < X_ROWS; k++) {
-            bool real = inside && (real_x >> k & 1);
-            copy_chunk(stage + ring::W_BYTES + place + k * APART * 128, x[k], real);
-            x[k] += real ? STEP : 0;
-        }
-        x_at += STEP;
-    }
-};
-
 /* Four sums of one row from the ranks' shared memory, in the ranks' order. */
-template <int RANKS>
+template <int RANKS, int PITCH>
 static __device__ __forceinline__ void
 add_ranks(float *sums, int row, int column, float (&total)[4])
 {
@@ -236,7 +170,7 @@ finish_gated(const batch_arguments &a, int row, int out, float (&up)[4], float (
 }
 
 /* The block's sums into shared memory, [COLUMNS][PITCH]: rows of x by outputs of the tile. */
-template <int COLUMNS>
+template <int COLUMNS, int PITCH>
 static __device__ __forceinline__ void
 put_sums(const float (&c)[COLUMNS / 2], int rows, float *sums)
 {
@@ -251,14 +185,15 @@ put_sums(const float (&c)[COLUMNS / 2], int rows, float *sums)
 }
 
 /* The tile's sums, of all ranks, to where they belong; `sums` is free memory. */
-template <typename T, int COLUMNS, int RANKS, bool GATED>
+template <typename T, int COLUMNS, int RANKS, bool GATED, typename ring>
 static __device__ __forceinline__ void
 finish_tile(const batch_arguments &a, const batch_output &o, int tile, const float (&c)[COLUMNS / 2],
             float *sums)
 {
+    constexpr int THREADS = ring::THREADS, OUTPUTS = GATED ? ring::OUTPUTS / 2 : ring::OUTPUTS;
     const int rank = blockIdx.x;
     if (threadIdx.x < THREADS) {
-        put_sums<COLUMNS>(c, a.rows, sums);
+        put_sums<COLUMNS, ring::PITCH>(c, a.rows, sums);
     }
     if constexpr (RANKS > 1) {
         mil_cluster_sync();
@@ -266,19 +201,19 @@ finish_tile(const batch_arguments &a, const batch_output &o, int tile, const flo
     else {
         __syncthreads();
     }
-    constexpr int QUADS = (GATED ? GROUP_OUTPUTS : TILE_OUTPUTS) / 4; /* of a row */
+    constexpr int QUADS = OUTPUTS / 4; /* of a row */
     const int share = (a.rows * QUADS + RANKS - 1) / RANKS, end = min(a.rows * QUADS, (rank + 1) * share);
     for (int i = threadIdx.x < THREADS ? rank * share + (int)threadIdx.x : end; i < end; i += THREADS) {
         const int row = i / QUADS, column = i % QUADS * 4;
         float sum[4];
-        add_ranks<RANKS>(sums, row, column, sum);
+        add_ranks<RANKS, ring::PITCH>(sums, row, column, sum);
         if constexpr (GATED) {
             float gate[4];
-            add_ranks<RANKS>(sums, row, column + GROUP_OUTPUTS, gate);
-            finish_gated<T>(a, row, tile * GROUP_OUTPUTS + column, sum, gate);
+            add_ranks<RANKS, ring::PITCH>(sums, row, column + OUTPUTS, gate);
+            finish_gated<T>(a, row, tile * OUTPUTS + column, sum, gate);
         }
         else {
-            finish_outputs<T>(o, row, tile * TILE_OUTPUTS + column, sum);
+            finish_outputs<T>(o, row, tile * OUTPUTS + column, sum);
         }
     }
     if constexpr (RANKS > 1) {
@@ -286,77 +221,11 @@ finish_tile(const batch_arguments &a, const batch_output &o, int tile, const flo
     }
 }
 
-/* Grid: ranks of a tile, tiles. */
-template <typename T, int COLUMNS, int RANKS, bool GATED>
-static __global__ void
-MIL_CLUSTER(RANKS) __launch_bounds__(THREADS, 2) batch_kernel(const __grid_constant__ batch_arguments a)
-{
-#if MIL_HAS_WGMMA
-    using ring = batch_ring<COLUMNS>;
-    extern __shared__ __align__(1024) unsigned char memory[];
-    const uint32_t stages = shared_address(memory);
-    const int rank = blockIdx.x, group = threadIdx.x / (4 * MIL_WARP);
-    const batch_output &o = output_of(a, (int)blockIdx.y);
-    const int tile = (int)blockIdx.y - o.first_tile;
-    const int all = (a.in + STEP - 1) / STEP, begin = all * rank / RANKS,
-              steps = all * (rank + 1) / RANKS - begin;
-    batch_copier<T, COLUMNS, GATED> copier(a, o, tile, begin * STEP, min(a.in, (begin + steps) * STEP));
-    for (int i = 0; i < ring::STAGES - 1; i++) { /* weights, which nobody writes */
-        copier.copy_w(stages + i * ring::STAGE);
-        copies_commit();
-    }
-    mil_trigger();
-    mil_wait();
-    for (int i = 0; i < ring::STAGES - 1; i++) {
-        copier.copy_x(stages + i * ring::STAGE);
-        copies_commit();
-    }
-    float c[COLUMNS / 2] = {};
-    int place = 0,
-        free = ring::STAGES - 1; /* the stage of this step; the one that the step before has read */
-#pragma unroll 1
-    for (int i = 0; i < steps; i++) {
-        copies_wait<ring::STAGES - 2>();
-        wgmma_publish();
-        wgmma_wait<0>(c);
-        __syncthreads();
-        copier.copy_w(stages + free * ring::STAGE);
-        copier.copy_x(stages + free * ring::STAGE);
-        copies_commit();
-        const uint32_t w = stages + place * ring::STAGE + group * (GROUP_OUTPUTS * 128),
-                       x = stages + place * ring::STAGE + ring::W_BYTES;
-        wgmma_begin();
-#pragma unroll
-        for (int k = 0; k < STEP / 16; k++) {
-            wgmma_shared<T>(c, wgmma_factor(w + k * 32, 16), wgmma_factor(x + k * 32, 16), 1);
-        }
-        wgmma_commit();
-        free = place;
-        place = place + 1 == ring::STAGES ? 0 : place + 1;
-    }
-    copies_wait<0>();
-    wgmma_wait<0>(c);
-    __syncthreads();
-    finish_tile<T, COLUMNS, RANKS, GATED>(a, o, tile, c, (float *)memory);
-#else
-    (void)a;
-#endif
-}
+/* ---- the kernel --------------------------------------------------------------------------------------------------- */
 
-/* ---- by the copy engine ------------------------------------------------------------------------------------------------- */
-
-/* The same tiles, copied by one thread of a warp of their own: the engine knows the arrays (`maps`), fills what lies beyond them
- * with zeros, and lays panels out as wgmma.cuh has them. */
+/* How the copy engine finds x and the weights: what lies beyond an array it fills with zeros. */
 struct batch_maps {
     CUtensorMap x, w[MIL_BATCH_PRODUCTS]; /* boxes of STEP inputs by all rows, and by GROUP_OUTPUTS outputs */
-};
-
-template <int COLUMNS, int STAGES>
-struct engine_ring {
-    static constexpr int W_BYTES = TILE_OUTPUTS * 128, STAGE = W_BYTES + COLUMNS * 128;
-    static constexpr int BYTES = STAGES * STAGE > COLUMNS * PITCH * 4 ? STAGES * STAGE : COLUMNS * PITCH * 4;
-    static constexpr int ALL = BYTES + 2 * STAGES * (int)sizeof(uint64_t);
-    static_assert(BYTES % 1024 == 0 || STAGES * STAGE < COLUMNS * PITCH * 4, "barriers come after it");
 };
 
 /* A box whose corner is at (input, row) of the array into shared memory. */
@@ -374,19 +243,6 @@ copy_box(uint32_t to, const CUtensorMap *map, int input, int row, uint64_t *barr
 #endif
 }
 
-/* The same into the second-level cache alone. */
-[[maybe_unused]] static __device__ __forceinline__ void
-prefetch_box(const CUtensorMap *map, int input, int row)
-{
-#if MIL_HAS_WGMMA
-    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(input),
-                 "r"(row)
-                 : "memory");
-#else
-    (void)map, (void)input, (void)row;
-#endif
-}
-
 [[maybe_unused]] static __device__ __forceinline__ void
 expect_bytes(uint64_t *barrier, int bytes)
 {
@@ -395,37 +251,37 @@ expect_bytes(uint64_t *barrier, int bytes)
                  : "memory");
 }
 
-template <typename T, int COLUMNS, int RANKS, bool GATED, int STAGES>
+/* Grid: ranks of a tile, tiles. */
+template <typename T, int COLUMNS, int RANKS, bool GATED, int GROUPS, int STAGES>
 static __global__ void
-MIL_CLUSTER(RANKS) __launch_bounds__(THREADS + MIL_WARP, STAGES >= 6 ? 1 : 2)
-    engine_kernel(const __grid_constant__ batch_arguments a, const __grid_constant__ batch_maps maps)
+MIL_CLUSTER(RANKS)
+    __launch_bounds__(GROUPS *GROUP_THREADS + MIL_WARP, GROUPS == 4 && (COLUMNS > 32 || STAGES > 3) ? 1 : 2)
+        batch_kernel(const __grid_constant__ batch_arguments a, const __grid_constant__ batch_maps maps)
 {
 #if MIL_HAS_WGMMA
-    using ring = engine_ring<COLUMNS, STAGES>;
+    using ring = batch_ring<COLUMNS, GROUPS, STAGES>;
+    constexpr int OF_A_GATE = GATED ? GROUPS / 2 : GROUPS; /* groups that share a product */
     extern __shared__ __align__(1024) unsigned char memory[];
-    uint64_t *const full = (uint64_t *)(memory + ring::BYTES), *const empty = full + STAGES;
+    uint64_t *const full = (uint64_t *)(memory + ring::BARRIERS), *const empty = full + STAGES;
     const uint32_t stages = shared_address(memory);
-    const int warp = threadIdx.x / MIL_WARP, group = warp / 4;
+    const int warp = threadIdx.x / MIL_WARP, group = warp / 4, rank = blockIdx.x;
     const batch_output &o = output_of(a, (int)blockIdx.y);
     const int tile = (int)blockIdx.y - o.first_tile, product = GATED ? 0 : (int)(&o - a.outputs);
-    const int all = (a.in + STEP - 1) / STEP, rank = blockIdx.x, begin = a.mixed ? rank : all * rank / RANKS,
-              apart = a.mixed ? RANKS : 1,
-              steps = a.mixed ? (all - rank + RANKS - 1) / RANKS : all * (rank + 1) / RANKS - begin;
-    const bool copies = threadIdx.x == THREADS;
+    const int steps = ((a.in + STEP - 1) / STEP - rank + RANKS - 1) / RANKS; /* rank, rank + RANKS, .. */
+    const bool copies = threadIdx.x == ring::THREADS;
     auto copy_w = [&](int i) {
         const int at = i % STAGES;
         expect_bytes(&full[at], ring::STAGE);
 #pragma unroll
         for (int g = 0; g < GROUPS; g++) {
-            copy_box(stages + at * ring::STAGE + g * GROUP_OUTPUTS * 128, &maps.w[GATED ? g : product],
-                     (begin + i * apart) * STEP,
-                     GATED ? tile * GROUP_OUTPUTS : (tile * GROUPS + g) * GROUP_OUTPUTS, &full[at]);
+            copy_box(stages + at * ring::STAGE + g * GROUP_OUTPUTS * 128,
+                     &maps.w[GATED ? g / OF_A_GATE : product], (rank + i * RANKS) * STEP,
+                     (tile * OF_A_GATE + g % OF_A_GATE) * GROUP_OUTPUTS, &full[at]);
         }
     };
     auto copy_x = [&](int i) {
         const int at = i % STAGES;
-        copy_box(stages + at * ring::STAGE + ring::W_BYTES, &maps.x, (begin + i * apart) * STEP, 0,
-                 &full[at]);
+        copy_box(stages + at * ring::STAGE + ring::W_BYTES, &maps.x, (rank + i * RANKS) * STEP, 0, &full[at]);
     };
     if (copies) {
         for (int i = 0; i < STAGES; i++) {
@@ -436,13 +292,6 @@ MIL_CLUSTER(RANKS) __launch_bounds__(THREADS + MIL_WARP, STAGES >= 6 ? 1 : 2)
         for (int i = 0; i < min(STAGES, steps); i++) { /* weights, which nobody writes */
             copy_w(i);
         }
-        for (int i = STAGES; i < min(STAGES + a.ahead, steps); i++) {
-#pragma unroll
-            for (int g = 0; g < GROUPS; g++) {
-                prefetch_box(&maps.w[GATED ? g : product], (begin + i * apart) * STEP,
-                             GATED ? tile * GROUP_OUTPUTS : (tile * GROUPS + g) * GROUP_OUTPUTS);
-            }
-        }
     }
     __syncwarp();
     mil_trigger();
@@ -450,19 +299,12 @@ MIL_CLUSTER(RANKS) __launch_bounds__(THREADS + MIL_WARP, STAGES >= 6 ? 1 : 2)
     __syncthreads(); /* the barriers are there */
     float c[COLUMNS / 2] = {};
     if (copies) {
-        for (int first = 0; first < steps; first += a.burst) {
-            const int end = min(first + a.burst, steps);
-            for (int i = first; i < end; i++) {
-                if (i >= STAGES) {
-                    phase_wait(&empty[i % STAGES], (i / STAGES + 1) % 2);
-                }
+        for (int i = 0; i < steps; i++) {
+            if (i >= STAGES) {
+                phase_wait(&empty[i % STAGES], (i / STAGES + 1) % 2);
+                copy_w(i);
             }
-            for (int i = first; i < end; i++) {
-                if (i >= STAGES) {
-                    copy_w(i);
-                }
-                copy_x(i);
-            }
+            copy_x(i);
         }
     }
     __syncwarp();
@@ -479,14 +321,14 @@ MIL_CLUSTER(RANKS) __launch_bounds__(THREADS + MIL_WARP, STAGES >= 6 ? 1 : 2)
             }
             wgmma_commit();
             wgmma_wait<1>(c);
-            if (i > 0 && threadIdx.x % MIL_WARP == 0) {
+            if (i > 0 && threadIdx.x % MIL_WARP == 0) { /* the step before has been read */
                 phase_arrive(&empty[(i - 1) % STAGES]);
             }
         }
         wgmma_wait<0>(c);
     }
     __syncthreads();
-    finish_tile<T, COLUMNS, RANKS, GATED>(a, o, tile, c, (float *)memory);
+    finish_tile<T, COLUMNS, RANKS, GATED, ring>(a, o, tile, c, (float *)memory);
 #else
     (void)a, (void)maps;
 #endif
@@ -544,64 +386,81 @@ setting(const char *name, int otherwise)
     return value == NULL ? otherwise : atoi(value);
 }
 
-template <typename T, int COLUMNS, int RANKS, bool GATED, int STAGES>
-static mil_status
-launch_engine(mil_context *context, const batch_arguments &a)
-{
-    static const int ahead = setting("MIL_AHEAD", 0);
-    batch_maps maps = {};
-    batch_arguments b = a;
-    b.ahead = ahead;
-    static const int mixed = setting("MIL_MIXED", 0), burst = setting("MIL_BURST", 1);
-    b.mixed = mixed;
-    b.burst = burst;
-    MIL_TRY(map_arrays(context, a, GATED, COLUMNS, &maps));
-    return mil_launch(context, "product", engine_kernel<T, COLUMNS, RANKS, GATED, STAGES>,
-                      dim3(RANKS, (unsigned)a.tiles), dim3(THREADS + MIL_WARP),
-                      engine_ring<COLUMNS, STAGES>::ALL, b, maps);
-}
-
-template <typename T, int COLUMNS, int RANKS, bool GATED>
+template <typename T, int COLUMNS, int RANKS, bool GATED, int GROUPS, int STAGES>
 static mil_status
 launch(mil_context *context, const batch_arguments &a)
 {
-    static const int stages = setting("MIL_ENGINE", 5);
-    if (stages == 10) {
-        return launch_engine<T, COLUMNS, RANKS, GATED,
-                             COLUMNS == 32   ? 10
-                             : COLUMNS == 64 ? 9
-                                             : 6>(context, a);
+    batch_maps maps = {};
+    MIL_TRY(map_arrays(context, a, GATED, COLUMNS, &maps));
+    using ring = batch_ring<COLUMNS, GROUPS, STAGES>;
+    return mil_launch(context, "product", batch_kernel<T, COLUMNS, RANKS, GATED, GROUPS, STAGES>,
+                      dim3(RANKS, (unsigned)a.tiles), dim3(ring::THREADS + MIL_WARP), ring::BYTES, a, maps);
+}
+
+/* Tiles of so many outputs of all products. */
+static void
+count_tiles(batch_arguments *a, int outputs)
+{
+    a->tiles = 0;
+    for (int i = 0; i < a->count; i++) {
+        a->outputs[i].first_tile = a->tiles;
+        a->tiles += (a->outputs[i].out + outputs - 1) / outputs;
     }
-    if (stages == 5) {
-        return launch_engine<T, COLUMNS, RANKS, GATED, COLUMNS == 32 ? 5 : COLUMNS == 64 ? 4 : 3>(context, a);
-    }
-    return mil_launch(context, "product", batch_kernel<T, COLUMNS, RANKS, GATED>,
-                      dim3(RANKS, (unsigned)a.tiles), dim3(THREADS), batch_ring<COLUMNS>::BYTES, a);
 }
 
 /* Into how many parts the inputs are cut: by the sizes of the weights alone. */
+template <typename T, int COLUMNS, bool GATED, int GROUPS, int STAGES>
+static mil_status
+choose_ranks(mil_context *context, batch_arguments a)
+{
+    count_tiles(&a, GROUPS * GROUP_OUTPUTS / (GATED ? 2 : 1));
+    static const int enough = setting("MIL_ENOUGH", GROUPS == 4 ? 132 : 512),
+                     most_ranks = setting("MIL_RANKS", 8);
+    static const int all_ranks[] = {8, 4, 3, 2};
+    int ranks = 1;
+    for (int i = 0; i < 4 && ranks == 1; i++) {
+        bool there = all_ranks[i] <= most_ranks && (GROUPS == 4 || all_ranks[i] % 2 == 0) &&
+                     (GROUPS == 4 || all_ranks[i] < 8);
+        ranks = there && a.tiles * all_ranks[i] <= enough && a.in >= all_ranks[i] * LEAST_STEPS * STEP
+                    ? all_ranks[i]
+                    : 1;
+    }
+    if constexpr (GROUPS == 4) {
+        if (ranks == 8) {
+            return launch<T, COLUMNS, 8, GATED, GROUPS, STAGES>(context, a);
+        }
+        if (ranks == 3) {
+            return launch<T, COLUMNS, 3, GATED, GROUPS, STAGES>(context, a);
+        }
+    }
+    return ranks == 4   ? launch<T, COLUMNS, 4, GATED, GROUPS, STAGES>(context, a)
+           : ranks == 2 ? launch<T, COLUMNS, 2, GATED, GROUPS, STAGES>(context, a)
+                        : launch<T, COLUMNS, 1, GATED, GROUPS, STAGES>(context, a);
+}
+
 template <typename T, int COLUMNS, bool GATED>
 static mil_status
-choose_ranks(mil_context *context, const batch_arguments &a)
+choose_kind(mil_context *context, const batch_arguments &a)
 {
-    static const int most_ranks = setting("MIL_RANKS", 4), enough = setting("MIL_ENOUGH", 512);
-    int ranks = most_ranks;
-    while (ranks > 1 && (a.tiles * ranks > enough || a.in < ranks * LEAST_STEPS * STEP)) {
-        ranks /= 2;
+    static const int kind = setting("MIL_KIND", 0);
+    if (kind == 1) {
+        return choose_ranks<T, COLUMNS, GATED, 4, COLUMNS == 32 ? 6 : COLUMNS == 64 ? 5 : 4>(context, a);
     }
-    return ranks == 8   ? launch<T, COLUMNS, 8, GATED>(context, a)
-           : ranks == 4 ? launch<T, COLUMNS, 4, GATED>(context, a)
-           : ranks == 2 ? launch<T, COLUMNS, 2, GATED>(context, a)
-                        : launch<T, COLUMNS, 1, GATED>(context, a);
+    if constexpr (COLUMNS == 32) {
+        if (kind == 2) {
+            return choose_ranks<T, COLUMNS, GATED, 4, 3>(context, a);
+        }
+    }
+    return choose_ranks<T, COLUMNS, GATED, 2, COLUMNS == 32 ? 5 : COLUMNS == 64 ? 4 : 3>(context, a);
 }
 
 template <typename T, bool GATED>
 static mil_status
 choose_columns(mil_context *context, const batch_arguments &a)
 {
-    return a.rows <= 32   ? choose_ranks<T, 32, GATED>(context, a)
-           : a.rows <= 64 ? choose_ranks<T, 64, GATED>(context, a)
-                          : choose_ranks<T, 128, GATED>(context, a);
+    return a.rows <= 32   ? choose_kind<T, 32, GATED>(context, a)
+           : a.rows <= 64 ? choose_kind<T, 64, GATED>(context, a)
+                          : choose_kind<T, 128, GATED>(context, a);
 }
 
 template <bool GATED>
@@ -625,9 +484,10 @@ mil_batch_product_fits(const mil_context *context, const mil_linear *products, i
     bool fits = true;
     for (int64_t i = 0; i < count; i++) {
         const mil_linear *p = &products[i];
-        fits = fits && p->rows <= MIL_BATCH_ROWS && p->dtype == context->ops->activation_dtype &&
-               p->in % 8 == 0 && p->in < 1 << 30 && p->out <= MOST_OUTPUTS &&
-               (uintptr_t)p->weight % 16 == 0 && (uintptr_t)p->x % 16 == 0 && p->x_stride % 8 == 0;
+        static const int most = setting("MIL_MOST", MIL_BATCH_ROWS);
+        fits = fits && p->rows <= most && p->dtype == context->ops->activation_dtype && p->in % 8 == 0 &&
+               p->in < 1 << 30 && p->out <= MOST_OUTPUTS && (uintptr_t)p->weight % 16 == 0 &&
+               (uintptr_t)p->x % 16 == 0 && p->x_stride % 8 == 0;
     }
     return fits;
 }
@@ -640,15 +500,15 @@ is_wide(const void *y, int64_t stride, int64_t out, size_t size)
 }
 
 static batch_output
-output_of(const mil_linear *p, int first_tile)
+output_of(const mil_linear *p)
 {
     return {p->weight,     p->bias,         p->y,
-            p->y_stride,   (int)p->out,     first_tile,
+            p->y_stride,   (int)p->out,     0,
             p->accumulate, p->float_output, is_wide(p->y, p->y_stride, p->out, p->float_output ? 4 : 2)};
 }
 
 static batch_arguments
-arguments_of(const mil_linear *products, int64_t count, int tile_outputs)
+arguments_of(const mil_linear *products, int64_t count)
 {
     batch_arguments a = {};
     a.rows = (int)products->rows;
@@ -657,8 +517,7 @@ arguments_of(const mil_linear *products, int64_t count, int tile_outputs)
     a.x = products->x;
     a.x_stride = products->x_stride;
     for (int64_t i = 0; i < count; i++) {
-        a.outputs[i] = output_of(&products[i], a.tiles);
-        a.tiles += (int)mil_ceil_div(products[i].out, tile_outputs);
+        a.outputs[i] = output_of(&products[i]);
     }
     return a;
 }
@@ -666,7 +525,7 @@ arguments_of(const mil_linear *products, int64_t count, int tile_outputs)
 mil_status
 mil_batch_product(mil_context *context, const mil_linear *products, int64_t count)
 {
-    return choose_type<false>(context, arguments_of(products, count, TILE_OUTPUTS));
+    return choose_type<false>(context, arguments_of(products, count));
 }
 
 mil_status
@@ -679,8 +538,8 @@ mil_batch_gated(mil_context *context, const mil_linear *products, int64_t count,
         MIL_TRY(mil_batch_product(context, products, count));
         return gate == NULL ? MIL_OK : context->ops->glu_forward(context, gate);
     }
-    batch_arguments a = arguments_of(products, 1, GROUP_OUTPUTS);
-    a.outputs[1] = output_of(&products[1], 0);
+    batch_arguments a = arguments_of(products, 1);
+    a.outputs[1] = output_of(&products[1]);
     a.gated = gate->y;
     a.gated_stride = gate->y_stride;
     a.activation = gate->activation;
