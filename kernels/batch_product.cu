@@ -117,9 +117,25 @@ write_outputs(T *y, bool wide, int count, const float (&value)[4])
     }
 }
 
+/* What four outputs are added to. */
 template <typename T>
 static __device__ __forceinline__ void
-finish_outputs(const batch_output &o, int row, int out, float (&sum)[4])
+read_before(const batch_output &o, int row, int out, float (&before)[4])
+{
+    const T *y = (const T *)o.y + row * o.y_stride + out;
+    if (o.wide && out < o.out) {
+        mil_load<4>(y, before);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        before[i] = out + i < o.out ? mil_float(y[i]) : 0.0f;
+    }
+}
+
+template <typename T>
+static __device__ __forceinline__ void
+finish_outputs(const batch_output &o, int row, int out, const float (&before)[4], float (&sum)[4])
 {
     int count = o.out - out;
     if (count <= 0) {
@@ -131,24 +147,11 @@ finish_outputs(const batch_output &o, int row, int out, float (&sum)[4])
         write_outputs((float *)o.y + at, o.wide, count, sum);
         return;
     }
-    T *y = (T *)o.y + at;
-    if (o.accumulate) {
-        float before[4] = {};
-        if (o.wide) {
-            mil_load<4>(y, before);
-        }
-        else {
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                before[i] = i < count ? mil_float(y[i]) : 0.0f;
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            sum[i] += before[i];
-        }
+    for (int i = 0; i < 4; i++) {
+        sum[i] = o.accumulate ? sum[i] + before[i] : sum[i];
     }
-    write_outputs(y, o.wide, count, sum);
+    write_outputs((T *)o.y + at, o.wide, count, sum);
 }
 
 /* act(gate) * up of both products as they would have been stored. */
@@ -184,42 +187,49 @@ put_sums(const float (&c)[COLUMNS / 2], int rows, float *sums)
     }
 }
 
-/* The tile's sums, of all ranks, to where they belong; `sums` is free memory. */
-template <typename T, int COLUMNS, int RANKS, bool GATED, typename ring>
-static __device__ __forceinline__ void
-finish_tile(const batch_arguments &a, const batch_output &o, int tile, const float (&c)[COLUMNS / 2],
-            float *sums)
-{
-    constexpr int THREADS = ring::THREADS, OUTPUTS = GATED ? ring::OUTPUTS / 2 : ring::OUTPUTS;
-    const int rank = blockIdx.x;
-    if (threadIdx.x < THREADS) {
-        put_sums<COLUMNS, ring::PITCH>(c, a.rows, sums);
+/* What a thread writes of the tile: four outputs of a row here and there, and what they are added to. */
+template <typename T, int RANKS, bool GATED, typename ring>
+struct batch_writer {
+    static constexpr int OUTPUTS = GATED ? ring::OUTPUTS / 2 : ring::OUTPUTS, QUADS = OUTPUTS / 4;
+    int at, end;
+    float before[4];
+
+    __device__ __forceinline__ batch_writer(const batch_arguments &a, const batch_output &o, int tile)
+    {
+        const int share = (a.rows * QUADS + RANKS - 1) / RANKS;
+        end = min(a.rows * QUADS, ((int)blockIdx.x + 1) * share);
+        at = (int)threadIdx.x < ring::THREADS ? (int)blockIdx.x * share + (int)threadIdx.x : end;
+        read(o, tile);
     }
-    if constexpr (RANKS > 1) {
-        mil_cluster_sync();
-    }
-    else {
-        __syncthreads();
-    }
-    constexpr int QUADS = OUTPUTS / 4; /* of a row */
-    const int share = (a.rows * QUADS + RANKS - 1) / RANKS, end = min(a.rows * QUADS, (rank + 1) * share);
-    for (int i = threadIdx.x < THREADS ? rank * share + (int)threadIdx.x : end; i < end; i += THREADS) {
-        const int row = i / QUADS, column = i % QUADS * 4;
-        float sum[4];
-        add_ranks<RANKS, ring::PITCH>(sums, row, column, sum);
-        if constexpr (GATED) {
-            float gate[4];
-            add_ranks<RANKS, ring::PITCH>(sums, row, column + OUTPUTS, gate);
-            finish_gated<T>(a, row, tile * OUTPUTS + column, sum, gate);
-        }
-        else {
-            finish_outputs<T>(o, row, tile * OUTPUTS + column, sum);
+
+    __device__ __forceinline__ void read(const batch_output &o, int tile)
+    {
+        if (!GATED && o.accumulate && at < end) {
+            read_before<T>(o, at / QUADS, tile * OUTPUTS + at % QUADS * 4, before);
         }
     }
-    if constexpr (RANKS > 1) {
-        mil_cluster_sync(); /* nobody leaves while its sums are read */
+
+    /* Sums of all ranks to where they belong. */
+    __device__ __forceinline__ void
+    write(const batch_arguments &a, const batch_output &o, int tile, float *sums)
+    {
+        while (at < end) {
+            const int row = at / QUADS, column = at % QUADS * 4;
+            float sum[4];
+            add_ranks<RANKS, ring::PITCH>(sums, row, column, sum);
+            if constexpr (GATED) {
+                float gate[4];
+                add_ranks<RANKS, ring::PITCH>(sums, row, column + OUTPUTS, gate);
+                finish_gated<T>(a, row, tile * OUTPUTS + column, sum, gate);
+            }
+            else {
+                finish_outputs<T>(o, row, tile * OUTPUTS + column, before, sum);
+            }
+            at += ring::THREADS;
+            read(o, tile);
+        }
     }
-}
+};
 
 /* ---- the kernel --------------------------------------------------------------------------------------------------- */
 
@@ -298,6 +308,7 @@ MIL_CLUSTER(RANKS)
     mil_wait();
     __syncthreads(); /* the barriers are there */
     float c[COLUMNS / 2] = {};
+    batch_writer<T, RANKS, GATED, ring> writer(a, o, tile);
     if (copies) {
         for (int i = 0; i < steps; i++) {
             if (i >= STAGES) {
@@ -328,7 +339,20 @@ MIL_CLUSTER(RANKS)
         wgmma_wait<0>(c);
     }
     __syncthreads();
-    finish_tile<T, COLUMNS, RANKS, GATED, ring>(a, o, tile, c, (float *)memory);
+    float *const sums = (float *)memory;
+    if (warp < GROUPS * 4) {
+        put_sums<COLUMNS, ring::PITCH>(c, a.rows, sums);
+    }
+    if constexpr (RANKS > 1) {
+        mil_cluster_sync();
+        writer.write(a, o, tile, sums);
+        mil_cluster_arrive(); /* nobody leaves while its sums are read */
+        mil_cluster_wait();
+    }
+    else {
+        __syncthreads();
+        writer.write(a, o, tile, sums);
+    }
 #else
     (void)a, (void)maps;
 #endif
