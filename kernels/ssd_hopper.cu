@@ -4,7 +4,7 @@
  * halves of 128 columns of one head, or two heads of 64 that read the same B and C.  The third prepares what they share,
  * and runs a chunk of 64 tokens ahead of them:
  *
- *   third    x, B and C into shared memory (tensor copies, two chunks ahead), decays, and scores C B^T [64, 64], weighted
+ *   third    x, B and C into shared memory (tensor copies, two or three chunks ahead), decays, and scores C B^T [64, 64], weighted
  *            and rounded, into shared memory
  *   others   Y^T = h (H^T C^T) + D x^T + x^T S^T, left operands from registers: H^T as it is, rounded, x^T by ldmatrix;
  *            H^T = h_last H^T + (to_end x)^T B right behind the first product, so that it runs while Y^T is scaled; and
@@ -23,8 +23,7 @@
 #define GROUP_THREADS 128
 #define THREADS ((HOLDERS + 1) * GROUP_THREADS)
 #define PANEL (CHUNK * 64) /* elements of a panel: 64 tokens by 64 columns */
-#define STAGES 3           /* chunks in shared memory */
-#define DECAYS 4           /* and of their decays, which are made before the inputs are there */
+#define SCORES 3           /* chunks whose scores are in shared memory */
 
 /* Registers a thread: a third of 504 each, as the kernel begins and ends, and between. */
 #define REGISTERS 168
@@ -64,10 +63,12 @@ multiply_straight(float (&c)[CHUNK / 2], const uint32_t (&a)[4], uint64_t b, int
 /* Tiles are panels as wgmma reads them. Panel g of x is holder g's. */
 template <typename T, int N, bool PAIRS>
 struct hopper_memory {
+    static constexpr int STAGES = PAIRS && N == 128 ? 3 : 4; /* chunks */
+    static constexpr int DECAYS = STAGES + 1; /* theirs, which are made before the inputs are there */
     alignas(1024) T x[STAGES][HOLDERS][PANEL];
     alignas(1024) T B[STAGES][CHUNK * N];
     alignas(1024) T C[STAGES][CHUNK * N];
-    alignas(1024) T scores[STAGES][PAIRS ? HOLDERS : 1][PANEL];
+    alignas(1024) T scores[SCORES][PAIRS ? HOLDERS : 1][PANEL];
     chunk_decays decays[DECAYS][PAIRS ? HOLDERS : 1];
     uint64_t full[STAGES], ready[STAGES]; /* inputs are here; and scores */
     uint64_t free[STAGES];                /* the holders are done with both */
@@ -173,6 +174,7 @@ static __device__ __forceinline__ void
 prepare(const chunk_arguments &c, const hopper_maps &maps, const mil_tails &tails, const mil_span &span,
         const hopper_place &p, hopper_memory<T, N, PAIRS> &m)
 {
+    constexpr int STAGES = hopper_memory<T, N, PAIRS>::STAGES, DECAYS = hopper_memory<T, N, PAIRS>::DECAYS;
     constexpr int HEADS = PAIRS ? HOLDERS : 1, UNITS = N / 8 /* of a token's B or C */;
     constexpr int COPIER = 2 * MIL_WARP; /* a thread of a warp that makes no decays */
     const ssd_arguments &a = c.ssd;
@@ -203,19 +205,22 @@ prepare(const chunk_arguments &c, const hopper_maps &maps, const mil_tails &tail
             }
         }
     };
-    float dt[2];
-    auto decide = [&](int n) { /* the decays of a chunk, whose dt were asked for a chunk ago */
-                               const int chunk = p.first + n;
-                               fill_decays(a, span, chunk * CHUNK, total, p.folded_of(chunk), exponent, bias,
-                                           dt, m.decays[n % DECAYS][warp]);
-                               ask_for_dt<T>(a, span, tails.dt, decay_head, (chunk + 1) * CHUNK, total, dt);
+    float even[2], odd[2];                     /* dt of chunks, two chunks ahead */
+    auto decide = [&](int n, float (&dt)[2]) { /* the decays of a chunk */
+                                               const int chunk = p.first + n;
+                                               const float raw[2] = {dt[0], dt[1]};
+                                               ask_for_dt<T>(a, span, tails.dt, decay_head,
+                                                             (chunk + 2) * CHUNK, total, dt);
+                                               fill_decays(a, span, chunk * CHUNK, total, p.folded_of(chunk),
+                                                           exponent, bias, raw, m.decays[n % DECAYS][warp]);
     };
 
     double log_decay = 0.0; /* of the segment */
     if (thread == COPIER) {
-        ask(0);
-        ask(1);
-        ask(2);
+#pragma unroll 1
+        for (int n = 0; n < STAGES; n++) {
+            ask(n);
+        }
     }
     if (OUTPUT) {
         uint4 *scores = (uint4 *)m.scores;
@@ -224,8 +229,9 @@ prepare(const chunk_arguments &c, const hopper_maps &maps, const mil_tails &tail
         }
     }
     if (warp < HEADS) {
-        ask_for_dt<T>(a, span, tails.dt, decay_head, p.first * CHUNK, total, dt);
-        decide(0);
+        ask_for_dt<T>(a, span, tails.dt, decay_head, p.first * CHUNK, total, even);
+        ask_for_dt<T>(a, span, tails.dt, decay_head, (p.first + 1) * CHUNK, total, odd);
+        decide(0, even);
     }
 #pragma unroll 1
     for (int n = 0; p.first + n < p.end; n++) {
@@ -266,20 +272,29 @@ prepare(const chunk_arguments &c, const hopper_maps &maps, const mil_tails &tail
                 const float2 last = m.decays[n % DECAYS][warp].sum[p.folded_of(chunk) - 1];
                 log_decay += (double)last.x + (double)last.y;
             }
-            decide(n + 1); /* where chunk n - 3 had its own, without which this one would not be here */
+            /* The next chunk's, where the chunk that left this one's place had its own. */
+            if (n % 2 == 0) {
+                decide(n + 1, odd);
+            }
+            else {
+                decide(n + 1, even);
+            }
         }
         if constexpr (OUTPUT) {
             wgmma_wait<0>(s);
+            if (n >= SCORES) {
+                phase_wait(&m.free[(n - SCORES) % STAGES], (n - SCORES) / STAGES % 2);
+            }
 #pragma unroll
             for (int i = 0; i < HEADS; i++) {
-                place_scores<T>(s, m.decays[n % DECAYS][i], m.scores[stage][i]);
+                place_scores<T>(s, m.decays[n % DECAYS][i], m.scores[n % SCORES][i]);
             }
             wgmma_publish();
         }
         phase_arrive(&m.ready[stage]);
-        if (thread == COPIER && n > 0 && chunk + 2 < p.end) {
+        if (thread == COPIER && n > 0 && chunk + STAGES - 1 < p.end) {
             phase_wait(&m.free[(n - 1) % STAGES], (n - 1) / STAGES % 2);
-            ask(n + 2);
+            ask(n + STAGES - 1);
         }
         __syncwarp();
     }
@@ -386,6 +401,7 @@ static __device__ __forceinline__ void
 hold(const chunk_arguments &c, const mil_tails &tails, bool given, const hopper_place &p,
      hopper_memory<T, N, PAIRS> &m)
 {
+    constexpr int STAGES = hopper_memory<T, N, PAIRS>::STAGES, DECAYS = hopper_memory<T, N, PAIRS>::DECAYS;
     const ssd_arguments &a = c.ssd;
     const int group = threadIdx.x / GROUP_THREADS, warp = threadIdx.x % GROUP_THREADS / MIL_WARP;
     const int head = PAIRS ? p.head + group : p.head;
@@ -406,7 +422,7 @@ hold(const chunk_arguments &c, const mil_tails &tails, bool given, const hopper_
         const chunk_decays &decays = m.decays[n % DECAYS][PAIRS ? group : 0];
         T *x_panel = m.x[stage][group];
         const uint32_t B = shared_address(m.B[stage]), C = shared_address(m.C[stage]),
-                       scores = shared_address(m.scores[stage][PAIRS ? group : 0]);
+                       scores = shared_address(m.scores[n % SCORES][PAIRS ? group : 0]);
         float Y[CHUNK / 2];
         uint32_t left[N / 16][4], x[4][4], weighed[4][4];
         if constexpr (OUTPUT) {
@@ -482,7 +498,7 @@ __launch_bounds__(THREADS, 1)
     p.slice = blockIdx.x % a.slices;
     p.segment = blockIdx.x / a.slices;
     p.head = PAIRS ? 2 * blockIdx.y : blockIdx.y;
-    if (threadIdx.x < STAGES) {
+    if (threadIdx.x < hopper_memory<T, N, PAIRS>::STAGES) {
         phase_init(&m.full[threadIdx.x], 1);
         phase_init(&m.ready[threadIdx.x], GROUP_THREADS);
         phase_init(&m.free[threadIdx.x], HOLDERS * GROUP_THREADS / MIL_WARP);
