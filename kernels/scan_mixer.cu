@@ -127,35 +127,12 @@ struct warp_chunks {
     }
 };
 
-/* Asks for the rows of the convolution's tail that these are likely to need, before it is known which they are. */
+/* The tails of the convolution's inputs, of the warp's chunks, on their way: a lane has 16 bytes of a row. */
 static __device__ __forceinline__ void
-prefetch_inputs(const mixer_arguments &m, const mil_states &states, const warp_chunks &own, int chunks)
+fetch_input_tails(const mixer_arguments &m, const mil_states &states, const warp_chunks &own, int chunks,
+                  const project_memory &memory)
 {
-    const int lane = threadIdx.x % MIL_WARP, chunk = own.at(lane % MOST_CHUNKS);
-#pragma unroll 1
-    for (int sequence = 0; sequence < m.scan.rows.sequences; sequence++) {
-        const int row = mil_guess_before(m.scan.rows, sequence) + lane / MOST_CHUNKS;
-        if (lane / MOST_CHUNKS < m.taps - 1 && lane % MOST_CHUNKS < chunks && chunk < own.end) {
-            mil_prefetch(states.of[sequence].conv + row * m.inputs + chunk * CHUNK);
-        }
-    }
-}
-
-/* The convolution's inputs of the warp's chunks, on their way: a lane has 16 bytes of a row. */
-template <typename T>
-static __device__ __forceinline__ void
-fetch_inputs(const mixer_arguments &m, const mil_states &states, const warp_chunks &own, int chunks,
-             const project_memory &memory)
-{
-    static_assert(MOST_CHUNKS * CHUNK / 8 <= MIL_WARP, "a row of inputs is one access of a warp");
     const int lane = threadIdx.x % MIL_WARP, wide = chunks * CHUNK;
-    const int chunk = own.at(lane / (CHUNK / 8));
-    const bool there = lane < wide / 8 && chunk < own.end;
-    const T *raw = (const T *)m.raw + chunk * CHUNK + lane % (CHUNK / 8) * 8;
-#pragma unroll 1
-    for (int row = 0; row < m.total && there; row++) {
-        copy_16((T *)memory.raw + row * wide + lane * 8, raw + row * m.raw_stride);
-    }
 #pragma unroll 1
     for (int sequence = 0; sequence < m.scan.rows.sequences; sequence++) {
         const int64_t past = __ldcg(m.scan.rows.past + sequence);
@@ -176,51 +153,72 @@ fetch_inputs(const mixer_arguments &m, const mil_states &states, const warp_chun
     }
 }
 
-/* A lane's channels, one of each chunk: their taps, the oldest first, behind those that do not exist. */
-struct chunk_taps {
-    float weight[MOST_CHUNKS][MOST_TAPS], bias[MOST_CHUNKS];
-};
-
-/* The convolution of the warp's chunks for all rows. */
+/* The same of this call's inputs. */
 template <typename T>
 static __device__ __forceinline__ void
-convolve_chunks(const mixer_arguments &m, int chunks, const chunk_taps &taps, const project_memory &memory)
+fetch_inputs(const mixer_arguments &m, const warp_chunks &own, int chunks, const project_memory &memory)
 {
-    const int lane = threadIdx.x % MIL_WARP, wide = chunks * CHUNK, missing = MOST_TAPS - m.taps;
+    static_assert(MOST_CHUNKS * CHUNK / 8 <= MIL_WARP, "a row of inputs is one access of a warp");
+    const int lane = threadIdx.x % MIL_WARP, wide = chunks * CHUNK;
+    const int chunk = own.at(lane / (CHUNK / 8));
+    const bool there = lane < wide / 8 && chunk < own.end;
+    const T *raw = (const T *)m.raw + chunk * CHUNK + lane % (CHUNK / 8) * 8;
+#pragma unroll 1
+    for (int row = 0; row < m.total && there; row++) {
+        copy_16((T *)memory.raw + row * wide + lane * 8, raw + row * m.raw_stride);
+    }
+}
+
+/* A lane's channels, one of each chunk: their taps, the oldest first, behind those that do not exist. */
+template <int CHUNKS>
+struct chunk_taps {
+    float weight[CHUNKS][MOST_TAPS], bias[CHUNKS];
+};
+
+/* The convolution of the warp's chunks for all rows; what is beyond the last chunk is computed from anything. */
+template <typename T, int CHUNKS>
+static __device__ __forceinline__ void
+convolve_chunks(const mixer_arguments &m, const chunk_taps<CHUNKS> &taps, const project_memory &memory)
+{
+    constexpr int wide = CHUNKS * CHUNK;
+    const int lane = threadIdx.x % MIL_WARP, missing = MOST_TAPS - m.taps;
 #pragma unroll 1
     for (int sequence = 0; sequence < m.scan.rows.sequences; sequence++) {
-        float window[MOST_CHUNKS][MOST_TAPS];
+        float window[CHUNKS][MOST_TAPS];
         const float *tail = memory.tail + sequence * (m.taps - 1) * wide + lane;
 #pragma unroll
-        for (int i = 0; i < MOST_CHUNKS; i++) {
+        for (int i = 0; i < CHUNKS; i++) {
 #pragma unroll
             for (int j = 1; j < MOST_TAPS; j++) {
-                window[i][j] = i < chunks && j > missing ? tail[(j - 1 - missing) * wide + i * CHUNK] : 0.0f;
+                window[i][j] = j > missing ? tail[(j - 1 - missing) * wide + i * CHUNK] : 0.0f;
             }
         }
 #pragma unroll 1
         for (int row = m.begin[sequence]; row < m.begin[sequence + 1]; row++) {
+            const T *raw = (const T *)memory.raw + row * wide + lane;
+            T *x = (T *)memory.x + row * (wide + 8) + lane;
+            float y[CHUNKS];
 #pragma unroll
-            for (int i = 0; i < MOST_CHUNKS; i++) {
+            for (int i = 0; i < CHUNKS; i++) {
 #pragma unroll
                 for (int j = 0; j + 1 < MOST_TAPS; j++) {
                     window[i][j] = window[i][j + 1];
                 }
-                if (i < chunks) {
-                    const int at = i * CHUNK + lane;
-                    window[i][MOST_TAPS - 1] = mil_float(((const T *)memory.raw)[row * wide + at]);
-                    ((T *)memory.x)[row * (wide + 8) + at] = mil_round<T>(
-                        mil_convolve<T, MOST_TAPS>(taps.weight[i], window[i], taps.bias[i], missing, true));
-                }
+                window[i][MOST_TAPS - 1] = mil_float(raw[i * CHUNK]);
+                y[i] = mil_convolve<T, MOST_TAPS>(taps.weight[i], window[i], taps.bias[i], missing, true);
+            }
+#pragma unroll
+            for (int i = 0; i < CHUNKS; i++) {
+                x[i * CHUNK] = mil_round<T>(y[i]);
             }
         }
     }
 }
 
-/* Grid: tiles of OUTPUTS, SLICES. GROUPS of 8 rows. */
-template <typename T, int GROUPS>
+/* Grid: tiles of OUTPUTS, SLICES. GROUPS of 8 rows; CHUNKS of a warp at a time. */
+template <typename T, int GROUPS, int CHUNKS>
 static __global__ void
-__launch_bounds__(THREADS)
+__launch_bounds__(THREADS, CHUNKS <= 5 ? 5 : 3)
     mixer_project_kernel(const __grid_constant__ mixer_arguments m, const __grid_constant__ mil_states states)
 {
     extern __shared__ __align__(16) char shared[]; /* sums, then the warps' inputs */
@@ -228,24 +226,24 @@ __launch_bounds__(THREADS)
     const int warp = threadIdx.x / MIL_WARP, lane = threadIdx.x % MIL_WARP, g = lane / 4, t = lane % 4;
     const int first_output = blockIdx.x * OUTPUTS, inner = m.scan.inner, all = inner / CHUNK;
     const int a_slice = (all + SLICES - 1) / SLICES, a_warp = (a_slice + WARPS - 1) / WARPS;
-    const int chunks = min(a_warp, MOST_CHUNKS), missing = MOST_TAPS - m.taps;
-    const int bytes = (int)cut_project_memory(NULL, chunks, m.total, m.scan.rows.sequences, m.taps).bytes;
+    const int missing = MOST_TAPS - m.taps;
+    const int bytes = (int)cut_project_memory(NULL, CHUNKS, m.total, m.scan.rows.sequences, m.taps).bytes;
     const project_memory memory =
-        cut_project_memory(shared + WARPS * OUTPUTS * 8 * GROUPS * sizeof(float) + warp * bytes, chunks,
+        cut_project_memory(shared + WARPS * OUTPUTS * 8 * GROUPS * sizeof(float) + warp * bytes, CHUNKS,
                            m.total, m.scan.rows.sequences, m.taps);
     const T *low = (const T *)m.x_weight + (int64_t)min(first_output + g, m.x_width - 1) * inner + 8 * t;
     const T *high = (const T *)m.x_weight + (int64_t)min(first_output + g + 8, m.x_width - 1) * inner + 8 * t;
     float c[GROUPS][4] = {};
 #pragma unroll 1
-    for (int first = 0; first < a_warp; first += MOST_CHUNKS) {
+    for (int first = 0; first < a_warp; first += CHUNKS) {
         const warp_chunks own = {(int)blockIdx.y * a_slice + warp + first * WARPS,
                                  min(all, ((int)blockIdx.y + 1) * a_slice)};
-        uint4 wl[MOST_CHUNKS], wh[MOST_CHUNKS];
-        chunk_taps taps;
+        uint4 wl[CHUNKS], wh[CHUNKS];
+        chunk_taps<CHUNKS> taps;
 #pragma unroll
-        for (int i = 0; i < MOST_CHUNKS; i++) {
+        for (int i = 0; i < CHUNKS; i++) {
             const int chunk = own.at(i), channel = chunk * CHUNK + lane;
-            const bool there = i < chunks && chunk < own.end;
+            const bool there = chunk < own.end;
             wl[i] = there ? load_weight(low + chunk * CHUNK) : make_uint4(0, 0, 0, 0);
             wh[i] = there ? load_weight(high + chunk * CHUNK) : make_uint4(0, 0, 0, 0);
             taps.bias[i] = there && m.conv_bias != NULL ? m.conv_bias[channel] : 0.0f;
@@ -257,26 +255,28 @@ __launch_bounds__(THREADS)
         }
         if (first == 0) {
             mil_trigger();
-            prefetch_inputs(m, states, own, chunks);
+            mil_wait_for_states(m.scan.rows);
+        }
+        fetch_input_tails(m, states, own, CHUNKS, memory);
+        if (first == 0) {
             mil_wait();
         }
-        fetch_inputs<T>(m, states, own, chunks, memory);
+        fetch_inputs<T>(m, own, CHUNKS, memory);
         await_copies();
         __syncwarp();
-        convolve_chunks<T>(m, chunks, taps, memory);
+        convolve_chunks<T, CHUNKS>(m, taps, memory);
         __syncwarp();
 #pragma unroll
-        for (int i = 0; i < MOST_CHUNKS; i++) {
+        for (int group = 0; group < GROUPS; group++) {
+            const int row = group * 8 + g;
+            const T *x = (const T *)memory.x + row * (CHUNKS * CHUNK + 8) + 8 * t;
 #pragma unroll
-            for (int group = 0; group < GROUPS; group++) {
-                const int row = group * 8 + g;
-                const T *x = (const T *)memory.x + row * (chunks * CHUNK + 8) + i * CHUNK + 8 * t;
-                if (i < chunks) { /* chunks beyond the end have weights of 0, and inputs of any kind */
-                    const bool there = row < m.total && own.at(i) < own.end;
-                    const uint4 v = there ? *(const uint4 *)x : make_uint4(0, 0, 0, 0);
-                    mil_multiply_add<T>(c[group], wl[i].x, wh[i].x, wl[i].y, wh[i].y, v.x, v.y);
-                    mil_multiply_add<T>(c[group], wl[i].z, wh[i].z, wl[i].w, wh[i].w, v.z, v.w);
-                }
+            for (int i = 0; i < CHUNKS;
+                 i++) { /* chunks beyond the end have weights of 0, and inputs of any kind */
+                const bool there = row < m.total && own.at(i) < own.end;
+                const uint4 v = there ? *(const uint4 *)(x + i * CHUNK) : make_uint4(0, 0, 0, 0);
+                mil_multiply_add<T>(c[group], wl[i].x, wh[i].x, wl[i].y, wh[i].y, v.x, v.y);
+                mil_multiply_add<T>(c[group], wl[i].z, wh[i].z, wl[i].w, wh[i].w, v.z, v.w);
             }
         }
         __syncwarp();
@@ -366,38 +366,118 @@ fetch_tails(const scan_arguments &a, const mixer_place &p, int before, const mil
     }
 }
 
-/* Token `s` of a stretch: H moves on; B is the stretch's. */
+/* Tokens that are computed side by side, as far as they do not depend on each other. */
 template <int J>
+constexpr int AT_ONCE = J == 1 ? 4 : 1;
+
+/* R tokens of a stretch from `token` on, of which those from `end` on do not exist and leave H as it is: H moves on, and
+ * `then` is told after each.  B is the stretch's. */
+template <int J, int R, typename Then>
 static __device__ __forceinline__ void
-take_token(const scan_arguments &a, const float *x, const float *dt, const float *B, int token, int B_own,
-           const float (&exponent)[J][V], float (&H)[J][V])
+take_tokens(const scan_arguments &a, const float *x, const float *dt, const float *B, int token, int end,
+            int B_own, const float (&exponent)[J][V], float (&H)[J][V], Then then)
 {
     const int column = threadIdx.x % QUADS * V, lane_n = threadIdx.x / QUADS;
-    float dt_own[V], input[V], B_of[J];
-    mil_load<V>(dt + token * COLUMNS + column, dt_own);
-    mil_load<V>(x + token * COLUMNS + column, input);
+    float power[R][J][V], input[R][J][V];
 #pragma unroll
-    for (int v = 0; v < V; v++) {
-        input[v] *= dt_own[v];
+    for (int r = 0; r < R; r++) {
+        const bool there = token + r < end;
+        const int at = there ? token + r : token;
+        float dt_own[V], x_own[V];
+        mil_load<V>(dt + at * COLUMNS + column, dt_own);
+        mil_load<V>(x + at * COLUMNS + column, x_own);
+#pragma unroll
+        for (int j = 0; j < J; j++) {
+            const int n = lane_n + j * LANES_N;
+            const float B_of = n < a.state_dim ? B[at * a.B_width + B_own + n] : 0.0f;
+#pragma unroll
+            for (int v = 0; v < V; v++) {
+                const float taken = dt_own[v] * x_own[v] * B_of;
+                power[r][j][v] = there ? fast_power(dt_own[v] * exponent[j][v]) : 1.0f;
+                input[r][j][v] = there ? taken : 0.0f;
+            }
+        }
     }
 #pragma unroll
-    for (int j = 0; j < J; j++) {
-        const int n = lane_n + j * LANES_N;
-        B_of[j] = n < a.state_dim ? B[token * a.B_width + B_own + n] : 0.0f;
+    for (int r = 0; r < R; r++) {
+#pragma unroll
+        for (int j = 0; j < J; j++) {
+#pragma unroll
+            for (int v = 0; v < V; v++) {
+                H[j][v] = fmaf(power[r][j][v], H[j][v], input[r][j][v]);
+            }
+        }
+        then(r);
     }
-    step<V, J>(dt_own, input, exponent, B_of, H);
 }
 
-/* Rows of [low | B | C]: sums of the partial sums, rounded as the product's output would be. */
+/* The tail's tokens; the state after `shift` of them goes to memory. */
+template <int J>
+static __device__ __forceinline__ void
+walk_tail(const scan_arguments &a, const mixer_memory &s, int before, int shift, int B_own, int c, int lane_n,
+          const float (&exponent)[J][V], float *state, float (&H)[J][V])
+{
+#pragma unroll 1
+    for (int token = 0; token < before; token += AT_ONCE<J>) {
+        take_tokens<J, AT_ONCE<J>>(a, s.tail_x, s.tail_dt, s.tail_B, token, before, B_own, exponent, H,
+                                   [](int) {});
+        static_assert(MIL_WINDOW % AT_ONCE<J> == 0, "a fold comes between two turns");
+        if (token + AT_ONCE<J> == shift) {
+            store_H<V, J>(a, H, c, lane_n, state);
+        }
+    }
+}
+
+/* This call's rows from `row` on, R of them: C . H into s.sums. */
+template <int J, int R>
+static __device__ __forceinline__ void
+scan_rows(const scan_arguments &a, const mixer_memory &s, int row, int count, int B_own, int C_own,
+          const float (&exponent)[J][V], float (&H)[J][V])
+{
+    const int lane_n = threadIdx.x / QUADS;
+    float sum[R][V];
+    take_tokens<J, R>(a, s.x, s.dt, s.B, row, count, B_own, exponent, H, [&](int r) {
+        const int at = min(row + r, count - 1);
+#pragma unroll
+        for (int v = 0; v < V; v++) {
+            sum[r][v] = 0.0f;
+        }
+#pragma unroll
+        for (int j = 0; j < J; j++) {
+            const int n = lane_n + j * LANES_N;
+            const float C = n < a.state_dim ? s.C[at * a.C_width + C_own + n] : 0.0f;
+#pragma unroll
+            for (int v = 0; v < V; v++) {
+                sum[r][v] = fmaf(C, H[j][v], sum[r][v]);
+            }
+        }
+    });
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        add_lanes<V>(sum[r]);
+    }
+    if (threadIdx.x % MIL_WARP < QUADS) {
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            if (row + r < count) {
+                mil_store<V>(s.sums + (row + r) * WARPS * COLUMNS + threadIdx.x / MIL_WARP * COLUMNS +
+                                 threadIdx.x % QUADS * V,
+                             sum[r]);
+            }
+        }
+    }
+}
+
+/* Rows of [low | B | C]: sums of the partial sums, rounded as the product's output would be.  By the whole block. */
 template <typename T>
 static __device__ __forceinline__ void
-add_slices(const mixer_arguments &m, int first, int count, int thread, const mixer_memory &s)
+add_slices(const mixer_arguments &m, int first, int count, const mixer_memory &s)
 {
     constexpr int ACROSS = THREADS / 2; /* threads of a row */
 #pragma unroll 1
-    for (int row = thread / ACROSS; row < count; row += THREADS / ACROSS) {
+    for (int row = threadIdx.x / ACROSS; row < count; row += BLOCK / ACROSS) {
 #pragma unroll 1
-        for (int at = thread % ACROSS * V; at < m.x_width; at += ACROSS * V) {
+        for (int at = threadIdx.x % ACROSS * V; at < m.x_width; at += ACROSS * V) {
             const float *from = m.partial + (first + row) * m.x_width + at;
             float4 part[SLICES];
 #pragma unroll
@@ -486,26 +566,52 @@ load_taps(const mixer_arguments &m, int channel)
     return w;
 }
 
-/* The convolution of the block's channels, `before` tokens after the boundary: every fourth row of a thread's channel. */
+/* The inputs before this call's first row that a thread's channel needs, the oldest first. */
+static __device__ __forceinline__ void
+load_lead(const mixer_arguments &m, int before, const mil_tails &tails, const conv_taps &w,
+          float (&lead)[MOST_TAPS - 1])
+{
+    const float *tail = tails.conv + (before + m.taps - 1) * m.inputs + w.input;
+#pragma unroll
+    for (int j = 0; j < MOST_TAPS - 1; j++) {
+        const int missing = MOST_TAPS - m.taps;
+        lead[j] = j < missing ? 0.0f : __ldcg(tail + (j - (MOST_TAPS - 1)) * m.inputs);
+    }
+}
+
+/* The convolution of the block's channels: a quarter of the rows of a thread's channel, all of whose inputs are on their way
+ * at once. */
 template <typename T>
 static __device__ __forceinline__ void
-convolve_rows(const mixer_arguments &m, int first, int count, int before, const mil_tails &tails, int thread,
-              const conv_taps &w, const mixer_memory &s)
+convolve_rows(const mixer_arguments &m, int first, int count, int thread, const conv_taps &w,
+              const float (&lead)[MOST_TAPS - 1], const mixer_memory &s)
 {
+    constexpr int MOST = ROWS / WARPS; /* rows of a thread */
     const T *rows = (const T *)m.raw + first * m.raw_stride + w.input;
-    const float *tail = tails.conv + (before + m.taps - 1) * m.inputs + w.input;
-#pragma unroll 1
-    for (int row = thread / COLUMNS; row < count; row += WARPS) {
-        float window[MOST_TAPS];
+    const int each = (count + WARPS - 1) / WARPS, from = thread / COLUMNS * each,
+              end = min(from + each, count);
+    float input[MOST_TAPS - 1 + MOST];
 #pragma unroll
-        for (int j = 0; j < MOST_TAPS; j++) {
-            const int token = row - (MOST_TAPS - 1) + j;
-            window[j] = j < MOST_TAPS - m.taps ? 0.0f
-                        : token >= 0           ? mil_float(rows[token * m.raw_stride])
-                                               : tail[token * m.inputs];
+    for (int j = 0; j < MOST_TAPS - 1 + MOST; j++) {
+        const int token = from + j - (MOST_TAPS - 1);
+        const bool wanted = j >= MOST_TAPS - m.taps && token < end;
+        input[j] = wanted && token >= 0 ? mil_float(rows[token * m.raw_stride]) : 0.0f;
+#pragma unroll
+        for (int l = j; l < MOST_TAPS - 1; l++) { /* lead[l] is of token l - (MOST_TAPS - 1) */
+            input[j] = wanted && from + j == l ? lead[l] : input[j];
         }
-        const float y = mil_convolve<T, MOST_TAPS>(w.weight, window, w.bias, MOST_TAPS - m.taps, true);
-        s.x[row * COLUMNS + thread % COLUMNS] = mil_float(mil_round<T>(y));
+    }
+#pragma unroll
+    for (int k = 0; k < MOST; k++) {
+        if (from + k < end) {
+            float window[MOST_TAPS];
+#pragma unroll
+            for (int j = 0; j < MOST_TAPS; j++) {
+                window[j] = j < MOST_TAPS - m.taps ? 0.0f : input[k + j];
+            }
+            const float y = mil_convolve<T, MOST_TAPS>(w.weight, window, w.bias, MOST_TAPS - m.taps, true);
+            s.x[(from + k) * COLUMNS + thread % COLUMNS] = mil_float(mil_round<T>(y));
+        }
     }
 }
 
@@ -589,56 +695,40 @@ finish_dt(const mixer_arguments &m, const mixer_place &p, int first, int count, 
     }
 }
 
-/* The second four warps' part, from the kernel before's results: what B, C and dt are made of. */
+/* low of this call's rows, where it comes from the first products, on its way. */
 template <typename T>
 static __device__ __forceinline__ void
-gather_rows(const mixer_arguments &m, const mixer_place &p, int first, int count, const mixer_memory &s)
+fetch_low(const mixer_arguments &m, int first, int count, int thread, const mixer_memory &s)
 {
-    const scan_arguments &a = m.scan;
-    const int thread = threadIdx.x - THREADS;
-    if (m.x_weight != NULL) {
-        add_slices<T>(m, first, count, thread, s);
-    }
-    else {
 #pragma unroll 1
-        for (int row = thread / MIL_WARP; row < count && m.dt_weight != NULL; row += WARPS) {
+    for (int row = thread / MIL_WARP; row < count && m.dt_weight != NULL; row += WARPS) {
 #pragma unroll 1
-            for (int at = thread % MIL_WARP * 8; at < m.rank; at += MIL_WARP * 8) {
-                copy_16((T *)s.low + row * s.low_stride + at,
-                        (const T *)m.low + (first + row) * m.low_stride + at);
-            }
+        for (int at = thread % MIL_WARP * 8; at < m.rank; at += MIL_WARP * 8) {
+            copy_16((T *)s.low + row * s.low_stride + at,
+                    (const T *)m.low + (first + row) * m.low_stride + at);
         }
-        take_columns<T>((const T *)a.B + first * a.B_stride, a.B_stride, p.B_at, a.B_width,
-                        a.B_groups * a.state_dim, count, thread, s.B);
-        take_columns<T>((const T *)a.C + first * a.C_stride, a.C_stride, p.C_at, a.C_width,
-                        a.C_groups * a.state_dim, count, thread, s.C);
     }
 }
 
-/* And from there to B, C and dt. */
-template <typename T, int GROUPS>
+/* B and C of this call's rows, from the first products or from [low | B | C]. */
+template <typename T>
 static __device__ __forceinline__ void
-prepare_rows(const mixer_arguments &m, const mixer_place &p, int first, int count, const dt_weights &weights,
-             float bias, const mixer_memory &s)
+take_B_and_C(const mixer_arguments &m, const mixer_place &p, int first, int count, const mixer_memory &s)
 {
     const scan_arguments &a = m.scan;
-    const int thread = threadIdx.x - THREADS;
-    meet(1);
-    if (m.normed > 0) {
-        norm_parts<T>(m, count, thread, (T *)s.low, s.low_stride);
-        meet(1);
-    }
+    const int thread = threadIdx.x % THREADS, B_columns = a.B_groups * a.state_dim;
+    const int C_columns = a.C_groups * a.state_dim;
     if (m.x_weight != NULL) {
-        take_columns<T>((const T *)s.low + m.B_at, s.low_stride, p.B_at, a.B_width, a.B_groups * a.state_dim,
-                        count, thread, s.B);
-        take_columns<T>((const T *)s.low + m.C_at, s.low_stride, p.C_at, a.C_width, a.C_groups * a.state_dim,
-                        count, thread, s.C);
+        const T *low = (const T *)s.low;
+        take_columns<T>(low + m.B_at, s.low_stride, p.B_at, a.B_width, B_columns, count, thread, s.B);
+        take_columns<T>(low + m.C_at, s.low_stride, p.C_at, a.C_width, C_columns, count, thread, s.C);
     }
-    if (m.dt_weight != NULL) {
-        multiply_dt<T, GROUPS>(m, p, count, thread, weights, s);
-        meet(1);
+    else {
+        take_columns<T>((const T *)a.B + first * a.B_stride, a.B_stride, p.B_at, a.B_width, B_columns, count,
+                        thread, s.B);
+        take_columns<T>((const T *)a.C + first * a.C_stride, a.C_stride, p.C_at, a.C_width, C_columns, count,
+                        thread, s.C);
     }
-    finish_dt<T, GROUPS>(m, p, first, count, thread, bias, s);
 }
 
 /* One group's columns of B: what the tail keeps, where it is folded, and this call's rows. */
@@ -753,11 +843,11 @@ finish_rows(const scan_arguments &a, const mixer_place &p, int first, int count,
     }
 }
 
-/* Grid: blocks of COLUMNS channels, sequences.  This code runs once a layer, from caches that weights have swept: it is
- * kept short (loops of runtime length are not unrolled, what is rare is not inlined). */
+/* Grid: blocks of COLUMNS channels, sequences.  What depends on the state and its tail alone is done before the kernel
+ * before has ended (mil_rows.settled). */
 template <typename T, int J, int GROUPS>
 static __global__ void
-__launch_bounds__(BLOCK)
+__launch_bounds__(BLOCK, J == 1 ? 3 : 2)
     mixer_scan_kernel(const __grid_constant__ mixer_arguments m, const __grid_constant__ mil_states states)
 {
     extern __shared__ __align__(16) char shared[];
@@ -765,40 +855,41 @@ __launch_bounds__(BLOCK)
     const mixer_memory s = cut_mixer_memory(m, shared, GROUPS);
     const mil_tails tails = states.of[blockIdx.y];
     const bool scans = threadIdx.x < THREADS;
+    const int thread = threadIdx.x % THREADS; /* of its role */
     const int channel = blockIdx.x * COLUMNS, own = channel + (int)threadIdx.x % COLUMNS;
     const mixer_place p = {channel, channel / m.B_run * a.state_dim, channel / m.C_run * a.state_dim};
-    const int c = channel + (int)threadIdx.x % QUADS * V, lane_n = (int)threadIdx.x / QUADS;
+    const int c = channel + thread % QUADS * V, lane_n = thread / QUADS;
     const int B_own = c / m.B_run * a.state_dim - p.B_at, C_own = c / m.C_run * a.state_dim - p.C_at;
     const float D = a.D[own], bias = a.dt_bias_scale * a.dt_bias[own];
     const conv_taps taps = load_taps(m, own);
-    float H[J][V], exponent[J][V];
+    const int first = m.begin[blockIdx.y], count = m.begin[blockIdx.y + 1] - first;
+    float H[J][V], exponent[J][V], lead[MOST_TAPS - 1];
     dt_weights weights;
     mil_trigger();
-    const int guess = mil_guess_before(a.rows, blockIdx.y);
-    if (scans) { /* a row of 32 channels is a line */
-        const int which = threadIdx.x % QUADS;
-        const float *of = which == 0   ? tails.x + lane_n * a.inner + channel
-                          : which == 1 ? tails.dt + lane_n * a.inner + channel
-                          : which == 2 ? tails.state + min(lane_n, a.state_dim - 1) * a.inner + channel
-                          : which == 3 ? tails.B + lane_n * a.B_groups * a.state_dim + p.B_at
-                                       : tails.conv + (guess + lane_n) * m.inputs + taps.input;
-        if (which < 4 || (which == 4 && lane_n < m.taps - 1)) {
-            mil_prefetch(of);
-        }
-        load_exponent<V, J>(a, c, lane_n, exponent);
-    }
-    else {
-        const int warp = threadIdx.x / MIL_WARP - WARPS;
+    if (!scans) {
 #pragma unroll
         for (int i = 0; i < dt_weights::PAIRS; i++) {
-            const int pair = warp * dt_weights::PAIRS + i;
+            const int pair = thread / MIL_WARP * dt_weights::PAIRS + i;
             load_dt_weights<T>(m, channel, pair / CHAINS, pair % CHAINS * CHUNK, weights.low[i],
                                weights.high[i]);
         }
     }
-    const int first = m.begin[blockIdx.y], count = m.begin[blockIdx.y + 1] - first;
+    mil_wait_for_states(a.rows);
+    const mil_span span = mil_span_from(first, first + count, __ldcg(a.rows.past + blockIdx.y),
+                                        __ldcg(a.rows.boundary + blockIdx.y));
+    const int before = span.before, shift = (int)(span.after - span.boundary);
+    if (scans) {
+        fetch_tails(a, p, before, tails, s);
+        load_H<V, J>(a, tails.state, c, lane_n, H);
+        load_exponent<V, J>(a, c, lane_n, exponent);
+        await_copies();
+        meet(0);
+        walk_tail<J>(a, s, before, shift, B_own, c, lane_n, exponent, tails.state, H);
+    }
+    else {
+        load_lead(m, before, tails, taps, lead);
+    }
     mil_wait();
-    const int64_t past = __ldcg(a.rows.past + blockIdx.y), boundary = __ldcg(a.rows.boundary + blockIdx.y);
     float z[ROWS / (BLOCK / COLUMNS)];
 #pragma unroll
     for (int k = 0; k < ROWS / (BLOCK / COLUMNS); k++) {
@@ -806,47 +897,41 @@ __launch_bounds__(BLOCK)
         z[k] =
             a.z != NULL && row < count ? mil_float(((const T *)a.z)[(first + row) * a.z_stride + own]) : 0.0f;
     }
-    if (scans) {
-        load_H<V, J>(a, tails.state, c, lane_n, H);
-        fetch_tails(a, p, guess, tails, s);
+    if (m.x_weight != NULL) {
+        add_slices<T>(m, first, count, s);
     }
-    else {
-        gather_rows<T>(m, p, first, count, s);
+    else if (!scans) {
+        fetch_low<T>(m, first, count, thread, s);
     }
-    const mil_span span = mil_span_from(first, first + count, past, boundary);
-    const int before = span.before, shift = (int)(span.after - span.boundary);
-    if (scans) {
+    if (!scans) {
+        convolve_rows<T>(m, first, count, thread, taps, lead, s);
         await_copies();
-        if (before != guess) {
-            fetch_tails(a, p, before, tails, s);
-            await_copies();
-        }
-        meet(0);
-#pragma unroll 1
-        for (int token = 0; token < before; token++) {
-            take_token<J>(a, s.tail_x, s.tail_dt, s.tail_B, token, B_own, exponent, H);
-            if (token + 1 == shift) {
-                store_H<V, J>(a, H, c, lane_n, tails.state);
-            }
-        }
-    }
-    else {
-        convolve_rows<T>(m, first, count, before, tails, (int)threadIdx.x - THREADS, taps, s);
-        await_copies();
-        prepare_rows<T, GROUPS>(m, p, first, count, weights, bias, s);
     }
     __syncthreads();
+    if (m.normed > 0) {
+        if (!scans) {
+            norm_parts<T>(m, count, thread, (T *)s.low, s.low_stride);
+        }
+        __syncthreads();
+    }
     if (scans) {
+        take_B_and_C<T>(m, p, first, count, s);
+    }
+    else {
+        if (m.dt_weight != NULL) {
+            multiply_dt<T, GROUPS>(m, p, count, thread, weights, s);
+            meet(1);
+        }
+        finish_dt<T, GROUPS>(m, p, first, count, thread, bias, s);
+    }
+    __syncthreads();
+    if (scans && count == 1) {
+        scan_rows<J, 1>(a, s, 0, count, B_own, C_own, exponent, H);
+    }
+    else if (scans) {
 #pragma unroll 1
-        for (int row = 0; row < count; row++) {
-            take_token<J>(a, s.x, s.dt, s.B, row, B_own, exponent, H);
-            float C[J];
-#pragma unroll
-            for (int j = 0; j < J; j++) {
-                const int n = lane_n + j * LANES_N;
-                C[j] = n < a.state_dim ? s.C[row * a.C_width + C_own + n] : 0.0f;
-            }
-            store_partial<V, J>(C, H, s.sums + row * WARPS * COLUMNS);
+        for (int row = 0; row < count; row += AT_ONCE<J>) {
+            scan_rows<J, AT_ONCE<J>>(a, s, row, count, B_own, C_own, exponent, H);
         }
     }
     __syncthreads();
@@ -941,15 +1026,20 @@ launch_scan(mil_context *context, const mixer_arguments &a, const mil_states &st
                       states);
 }
 
+/* Chunks of W_x that a warp takes at a time: all of them, where they are few. */
+static int
+chunks_at_once(const mixer_arguments &a)
+{
+    const int64_t chunks = mil_ceil_div(mil_ceil_div(a.scan.inner / CHUNK, SLICES), WARPS);
+    return chunks <= 2 ? 2 : chunks <= 5 ? 5 : MOST_CHUNKS;
+}
+
 /* Shared memory of a block of the kernel for W_x. */
 static size_t
 project_bytes(const mixer_arguments &a)
 {
-    const int64_t chunks = mil_ceil_div(mil_ceil_div(a.scan.inner / CHUNK, SLICES), WARPS);
     return WARPS * OUTPUTS * mil_ceil_div(a.total, 8) * 8 * sizeof(float) +
-           WARPS * cut_project_memory(NULL, (int)(chunks < MOST_CHUNKS ? chunks : MOST_CHUNKS), a.total,
-                                      a.scan.rows.sequences, a.taps)
-                       .bytes;
+           WARPS * cut_project_memory(NULL, chunks_at_once(a), a.total, a.scan.rows.sequences, a.taps).bytes;
 }
 
 template <typename T, int GROUPS>
@@ -958,8 +1048,11 @@ launch(mil_context *context, const mixer_arguments &a, const mil_states &states)
 {
     if (a.x_weight != NULL) {
         const dim3 grid((unsigned)mil_ceil_div(a.x_width, OUTPUTS), SLICES);
-        MIL_TRY(mil_launch(context, "scan mixer", mixer_project_kernel<T, GROUPS>, grid, dim3(THREADS),
-                           project_bytes(a), a, states));
+        const int chunks = chunks_at_once(a);
+        auto kernel = chunks == 2   ? mixer_project_kernel<T, GROUPS, 2>
+                      : chunks == 5 ? mixer_project_kernel<T, GROUPS, 5>
+                                    : mixer_project_kernel<T, GROUPS, MOST_CHUNKS>;
+        MIL_TRY(mil_launch(context, "scan mixer", kernel, grid, dim3(THREADS), project_bytes(a), a, states));
     }
     return a.scan.state_dim <= 1 * LANES_N   ? launch_scan<T, 1, GROUPS>(context, a, states)
            : a.scan.state_dim <= 2 * LANES_N ? launch_scan<T, 2, GROUPS>(context, a, states)

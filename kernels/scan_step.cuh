@@ -27,6 +27,20 @@ step(const float (&dt)[V], const float (&input)[V], const float (&exponent)[J][V
     }
 }
 
+/* Sums over the lanes of a warp that have the same channels. */
+template <int V>
+static __device__ __forceinline__ void
+add_lanes(float (&sum)[V])
+{
+#pragma unroll
+    for (int v = 0; v < V; v++) {
+#pragma unroll
+        for (int lanes = QUADS; lanes < MIL_WARP; lanes *= 2) {
+            sum[v] += __shfl_xor_sync(MIL_ALL_LANES, sum[v], lanes);
+        }
+    }
+}
+
 /* The thread's part of sum_n C H, summed over the lanes of its warp, into partial [WARPS, COLUMNS]. */
 template <int V, int J>
 static __device__ __forceinline__ void
@@ -40,13 +54,7 @@ store_partial(const float (&C)[J], const float (&H)[J][V], float *partial)
             sum[v] = fmaf(C[j], H[j][v], sum[v]);
         }
     }
-#pragma unroll
-    for (int v = 0; v < V; v++) {
-#pragma unroll
-        for (int lanes = QUADS; lanes < MIL_WARP; lanes *= 2) {
-            sum[v] += __shfl_xor_sync(MIL_ALL_LANES, sum[v], lanes);
-        }
-    }
+    add_lanes<V>(sum);
     if (threadIdx.x % MIL_WARP < QUADS) {
         mil_store<V>(partial + threadIdx.x / MIL_WARP * QUADS * V + threadIdx.x % QUADS * V, sum);
     }
@@ -61,7 +69,7 @@ load_H(const scan_arguments &a, const float *state, int c, int lane_n, float (&H
     for (int j = 0; j < J; j++) {
         int n = lane_n + j * LANES_N;
         if (state != NULL && n < a.state_dim && c < a.inner) {
-            mil_load<V>(state + (int64_t)n * a.inner + c, H[j]);
+            mil_load_settled<V>(state + (int64_t)n * a.inner + c, H[j]);
         }
         else {
 #pragma unroll

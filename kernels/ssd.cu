@@ -548,7 +548,7 @@ run_chunks(mil_context *context, const ssd_arguments &a, const mil_states &state
                             : a.state_dim == 128 ? launch_chunks<T, 128, 1>
                                                  : launch_chunks<T, 256, 1>;
     chunk_blocks blocks = {false, a.head_dim / (wide ? 128 : 64), 256}; /* two on a multiprocessor */
-    if (mil_takes_new_kernels() && mil_ssd_hopper_takes(context, &a, &blocks)) {
+    if (mil_ssd_hopper_takes(context, &a, &blocks)) {
         launch = mil_ssd_hopper;
     }
     chunk_arguments c = {};

@@ -104,16 +104,6 @@ mil_span_of(const mil_device_rows &rows, int64_t index)
                          mil_load_number(rows.past + index), mil_load_number(rows.boundary + index));
 }
 
-/* A guess at mil_span.before for before mil_wait(): good enough for addresses, from numbers that may be old or nobody's yet.
- * It leaves no trace in the first-level cache. */
-static __device__ __forceinline__ int
-mil_guess_before(const mil_device_rows &rows, int64_t index)
-{
-    const int64_t past = __ldcg(rows.past + index), boundary = __ldcg(rows.boundary + index);
-    const int64_t before = past - boundary + (boundary % MIL_WINDOW == MIL_HOLD ? MIL_HOLD : 0);
-    return before >= 0 && before < MIL_TAIL ? (int)before : 0;
-}
-
 /* ---- tails ---------------------------------------------------------------------------------------------------- */
 
 /* Asks the second-level cache for the line at `address`, whatever is in it. Only that cache is told, so it is no

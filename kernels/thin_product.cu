@@ -302,7 +302,7 @@ mil_thin_product(mil_context *context, const mil_linear *products, int64_t count
                           0, a);
     }
     bool done;
-    MIL_TRY(mil_thin_ring(context, products->dtype, a, false, false, &done));
+    MIL_TRY(mil_thin_stream(context, products->dtype, a, false, false, &done));
     return done ? MIL_OK : launch<false, false>(context, products->dtype, a, 0);
 }
 
@@ -353,14 +353,14 @@ mil_thin_project(mil_context *context, const mil_norm *norm, const mil_linear *p
     }
     bool done = false;
     if (normed) {
-        MIL_TRY(mil_thin_ring(context, weights, a, true, gated, &done));
+        MIL_TRY(mil_thin_stream(context, weights, a, true, gated, &done));
     }
     normed = normed && !done && norm->rows <= NORMED_ROWS && norm_bytes(norm) <= NORMED_BYTES;
     if (!normed && !done) {
         MIL_TRY(context->ops->norm_forward(context, norm));
     }
     if (!normed && !done && gated) {
-        MIL_TRY(mil_thin_ring(context, weights, a, false, true, &done));
+        MIL_TRY(mil_thin_stream(context, weights, a, false, true, &done));
     }
     if (!done) {
         size_t shared = normed ? norm_bytes(norm) : 0;

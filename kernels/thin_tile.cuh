@@ -114,9 +114,9 @@ write_gated(const thin_arguments &a, int first, const float (&up)[WARPS][TILE][R
     }
 }
 
-/* The same by thin_ring.cu, where that is possible (*done): x is in place, or the norm is to come first. */
+/* The same by thin_stream.cu, where that is possible (*done): x is in place, or the norm is to come first. */
 mil_status
-mil_thin_ring(mil_context *context, mil_dtype weights, const thin_arguments &a, bool normed, bool gated,
-              bool *done);
+mil_thin_stream(mil_context *context, mil_dtype weights, const thin_arguments &a, bool normed, bool gated,
+                bool *done);
 
 #endif
