@@ -65,8 +65,7 @@ run(harness *h, const mixer_case *c, bool gpu, const mil_rows *rows, const void 
     m.ssd.y = y;
     m.ssd.y_stride = c->y_width;
     m.ssd.states = states;
-    harness_check(h,
-                  gpu && !p->apart ? context->ops->ssd_mixer(context, &m) : mil_ssd_mixer_apart(context, &m));
+    harness_check(h, gpu && !p->apart ? mil_cuda_ssd_mixer(context, &m) : mil_ssd_mixer_apart(context, &m));
     mil_arena_rewind(context->scratch, mark);
 }
 
