@@ -469,13 +469,24 @@ ssd_segments_kernel(const __grid_constant__ chunk_arguments c, const __grid_cons
     }
     const int64_t chunks = (span.before + span.count + CHUNK - 1) / CHUNK;
     const int64_t first = ((int64_t)blockIdx.z * a.heads + blockIdx.y) * c.segments;
+    const int segments = (int)((chunks + c.segment_chunks - 1) / c.segment_chunks);
+    constexpr int AT_ONCE = 4; /* loads under way */
     float H = states.given ? states.of[blockIdx.z].state[blockIdx.y * size + i] : 0.0f;
-    for (int segment = 0; (int64_t)segment * c.segment_chunks < chunks; segment++) {
-        float *at = c.segment_states + (first + segment) * size + i;
-        bool is_last = (int64_t)(segment + 1) * c.segment_chunks >= chunks;
-        float added = is_last ? 0.0f : *at, decay = is_last ? 0.0f : c.segment_decays[first + segment];
-        *at = H;
-        H = fmaf(decay, H, added);
+    for (int segment = 0; segment < segments; segment += AT_ONCE) {
+        float added[AT_ONCE], decay[AT_ONCE];
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) { /* the last segment's are nobody's */
+            const bool there = segment + k + 1 < segments;
+            added[k] = there ? c.segment_states[(first + segment + k) * size + i] : 0.0f;
+            decay[k] = there ? c.segment_decays[first + segment + k] : 0.0f;
+        }
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+            if (segment + k < segments) {
+                c.segment_states[(first + segment + k) * size + i] = H;
+                H = fmaf(decay[k], H, added[k]);
+            }
+        }
     }
 }
 
