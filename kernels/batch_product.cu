@@ -50,6 +50,7 @@ struct batch_arguments {
     int64_t gated_stride;
     mil_activation activation;
     bool gated_wide;
+    uint64_t policy;
     batch_output outputs[MIL_BATCH_PRODUCTS];
 };
 
@@ -261,11 +262,29 @@ expect_bytes(uint64_t *barrier, int bytes)
                  : "memory");
 }
 
+/* The same with a policy of the second-level cache. */
+[[maybe_unused]] static __device__ __forceinline__ void
+copy_box_by(uint32_t to, const CUtensorMap *map, int input, int row, uint64_t *barrier, uint64_t policy)
+{
+#if MIL_HAS_WGMMA
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], "
+        "[%1, {%2, %3}], [%4], %5;" ::"r"(to),
+        "l"(map), "r"(input), "r"(row), "r"(shared_address(barrier)), "l"(policy)
+        : "memory");
+#else
+    (void)to, (void)map, (void)input, (void)row, (void)barrier, (void)policy;
+#endif
+}
+
 /* Grid: ranks of a tile, tiles. */
 template <typename T, int COLUMNS, int RANKS, bool GATED, int GROUPS, int STAGES>
 static __global__ void
 MIL_CLUSTER(RANKS)
-    __launch_bounds__(GROUPS *GROUP_THREADS + MIL_WARP, GROUPS == 4 && (COLUMNS > 32 || STAGES > 3) ? 1 : 2)
+    __launch_bounds__(GROUPS *GROUP_THREADS + MIL_WARP, GROUPS == 4 && (COLUMNS > 32 || STAGES > 3)   ? 1
+                                                        : GROUPS == 2 && COLUMNS == 32 && STAGES == 3 ? 3
+                                                                                                      : 2)
         batch_kernel(const __grid_constant__ batch_arguments a, const __grid_constant__ batch_maps maps)
 {
 #if MIL_HAS_WGMMA
@@ -284,9 +303,9 @@ MIL_CLUSTER(RANKS)
         expect_bytes(&full[at], ring::STAGE);
 #pragma unroll
         for (int g = 0; g < GROUPS; g++) {
-            copy_box(stages + at * ring::STAGE + g * GROUP_OUTPUTS * 128,
-                     &maps.w[GATED ? g / OF_A_GATE : product], (rank + i * RANKS) * STEP,
-                     (tile * OF_A_GATE + g % OF_A_GATE) * GROUP_OUTPUTS, &full[at]);
+            copy_box_by(stages + at * ring::STAGE + g * GROUP_OUTPUTS * 128,
+                        &maps.w[GATED ? g / OF_A_GATE : product], (rank + i * RANKS) * STEP,
+                        (tile * OF_A_GATE + g % OF_A_GATE) * GROUP_OUTPUTS, &full[at], a.policy);
         }
     };
     auto copy_x = [&](int i) {
@@ -331,12 +350,12 @@ MIL_CLUSTER(RANKS)
                 wgmma_shared<T>(c, wgmma_factor(w + k * 32, 16), wgmma_factor(x + k * 32, 16), 1);
             }
             wgmma_commit();
-            wgmma_wait<1>(c);
-            if (i > 0 && threadIdx.x % MIL_WARP == 0) { /* the step before has been read */
-                phase_arrive(&empty[(i - 1) % STAGES]);
+            wgmma_wait<0>(
+                c); /* the next step comes from memory: there is time to empty this one's place first */
+            if (threadIdx.x % MIL_WARP == 0) {
+                phase_arrive(&empty[i % STAGES]);
             }
         }
-        wgmma_wait<0>(c);
     }
     __syncthreads();
     float *const sums = (float *)memory;
@@ -360,6 +379,13 @@ MIL_CLUSTER(RANKS)
 
 /* ---- launches --------------------------------------------------------------------------------------------------------- */
 
+static int
+setting(const char *name, int otherwise)
+{
+    const char *value = getenv(name);
+    return value == NULL ? otherwise : atoi(value);
+}
+
 /* How the copy engine finds a row-major array [rows, columns] of 16-bit elements. */
 static mil_status
 map_array(mil_context *context, CUtensorMap *map, const void *array, int64_t rows, int64_t columns,
@@ -380,12 +406,16 @@ map_array(mil_context *context, CUtensorMap *map, const void *array, int64_t row
         }
         encode = (decltype(&cuTensorMapEncodeTiled))found;
     }
+    static const int promotion = setting("MIL_PROMOTE", 256);
     const bool brain = context->ops->activation_dtype == MIL_BF16;
     const cuuint64_t size[2] = {(cuuint64_t)columns, (cuuint64_t)rows}, apart[1] = {(cuuint64_t)stride * 2};
     const cuuint32_t boxes[2] = {STEP, (cuuint32_t)box}, steps[2] = {1, 1};
     CUresult result = encode(map, brain ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
                              2, (void *)array, size, apart, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                             CU_TENSOR_MAP_SWIZZLE_128B,
+                             promotion == 0     ? CU_TENSOR_MAP_L2_PROMOTION_NONE
+                             : promotion == 128 ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B
+                                                : CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS
                ? MIL_OK
@@ -401,13 +431,6 @@ map_arrays(mil_context *context, const batch_arguments &a, bool gated, int colum
                           GROUP_OUTPUTS));
     }
     return MIL_OK;
-}
-
-static int
-setting(const char *name, int otherwise)
-{
-    const char *value = getenv(name);
-    return value == NULL ? otherwise : atoi(value);
 }
 
 template <typename T, int COLUMNS, int RANKS, bool GATED, int GROUPS, int STAGES>
@@ -437,6 +460,8 @@ template <typename T, int COLUMNS, bool GATED, int GROUPS, int STAGES>
 static mil_status
 choose_ranks(mil_context *context, batch_arguments a)
 {
+    static const int hint = setting("MIL_HINT", 0);
+    a.policy = hint == 1 ? 0x12F0000000000000u : hint == 2 ? 0x14F0000000000000u : 0x1000000000000000u;
     count_tiles(&a, GROUPS * GROUP_OUTPUTS / (GATED ? 2 : 1));
     static const int enough = setting("MIL_ENOUGH", GROUPS == 4 ? 132 : 512),
                      most_ranks = setting("MIL_RANKS", 8);
@@ -468,23 +493,24 @@ choose_kind(mil_context *context, const batch_arguments &a)
 {
     static const int kind = setting("MIL_KIND", 0);
     if (kind == 1) {
-        return choose_ranks<T, COLUMNS, GATED, 4, COLUMNS == 32 ? 6 : COLUMNS == 64 ? 5 : 4>(context, a);
+        return choose_ranks<T, COLUMNS, GATED, 4, COLUMNS == 32 ? 6 : 5>(context, a);
     }
     if constexpr (COLUMNS == 32) {
         if (kind == 2) {
             return choose_ranks<T, COLUMNS, GATED, 4, 3>(context, a);
         }
+        if (kind == 3) {
+            return choose_ranks<T, COLUMNS, GATED, 2, 3>(context, a);
+        }
     }
-    return choose_ranks<T, COLUMNS, GATED, 2, COLUMNS == 32 ? 5 : COLUMNS == 64 ? 4 : 3>(context, a);
+    return choose_ranks<T, COLUMNS, GATED, 2, COLUMNS == 32 ? 5 : 4>(context, a);
 }
 
 template <typename T, bool GATED>
 static mil_status
 choose_columns(mil_context *context, const batch_arguments &a)
 {
-    return a.rows <= 32   ? choose_kind<T, 32, GATED>(context, a)
-           : a.rows <= 64 ? choose_kind<T, 64, GATED>(context, a)
-                          : choose_kind<T, 128, GATED>(context, a);
+    return a.rows <= 32 ? choose_kind<T, 32, GATED>(context, a) : choose_kind<T, 64, GATED>(context, a);
 }
 
 template <bool GATED>

@@ -4,7 +4,7 @@
 
 #include "cuda.cuh"
 
-#define MIL_BATCH_ROWS 128   /* most rows; a row's bits do not depend on how many there are */
+#define MIL_BATCH_ROWS 64    /* most rows; a row's bits do not depend on how many there are */
 #define MIL_BATCH_PRODUCTS 6 /* most products of one launch */
 
 /* Whether the kernel can do these: a GPU with wgmma, 16-bit weights of the activation type, aligned rows. */

@@ -1,6 +1,6 @@
 /* Dense products: y [rows, out] (+)= x [rows, in] W^T + bias.
  *
- * Up to 16 rows the reading of W decides and thin_product.cu does it; up to 128 rows of 16-bit types, on GPUs with
+ * Up to 16 rows the reading of W decides and thin_product.cu does it; up to 64 rows of 16-bit types, on GPUs with
  * wgmma, are batch_product.cu's; other products go to cuBLASLt with float32 accumulation (and true float32 products for
  * float32 weights, never TF32).  cuBLASLt is opened when the first such product comes: neither building nor loading this
  * module needs it, only its header.
