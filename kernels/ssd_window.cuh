@@ -194,6 +194,52 @@ take_rows(const ssd_arguments &a, const window_place &p, int first, int length, 
     }
 }
 
+/* One row of this call, the whole of which the block's threads fetch with a load each, from and to addresses that they have
+ * before it is there. */
+template <typename T, int V, int J>
+struct window_row {
+    static constexpr int VECTORS = window_share<V, J>::VECTORS;
+    static constexpr bool FITS = 2 * VECTORS + QUADS < THREADS;
+    const T *from;
+    float *to;
+    bool mine, is_dt;
+
+    /* `row`: of the call; it is the window's `s`-th. */
+    __device__ __forceinline__ window_row(const ssd_arguments &a, const window_place &p, int64_t row, int s,
+                                          bool whole, window_memory<V * QUADS, LANES_N * J> &m)
+    {
+        const int at = threadIdx.x, n = at % VECTORS * V, c = (at - 2 * VECTORS) * V;
+        const bool is_B = at < VECTORS, is_C = at >= VECTORS && at < 2 * VECTORS;
+        is_dt = at == THREADS - 1;
+        from = is_B    ? (const T *)a.B + row * a.B_stride + p.B_column + n
+               : is_C  ? (const T *)a.C + row * a.C_stride + p.C_column + n
+               : is_dt ? (const T *)a.dt + row * a.dt_stride + p.head
+                       : (const T *)a.x + row * a.x_stride + p.x_column + c;
+        to = is_B    ? &m.B[s][n]
+             : is_C  ? &m.C[s][n]
+             : is_dt ? &m.dt[s]
+                     : &m.x[s][min(max(c, 0), V * QUADS - V)];
+        mine = is_B || is_C ? whole && n < a.state_dim : at < 2 * VECTORS + QUADS && c < p.columns;
+        is_dt = is_dt && whole;
+        asm volatile("" : "+l"(from), "+l"(to)); /* now, not later */
+    }
+
+    __device__ __forceinline__ void
+    take(const ssd_arguments &a, float exponent, float bias, float *decay) const
+    {
+        if (mine) {
+            float value[V];
+            mil_load<V>(from, value);
+            mil_store<V>(to, value);
+        }
+        if (is_dt) {
+            const float dt = mil_time_step(mil_float(*from) + bias, a.dt_min, a.dt_max);
+            *to = dt;
+            *decay = exp2f(dt * exponent);
+        }
+    }
+};
+
 /* Which of the tails' columns this block appends to, where no fold moves them. */
 struct window_owner {
     bool x, B, dt;
@@ -467,12 +513,19 @@ run_slice(const ssd_arguments &a, const window_place &p, const mil_span &span, c
             leave();
         }
         if (first < length) {
-            if (!asked) {
-                const window_sources<T> from = find_sources<T, V, J>(a, p, row);
+            if (window_row<T, V, J>::FITS && length - first == 1 && !asked) {
+                const window_row<T, V, J> one(a, p, row + first, first, whole, m);
                 arrive();
-                ask_for_rows<T, V, J>(a, p, from, first, length, whole, in);
+                one.take(a, exponent, bias, &m.decay[first]);
             }
-            take_rows<T, V, J>(a, p, first, length, whole, exponent, bias, in, m);
+            else {
+                if (!asked) {
+                    const window_sources<T> from = find_sources<T, V, J>(a, p, row);
+                    arrive();
+                    ask_for_rows<T, V, J>(a, p, from, first, length, whole, in);
+                }
+                take_rows<T, V, J>(a, p, first, length, whole, exponent, bias, in, m);
+            }
         }
         __syncthreads();
         if (first < length && start + WINDOW < total) { /* on their way while this window is computed */
