@@ -21,9 +21,9 @@
  * chains hide the latency of a multiply-add, and a step costs W + X loads for W * X multiply-adds. k is
  * cut so that the rows of x stay in L1 (8 rows of 8192 floats would not), and between cuts the
  * accumulators rest in `lanes`; the next strip's weights are prefetched meanwhile, because the hardware's
- * own prefetch stops at each cut. A single row needs neither: eight weight rows are followed to their
- * ends, and prefetching them by hand would only crowd L1, where rows that lie a power of two apart share
- * a few sets.
+ * own prefetch stops at each cut. A single row needs less: eight weight rows are followed to their
+ * ends and prefetched NEAR bytes ahead, past their ends in the next strip. (Further ahead crowds L1, where
+ * rows that lie a power of two apart share a few sets; the whole next strip into L2 is slower as well.)
  *
  * Wide products are bound by multiply-adds: WIDE_COLUMNS weight rows of a k cut are expanded once into a
  * panel of their own (L1) and meet all rows of the chunk, which stream through from L2 in tiles of
@@ -36,6 +36,7 @@
  *   PARTS                         panel vectors a step; STEP = PARTS * PANEL_WIDTH elements of k
  *   TILE_W1 … TILE_W6, WIDE_W     weight rows of a tile with 1 … 6 rows of x (divisors of COLUMNS), and of
  *                                 wide tiles (divisor of WIDE_COLUMNS)
+ *   NEAR                          bytes by which one row's weights are prefetched, whole steps; 0: not at all
  *   zero(), load_lanes(p), store_lanes(p, v), load_panel(p), store_panel(p, v),
  *   load_weight(dtype, p, part), multiply_add(sum, w, x)
  *   round_step(dtype, values)     rounds STEP floats to dtype, in place
@@ -155,12 +156,19 @@ tile(int dtype, int w_count, int x_count, const tile_work *work)
             sums[i][j] = work->resume ? load_lanes(lanes + (i * COLUMNS + j) * LANES) : zero();
         }
     }
+    /* What is fetched meanwhile: for one row NEAR bytes ahead in the weight rows, whose ends the next strip's
+     * beginnings follow; for more the next strip. */
+    const bool near = x_count == 1 && NEAR != 0;
+    const int64_t wrapped = near ? ahead + NEAR - work->steps * STEP * size : ahead;
+    const int64_t turn = near ? work->steps - NEAR / (STEP * size) : 0;
     int64_t offset = 0;
     for (int64_t s = 0; s < work->steps; s++) {
-        if (dtype != EXPANDED && x_count > 1) {
+        if (dtype != EXPANDED && (x_count > 1 || near)) {
+            const int64_t fetched = offset + (s < turn ? NEAR : wrapped);
             UNROLL
             for (int j = 0; j < w_count; j++) {
-                __builtin_prefetch(weight[j] + offset + ahead, 0, 2); /* into L2: L1 has no room */
+                /* Several rows: into L2, since L1 has no room. */
+                __builtin_prefetch(weight[j] + fetched, 0, x_count > 1 ? 2 : 3);
             }
         }
         tile_step(dtype, w_count, x_count, weight, offset, panel, sums);
