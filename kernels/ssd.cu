@@ -393,7 +393,7 @@ __launch_bounds__(CHUNK_THREADS, N > 128 ? 1 : 2)
         return (int)max((int64_t)0, min((int64_t)CHUNK, folded - chunk * CHUNK));
     };
 
-    float dt[2];
+    chunk_times<T> dt;
     double log_decay = 0.0; /* of the segment; in warp 0 */
     ask(first);
     ask(first + 1);

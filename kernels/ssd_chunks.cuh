@@ -92,26 +92,36 @@ fast_power(float x)
     return y;
 }
 
-/* dt of two tokens a lane, raw from the activations or done from the tail; 0 where there is no token. */
+/* dt of two tokens a lane, done from the tail or raw from the activations, as they lie in memory: whoever widened them here
+ * would wait for them here. */
+template <typename T>
+struct chunk_times {
+    float old[2];
+    T fresh[2];
+};
+
 template <typename T>
 static __device__ __forceinline__ void
 ask_for_dt(const ssd_arguments &a, const mil_span &span, const float *tail, int head, int64_t start,
-           int64_t total, float (&dt)[2])
+           int64_t total, chunk_times<T> &dt)
 {
 #pragma unroll
     for (int k = 0; k < 2; k++) {
         int64_t token = start + 2 * (threadIdx.x % MIL_WARP) + k;
-        dt[k] = token < span.before ? tail[token * a.heads + head]
-                : token < total
-                    ? mil_float(((const T *)a.dt)[(span.row + token - span.before) * a.dt_stride + head])
-                    : 0.0f;
+        if (token < span.before) {
+            dt.old[k] = tail[token * a.heads + head];
+        }
+        if (token >= span.before && token < total) {
+            dt.fresh[k] = ((const T *)a.dt)[(span.row + token - span.before) * a.dt_stride + head];
+        }
     }
 }
 
 /* Sums, decays and weights of a chunk from its dt, by one warp. `folded`: tokens of the chunk that a fold takes. */
+template <typename T>
 static __device__ __forceinline__ void
 fill_decays(const ssd_arguments &a, const mil_span &span, int64_t start, int64_t total, int folded,
-            float exponent, float bias, const float (&raw)[2], chunk_decays &out)
+            float exponent, float bias, const chunk_times<T> &raw, chunk_decays &out)
 {
     const int lane = threadIdx.x % MIL_WARP;
     const double least = -1e4; /* 2^least is 0, and sums of it are far from overflow */
@@ -120,8 +130,9 @@ fill_decays(const ssd_arguments &a, const mil_span &span, int64_t start, int64_t
 #pragma unroll
     for (int k = 0; k < 2; k++) {
         int64_t token = start + 2 * lane + k;
-        dt[k] =
-            token < span.before || token >= total ? raw[k] : mil_time_step(raw[k] + bias, a.dt_min, a.dt_max);
+        dt[k] = token < span.before ? raw.old[k]
+                : token < total     ? mil_time_step(mil_float(raw.fresh[k]) + bias, a.dt_min, a.dt_max)
+                                    : 0.0f;
         sum[k] = fmax((double)(dt[k] * exponent), least);
     }
     sum[1] += sum[0];

@@ -205,14 +205,14 @@ prepare(const chunk_arguments &c, const hopper_maps &maps, const mil_tails &tail
             }
         }
     };
-    float even[2], odd[2];                     /* dt of chunks, two chunks ahead */
-    auto decide = [&](int n, float (&dt)[2]) { /* the decays of a chunk */
-                                               const int chunk = p.first + n;
-                                               const float raw[2] = {dt[0], dt[1]};
-                                               ask_for_dt<T>(a, span, tails.dt, decay_head,
-                                                             (chunk + 2) * CHUNK, total, dt);
-                                               fill_decays(a, span, chunk * CHUNK, total, p.folded_of(chunk),
-                                                           exponent, bias, raw, m.decays[n % DECAYS][warp]);
+    chunk_times<T> even, odd; /* of chunks, two chunks ahead */
+    /* The decays of a chunk. */
+    auto decide = [&](int n, chunk_times<T> &dt) {
+        const int chunk = p.first + n;
+        const chunk_times<T> raw = dt;
+        ask_for_dt<T>(a, span, tails.dt, decay_head, (chunk + 2) * CHUNK, total, dt);
+        fill_decays(a, span, chunk * CHUNK, total, p.folded_of(chunk), exponent, bias, raw,
+                    m.decays[n % DECAYS][warp]);
     };
 
     double log_decay = 0.0; /* of the segment */
