@@ -90,7 +90,7 @@ typedef struct mil_kv_cache {
 } mil_kv_cache;
 
 /* One sequence's mixer state in one layer, float32. Index of token t in a tail array: t - boundary. The last row of
- * conv, x, B and dt is never a token's: it is 0 between calls, and CUDA's blocks count themselves there. */
+ * x, B and dt is never a token's: it is 0 between calls, and CUDA's blocks count themselves there. */
 typedef struct mil_mixer_state {
     float *
         state; /* Mamba-2 [heads, state_dim, head_dim], Mamba-1 [state_dim, inner]: after `boundary` tokens */
@@ -336,12 +336,6 @@ typedef struct mil_ssd {
     int64_t y_stride;
     const mil_mixer_state *states; /* [sequences] or NULL */
 } mil_ssd;
-
-/* A Mamba-2 mixer's convolution and scan (see ssd_mixer). */
-typedef struct mil_ssd_mixer {
-    mil_conv1d conv; /* x, B and C of ssd are columns of its y */
-    mil_ssd ssd;
-} mil_ssd_mixer;
 
 typedef struct mil_ssd_grad {
     mil_ssd forward; /* without states; y is not read */
@@ -685,14 +679,12 @@ struct mil_ops {
      *                 glu_forward of the first two products' outputs
      *   rope_append   rope of q and of k, kv_append of that k
      *   scan_mixer    conv1d_forward, linear_forward of x_proj (which may be summed in an order of its own), norm_forward of
-     *                 the norms, linear_forward of dt, scan_forward
-     *   ssd_mixer     conv1d_forward, ssd_forward */
+     *                 the norms, linear_forward of dt, scan_forward */
     mil_status (*project)(mil_context *context, const mil_norm *norm, const mil_linear *products,
                           int64_t count, const mil_glu *gate);
     mil_status (*rope_append)(mil_context *context, const mil_rope *q, const mil_rope *k,
                               const mil_kv_append *append);
     mil_status (*scan_mixer)(mil_context *context, const mil_scan_mixer *arguments);
-    mil_status (*ssd_mixer)(mil_context *context, const mil_ssd_mixer *arguments);
     /* Optional: weights into 8 bits, all pointers of the device. */
     mil_status (*quantize)(mil_context *context, const mil_quantize *arguments);
     /* Optional: tokens from logits without the host. */
@@ -725,14 +717,6 @@ mil_scan_mixer_apart(mil_context *context, const mil_scan_mixer *m)
     }
     MIL_TRY(ops->linear_forward(context, &m->dt, 1));
     return ops->scan_forward(context, &m->scan);
-}
-
-/* ssd_mixer, operator by operator. */
-static inline mil_status
-mil_ssd_mixer_apart(mil_context *context, const mil_ssd_mixer *m)
-{
-    MIL_TRY(context->ops->conv1d_forward(context, &m->conv));
-    return context->ops->ssd_forward(context, &m->ssd);
 }
 
 extern const mil_ops mil_cpu_ops;

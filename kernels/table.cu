@@ -52,7 +52,6 @@ table_of(mil_dtype activation_dtype, int device)
         ops.project = mil_cuda_project;
         ops.rope_append = mil_cuda_rope_append;
         ops.scan_mixer = mil_cuda_scan_mixer;
-        ops.ssd_mixer = mil_takes_new_kernels() ? mil_cuda_ssd_mixer : NULL;
     }
     ops.quantize = mil_cuda_quantize;
     ops.sample = mil_cuda_sample;

@@ -113,9 +113,6 @@ mil_cuda_ssd_forward(mil_context *context, const mil_ssd *arguments);
 /* scan_mixer.cu */
 mil_status
 mil_cuda_scan_mixer(mil_context *context, const mil_scan_mixer *arguments);
-/* ssd_mixer.cu */
-mil_status
-mil_cuda_ssd_mixer(mil_context *context, const mil_ssd_mixer *arguments);
 
 /* elementwise.cu */
 mil_status

@@ -116,7 +116,7 @@ mil_prefetch(const void *address)
 
 /* Whether this block is the last of `sharers` to come here with the same slot, for up to MIL_SLOTS slots at once: one
  * bit each, the same in every thread.  What the others read before they came they have read. */
-#define MIL_SLOTS 4
+#define MIL_SLOTS 3
 
 struct mil_slots {
     float *slot[MIL_SLOTS];

@@ -34,14 +34,13 @@ leave_out(mil_context *context, mil_ops *ops, const mil_model *model, const mil_
 {
     const mil_ops all = *ops;
     static const char *const names[] = {"norm and products", "products",    "convolution",
-                                        "mixer in one go",   "scan or SSD", "gated norm"};
+                                        "scan mixer",        "scan or SSD", "gated norm"};
     for (int i = 0; i < 6; i++) {
         *ops = all;
         ops->project = i == 0 ? skip_project : all.project;
         ops->linear_forward = i == 1 ? skip_linear : all.linear_forward;
         ops->conv1d_forward = i == 2 ? skip<mil_conv1d> : all.conv1d_forward;
         ops->scan_mixer = i == 3 && all.scan_mixer != NULL ? skip<mil_scan_mixer> : all.scan_mixer;
-        ops->ssd_mixer = i == 3 && all.ssd_mixer != NULL ? skip<mil_ssd_mixer> : all.ssd_mixer;
         ops->scan_forward = i == 4 ? skip<mil_scan> : all.scan_forward;
         ops->ssd_forward = i == 4 ? skip<mil_ssd> : all.ssd_forward;
         ops->norm_forward = i == 5 ? skip<mil_norm> : all.norm_forward;
@@ -110,8 +109,7 @@ main(int argc, char **argv)
         if (i == 0 && n[4] == 0) {
             leave_out(&context, &ops, model, &step, whole);
             const mil_ops all = ops;
-            ops.scan_mixer = NULL; /* as where they are off */
-            ops.ssd_mixer = NULL;
+            ops.scan_mixer = NULL; /* as where it is off */
             printf("  operator by operator        %8.1f us\n",
                    model_step_seconds(&context, model, &step) * 1e6);
             ops = all;

@@ -490,12 +490,10 @@ mamba2_mixer_forward(mil_pass *pass, int64_t layer, mil_mixer_saved *saved)
     mil_linear in = product(pass, l->p[MIL_P_IN], l->p[MIL_P_IN_BIAS], saved->u, pass->model->config.hidden,
                             saved->projected);
     MIL_TRY(project(pass, &saved->norm, &in, 1, NULL));
-    mil_ssd_mixer mixer = {
-        .conv = mamba2_conv(pass, l, saved, states),
-        .ssd = mamba2_ssd(pass, l, saved, states),
-    };
-    MIL_TRY(pass->lean && context->ops->ssd_mixer != NULL ? context->ops->ssd_mixer(context, &mixer)
-                                                          : mil_ssd_mixer_apart(context, &mixer));
+    mil_conv1d conv = mamba2_conv(pass, l, saved, states);
+    MIL_TRY(context->ops->conv1d_forward(context, &conv));
+    mil_ssd ssd = mamba2_ssd(pass, l, saved, states);
+    MIL_TRY(context->ops->ssd_forward(context, &ssd));
     if (l->config.norm_group == 0) {
         mil_glu gate = mamba2_gate(pass, l, saved);
         return context->ops->glu_forward(context, &gate);
