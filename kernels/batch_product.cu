@@ -2,21 +2,21 @@
  *
  * The reading of W still decides (a multiprocessor multiplies a tile of it with 64 rows in a third of the time in which memory
  * brings the next one), but W must now pass through the large tensor core instruction (wgmma), which takes it
- * as the left factor: 64 outputs times 32, 64 or 128 rows of x.
+ * as the left factor: 64 outputs times 32 or 64 rows of x.
  *
  *   block     128 outputs (two groups of four warps, 64 each; of a gated pair one group has up and one gate), all
  *             rows, a part of the inputs
- *   ring      64 inputs a step: 16 KB of W and 4 to 16 KB of x, copied by the engine that knows the arrays (tensor maps) into
- *             panels as wgmma.cuh has them, as far ahead as there is room.  A warp of its own tells it what to copy.
- *             Two blocks share a multiprocessor: deeper rings of one were slower, shallower ones of three, too
- *   cluster   where outputs make too few blocks for the chip, up to four blocks share the inputs of a tile, and add their sums
- *             through each other's shared memory, in the order of the blocks.  They take steps in turn, so
- *             that what they read at a time lies side by side
+ *   ring      64 inputs a step: 16 KB of W and 4 or 8 KB of x, copied by the engine that knows the arrays (tensor maps) into
+ *             panels as wgmma.cuh has them.  A warp of its own tells it what to copy, as far ahead as places are free; the
+ *             second-level cache forgets W first.  Two blocks share a multiprocessor: one multiplies or ends while the other
+ *             reads
+ *   cluster   where outputs make too few blocks for that, up to four blocks share the inputs of a tile, taking steps in turn, and
+ *             add their sums through each other's shared memory, in the order of the blocks
  *
  * Several products of one x go in one launch, and the first steps' weights are under way before the kernel before this one has
  * ended, which a library's kernels do not do.  How inputs are cut depends on the weights of the launch only, so a
- * row is the same bits in any company of 17 to 128 rows.  Bytes: W once, and x once a tile of outputs from the
- * second-level cache, a quarter (32 rows) of W's or all of it (128), which is where this ends being the way.
+ * row is the same bits in any company of 17 to 64 rows.  Bytes: W once, and x once a tile of outputs from the
+ * second-level cache, a quarter (32 rows) of W's or a half (64); beyond, that is what would decide, and cuBLASLt is better.
  */
 #include "batch_product.cuh"
 
@@ -27,11 +27,19 @@
 
 #include <cuda.h>
 
-#define GROUP_THREADS (4 * MIL_WARP)
+#define GROUPS 2 /* of four warps */
+#define THREADS (GROUPS * 4 * MIL_WARP)
 #define GROUP_OUTPUTS 64
-#define STEP 64                                                   /* inputs */
-#define LEAST_STEPS 4                                             /* of a block */
+#define TILE_OUTPUTS (GROUPS * GROUP_OUTPUTS)
+#define STEP 64                  /* inputs */
+#define PITCH (TILE_OUTPUTS + 4) /* of a row of sums: another 4 for the banks' sake */
+#define MOST_RANKS 4
+#define MOST_BLOCKS 264 /* to which cutting the inputs may lead: two for each of 132 multiprocessors */
+#define LEAST_STEPS 4   /* of a block */
 #define MOST_OUTPUTS (65535 / MIL_BATCH_PRODUCTS * GROUP_OUTPUTS) /* of a product: tiles are a grid's y */
+
+/* A policy of the second-level cache: what is read once leaves it first. */
+#define FORGET_FIRST ((uint64_t)0x12f0000000000000u)
 
 struct batch_output {
     const void *weight;
@@ -50,19 +58,16 @@ struct batch_arguments {
     int64_t gated_stride;
     mil_activation activation;
     bool gated_wide;
-    uint64_t policy;
     batch_output outputs[MIL_BATCH_PRODUCTS];
 };
 
-/* A step's factors: W [OUTPUTS, STEP] and x [COLUMNS, STEP]; then barriers: what has arrived, and what has been read. */
-template <int COLUMNS, int GROUPS, int STAGES_>
+/* A step's factors: W [TILE_OUTPUTS, STEP] and x [COLUMNS, STEP]; then barriers: what has arrived, and what has been read. */
+template <int COLUMNS>
 struct batch_ring {
-    static constexpr int THREADS = GROUPS * GROUP_THREADS, OUTPUTS = GROUPS * GROUP_OUTPUTS; /* of a tile */
-    static constexpr int PITCH = OUTPUTS + 4; /* of a row of sums: another 4 for the banks' sake */
-    static constexpr int W_BYTES = OUTPUTS * 128, STAGE = W_BYTES + COLUMNS * 128, STAGES = STAGES_;
-    static constexpr int SUMS = COLUMNS * PITCH * 4;
-    static constexpr int BARRIERS = STAGES * STAGE > SUMS ? STAGES * STAGE : SUMS;
-    static constexpr int BYTES = BARRIERS + 2 * STAGES * (int)sizeof(uint64_t);
+    static constexpr int W_BYTES = TILE_OUTPUTS * 128, STAGE = W_BYTES + COLUMNS * 128;
+    static constexpr int STAGES = COLUMNS == 32 ? 5 : 4;
+    static constexpr int BARRIERS = STAGES * STAGE, BYTES = BARRIERS + 2 * STAGES * (int)sizeof(uint64_t);
+    static_assert(COLUMNS * PITCH * 4 <= BARRIERS, "the sums take the ring's place");
 };
 
 [[maybe_unused]] static __device__ __forceinline__ const batch_output &
@@ -76,7 +81,7 @@ output_of(const batch_arguments &a, int tile)
 }
 
 /* Four sums of one row from the ranks' shared memory, in the ranks' order. */
-template <int RANKS, int PITCH>
+template <int RANKS>
 static __device__ __forceinline__ void
 add_ranks(float *sums, int row, int column, float (&total)[4])
 {
@@ -174,7 +179,7 @@ finish_gated(const batch_arguments &a, int row, int out, float (&up)[4], float (
 }
 
 /* The block's sums into shared memory, [COLUMNS][PITCH]: rows of x by outputs of the tile. */
-template <int COLUMNS, int PITCH>
+template <int COLUMNS>
 static __device__ __forceinline__ void
 put_sums(const float (&c)[COLUMNS / 2], int rows, float *sums)
 {
@@ -189,9 +194,9 @@ put_sums(const float (&c)[COLUMNS / 2], int rows, float *sums)
 }
 
 /* What a thread writes of the tile: four outputs of a row here and there, and what they are added to. */
-template <typename T, int RANKS, bool GATED, typename ring>
+template <typename T, int RANKS, bool GATED>
 struct batch_writer {
-    static constexpr int OUTPUTS = GATED ? ring::OUTPUTS / 2 : ring::OUTPUTS, QUADS = OUTPUTS / 4;
+    static constexpr int OUTPUTS = GATED ? TILE_OUTPUTS / 2 : TILE_OUTPUTS, QUADS = OUTPUTS / 4;
     int at, end;
     float before[4];
 
@@ -199,7 +204,7 @@ struct batch_writer {
     {
         const int share = (a.rows * QUADS + RANKS - 1) / RANKS;
         end = min(a.rows * QUADS, ((int)blockIdx.x + 1) * share);
-        at = (int)threadIdx.x < ring::THREADS ? (int)blockIdx.x * share + (int)threadIdx.x : end;
+        at = (int)threadIdx.x < THREADS ? (int)blockIdx.x * share + (int)threadIdx.x : end;
         read(o, tile);
     }
 
@@ -217,16 +222,16 @@ struct batch_writer {
         while (at < end) {
             const int row = at / QUADS, column = at % QUADS * 4;
             float sum[4];
-            add_ranks<RANKS, ring::PITCH>(sums, row, column, sum);
+            add_ranks<RANKS>(sums, row, column, sum);
             if constexpr (GATED) {
                 float gate[4];
-                add_ranks<RANKS, ring::PITCH>(sums, row, column + OUTPUTS, gate);
+                add_ranks<RANKS>(sums, row, column + OUTPUTS, gate);
                 finish_gated<T>(a, row, tile * OUTPUTS + column, sum, gate);
             }
             else {
                 finish_outputs<T>(o, row, tile * OUTPUTS + column, before, sum);
             }
-            at += ring::THREADS;
+            at += THREADS;
             read(o, tile);
         }
     }
@@ -240,15 +245,25 @@ struct batch_maps {
 };
 
 /* A box whose corner is at (input, row) of the array into shared memory. */
-[[maybe_unused]] static __device__ __forceinline__ void
+template <bool ONCE>
+static __device__ __forceinline__ void
 copy_box(uint32_t to, const CUtensorMap *map, int input, int row, uint64_t *barrier)
 {
 #if MIL_HAS_WGMMA
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
-        "[%1, {%2, %3}], [%4];" ::"r"(to),
-        "l"(map), "r"(input), "r"(row), "r"(shared_address(barrier))
-        : "memory");
+    if constexpr (ONCE) {
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+            ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+            "l"(map), "r"(input), "r"(row), "r"(shared_address(barrier)), "l"(FORGET_FIRST)
+            : "memory");
+    }
+    else {
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+            " [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+            "l"(map), "r"(input), "r"(row), "r"(shared_address(barrier))
+            : "memory");
+    }
 #else
     (void)to, (void)map, (void)input, (void)row, (void)barrier;
 #endif
@@ -262,34 +277,16 @@ expect_bytes(uint64_t *barrier, int bytes)
                  : "memory");
 }
 
-/* The same with a policy of the second-level cache. */
-[[maybe_unused]] static __device__ __forceinline__ void
-copy_box_by(uint32_t to, const CUtensorMap *map, int input, int row, uint64_t *barrier, uint64_t policy)
-{
-#if MIL_HAS_WGMMA
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
-        "[%0], "
-        "[%1, {%2, %3}], [%4], %5;" ::"r"(to),
-        "l"(map), "r"(input), "r"(row), "r"(shared_address(barrier)), "l"(policy)
-        : "memory");
-#else
-    (void)to, (void)map, (void)input, (void)row, (void)barrier, (void)policy;
-#endif
-}
-
 /* Grid: ranks of a tile, tiles. */
-template <typename T, int COLUMNS, int RANKS, bool GATED, int GROUPS, int STAGES>
+template <typename T, int COLUMNS, int RANKS, bool GATED>
 static __global__ void
-MIL_CLUSTER(RANKS)
-    __launch_bounds__(GROUPS *GROUP_THREADS + MIL_WARP, GROUPS == 4 && (COLUMNS > 32 || STAGES > 3)   ? 1
-                                                        : GROUPS == 2 && COLUMNS == 32 && STAGES == 3 ? 3
-                                                                                                      : 2)
-        batch_kernel(const __grid_constant__ batch_arguments a, const __grid_constant__ batch_maps maps)
+MIL_CLUSTER(RANKS) __launch_bounds__(THREADS + MIL_WARP, 2)
+    batch_kernel(const __grid_constant__ batch_arguments a, const __grid_constant__ batch_maps maps)
 {
 #if MIL_HAS_WGMMA
-    using ring = batch_ring<COLUMNS, GROUPS, STAGES>;
-    constexpr int OF_A_GATE = GATED ? GROUPS / 2 : GROUPS; /* groups that share a product */
+    using ring = batch_ring<COLUMNS>;
+    constexpr int STAGES = ring::STAGES;
+    constexpr int SHARERS = GATED ? GROUPS / 2 : GROUPS; /* groups of one product */
     extern __shared__ __align__(1024) unsigned char memory[];
     uint64_t *const full = (uint64_t *)(memory + ring::BARRIERS), *const empty = full + STAGES;
     const uint32_t stages = shared_address(memory);
@@ -297,20 +294,21 @@ MIL_CLUSTER(RANKS)
     const batch_output &o = output_of(a, (int)blockIdx.y);
     const int tile = (int)blockIdx.y - o.first_tile, product = GATED ? 0 : (int)(&o - a.outputs);
     const int steps = ((a.in + STEP - 1) / STEP - rank + RANKS - 1) / RANKS; /* rank, rank + RANKS, .. */
-    const bool copies = threadIdx.x == ring::THREADS;
+    const bool copies = threadIdx.x == THREADS;
     auto copy_w = [&](int i) {
         const int at = i % STAGES;
         expect_bytes(&full[at], ring::STAGE);
 #pragma unroll
         for (int g = 0; g < GROUPS; g++) {
-            copy_box_by(stages + at * ring::STAGE + g * GROUP_OUTPUTS * 128,
-                        &maps.w[GATED ? g / OF_A_GATE : product], (rank + i * RANKS) * STEP,
-                        (tile * OF_A_GATE + g % OF_A_GATE) * GROUP_OUTPUTS, &full[at], a.policy);
+            copy_box<true>(stages + at * ring::STAGE + g * GROUP_OUTPUTS * 128,
+                           &maps.w[GATED ? g / SHARERS : product], (rank + i * RANKS) * STEP,
+                           (tile * SHARERS + g % SHARERS) * GROUP_OUTPUTS, &full[at]);
         }
     };
     auto copy_x = [&](int i) {
         const int at = i % STAGES;
-        copy_box(stages + at * ring::STAGE + ring::W_BYTES, &maps.x, (rank + i * RANKS) * STEP, 0, &full[at]);
+        copy_box<false>(stages + at * ring::STAGE + ring::W_BYTES, &maps.x, (rank + i * RANKS) * STEP, 0,
+                        &full[at]);
     };
     if (copies) {
         for (int i = 0; i < STAGES; i++) {
@@ -327,7 +325,7 @@ MIL_CLUSTER(RANKS)
     mil_wait();
     __syncthreads(); /* the barriers are there */
     float c[COLUMNS / 2] = {};
-    batch_writer<T, RANKS, GATED, ring> writer(a, o, tile);
+    batch_writer<T, RANKS, GATED> writer(a, o, tile);
     if (copies) {
         for (int i = 0; i < steps; i++) {
             if (i >= STAGES) {
@@ -350,8 +348,7 @@ MIL_CLUSTER(RANKS)
                 wgmma_shared<T>(c, wgmma_factor(w + k * 32, 16), wgmma_factor(x + k * 32, 16), 1);
             }
             wgmma_commit();
-            wgmma_wait<0>(
-                c); /* the next step comes from memory: there is time to empty this one's place first */
+            wgmma_wait<0>(c); /* memory is slower: there is time to give the place back first */
             if (threadIdx.x % MIL_WARP == 0) {
                 phase_arrive(&empty[i % STAGES]);
             }
@@ -360,7 +357,7 @@ MIL_CLUSTER(RANKS)
     __syncthreads();
     float *const sums = (float *)memory;
     if (warp < GROUPS * 4) {
-        put_sums<COLUMNS, ring::PITCH>(c, a.rows, sums);
+        put_sums<COLUMNS>(c, a.rows, sums);
     }
     if constexpr (RANKS > 1) {
         mil_cluster_sync();
@@ -378,13 +375,6 @@ MIL_CLUSTER(RANKS)
 }
 
 /* ---- launches --------------------------------------------------------------------------------------------------------- */
-
-static int
-setting(const char *name, int otherwise)
-{
-    const char *value = getenv(name);
-    return value == NULL ? otherwise : atoi(value);
-}
 
 /* How the copy engine finds a row-major array [rows, columns] of 16-bit elements. */
 static mil_status
@@ -406,16 +396,12 @@ map_array(mil_context *context, CUtensorMap *map, const void *array, int64_t row
         }
         encode = (decltype(&cuTensorMapEncodeTiled))found;
     }
-    static const int promotion = setting("MIL_PROMOTE", 256);
     const bool brain = context->ops->activation_dtype == MIL_BF16;
     const cuuint64_t size[2] = {(cuuint64_t)columns, (cuuint64_t)rows}, apart[1] = {(cuuint64_t)stride * 2};
     const cuuint32_t boxes[2] = {STEP, (cuuint32_t)box}, steps[2] = {1, 1};
     CUresult result = encode(map, brain ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
                              2, (void *)array, size, apart, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                             CU_TENSOR_MAP_SWIZZLE_128B,
-                             promotion == 0     ? CU_TENSOR_MAP_L2_PROMOTION_NONE
-                             : promotion == 128 ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B
-                                                : CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS
                ? MIL_OK
@@ -433,84 +419,36 @@ map_arrays(mil_context *context, const batch_arguments &a, bool gated, int colum
     return MIL_OK;
 }
 
-template <typename T, int COLUMNS, int RANKS, bool GATED, int GROUPS, int STAGES>
+template <typename T, int COLUMNS, int RANKS, bool GATED>
 static mil_status
 launch(mil_context *context, const batch_arguments &a)
 {
     batch_maps maps = {};
     MIL_TRY(map_arrays(context, a, GATED, COLUMNS, &maps));
-    using ring = batch_ring<COLUMNS, GROUPS, STAGES>;
-    return mil_launch(context, "product", batch_kernel<T, COLUMNS, RANKS, GATED, GROUPS, STAGES>,
-                      dim3(RANKS, (unsigned)a.tiles), dim3(ring::THREADS + MIL_WARP), ring::BYTES, a, maps);
-}
-
-/* Tiles of so many outputs of all products. */
-static void
-count_tiles(batch_arguments *a, int outputs)
-{
-    a->tiles = 0;
-    for (int i = 0; i < a->count; i++) {
-        a->outputs[i].first_tile = a->tiles;
-        a->tiles += (a->outputs[i].out + outputs - 1) / outputs;
-    }
+    return mil_launch(context, "product", batch_kernel<T, COLUMNS, RANKS, GATED>,
+                      dim3(RANKS, (unsigned)a.tiles), dim3(THREADS + MIL_WARP), batch_ring<COLUMNS>::BYTES, a,
+                      maps);
 }
 
 /* Into how many parts the inputs are cut: by the sizes of the weights alone. */
-template <typename T, int COLUMNS, bool GATED, int GROUPS, int STAGES>
-static mil_status
-choose_ranks(mil_context *context, batch_arguments a)
-{
-    static const int hint = setting("MIL_HINT", 0);
-    a.policy = hint == 1 ? 0x12F0000000000000u : hint == 2 ? 0x14F0000000000000u : 0x1000000000000000u;
-    count_tiles(&a, GROUPS * GROUP_OUTPUTS / (GATED ? 2 : 1));
-    static const int enough = setting("MIL_ENOUGH", GROUPS == 4 ? 132 : 512),
-                     most_ranks = setting("MIL_RANKS", 8);
-    static const int all_ranks[] = {8, 4, 3, 2};
-    int ranks = 1;
-    for (int i = 0; i < 4 && ranks == 1; i++) {
-        bool there = all_ranks[i] <= most_ranks && (GROUPS == 4 || all_ranks[i] % 2 == 0) &&
-                     (GROUPS == 4 || all_ranks[i] < 8);
-        ranks = there && a.tiles * all_ranks[i] <= enough && a.in >= all_ranks[i] * LEAST_STEPS * STEP
-                    ? all_ranks[i]
-                    : 1;
-    }
-    if constexpr (GROUPS == 4) {
-        if (ranks == 8) {
-            return launch<T, COLUMNS, 8, GATED, GROUPS, STAGES>(context, a);
-        }
-        if (ranks == 3) {
-            return launch<T, COLUMNS, 3, GATED, GROUPS, STAGES>(context, a);
-        }
-    }
-    return ranks == 4   ? launch<T, COLUMNS, 4, GATED, GROUPS, STAGES>(context, a)
-           : ranks == 2 ? launch<T, COLUMNS, 2, GATED, GROUPS, STAGES>(context, a)
-                        : launch<T, COLUMNS, 1, GATED, GROUPS, STAGES>(context, a);
-}
-
 template <typename T, int COLUMNS, bool GATED>
 static mil_status
-choose_kind(mil_context *context, const batch_arguments &a)
+choose_ranks(mil_context *context, const batch_arguments &a)
 {
-    static const int kind = setting("MIL_KIND", 0);
-    if (kind == 1) {
-        return choose_ranks<T, COLUMNS, GATED, 4, COLUMNS == 32 ? 6 : 5>(context, a);
+    int ranks = MOST_RANKS;
+    while (ranks > 1 && (a.tiles * ranks > MOST_BLOCKS || a.in < ranks * LEAST_STEPS * STEP)) {
+        ranks /= 2;
     }
-    if constexpr (COLUMNS == 32) {
-        if (kind == 2) {
-            return choose_ranks<T, COLUMNS, GATED, 4, 3>(context, a);
-        }
-        if (kind == 3) {
-            return choose_ranks<T, COLUMNS, GATED, 2, 3>(context, a);
-        }
-    }
-    return choose_ranks<T, COLUMNS, GATED, 2, COLUMNS == 32 ? 5 : 4>(context, a);
+    return ranks == 4   ? launch<T, COLUMNS, 4, GATED>(context, a)
+           : ranks == 2 ? launch<T, COLUMNS, 2, GATED>(context, a)
+                        : launch<T, COLUMNS, 1, GATED>(context, a);
 }
 
 template <typename T, bool GATED>
 static mil_status
 choose_columns(mil_context *context, const batch_arguments &a)
 {
-    return a.rows <= 32 ? choose_kind<T, 32, GATED>(context, a) : choose_kind<T, 64, GATED>(context, a);
+    return a.rows <= 32 ? choose_ranks<T, 32, GATED>(context, a) : choose_ranks<T, 64, GATED>(context, a);
 }
 
 template <bool GATED>
@@ -534,10 +472,9 @@ mil_batch_product_fits(const mil_context *context, const mil_linear *products, i
     bool fits = true;
     for (int64_t i = 0; i < count; i++) {
         const mil_linear *p = &products[i];
-        static const int most = setting("MIL_MOST", MIL_BATCH_ROWS);
-        fits = fits && p->rows <= most && p->dtype == context->ops->activation_dtype && p->in % 8 == 0 &&
-               p->in < 1 << 30 && p->out <= MOST_OUTPUTS && (uintptr_t)p->weight % 16 == 0 &&
-               (uintptr_t)p->x % 16 == 0 && p->x_stride % 8 == 0;
+        fits = fits && p->rows <= MIL_BATCH_ROWS && p->dtype == context->ops->activation_dtype &&
+               p->in % 8 == 0 && p->in < 1 << 30 && p->out <= MOST_OUTPUTS &&
+               (uintptr_t)p->weight % 16 == 0 && (uintptr_t)p->x % 16 == 0 && p->x_stride % 8 == 0;
     }
     return fits;
 }
@@ -550,15 +487,15 @@ is_wide(const void *y, int64_t stride, int64_t out, size_t size)
 }
 
 static batch_output
-output_of(const mil_linear *p)
+output_of(const mil_linear *p, int first_tile)
 {
     return {p->weight,     p->bias,         p->y,
-            p->y_stride,   (int)p->out,     0,
+            p->y_stride,   (int)p->out,     first_tile,
             p->accumulate, p->float_output, is_wide(p->y, p->y_stride, p->out, p->float_output ? 4 : 2)};
 }
 
 static batch_arguments
-arguments_of(const mil_linear *products, int64_t count)
+arguments_of(const mil_linear *products, int64_t count, int tile_outputs)
 {
     batch_arguments a = {};
     a.rows = (int)products->rows;
@@ -567,7 +504,8 @@ arguments_of(const mil_linear *products, int64_t count)
     a.x = products->x;
     a.x_stride = products->x_stride;
     for (int64_t i = 0; i < count; i++) {
-        a.outputs[i] = output_of(&products[i]);
+        a.outputs[i] = output_of(&products[i], a.tiles);
+        a.tiles += (int)mil_ceil_div(products[i].out, tile_outputs);
     }
     return a;
 }
@@ -575,7 +513,7 @@ arguments_of(const mil_linear *products, int64_t count)
 mil_status
 mil_batch_product(mil_context *context, const mil_linear *products, int64_t count)
 {
-    return choose_type<false>(context, arguments_of(products, count));
+    return choose_type<false>(context, arguments_of(products, count, TILE_OUTPUTS));
 }
 
 mil_status
@@ -588,8 +526,8 @@ mil_batch_gated(mil_context *context, const mil_linear *products, int64_t count,
         MIL_TRY(mil_batch_product(context, products, count));
         return gate == NULL ? MIL_OK : context->ops->glu_forward(context, gate);
     }
-    batch_arguments a = arguments_of(products, 1);
-    a.outputs[1] = output_of(&products[1]);
+    batch_arguments a = arguments_of(products, 1, TILE_OUTPUTS / 2);
+    a.outputs[1] = output_of(&products[1], 0);
     a.gated = gate->y;
     a.gated_stride = gate->y_stride;
     a.activation = gate->activation;
