@@ -260,7 +260,7 @@ def write_page(folder: Path) -> None:
     order = {"decode": 0, "rows": 1, "prefill": 2, "training": 3}
     reports = [json.loads(path.read_text()) for path in folder.glob("*.json")]
     reports = [r for r in reports if "sections" in r]
-    reports.sort(key=lambda r: (order.get(r["benchmark"], 9), r["benchmark"]))
+    reports.sort(key=lambda r: (order.get(r["benchmark"], 9), r["benchmark"], r["machine"]["date"]))
     (folder / "README.md").write_text(page(reports))
 
 
