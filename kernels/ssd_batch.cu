@@ -37,23 +37,6 @@ struct batch_memory {
     uint64_t arrived[STATE / PIECE];
 };
 
-/* `bytes` of global memory into shared memory in the background; `barrier` is told when they are there. */
-static __device__ __forceinline__ void
-copy_bulk(void *to, const void *from, uint32_t bytes, uint64_t *barrier)
-{
-#if MIL_HAS_WGMMA
-    const uint32_t at = (uint32_t)__cvta_generic_to_shared(barrier);
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-            (uint32_t)__cvta_generic_to_shared(to)),
-        "l"(from), "r"(bytes), "r"(at)
-        : "memory");
-#else
-    (void)to, (void)from, (void)bytes, (void)barrier;
-#endif
-}
-
 static __device__ __forceinline__ void
 copy_quad(float *to, const float *from)
 {
@@ -369,6 +352,7 @@ __launch_bounds__(ROWS_R *WIDTH / 4, WIDTH == 128 ? 3 : 4)
         }
         wgmma_publish();
         for (int j = 0; j < PIECES; j++) {
+            phase_expect(&m.arrived[j], PIECE * WIDTH * sizeof(float));
             copy_bulk(m.H[j * PIECE], state + j * PIECE * WIDTH, PIECE * WIDTH * sizeof(float),
                       &m.arrived[j]);
         }

@@ -18,13 +18,8 @@
  * kernel on some and none on others, and the shares uneven.  Small matrices, short rows and weights of 8 bits (to unpack them
  * takes more warps than these) are faster in blocks that come and go (thin_product.cu).  Figures: docs/performance-log.md.
  */
+#include "phase.cuh"
 #include "thin_tile.cuh"
-
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-#define HAS_BULK_COPIES 1
-#else
-#define HAS_BULK_COPIES 0
-#endif
 
 #define BLOCK (THREADS + MIL_WARP)
 #define UNIT (WARPS * 64) /* bytes of a row in a chunk of every warp */
@@ -46,72 +41,6 @@ struct stream_arguments {
     int each, more;      /* outputs (or pairs of up and gate) of a block; blocks that have one more */
     int units, stages;   /* of a segment; of the ring */
 };
-
-/* ---- barriers and copies ----------------------------------------------------------------------------------------- */
-
-[[maybe_unused]] static __device__ __forceinline__ uint32_t
-shared_address(const void *at)
-{
-    return (uint32_t)__cvta_generic_to_shared(at);
-}
-
-static __device__ __forceinline__ void
-barrier_init(uint64_t *barrier, int arrivals)
-{
-#if HAS_BULK_COPIES
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals)
-                 : "memory");
-#endif
-}
-
-static __device__ __forceinline__ void
-barrier_arrive(uint64_t *barrier)
-{
-#if HAS_BULK_COPIES
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-#endif
-}
-
-/* Arrives, and holds the phase open until so many bytes have been copied. */
-static __device__ __forceinline__ void
-barrier_expect(uint64_t *barrier, uint32_t bytes)
-{
-#if HAS_BULK_COPIES
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-                 "r"(bytes)
-                 : "memory");
-#endif
-}
-
-/* Until the phase of this parity has ended; of a new barrier, that of parity 1 has. */
-static __device__ __forceinline__ void
-barrier_wait(uint64_t *barrier, int parity)
-{
-#if HAS_BULK_COPIES
-    uint32_t done = 0;
-    do {
-        asm volatile(
-            "{\n.reg .pred p;\n"
-            "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-            "selp.u32 %0, 1, 0, p;\n}"
-            : "=r"(done)
-            : "r"(shared_address(barrier)), "r"(parity)
-            : "memory");
-    } while (done == 0);
-#endif
-}
-
-static __device__ __forceinline__ void
-copy_bulk(void *to, const void *from, uint32_t bytes, uint64_t *barrier)
-{
-#if HAS_BULK_COPIES
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-            shared_address(to)),
-        "l"(from), "r"(bytes), "r"(shared_address(barrier))
-        : "memory");
-#endif
-}
 
 /* The multiplying warps meet. */
 static __device__ __forceinline__ void
@@ -330,9 +259,9 @@ produce(const stream_arguments &s, const share &mine, ring r, int lane)
             const uint32_t bytes = (uint32_t)min(segment, row_bytes - at);
 #pragma unroll
             for (int m = 0; m < MATRICES; m++) {
-                barrier_wait(&r.empty[r.stage], r.parity ^ 1);
+                phase_wait(&r.empty[r.stage], r.parity ^ 1);
                 if (lane == 0) {
-                    barrier_expect(&r.full[r.stage], bytes * (uint32_t)count);
+                    phase_expect(&r.full[r.stage], bytes * (uint32_t)count);
                 }
                 __syncwarp();
                 if (lane < count) {
@@ -404,12 +333,10 @@ __launch_bounds__(BLOCK, 2) stream_kernel(const __grid_constant__ stream_argumen
     extern __shared__ __align__(128) uint8_t memory[]; /* the ring, partial sums, rows of x */
     const thin_arguments &a = s.thin;
     if (threadIdx.x < (unsigned)s.stages) {
-        barrier_init(&full[threadIdx.x], 1);
-        barrier_init(&empty[threadIdx.x], WARPS);
+        phase_init(&full[threadIdx.x], 1);
+        phase_init(&empty[threadIdx.x], WARPS);
     }
-#if HAS_BULK_COPIES
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); /* copies see the barriers */
-#endif
+    phase_publish(); /* copies see the barriers */
     const share mine(s);
     __syncthreads();
     mil_trigger();
@@ -468,11 +395,11 @@ __launch_bounds__(BLOCK, 2) stream_kernel(const __grid_constant__ stream_argumen
             load_inputs<T>(s, x, x_stride, from, inputs);
 #pragma unroll
             for (int m = 0; m < MATRICES; m++) {
-                barrier_wait(&r.full[r.stage], r.parity);
+                phase_wait(&r.full[r.stage], r.parity);
                 consume<T>(s, r.row(g) + warp * 64 + t * 16, r.row_bytes, from, inputs, c[m]);
                 __syncwarp();
                 if (lane == 0) {
-                    barrier_arrive(&r.empty[r.stage]);
+                    phase_arrive(&r.empty[r.stage]);
                 }
                 r.next();
             }

@@ -13,7 +13,7 @@
 #ifndef MIL_KERNELS_WGMMA_CUH
 #define MIL_KERNELS_WGMMA_CUH
 
-#include "cuda.cuh"
+#include "phase.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define MIL_HAS_WGMMA 1
@@ -117,60 +117,6 @@ static __device__ __forceinline__ void
 barrier_announce(int barrier, int threads)
 {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
-/* Barriers in shared memory, for what is filled and emptied in turns: the n-th completion has parity n % 2,
- * from 0. */
-static __device__ __forceinline__ void
-phase_init(uint64_t *barrier, int arrivals)
-{
-    uint32_t at = (uint32_t)__cvta_generic_to_shared(barrier);
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(arrivals) : "memory");
-}
-
-static __device__ __forceinline__ void
-phase_arrive(uint64_t *barrier)
-{
-    uint32_t at = (uint32_t)__cvta_generic_to_shared(barrier);
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
-}
-
-static __device__ __forceinline__ bool
-phase_done(uint64_t *barrier, int parity)
-{
-    uint32_t done = 1;
-#if MIL_HAS_WGMMA
-    uint32_t at = (uint32_t)__cvta_generic_to_shared(barrier);
-    asm volatile(
-        "{\n.reg .pred p;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n}"
-        : "=r"(done)
-        : "r"(at), "r"(parity)
-        : "memory");
-#else
-    (void)barrier, (void)parity;
-#endif
-    return done != 0;
-}
-
-static __device__ __forceinline__ void
-phase_wait(uint64_t *barrier, int parity)
-{
-    while (!phase_done(barrier, parity)) {
-    }
-}
-
-/* An arrival that also announces `bytes` of copies. */
-static __device__ __forceinline__ void
-phase_expect(uint64_t *barrier, int bytes)
-{
-#if MIL_HAS_WGMMA
-    uint32_t at = (uint32_t)__cvta_generic_to_shared(barrier);
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
-#else
-    (void)barrier, (void)bytes;
-#endif
 }
 
 /* A panel of the array that `map` (a CUtensorMap) describes, from (row, column) on, in the background; zeros where there is
