@@ -68,7 +68,11 @@ main(int argc, char **argv)
     h.gpu.ops = &ops;
     const model_shape shape = {n[0], n[1], n[2], n[3], n[4], n[5], n[6]};
     mil_model *model = model_random(&h, &shape, (mil_dtype)n[7], &ops);
-    const double bytes = model_bytes(model, false) + (double)n[9] * state_bytes(&shape, n[10]);
+    /* The embedding, of which a token reads one row, is not counted. */
+    const mil_parameter *embedding = model->embedding;
+    const double bytes = model_bytes(model, false) -
+                         (double)embedding->count * mil_dtype_size(embedding->dtype) +
+                         (double)n[9] * state_bytes(&shape, n[10]);
     mil_arena kept = {};
     kept.allocator = &h.allocator;
     mil_context context = h.gpu;
