@@ -18,7 +18,6 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <stdint.h>
-#include <stdlib.h>
 
 extern "C" {
 #include "device.h"
@@ -82,15 +81,6 @@ mil_launch(mil_context *context, const char *name, void (*kernel)(Parameters...)
     config.attrs = &attribute;
     config.numAttrs = 1;
     return mil_cuda_status(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
-}
-
-/* Kernels that compile and are tested in part, but that no GPU has run in their present form, are off unless
- * MAMBAINLLAMA_CUDA_NEW=1 asks for them (docs/performance-log.md lists them). */
-static inline bool
-mil_takes_new_kernels()
-{
-    const char *wanted = getenv("MAMBAINLLAMA_CUDA_NEW");
-    return wanted != NULL && wanted[0] == '1';
 }
 
 /* ---- within a kernel --------------------------------------------------------------------------------------- */
