@@ -85,10 +85,24 @@ test_product_bits(harness *h, int64_t in, int64_t out)
 static void
 test_products(harness *h)
 {
-    static const int64_t sizes[][3] = {{1, 8, 1},    {1, 32, 16},    {3, 40, 17},    {5, 64, 100},
-                                       {8, 160, 33}, {9, 4096, 31},  {16, 264, 50},  {17, 128, 64},
-                                       {33, 72, 24}, {100, 256, 48}, {1, 4096, 512}, {2, 7, 5},
-                                       {20, 9, 7},   {300, 512, 96}};
+    static const int64_t sizes[][3] = {{1, 8, 1},
+                                       {1, 32, 16},
+                                       {3, 40, 17},
+                                       {5, 64, 100},
+                                       {8, 160, 33},
+                                       {9, 4096, 31},
+                                       {16, 264, 50},
+                                       {17, 128, 64},
+                                       {33, 72, 24},
+                                       {100, 256, 48},
+                                       {1, 4096, 512},
+                                       {2, 7, 5},
+                                       {20, 9, 7},
+                                       {300, 512, 96},
+                                       /* enough weights for thin_stream.cu: x copied, and read in place */
+                                       {1, 4096, 1100},
+                                       {5, 2056, 1700},
+                                       {8, 6152, 700}};
     for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
         for (int flags = 0; flags < 4; flags++) {
             test_product(h, sizes[i][0], sizes[i][1], sizes[i][2], flags & 1, (flags & 2) != 0, false);
@@ -166,6 +180,8 @@ test_projects(harness *h)
         test_project(h, rows, 2048, 4300, false);
         test_project(h, rows, 1040, 4300, true);
     }
+    test_project(h, 8, 4096, 1000, true); /* too wide to be normed on the way, and not */
+    test_project(h, 5, 4096, 1000, true);
 }
 
 /* ---- weights of 8 bits -------------------------------------------------------------------------------------------- */
