@@ -269,6 +269,24 @@ mil_is_aligned(const void *pointer, int64_t stride)
     return (uintptr_t)pointer % 16 == 0 && stride % mil_lanes<T> == 0;
 }
 
+/* ---- copies into shared memory ------------------------------------------------------------------------------- */
+
+/* 16 bytes on their way, past the first-level cache. */
+static __device__ __forceinline__ void
+mil_copy_16(void *to, const void *from)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((unsigned)__cvta_generic_to_shared(to)),
+                 "l"(from)
+                 : "memory");
+}
+
+/* Until this thread's copies have arrived. */
+static __device__ __forceinline__ void
+mil_await_copies()
+{
+    asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
 /* ---- packed rows (mil_rows.device) ---------------------------------------------------------------------------- */
 
 struct mil_device_rows {

@@ -21,7 +21,7 @@ phase_init(uint64_t *barrier, int arrivals)
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(arrivals) : "memory");
 }
 
-/* Shows barriers that this thread has set up to copies. */
+/* Shows what this thread has written in shared memory to copies: barriers that it has set up, above all. */
 static __device__ __forceinline__ void
 phase_publish()
 {

@@ -9,13 +9,13 @@
  *
  *   project   a block has 16 outputs and an eighth of the channels, whose convolution it computes for itself; eight partial
  *             sums an output go to memory
- *   scan      a block has 32 channels of one sequence.  Its first four warps hold the state and go through the tail;
- *             meanwhile the other four add up the partial sums, convolve, and multiply by the block's 32 rows of W_dt.
- *             Then the first four take the rows of this call.  The last block to read what several share (B; inputs of
- *             repeated channels) moves it where a window is folded; all else is the block's own.
+ *   scan      a block has 32 channels of one sequence.  Its first four warps hold the state and go through the tail.  Then
+ *             all add up the partial sums; the other four convolve, and multiply by the block's 32 rows of W_dt; and the
+ *             first four take the rows of this call.  The last block to read what several share (B; inputs of repeated
+ *             channels) moves it where a window is folded; all else is the block's own.
  *
- * Weights, and what else no kernel writes, are loaded before the kernel before has ended; states and tails are asked for into
- * the second-level cache.  The code is kept short: it runs once a layer, when the weights have swept the caches.
+ * Weights, and states and tails where they are settled (mil_rows), are read, and the tail is gone through, before the kernel
+ * before has ended.
  *
  * The convolution, W_dt and the scan give the bits of conv1d.cu, thin_product.cu and selective_scan_step.cu; sums of W_x
  * are cut by their length alone.  So a row's bits do not depend on what stands beside it.
@@ -69,21 +69,6 @@ load_weight(const void *from)
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "l"(from));
     return v;
-}
-
-/* 16 bytes on their way to shared memory. */
-static __device__ __forceinline__ void
-copy_16(void *to, const void *from)
-{
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((unsigned)__cvta_generic_to_shared(to)),
-                 "l"(from)
-                 : "memory");
-}
-
-static __device__ __forceinline__ void
-await_copies()
-{
-    asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
 /* A barrier of the four warps of one role. */
@@ -146,7 +131,7 @@ fetch_input_tails(const mixer_arguments &m, const mil_states &states, const warp
             for (int half = 0; half < 2; half++) {
                 const int at = (lane + half * MIL_WARP) * 4, from = own.at(at / CHUNK);
                 if (at < wide && from < own.end) {
-                    copy_16(to + row * wide + at, tail + row * m.inputs + from * CHUNK + at % CHUNK);
+                    mil_copy_16(to + row * wide + at, tail + row * m.inputs + from * CHUNK + at % CHUNK);
                 }
             }
         }
@@ -165,7 +150,7 @@ fetch_inputs(const mixer_arguments &m, const warp_chunks &own, int chunks, const
     const T *raw = (const T *)m.raw + chunk * CHUNK + lane % (CHUNK / 8) * 8;
 #pragma unroll 1
     for (int row = 0; row < m.total && there; row++) {
-        copy_16((T *)memory.raw + row * wide + lane * 8, raw + row * m.raw_stride);
+        mil_copy_16((T *)memory.raw + row * wide + lane * 8, raw + row * m.raw_stride);
     }
 }
 
@@ -262,7 +247,7 @@ __launch_bounds__(THREADS, CHUNKS <= 5 ? 5 : 3)
             mil_wait();
         }
         fetch_inputs<T>(m, own, CHUNKS, memory);
-        await_copies();
+        mil_await_copies();
         __syncwarp();
         convolve_chunks<T, CHUNKS>(m, taps, memory);
         __syncwarp();
@@ -355,12 +340,12 @@ fetch_tails(const scan_arguments &a, const mixer_place &p, int before, const mil
 #pragma unroll 1
     for (int token = threadIdx.x / QUADS; token < before; token += LANES_N) {
         const int at = token * a.inner + p.channel + column;
-        copy_16(s.tail_x + token * COLUMNS + column, tails.x + at);
-        copy_16(s.tail_dt + token * COLUMNS + column, tails.dt + at);
+        mil_copy_16(s.tail_x + token * COLUMNS + column, tails.x + at);
+        mil_copy_16(s.tail_dt + token * COLUMNS + column, tails.dt + at);
 #pragma unroll 1
         for (int n = column; n < a.B_width; n += COLUMNS) {
             if (p.B_at + n < B_columns) {
-                copy_16(s.tail_B + token * a.B_width + n, tails.B + token * B_columns + p.B_at + n);
+                mil_copy_16(s.tail_B + token * a.B_width + n, tails.B + token * B_columns + p.B_at + n);
             }
         }
     }
@@ -704,8 +689,8 @@ fetch_low(const mixer_arguments &m, int first, int count, int thread, const mixe
     for (int row = thread / MIL_WARP; row < count && m.dt_weight != NULL; row += WARPS) {
 #pragma unroll 1
         for (int at = thread % MIL_WARP * 8; at < m.rank; at += MIL_WARP * 8) {
-            copy_16((T *)s.low + row * s.low_stride + at,
-                    (const T *)m.low + (first + row) * m.low_stride + at);
+            mil_copy_16((T *)s.low + row * s.low_stride + at,
+                        (const T *)m.low + (first + row) * m.low_stride + at);
         }
     }
 }
@@ -882,7 +867,7 @@ __launch_bounds__(BLOCK, J == 1 ? 3 : 2)
         fetch_tails(a, p, before, tails, s);
         load_H<V, J>(a, tails.state, c, lane_n, H);
         load_exponent<V, J>(a, c, lane_n, exponent);
-        await_copies();
+        mil_await_copies();
         meet(0);
         walk_tail<J>(a, s, before, shift, B_own, c, lane_n, exponent, tails.state, H);
     }
@@ -905,7 +890,7 @@ __launch_bounds__(BLOCK, J == 1 ? 3 : 2)
     }
     if (!scans) {
         convolve_rows<T>(m, first, count, thread, taps, lead, s);
-        await_copies();
+        mil_await_copies();
     }
     __syncthreads();
     if (m.normed > 0) {

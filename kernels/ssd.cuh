@@ -6,6 +6,7 @@
 #include "tail.cuh"
 
 #define MIL_SSD_STATES 512 /* most states of a head */
+#define PAIR_LANES 16      /* threads of one C_i . B_s, in decoding */
 
 static const float log2_e = 1.442695041f;
 
@@ -52,6 +53,19 @@ ssd_arguments_of(const mil_ssd *s)
     a.y = s->y;
     a.y_stride = s->y_stride;
     return a;
+}
+
+/* The product of the decays after s up to i, by PAIR_LANES threads side by side. */
+static __device__ __forceinline__ float
+multiply_decays(const float *decay, int s, int i)
+{
+    int lane = threadIdx.x % PAIR_LANES;
+    float value = lane > s && lane <= i ? decay[lane] : 1.0f;
+#pragma unroll
+    for (int step = MIL_WINDOW / 2; step > 0; step /= 2) {
+        value *= __shfl_xor_sync(MIL_ALL_LANES, value, step);
+    }
+    return value;
 }
 
 /* -exp(A_log) log2(e), finite so that 0 * A is 0. */

@@ -18,7 +18,6 @@
 #define WINDOW MIL_WINDOW
 #define ROWS_R 8        /* threads that share a column */
 #define PIECE 32        /* rows of H */
-#define PAIR_LANES 16   /* threads of one C . B_s */
 #define MANY_BLOCKS 256 /* from here on a head a block fills the chip */
 
 template <int WIDTH, int STATE>
@@ -37,14 +36,6 @@ struct batch_memory {
     uint64_t arrived[STATE / PIECE];
 };
 
-static __device__ __forceinline__ void
-copy_quad(float *to, const float *from)
-{
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(to)),
-                 "l"(from)
-                 : "memory");
-}
-
 /* What a block works on. */
 struct batch_place {
     int head;
@@ -60,7 +51,7 @@ ask_for_tail(const ssd_arguments &a, const batch_place &p, const mil_tails &tail
     constexpr int THREADS = ROWS_R * WIDTH / 4;
     for (int i = threadIdx.x; i < count * (WIDTH / 4); i += THREADS) {
         int s = i / (WIDTH / 4), c = i % (WIDTH / 4) * 4;
-        copy_quad(&m.x[s][c], tails.x + (first + s) * p.x_width + p.x_column + c);
+        mil_copy_16(&m.x[s][c], tails.x + (first + s) * p.x_width + p.x_column + c);
     }
     const int s = threadIdx.x;
     if (s < WINDOW) {
@@ -115,25 +106,6 @@ struct batch_scores {
     }
 };
 
-static __device__ __forceinline__ void
-await_tail()
-{
-    asm volatile("cp.async.wait_all;" ::: "memory");
-}
-
-/* The product of the decays after s up to i, by PAIR_LANES threads side by side. */
-static __device__ __forceinline__ float
-multiply_decays(const float *decay, int s, int i)
-{
-    int lane = threadIdx.x % PAIR_LANES;
-    float value = lane > s && lane <= i ? decay[lane] : 1.0f;
-#pragma unroll
-    for (int step = WINDOW / 2; step > 0; step /= 2) {
-        value *= __shfl_xor_sync(MIL_ALL_LANES, value, step);
-    }
-    return value;
-}
-
 /* What one piece of H becomes; x and B of the window are in shared memory. */
 template <int WIDTH, int STATE>
 static __device__ __forceinline__ void
@@ -177,7 +149,7 @@ fold(const batch_place &p, const mil_tails &tails, float *state, bool stays, bat
     __syncthreads(); /* the first piece's place is free */
     for (int i = threadIdx.x; i < WINDOW * (STATE / 4); i += THREADS) {
         int s = i / (STATE / 4), n = i % (STATE / 4) * 4;
-        copy_quad(&m.B[s][n], tails.B + s * p.B_width + p.B_column + n);
+        mil_copy_16(&m.B[s][n], tails.B + s * p.B_width + p.B_column + n);
     }
     for (int s = threadIdx.x / PAIR_LANES; s < WINDOW; s += THREADS / PAIR_LANES) {
         const float product = multiply_decays(m.decay, s, WINDOW - 1);
@@ -188,7 +160,7 @@ fold(const batch_place &p, const mil_tails &tails, float *state, bool stays, bat
             }
         }
     }
-    await_tail();
+    mil_await_copies();
     __syncthreads();
     auto keep = [&](int j, const float (&piece)[4][4]) {
 #pragma unroll
@@ -376,12 +348,12 @@ __launch_bounds__(ROWS_R *WIDTH / 4, WIDTH == 128 ? 3 : 4)
     scores.load_row(B, i);
     const float dt = threadIdx.x == 0 ? get_time_step<T>(a, span.row, p.head, bias) : 0.0f;
     if (folds) {
-        await_tail();
+        mil_await_copies();
         __syncthreads();
         fold(p, tails, state, span.boundary + WINDOW <= span.after, m);
         ask_for_tail(a, p, tails, WINDOW, i, exponent, m); /* all have read the window */
     }
-    await_tail();
+    mil_await_copies();
     if (part == 0 && vector < STATE) {
         mil_store<4>(&m.C[vector], C);
     }

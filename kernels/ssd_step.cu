@@ -33,7 +33,6 @@
 
 #define THREADS (QUADS * LANES_N)
 #define WARPS (THREADS / MIL_WARP)
-#define PAIR_LANES 16 /* threads of one C_i . B_s */
 
 /* What a block keeps of one window. ROWS = rows of H that it has room for. */
 template <int COLUMNS, int ROWS>
@@ -265,19 +264,6 @@ append_rows(const ssd_arguments &a, const window_place &p, const mil_tails &tail
             mil_store<V>(tails.B + (start + row) * a.B_groups * a.state_dim + p.B_column + n, value);
         }
     }
-}
-
-/* The product of the decays after s up to i, by PAIR_LANES threads side by side. */
-static __device__ __forceinline__ float
-multiply_decays(const float *decay, int s, int i)
-{
-    int lane = threadIdx.x % PAIR_LANES;
-    float value = lane > s && lane <= i ? decay[lane] : 1.0f;
-#pragma unroll
-    for (int step = WINDOW / 2; step > 0; step /= 2) {
-        value *= __shfl_xor_sync(MIL_ALL_LANES, value, step);
-    }
-    return value;
 }
 
 /* Weights of rows first .. length, AT_ONCE at a time. */

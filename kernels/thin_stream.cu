@@ -206,16 +206,6 @@ struct share {
     }
 };
 
-static __device__ __forceinline__ const thin_output &
-product_of(const thin_arguments &a, int output)
-{
-    int i = 0;
-    while (i + 1 < a.count && output >= a.outputs[i + 1].first_tile) {
-        i++;
-    }
-    return a.outputs[i];
-}
-
 struct ring {
     uint64_t *full, *empty; /* [stages] */
     uint8_t *memory;        /* [stages][TILE][row_bytes] */
@@ -247,7 +237,7 @@ produce(const stream_arguments &s, const share &mine, ring r, int lane)
         const int count = mine.in_group(group), output = mine.first + group * mine.size + lane;
         const char *from[MATRICES] = {};
         if (lane < count) {
-            const thin_output &o = GATED ? a.outputs[0] : product_of(a, output);
+            const thin_output &o = GATED ? a.outputs[0] : output_of(a, output);
 #pragma unroll
             for (int m = 0; m < MATRICES; m++) {
                 const char *weight = (const char *)(m == 0 ? o.weight : a.outputs[1].weight);
@@ -381,7 +371,7 @@ __launch_bounds__(BLOCK, 2) stream_kernel(const __grid_constant__ stream_argumen
         /* What this thread will write, so that the sum it may go to is there in time. */
         const bool writes = (int)threadIdx.x < count * a.rows;
         const int column = writes ? (int)threadIdx.x % count : 0, row = writes ? (int)threadIdx.x / count : 0;
-        const thin_output &o = GATED ? a.outputs[0] : product_of(a, first + column);
+        const thin_output &o = GATED ? a.outputs[0] : output_of(a, first + column);
         const int out = first + column - o.first_tile;
         float before = 0.0f;
         if (!GATED && writes && o.accumulate) {

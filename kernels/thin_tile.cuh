@@ -50,7 +50,7 @@ load_once(const void *from)
     return v;
 }
 
-/* The product that a block's tile belongs to. */
+/* The product that a tile belongs to, or whatever else first_tile counts. */
 static __device__ __forceinline__ const thin_output &
 output_of(const thin_arguments &a, int tile)
 {

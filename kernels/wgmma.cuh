@@ -41,9 +41,7 @@ wgmma_factor(uint32_t address, uint32_t panel)
 static __device__ __forceinline__ void
 wgmma_publish()
 {
-#if MIL_HAS_WGMMA
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
+    phase_publish();
 }
 
 /* Before instructions whose registers (accumulators, left factors) other code has written. */
