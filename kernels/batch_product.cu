@@ -23,9 +23,9 @@
 #include "activate.cuh"
 #include "attention.cuh"
 #include "cluster.cuh"
+#include "panel_map.cuh"
+#include "thin_product.cuh"
 #include "wgmma.cuh"
-
-#include <cuda.h>
 
 #define GROUPS 2 /* of four warps */
 #define THREADS (GROUPS * 4 * MIL_WARP)
@@ -376,45 +376,14 @@ MIL_CLUSTER(RANKS) __launch_bounds__(THREADS + MIL_WARP, 2)
 
 /* ---- launches --------------------------------------------------------------------------------------------------------- */
 
-/* How the copy engine finds a row-major array [rows, columns] of 16-bit elements. */
-static mil_status
-map_array(mil_context *context, CUtensorMap *map, const void *array, int64_t rows, int64_t columns,
-          int64_t stride, int box)
-{
-    static decltype(&cuTensorMapEncodeTiled) encode;
-    if (encode == NULL) {
-        void *found = NULL;
-        cudaDriverEntryPointQueryResult result;
-#if CUDART_VERSION >= 12050
-        MIL_CUDA_TRY(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
-                                                      cudaEnableDefault, &result));
-#else
-        MIL_CUDA_TRY(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result));
-#endif
-        if (found == NULL) {
-            return mil_fail(MIL_ERR_DEVICE, "CUDA: this driver has no cuTensorMapEncodeTiled: it is too old");
-        }
-        encode = (decltype(&cuTensorMapEncodeTiled))found;
-    }
-    const bool brain = context->ops->activation_dtype == MIL_BF16;
-    const cuuint64_t size[2] = {(cuuint64_t)columns, (cuuint64_t)rows}, apart[1] = {(cuuint64_t)stride * 2};
-    const cuuint32_t boxes[2] = {STEP, (cuuint32_t)box}, steps[2] = {1, 1};
-    CUresult result = encode(map, brain ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                             2, (void *)array, size, apart, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return result == CUDA_SUCCESS
-               ? MIL_OK
-               : mil_fail(MIL_ERR_DEVICE, "CUDA: cuTensorMapEncodeTiled failed with status %d", (int)result);
-}
-
 static mil_status
 map_arrays(mil_context *context, const batch_arguments &a, bool gated, int columns, batch_maps *maps)
 {
-    MIL_TRY(map_array(context, &maps->x, a.x, a.rows, a.in, a.x_stride, columns));
+    MIL_TRY(mil_map_panels(context, a.x, a.rows, a.in, a.x_stride, columns,
+                           CU_TENSOR_MAP_L2_PROMOTION_L2_128B, &maps->x));
     for (int i = 0; i < (gated ? 2 : a.count); i++) {
-        MIL_TRY(map_array(context, &maps->w[i], a.outputs[i].weight, a.outputs[i].out, a.in, a.in,
-                          GROUP_OUTPUTS));
+        MIL_TRY(mil_map_panels(context, a.outputs[i].weight, a.outputs[i].out, a.in, a.in, GROUP_OUTPUTS,
+                               CU_TENSOR_MAP_L2_PROMOTION_L2_128B, &maps->w[i]));
     }
     return MIL_OK;
 }
@@ -519,9 +488,7 @@ mil_batch_product(mil_context *context, const mil_linear *products, int64_t coun
 mil_status
 mil_batch_gated(mil_context *context, const mil_linear *products, int64_t count, const mil_glu *gate)
 {
-    bool gated = gate != NULL && count == 2 && products[0].out == products[1].out &&
-                 gate->up == products[0].y && gate->gate == products[1].y && !products[0].accumulate &&
-                 !products[1].accumulate;
+    bool gated = gate != NULL && mil_gate_fits(products, count, gate);
     if (!gated) {
         MIL_TRY(mil_batch_product(context, products, count));
         return gate == NULL ? MIL_OK : context->ops->glu_forward(context, gate);

@@ -14,8 +14,8 @@
  * holders are apart from each other: one computes while the other's products run.  A block has a multiprocessor of its own:
  * H^T, Y^T and their operands are 160 registers a thread, of which the third group gives some of its own.
  */
-#include <cuda.h>
 
+#include "panel_map.cuh"
 #include "ssd_chunks.cuh"
 #include "wgmma.cuh"
 
@@ -547,61 +547,19 @@ __launch_bounds__(THREADS, 1)
 
 /* ---- launches ------------------------------------------------------------------------------------------------------- */
 
-typedef CUresult (*map_encoder)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
-                                const cuuint64_t *, const cuuint32_t *, const cuuint32_t *,
-                                CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
-                                CUtensorMapFloatOOBfill);
-
-/* The driver's function that describes arrays, asked for by name, so that nothing is linked to the driver; NULL where
- * it has none. */
-static map_encoder
-find_encoder(void)
-{
-    static map_encoder found;
-    if (found == NULL) {
-        void *function = NULL;
-        cudaDriverEntryPointQueryResult result;
-#if CUDART_VERSION >= 12050
-        cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                             cudaEnableDefault, &result);
-#else
-        cudaError_t error =
-            cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
-#endif
-        if (error == cudaSuccess && result == cudaDriverEntryPointSuccess) {
-            found = (map_encoder)function;
-        }
-    }
-    return found;
-}
-
-/* [rows, width] of 16-bit values, `stride` apart, in panels of CHUNK rows and 64 columns. */
-static mil_status
-describe(bool half, const void *from, int64_t rows, int64_t width, int64_t stride, CUtensorMap *map)
-{
-    const cuuint64_t sizes[2] = {(cuuint64_t)width, (cuuint64_t)rows}, strides[1] = {(cuuint64_t)stride * 2};
-    const cuuint32_t box[2] = {64, CHUNK}, steps[2] = {1, 1};
-    const CUresult result = find_encoder()(
-        map, half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)from,
-        sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return result == CUDA_SUCCESS
-               ? MIL_OK
-               : mil_fail(MIL_ERR_DEVICE, "CUDA: ssd: cuTensorMapEncodeTiled of %lld x %lld failed with %d",
-                          (long long)rows, (long long)width, (int)result);
-}
-
 template <typename T, int N, bool PAIRS>
 static mil_status
 launch(mil_context *context, const chunk_arguments *c, const mil_states *states, int64_t sequences,
        bool outputs)
 {
     const ssd_arguments &a = c->ssd;
-    const bool half = wgmma_is_half<T>;
     hopper_maps maps;
-    MIL_TRY(describe(half, a.x, a.rows_count, (int64_t)a.x_heads * a.head_dim, a.x_stride, &maps.x));
-    MIL_TRY(describe(half, a.B, a.rows_count, (int64_t)a.B_groups * N, a.B_stride, &maps.B));
-    MIL_TRY(describe(half, a.C, a.rows_count, (int64_t)a.C_groups * N, a.C_stride, &maps.C));
+    MIL_TRY(mil_map_panels(context, a.x, a.rows_count, (int64_t)a.x_heads * a.head_dim, a.x_stride, CHUNK,
+                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, &maps.x));
+    MIL_TRY(mil_map_panels(context, a.B, a.rows_count, (int64_t)a.B_groups * N, a.B_stride, CHUNK,
+                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, &maps.B));
+    MIL_TRY(mil_map_panels(context, a.C, a.rows_count, (int64_t)a.C_groups * N, a.C_stride, CHUNK,
+                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, &maps.C));
     const dim3 grid((unsigned)(c->segments * c->ssd.slices), (unsigned)(c->ssd.heads / (PAIRS ? 2 : 1)),
                     (unsigned)sequences);
     return mil_launch(context, "ssd",
@@ -620,7 +578,7 @@ mil_ssd_hopper_takes(const mil_context *context, const ssd_arguments *a, chunk_b
         cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, context->ops->device) !=
             cudaSuccess ||
         major != 9 || a->head_dim % 64 != 0 || (a->state_dim != 64 && a->state_dim != 128) ||
-        (pairs && !shares) || a->rows_count > INT32_MAX / 2 || find_encoder() == NULL) {
+        (pairs && !shares) || a->rows_count > INT32_MAX / 2 || mil_find_panel_encoder() == NULL) {
         return false;
     }
     *out = {pairs, a->head_dim / (pairs ? 64 : 128), multiprocessors};

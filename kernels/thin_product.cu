@@ -329,19 +329,12 @@ norm_fits(const mil_norm *n, const mil_linear *products, int64_t count)
            (uintptr_t)n->weight % 16 == 0;
 }
 
-static bool
-gate_fits(const mil_linear *products, int64_t count, const mil_glu *gate)
-{
-    return count == 2 && products[0].out == products[1].out && gate->up == products[0].y &&
-           gate->gate == products[1].y && !products[0].accumulate && !products[1].accumulate &&
-           products->dtype != MIL_F32;
-}
-
 mil_status
 mil_thin_project(mil_context *context, const mil_norm *norm, const mil_linear *products, int64_t count,
                  const mil_glu *gate)
 {
-    bool normed = norm_fits(norm, products, count), gated = gate != NULL && gate_fits(products, count, gate);
+    bool normed = norm_fits(norm, products, count),
+         gated = gate != NULL && products->dtype != MIL_F32 && mil_gate_fits(products, count, gate);
     mil_dtype weights = products->dtype;
     thin_arguments a = arguments_of(products, gated ? 1 : count);
     a.norm = norm_arguments_of(norm);
