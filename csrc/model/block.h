@@ -55,6 +55,11 @@ mil_embed(mil_pass *pass, const int32_t *tokens, void *x) MIL_MUST_CHECK;
 mil_norm
 mil_stream_norm(const mil_pass *pass, const mil_parameter *weight, int64_t rows, const void *x, void *y);
 
+/* norm, then products of its output, then their gated activation where `gate` is given. */
+mil_status
+mil_project(const mil_pass *pass, const mil_norm *norm, const mil_linear *products, int64_t count,
+            const mil_glu *gate) MIL_MUST_CHECK;
+
 /* y (+)= mixer(norm(x)). Fills `saved`. */
 mil_status
 mil_mixer_forward(mil_pass *pass, int64_t layer, const void *x, void *y, bool accumulate,

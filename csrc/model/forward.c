@@ -277,27 +277,20 @@ run_layers(mil_pass *pass, const mil_forward *arguments, void *x)
     return MIL_OK;
 }
 
+/* Logits, on the device, of rows of the residual stream by way of `normed`, after the final norm. */
 static mil_status
-final_norm(const mil_pass *pass, int64_t rows, const void *x, void *y)
-{
-    mil_norm norm = mil_stream_norm(pass, pass->model->final_norm, rows, x, y);
-    return pass->context->ops->norm_forward(pass->context, &norm);
-}
-
-/* Logits, on the device, of rows after the final norm. */
-static mil_status
-logits_of(const mil_pass *pass, const void *normed, int64_t count, float *logits, int64_t logits_stride)
+logits_of(const mil_pass *pass, const mil_norm *norm, float *logits, int64_t logits_stride)
 {
     mil_context *context = pass->context;
     const mil_parameter *output = pass->model->output;
-    int64_t hidden = pass->model->config.hidden, vocab = pass->model->config.vocab;
+    int64_t count = norm->rows, hidden = pass->model->config.hidden, vocab = pass->model->config.vocab;
     float scale = pass->model->config.logit_scale;
     mil_linear product = {
         .rows = count,
         .in = hidden,
         .out = vocab,
-        .x = normed,
-        .x_stride = hidden,
+        .x = norm->y,
+        .x_stride = norm->y_stride,
         .weight = output->data,
         .dtype = output->dtype,
         .scale = output->scale,
@@ -306,7 +299,7 @@ logits_of(const mil_pass *pass, const void *normed, int64_t count, float *logits
         .fast = pass->fast,
         .float_output = true,
     };
-    MIL_TRY(context->ops->linear_forward(context, &product, 1));
+    MIL_TRY(mil_project(pass, norm, &product, 1, NULL));
     if (scale == 1.0f) {
         return MIL_OK;
     }
@@ -325,15 +318,16 @@ logits_block(const mil_pass *pass, const void *x, const int64_t *wanted, int64_t
     mil_context *context = pass->context;
     int64_t hidden = pass->model->config.hidden, vocab = pass->model->config.vocab;
     mil_arena_mark mark = mil_arena_get_mark(context->scratch);
-    void *picked;
+    void *picked, *normed;
     const void *index;
     float *block;
     MIL_TRY(mil_act_push(context, count, hidden, &picked));
+    MIL_TRY(mil_act_push(context, count, hidden, &normed));
     MIL_TRY(MIL_PUSH(context->scratch, count * vocab, float, &block));
     MIL_TRY(context->ops->upload(context, wanted, (size_t)count * sizeof *wanted, &index));
     MIL_TRY(context->ops->gather_rows(context, count, hidden, index, x, hidden, picked, hidden));
-    MIL_TRY(final_norm(pass, count, picked, picked));
-    MIL_TRY(logits_of(pass, picked, count, block, vocab));
+    const mil_norm norm = mil_stream_norm(pass, pass->model->final_norm, count, picked, normed);
+    MIL_TRY(logits_of(pass, &norm, block, vocab));
     MIL_TRY(context->ops->copy(context, logits, block, (size_t)(count * vocab) * sizeof *logits));
     mil_arena_rewind(context->scratch, mark);
     return MIL_OK;
@@ -357,7 +351,8 @@ run_model(mil_context *context, const mil_model *model, const mil_forward *argum
                              arguments->logits + i * model->config.vocab));
     }
     if (is_captured(arguments, MIL_CAPTURE_FINAL, 0)) {
-        MIL_TRY(final_norm(&pass, rows, x, x));
+        mil_norm norm = mil_stream_norm(&pass, model->final_norm, rows, x, x);
+        MIL_TRY(context->ops->norm_forward(context, &norm));
         MIL_TRY(capture(&pass, arguments, MIL_CAPTURE_FINAL, 0, x, hidden));
     }
     return MIL_OK;
@@ -409,8 +404,7 @@ run_step(mil_context *context, const mil_model *model, const mil_step *step)
     mil_norm norm = mil_stream_norm(&pass, model->final_norm, logit_rows,
                                     mil_act_at(context, x, skipped * hidden), normed);
     norm.x_stride = (1 + skipped) * hidden;
-    MIL_TRY(context->ops->norm_forward(context, &norm));
-    return logits_of(&pass, normed, logit_rows, step->logits, logits_stride);
+    return logits_of(&pass, &norm, step->logits, logits_stride);
 }
 
 mil_status

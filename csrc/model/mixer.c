@@ -56,9 +56,8 @@ product(const mil_pass *pass, const mil_parameter *weight, const mil_parameter *
     };
 }
 
-/* norm, then products of its output, then their gated activation where `gate` is given. */
-static mil_status
-project(const mil_pass *pass, const mil_norm *norm, const mil_linear *products, int64_t count,
+mil_status
+mil_project(const mil_pass *pass, const mil_norm *norm, const mil_linear *products, int64_t count,
         const mil_glu *gate)
 {
     const mil_ops *ops = pass->context->ops;
@@ -304,7 +303,7 @@ attention_mixer_forward(mil_pass *pass, int64_t layer, mil_mixer_saved *saved)
         product(pass, l->p[MIL_P_K], l->p[MIL_P_K_BIAS], saved->u, hidden, saved->k_raw),
         product(pass, l->p[MIL_P_V], l->p[MIL_P_V_BIAS], saved->u, hidden, saved->v),
     };
-    MIL_TRY(project(pass, &saved->norm, qkv, 3, NULL));
+    MIL_TRY(mil_project(pass, &saved->norm, qkv, 3, NULL));
     if (l->p[MIL_P_Q_NORM] != NULL) {
         mil_norm norm = head_norm(pass, l->p[MIL_P_Q_NORM], c->heads, c->head_dim, saved->q_raw, saved->q);
         MIL_TRY(context->ops->norm_forward(context, &norm));
@@ -489,7 +488,7 @@ mamba2_mixer_forward(mil_pass *pass, int64_t layer, mil_mixer_saved *saved)
 
     mil_linear in = product(pass, l->p[MIL_P_IN], l->p[MIL_P_IN_BIAS], saved->u, pass->model->config.hidden,
                             saved->projected);
-    MIL_TRY(project(pass, &saved->norm, &in, 1, NULL));
+    MIL_TRY(mil_project(pass, &saved->norm, &in, 1, NULL));
     mil_conv1d conv = mamba2_conv(pass, l, saved, states);
     MIL_TRY(context->ops->conv1d_forward(context, &conv));
     mil_ssd ssd = mamba2_ssd(pass, l, saved, states);
@@ -728,7 +727,7 @@ mamba1_project_from_x(mil_pass *pass, const mil_layer *l, mil_mixer_saved *saved
     }
     mil_linear in = product(pass, l->p[MIL_P_IN], l->p[MIL_P_IN_BIAS], saved->u, pass->model->config.hidden,
                             saved->projected);
-    return project(pass, &saved->norm, &in, 1, NULL);
+    return mil_project(pass, &saved->norm, &in, 1, NULL);
 }
 
 /* Hybrids: x, B, C, z and dt_low all from u. */
@@ -750,7 +749,7 @@ mamba1_project_from_u(mil_pass *pass, const mil_layer *l, mil_mixer_saved *saved
         product(pass, l->p[MIL_P_Z], NULL, saved->u, hidden, saved->z),
         product(pass, l->p[MIL_P_DT_DOWN], NULL, saved->u, hidden, saved->dt_low),
     };
-    return project(pass, &saved->norm, products, 5, NULL);
+    return mil_project(pass, &saved->norm, products, 5, NULL);
 }
 
 static mil_status
@@ -993,7 +992,7 @@ mil_mlp_forward(mil_pass *pass, int64_t layer, const void *x, void *y, bool accu
         products[1] = product(pass, l->p[MIL_P_GATE], l->p[MIL_P_GATE_BIAS], saved->u, hidden, saved->gate);
     }
     mil_glu glu = mlp_glu(pass, c, saved);
-    MIL_TRY(project(pass, &norm, products, c->gated ? 2 : 1, &glu));
+    MIL_TRY(mil_project(pass, &norm, products, c->gated ? 2 : 1, &glu));
     return output_product(pass, l->p[MIL_P_DOWN], l->p[MIL_P_DOWN_BIAS], saved->product, y, accumulate);
 }
 
