@@ -38,9 +38,6 @@
 #define LEAST_STEPS 4   /* of a block */
 #define MOST_OUTPUTS (65535 / MIL_BATCH_PRODUCTS * GROUP_OUTPUTS) /* of a product: tiles are a grid's y */
 
-/* A policy of the second-level cache: what is read once leaves it first. */
-#define FORGET_FIRST ((uint64_t)0x12f0000000000000u)
-
 struct batch_output {
     const void *weight;
     const float *bias;

@@ -14,6 +14,9 @@
 #define MIL_HAS_BULK_COPIES 0
 #endif
 
+/* A policy of the second-level cache: what is read once leaves it first. */
+#define FORGET_FIRST ((uint64_t)0x12f0000000000000u)
+
 static __device__ __forceinline__ void
 phase_init(uint64_t *barrier, int arrivals)
 {
@@ -85,6 +88,21 @@ copy_bulk(void *to, const void *from, uint32_t bytes, uint64_t *barrier)
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
             (uint32_t)__cvta_generic_to_shared(to)),
         "l"(from), "r"(bytes), "r"((uint32_t)__cvta_generic_to_shared(barrier))
+        : "memory");
+#else
+    (void)to, (void)from, (void)bytes, (void)barrier;
+#endif
+}
+
+/* The same of what is read once, which leaves the second-level cache first. */
+static __device__ __forceinline__ void
+copy_bulk_once(void *to, const void *from, uint32_t bytes, uint64_t *barrier)
+{
+#if MIL_HAS_BULK_COPIES
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
+        "[%3], %4;" ::"r"((uint32_t)__cvta_generic_to_shared(to)),
+        "l"(from), "r"(bytes), "r"((uint32_t)__cvta_generic_to_shared(barrier)), "l"(FORGET_FIRST)
         : "memory");
 #else
     (void)to, (void)from, (void)bytes, (void)barrier;

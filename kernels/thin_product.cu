@@ -14,7 +14,7 @@
  * Weights of 8 bits (quantized.cuh) take the same way: 16 codes a load, so a chunk has 64 inputs, become four
  * fragments in registers, and the scale of an output's row multiplies the finished sum.
  *
- * A norm before the products and the gated activation after them need no kernels of their own: every block
+ * A norm before few tiles of products and the gated activation after them need no kernels of their own: every block
  * norms the few rows for itself in the order of norm.cu, and a block that has summed a tile of both gate and up
  * writes only their product.  Both give the bits of the separate kernels.
  *
@@ -27,6 +27,8 @@
 #define LOADS 8 /* 16-byte loads of weights that a thread has under way */
 #define NORMED_BYTES (64 << 10)
 #define NORMED_ROWS 2
+#define NORMED_TILES \
+    396 /* three for each of 132 multiprocessors: blocks that come later would norm again, for nothing */
 
 /* Starts copying the norm's weights, which nobody writes, into shared memory. */
 static __device__ __forceinline__ void
@@ -68,7 +70,7 @@ struct tile_sums {
     static constexpr int STEP = UNROLL * WARPS * CHUNK<W>, X_LOADS = (int)(sizeof(T) / sizeof(W));
     const W *low, *high;
     uint4 wl[UNROLL], wh[UNROLL];
-    float c[GROUPS][4];
+    float c[CHAINS<W>][GROUPS][4];
 
     __device__ __forceinline__ void begin(const void *weight, int first, int out, int in, int g, int k)
     {
@@ -79,8 +81,8 @@ struct tile_sums {
             fetch(u, k + u * WARPS * CHUNK<W>, in);
         }
 #pragma unroll
-        for (int i = 0; i < GROUPS * 4; i++) {
-            c[i / 4][i % 4] = 0.0f;
+        for (int i = 0; i < CHAINS<W> * GROUPS * 4; i++) {
+            c[i / (GROUPS * 4)][i / 4 % GROUPS][i % 4] = 0.0f;
         }
     }
 
@@ -100,22 +102,12 @@ struct tile_sums {
 #pragma unroll
             for (int group = 0; group < GROUPS; group++) {
                 const uint4 &v = x[group][0];
-                mil_multiply_add<T>(c[group], l.x, h.x, l.y, h.y, v.x, v.y);
-                mil_multiply_add<T>(c[group], l.z, h.z, l.w, h.w, v.z, v.w);
+                mil_multiply_add<T>(c[0][group], l.x, h.x, l.y, h.y, v.x, v.y);
+                mil_multiply_add<T>(c[0][group], l.z, h.z, l.w, h.w, v.z, v.w);
             }
         }
         else {
-            const uint32_t lows[4] = {l.x, l.y, l.z, l.w}, highs[4] = {h.x, h.y, h.z, h.w};
-#pragma unroll
-            for (int word = 0; word < 4; word++) {
-                uint32_t a0 = mil_expand(lows[word], 0, W(), T()), a1 = mil_expand(highs[word], 0, W(), T());
-                uint32_t a2 = mil_expand(lows[word], 1, W(), T()), a3 = mil_expand(highs[word], 1, W(), T());
-#pragma unroll
-                for (int group = 0; group < GROUPS; group++) {
-                    const uint4 &v = x[group][word / 2];
-                    mil_multiply_add<T>(c[group], a0, a1, a2, a3, word % 2 ? v.z : v.x, word % 2 ? v.w : v.y);
-                }
-            }
+            multiply_codes<T, W, GROUPS>(c, l, h, x);
         }
     }
 
@@ -124,11 +116,16 @@ struct tile_sums {
 #pragma unroll
         for (int group = 0; group < GROUPS; group++) {
             int row = group * 8 + 2 * t;
-            partial[g][row] = c[group][0];
-            partial[g][row + 1] = c[group][1];
-            partial[g + 8][row] = c[group][2];
-            partial[g + 8][row + 1] = c[group][3];
+            partial[g][row] = sum(group, 0);
+            partial[g][row + 1] = sum(group, 1);
+            partial[g + 8][row] = sum(group, 2);
+            partial[g + 8][row + 1] = sum(group, 3);
         }
+    }
+
+    __device__ __forceinline__ float sum(int group, int i) const
+    {
+        return CHAINS<W> == 1 ? c[0][group][i] : c[0][group][i] + c[CHAINS<W> - 1][group][i];
     }
 };
 
@@ -348,7 +345,8 @@ mil_thin_project(mil_context *context, const mil_norm *norm, const mil_linear *p
     if (normed) {
         MIL_TRY(mil_thin_stream(context, weights, a, true, gated, &done));
     }
-    normed = normed && !done && norm->rows <= NORMED_ROWS && norm_bytes(norm) <= NORMED_BYTES;
+    normed = normed && !done && a.tiles <= NORMED_TILES && norm->rows <= NORMED_ROWS &&
+             norm_bytes(norm) <= NORMED_BYTES;
     if (!normed && !done) {
         MIL_TRY(context->ops->norm_forward(context, norm));
     }

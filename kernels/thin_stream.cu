@@ -15,8 +15,9 @@
  *             row 1: ...
  *
  * The ring takes most of the shared memory on purpose: a second block on the same multiprocessor would be one of the next
- * kernel on some and none on others, and the shares uneven.  Small matrices, short rows and weights of 8 bits (to unpack them
- * takes more warps than these) are faster in blocks that come and go (thin_product.cu).  Figures: docs/performance-log.md.
+ * kernel on some and none on others, and the shares uneven.  What has been copied leaves the second-level cache first: no token
+ * reads it twice, and activations stay.  Weights of 8 bits become pairs of values in registers, on the way to the tensor cores.
+ * Small matrices and short rows are faster in blocks that come and go (thin_product.cu).  Figures: docs/performance-log.md.
  */
 #include "phase.cuh"
 #include "thin_tile.cuh"
@@ -226,13 +227,13 @@ struct ring {
 };
 
 /* Warp 8: lane l copies row l of each group's segments. */
-template <typename T, bool GATED>
+template <typename W, bool GATED>
 static __device__ __forceinline__ void
 produce(const stream_arguments &s, const share &mine, ring r, int lane)
 {
     constexpr int MATRICES = GATED ? 2 : 1;
     const thin_arguments &a = s.thin;
-    const int row_bytes = a.in * (int)sizeof(T), segment = s.units * UNIT;
+    const int row_bytes = a.in * (int)sizeof(W), segment = s.units * UNIT;
     for (int group = 0; group < mine.groups; group++) {
         const int count = mine.in_group(group), output = mine.first + group * mine.size + lane;
         const char *from[MATRICES] = {};
@@ -255,7 +256,7 @@ produce(const stream_arguments &s, const share &mine, ring r, int lane)
                 }
                 __syncwarp();
                 if (lane < count) {
-                    copy_bulk(r.row(lane), from[m] + at, bytes, &r.full[r.stage]);
+                    copy_bulk_once(r.row(lane), from[m] + at, bytes, &r.full[r.stage]);
                 }
                 r.next();
             }
@@ -276,49 +277,63 @@ add_partial(const thin_output &o, int out, const float *partial, int at, int row
     return sum + (o.bias == NULL ? 0.0f : o.bias[out]);
 }
 
+/* Loads of x that go with one of weights. */
+template <typename T, typename W>
+constexpr int X_LOADS = (int)(sizeof(T) / sizeof(W));
+
 /* Rows of x for a warp's chunks of a segment, from input `from` on. */
-template <typename T>
+template <typename T, typename W>
 static __device__ __forceinline__ void
-load_inputs(const stream_arguments &s, const T *x, int64_t stride, int from, uint4 (&inputs)[MOST_UNITS])
+load_inputs(const stream_arguments &s, const T *x, int64_t stride, int from,
+            uint4 (&inputs)[MOST_UNITS][1][X_LOADS<T, W>])
 {
     const int row = (int)threadIdx.x % MIL_WARP / 4;
 #pragma unroll
     for (int u = 0; u < MOST_UNITS; u++) {
-        const int at = from + u * (UNIT / (int)sizeof(T));
+        const int at = from + u * (UNIT / (int)sizeof(W));
         const bool real = u < s.units && at < s.thin.in && row < s.thin.rows;
-        inputs[u] = real ? *(const uint4 *)(x + row * stride + at) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+        for (int i = 0; i < X_LOADS<T, W>; i++) {
+            inputs[u][0][i] = real ? *(const uint4 *)(x + row * stride + at + 8 * i) : make_uint4(0, 0, 0, 0);
+        }
     }
 }
 
 /* The warp's chunks of a stage; weights beyond the row's end are what was there before. */
-template <typename T>
+template <typename T, typename W>
 static __device__ __forceinline__ void
 consume(const stream_arguments &s, const uint8_t *weights, int row_bytes, int from,
-        const uint4 (&x)[MOST_UNITS], float (&c)[4])
+        const uint4 (&x)[MOST_UNITS][1][X_LOADS<T, W>], float (&c)[CHAINS<W>][1][4])
 {
     const uint4 zero = make_uint4(0, 0, 0, 0);
     uint4 low[MOST_UNITS], high[MOST_UNITS];
 #pragma unroll
     for (int u = 0; u < MOST_UNITS; u++) {
-        const bool real = u < s.units && from + u * (UNIT / (int)sizeof(T)) < s.thin.in;
+        const bool real = u < s.units && from + u * (UNIT / (int)sizeof(W)) < s.thin.in;
         low[u] = real ? *(const uint4 *)(weights + u * UNIT) : zero;
         high[u] = real ? *(const uint4 *)(weights + 8 * row_bytes + u * UNIT) : zero;
     }
 #pragma unroll
     for (int u = 0; u < MOST_UNITS; u++) {
         if (u < s.units) {
-            mil_multiply_add<T>(c, low[u].x, high[u].x, low[u].y, high[u].y, x[u].x, x[u].y);
-            mil_multiply_add<T>(c, low[u].z, high[u].z, low[u].w, high[u].w, x[u].z, x[u].w);
+            if constexpr (sizeof(W) == 1) {
+                multiply_codes<T, W, 1>(c, low[u], high[u], x[u]);
+            }
+            else {
+                const uint4 &v = x[u][0][0];
+                mil_multiply_add<T>(c[0][0], low[u].x, high[u].x, low[u].y, high[u].y, v.x, v.y);
+                mil_multiply_add<T>(c[0][0], low[u].z, high[u].z, low[u].w, high[u].w, v.z, v.w);
+            }
         }
     }
 }
 
-/* GATED: outputs[0] is up, outputs[1] the gate, and only their gated activation is written. */
-template <typename T, x_source X, bool GATED>
+/* W: of the weights, T or 8 bits.  GATED: outputs[0] is up, outputs[1] the gate, and only their gated activation is written. */
+template <typename T, typename W, x_source X, bool GATED>
 static __global__ void
-__launch_bounds__(BLOCK, 2) stream_kernel(const __grid_constant__ stream_arguments s)
+__launch_bounds__(BLOCK, 1) stream_kernel(const __grid_constant__ stream_arguments s)
 {
-    constexpr int MATRICES = GATED ? 2 : 1, INPUTS = UNIT / (int)sizeof(T);
+    constexpr int MATRICES = GATED ? 2 : 1, INPUTS = UNIT / (int)sizeof(W);
     __shared__ uint64_t full[MOST_STAGES], empty[MOST_STAGES];
     extern __shared__ __align__(128) uint8_t memory[]; /* the ring, partial sums, rows of x */
     const thin_arguments &a = s.thin;
@@ -332,7 +347,7 @@ __launch_bounds__(BLOCK, 2) stream_kernel(const __grid_constant__ stream_argumen
     mil_trigger();
     ring r = {full, empty, memory, s.stages, s.units * UNIT + ROW_GAP, 0, 0};
     if (threadIdx.x >= THREADS) {
-        produce<T, GATED>(s, mine, r, (int)threadIdx.x % MIL_WARP); /* weights, which nobody writes */
+        produce<W, GATED>(s, mine, r, (int)threadIdx.x % MIL_WARP); /* weights, which nobody writes */
         return;
     }
     const int warp = (int)threadIdx.x / MIL_WARP, lane = (int)threadIdx.x % MIL_WARP, g = lane / 4,
@@ -377,16 +392,16 @@ __launch_bounds__(BLOCK, 2) stream_kernel(const __grid_constant__ stream_argumen
         if (!GATED && writes && o.accumulate) {
             before = mil_float(((const T *)o.y)[row * o.y_stride + out]);
         }
-        float c[MATRICES][4] = {};
+        float c[MATRICES][CHAINS<W>][1][4] = {};
 #pragma unroll 1
         for (int segment = 0; segment < a.in; segment += s.units * INPUTS) {
-            const int from = segment + warp * CHUNK<T> + t * PER_LOAD<T>;
-            uint4 inputs[MOST_UNITS];
-            load_inputs<T>(s, x, x_stride, from, inputs);
+            const int from = segment + warp * CHUNK<W> + t * PER_LOAD<W>;
+            uint4 inputs[MOST_UNITS][1][X_LOADS<T, W>];
+            load_inputs<T, W>(s, x, x_stride, from, inputs);
 #pragma unroll
             for (int m = 0; m < MATRICES; m++) {
                 phase_wait(&r.full[r.stage], r.parity);
-                consume<T>(s, r.row(g) + warp * 64 + t * 16, r.row_bytes, from, inputs, c[m]);
+                consume<T, W>(s, r.row(g) + warp * 64 + t * 16, r.row_bytes, from, inputs, c[m]);
                 __syncwarp();
                 if (lane == 0) {
                     phase_arrive(&r.empty[r.stage]);
@@ -399,7 +414,8 @@ __launch_bounds__(BLOCK, 2) stream_kernel(const __grid_constant__ stream_argumen
         for (int i = 0; i < MATRICES * 4; i++) {
             const int m = i / 4, j = i % 4, to = 2 * t + j % 2;
             if (to < a.rows) {
-                partial[((m * WARPS + warp) * TILE + g + j / 2 * 8) * a.rows + to] = c[m][j];
+                partial[((m * WARPS + warp) * TILE + g + j / 2 * 8) * a.rows + to] =
+                    CHAINS<W> == 1 ? c[m][0][0][j] : c[m][0][0][j] + c[m][CHAINS<W> - 1][0][j];
             }
         }
         meet(); /* once a group: who still reads a buffer has not come to the next meeting */
@@ -437,7 +453,7 @@ size_ring(stream_arguments *s, size_t row_bytes, size_t fixed, size_t most)
     return s->stages * stage + fixed;
 }
 
-template <typename T, bool GATED>
+template <typename T, typename W, bool GATED>
 static mil_status
 launch_stream(mil_context *context, stream_arguments s, bool normed, int blocks, size_t most_shared)
 {
@@ -445,20 +461,24 @@ launch_stream(mil_context *context, stream_arguments s, bool normed, int blocks,
     const size_t partial = 2 * (GATED ? 2 : 1) * WARPS * TILE * (size_t)a.rows * sizeof(float);
     const size_t x_bytes = (size_t)a.rows * (size_t)(a.in + X_PAD) * sizeof(T);
     const bool copied = normed || x_bytes <= MOST_X_BYTES;
-    const size_t shared = size_ring(&s, a.in * sizeof(T), partial + (copied ? x_bytes : 0), most_shared);
-    auto kernel = normed   ? stream_kernel<T, X_NORMED, GATED>
-                  : copied ? stream_kernel<T, X_COPIED, GATED>
-                           : stream_kernel<T, X_IN_PLACE, GATED>;
+    const size_t shared = size_ring(&s, a.in * sizeof(W), partial + (copied ? x_bytes : 0), most_shared);
+    auto kernel = normed   ? stream_kernel<T, W, X_NORMED, GATED>
+                  : copied ? stream_kernel<T, W, X_COPIED, GATED>
+                           : stream_kernel<T, W, X_IN_PLACE, GATED>;
     return mil_launch(context, "thin product", kernel, dim3((unsigned)blocks), dim3(BLOCK), shared, s);
 }
 
 template <typename T>
 static mil_status
-launch(mil_context *context, const stream_arguments &s, bool normed, bool gated, int blocks,
-       size_t most_shared)
+launch(mil_context *context, mil_dtype weights, const stream_arguments &s, bool normed, bool gated,
+       int blocks, size_t most_shared)
 {
-    return gated ? launch_stream<T, true>(context, s, normed, blocks, most_shared)
-                 : launch_stream<T, false>(context, s, normed, blocks, most_shared);
+    auto function =
+        weights == MIL_F8   ? gated ? launch_stream<T, mil_f8, true> : launch_stream<T, mil_f8, false>
+        : weights == MIL_I8 ? gated ? launch_stream<T, mil_i8, true> : launch_stream<T, mil_i8, false>
+        : gated             ? launch_stream<T, T, true>
+                            : launch_stream<T, T, false>;
+    return function(context, s, normed, blocks, most_shared);
 }
 
 /* Whether rows of x can be normed on the way. */
@@ -483,7 +503,7 @@ mil_thin_stream(mil_context *context, mil_dtype weights, const thin_arguments &t
     }
     const int64_t row_bytes = thin.in * (int64_t)mil_dtype_size(weights);
     *done = false;
-    if (mil_dtype_is_scaled(weights) || thin.rows > MOST_ROWS || row_bytes < SHORTEST_ROW ||
+    if (thin.rows > MOST_ROWS || row_bytes < SHORTEST_ROW ||
         total * row_bytes * (gated ? 2 : 1) < FEWEST_BYTES || (normed && !norm_has_room(thin))) {
         return MIL_OK;
     }
@@ -498,5 +518,5 @@ mil_thin_stream(mil_context *context, mil_dtype weights, const thin_arguments &t
     *done = true;
     return (context->ops->activation_dtype == MIL_BF16
                 ? launch<__nv_bfloat16>
-                : launch<__half>)(context, s, normed, gated, multiprocessors, (size_t)shared - 1024);
+                : launch<__half>)(context, weights, s, normed, gated, multiprocessors, (size_t)shared - 1024);
 }

@@ -61,6 +61,30 @@ output_of(const thin_arguments &a, int tile)
     return a.outputs[i];
 }
 
+/* Sums that a warp keeps of each output: codes make twice as many products of a load, which would wait for one another. */
+template <typename W>
+constexpr int CHAINS = sizeof(W) == 1 ? 2 : 1;
+
+/* A lane's 16 codes of outputs g and g + 8 times the 16 values of x that belong to them. */
+template <typename T, typename W, int GROUPS>
+static __device__ __forceinline__ void
+multiply_codes(float (&c)[2][GROUPS][4], const uint4 &low, const uint4 &high, const uint4 (&x)[GROUPS][2])
+{
+    const uint32_t lows[4] = {low.x, low.y, low.z, low.w}, highs[4] = {high.x, high.y, high.z, high.w};
+#pragma unroll
+    for (int word = 0; word < 4; word++) {
+        const uint32_t a0 = mil_expand(lows[word], 0, W(), T()), a1 = mil_expand(highs[word], 0, W(), T());
+        const uint32_t a2 = mil_expand(lows[word], 1, W(), T()), a3 = mil_expand(highs[word], 1, W(), T());
+#pragma unroll
+        for (int group = 0; group < GROUPS; group++) {
+            const uint4 &v = x[group][word / 2];
+            const uint32_t first = word % 2 ? v.z : v.x, second = word % 2 ? v.w : v.y;
+            mil_multiply_add<T>(c[word % 2][group], a0, a1, a2, a3, __byte_perm(first, second, 0x5410),
+                                __byte_perm(first, second, 0x7632));
+        }
+    }
+}
+
 /* The warps' partial sums of one output, in order. */
 template <int ROWS>
 static __device__ __forceinline__ float

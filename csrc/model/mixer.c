@@ -58,7 +58,7 @@ product(const mil_pass *pass, const mil_parameter *weight, const mil_parameter *
 
 mil_status
 mil_project(const mil_pass *pass, const mil_norm *norm, const mil_linear *products, int64_t count,
-        const mil_glu *gate)
+            const mil_glu *gate)
 {
     const mil_ops *ops = pass->context->ops;
     if (pass->lean && ops->project != NULL) {
