@@ -281,41 +281,37 @@ add_partial(const thin_output &o, int out, const float *partial, int at, int row
 template <typename T, typename W>
 constexpr int X_LOADS = (int)(sizeof(T) / sizeof(W));
 
-/* Rows of x for a warp's chunks of a segment, from input `from` on. */
+/* What belongs to `units` of a lane's chunks, of a row of x that begins there. */
 template <typename T, typename W>
 static __device__ __forceinline__ void
-load_inputs(const stream_arguments &s, const T *x, int64_t stride, int from,
-            uint4 (&inputs)[MOST_UNITS][1][X_LOADS<T, W>])
+load_inputs(const T *x, int units, uint4 (&inputs)[MOST_UNITS][1][X_LOADS<T, W>])
 {
-    const int row = (int)threadIdx.x % MIL_WARP / 4;
 #pragma unroll
     for (int u = 0; u < MOST_UNITS; u++) {
-        const int at = from + u * (UNIT / (int)sizeof(W));
-        const bool real = u < s.units && at < s.thin.in && row < s.thin.rows;
 #pragma unroll
         for (int i = 0; i < X_LOADS<T, W>; i++) {
-            inputs[u][0][i] = real ? *(const uint4 *)(x + row * stride + at + 8 * i) : make_uint4(0, 0, 0, 0);
+            inputs[u][0][i] = u < units ? *(const uint4 *)(x + u * (UNIT / (int)sizeof(W)) + 8 * i)
+                                        : make_uint4(0, 0, 0, 0);
         }
     }
 }
 
-/* The warp's chunks of a stage; weights beyond the row's end are what was there before. */
+/* The same chunks of a stage, of which a segment may have `most`; weights beyond the row's end are what was there before. */
 template <typename T, typename W>
 static __device__ __forceinline__ void
-consume(const stream_arguments &s, const uint8_t *weights, int row_bytes, int from,
+consume(const uint8_t *weights, int row_bytes, int units, int most,
         const uint4 (&x)[MOST_UNITS][1][X_LOADS<T, W>], float (&c)[CHAINS<W>][1][4])
 {
     const uint4 zero = make_uint4(0, 0, 0, 0);
     uint4 low[MOST_UNITS], high[MOST_UNITS];
 #pragma unroll
     for (int u = 0; u < MOST_UNITS; u++) {
-        const bool real = u < s.units && from + u * (UNIT / (int)sizeof(W)) < s.thin.in;
-        low[u] = real ? *(const uint4 *)(weights + u * UNIT) : zero;
-        high[u] = real ? *(const uint4 *)(weights + 8 * row_bytes + u * UNIT) : zero;
+        low[u] = u < units ? *(const uint4 *)(weights + u * UNIT) : zero;
+        high[u] = u < units ? *(const uint4 *)(weights + 8 * row_bytes + u * UNIT) : zero;
     }
 #pragma unroll
     for (int u = 0; u < MOST_UNITS; u++) {
-        if (u < s.units) {
+        if (u < most) {
             if constexpr (sizeof(W) == 1) {
                 multiply_codes<T, W, 1>(c, low[u], high[u], x[u]);
             }
@@ -384,8 +380,8 @@ __launch_bounds__(BLOCK, 1) stream_kernel(const __grid_constant__ stream_argumen
     for (int group = 0; group < mine.groups; group++) {
         const int count = mine.in_group(group), first = mine.first + group * mine.size;
         /* What this thread will write, so that the sum it may go to is there in time. */
-        const bool writes = (int)threadIdx.x < count * a.rows;
-        const int column = writes ? (int)threadIdx.x % count : 0, row = writes ? (int)threadIdx.x / count : 0;
+        const bool writes = (int)threadIdx.x % TILE < count && (int)threadIdx.x / TILE < a.rows;
+        const int column = writes ? (int)threadIdx.x % TILE : 0, row = writes ? (int)threadIdx.x / TILE : 0;
         const thin_output &o = GATED ? a.outputs[0] : output_of(a, first + column);
         const int out = first + column - o.first_tile;
         float before = 0.0f;
@@ -397,11 +393,12 @@ __launch_bounds__(BLOCK, 1) stream_kernel(const __grid_constant__ stream_argumen
         for (int segment = 0; segment < a.in; segment += s.units * INPUTS) {
             const int from = segment + warp * CHUNK<W> + t * PER_LOAD<W>;
             uint4 inputs[MOST_UNITS][1][X_LOADS<T, W>];
-            load_inputs<T, W>(s, x, x_stride, from, inputs);
+            const int units = min(s.units, (a.in - from + INPUTS - 1) / INPUTS);
+            load_inputs<T, W>(x + g * x_stride + from, g < a.rows ? units : 0, inputs);
 #pragma unroll
             for (int m = 0; m < MATRICES; m++) {
                 phase_wait(&r.full[r.stage], r.parity);
-                consume<T, W>(s, r.row(g) + warp * 64 + t * 16, r.row_bytes, from, inputs, c[m]);
+                consume<T, W>(r.row(g) + warp * 64 + t * 16, r.row_bytes, units, s.units, inputs, c[m]);
                 __syncwarp();
                 if (lane == 0) {
                     phase_arrive(&r.empty[r.stage]);
