@@ -266,14 +266,6 @@ copy_box(uint32_t to, const CUtensorMap *map, int input, int row, uint64_t *barr
 #endif
 }
 
-[[maybe_unused]] static __device__ __forceinline__ void
-expect_bytes(uint64_t *barrier, int bytes)
-{
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-                 "r"(bytes)
-                 : "memory");
-}
-
 /* Grid: ranks of a tile, tiles. */
 template <typename T, int COLUMNS, int RANKS, bool GATED>
 static __global__ void
@@ -294,7 +286,7 @@ MIL_CLUSTER(RANKS) __launch_bounds__(THREADS + MIL_WARP, 2)
     const bool copies = threadIdx.x == THREADS;
     auto copy_w = [&](int i) {
         const int at = i % STAGES;
-        expect_bytes(&full[at], ring::STAGE);
+        phase_expect(&full[at], ring::STAGE);
 #pragma unroll
         for (int g = 0; g < GROUPS; g++) {
             copy_box<true>(stages + at * ring::STAGE + g * GROUP_OUTPUTS * 128,

@@ -79,31 +79,29 @@ phase_expect(uint64_t *barrier, uint32_t bytes)
 #endif
 }
 
-/* `bytes` (a multiple of 16, as are both addresses) of global memory into shared memory; the barrier has been told of them. */
+/* `bytes` (a multiple of 16, as are both addresses) of global memory into shared memory; the barrier has been told of them.
+ * ONCE: nothing reads them again soon, so they leave the second-level cache first. */
+template <bool ONCE = false>
 static __device__ __forceinline__ void
 copy_bulk(void *to, const void *from, uint32_t bytes, uint64_t *barrier)
 {
 #if MIL_HAS_BULK_COPIES
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-            (uint32_t)__cvta_generic_to_shared(to)),
-        "l"(from), "r"(bytes), "r"((uint32_t)__cvta_generic_to_shared(barrier))
-        : "memory");
-#else
-    (void)to, (void)from, (void)bytes, (void)barrier;
-#endif
-}
-
-/* The same of what is read once, which leaves the second-level cache first. */
-static __device__ __forceinline__ void
-copy_bulk_once(void *to, const void *from, uint32_t bytes, uint64_t *barrier)
-{
-#if MIL_HAS_BULK_COPIES
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
-        "[%3], %4;" ::"r"((uint32_t)__cvta_generic_to_shared(to)),
-        "l"(from), "r"(bytes), "r"((uint32_t)__cvta_generic_to_shared(barrier)), "l"(FORGET_FIRST)
-        : "memory");
+    const uint32_t at = (uint32_t)__cvta_generic_to_shared(to);
+    const uint32_t told = (uint32_t)__cvta_generic_to_shared(barrier);
+    if constexpr (ONCE) {
+        asm volatile(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+            " [%0], [%1], %2, [%3], %4;" ::"r"(at),
+            "l"(from), "r"(bytes), "r"(told), "l"(FORGET_FIRST)
+            : "memory");
+    }
+    else {
+        asm volatile(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+            " [%0], [%1], %2, [%3];" ::"r"(at),
+            "l"(from), "r"(bytes), "r"(told)
+            : "memory");
+    }
 #else
     (void)to, (void)from, (void)bytes, (void)barrier;
 #endif

@@ -35,9 +35,7 @@ static __device__ __forceinline__ void
 fetch_norm_weight(const thin_arguments &a, float *weight)
 {
     for (int i = (int)threadIdx.x * 4; i < a.in; i += THREADS * 4) {
-        asm volatile(
-            "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(weight + i)),
-            "l"(a.norm.weight + i));
+        mil_copy_16(weight + i, a.norm.weight + i);
     }
 }
 
@@ -46,7 +44,7 @@ template <typename T>
 static __device__ __forceinline__ void
 norm_rows(const thin_arguments &a, const float *weight, T *normed, float *partial)
 {
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    mil_await_copies();
     __syncthreads();
     int warp = (int)threadIdx.x / MIL_WARP, lane = (int)threadIdx.x % MIL_WARP;
     if (a.in <= MIL_NORM_WIDEST_FOR_WARP) {
@@ -67,7 +65,7 @@ norm_rows(const thin_arguments &a, const float *weight, T *normed, float *partia
 /* One matrix's share of a block: 16 rows of weights on their way, and their sums with GROUPS * 8 rows of x. */
 template <typename T, typename W, int GROUPS, int UNROLL>
 struct tile_sums {
-    static constexpr int STEP = UNROLL * WARPS * CHUNK<W>, X_LOADS = (int)(sizeof(T) / sizeof(W));
+    static constexpr int STEP = UNROLL * WARPS * CHUNK<W>;
     const W *low, *high;
     uint4 wl[UNROLL], wh[UNROLL];
     float c[CHAINS<W>][GROUPS][4];
@@ -94,21 +92,11 @@ struct tile_sums {
     }
 
     /* Takes chunk `u` and fetches the one that will lie in its place. */
-    __device__ __forceinline__ void take(int u, int next, int in, const uint4 (&x)[GROUPS][X_LOADS])
+    __device__ __forceinline__ void take(int u, int next, int in, const uint4 (&x)[GROUPS][X_LOADS<T, W>])
     {
         uint4 l = wl[u], h = wh[u];
         fetch(u, next, in);
-        if constexpr (X_LOADS == 1) {
-#pragma unroll
-            for (int group = 0; group < GROUPS; group++) {
-                const uint4 &v = x[group][0];
-                mil_multiply_add<T>(c[0][group], l.x, h.x, l.y, h.y, v.x, v.y);
-                mil_multiply_add<T>(c[0][group], l.z, h.z, l.w, h.w, v.z, v.w);
-            }
-        }
-        else {
-            multiply_codes<T, W, GROUPS>(c, l, h, x);
-        }
+        multiply_load<T, W, GROUPS>(c, l, h, x);
     }
 
     __device__ __forceinline__ void end(float (&partial)[TILE][GROUPS * 8], int g, int t) const
@@ -116,16 +104,11 @@ struct tile_sums {
 #pragma unroll
         for (int group = 0; group < GROUPS; group++) {
             int row = group * 8 + 2 * t;
-            partial[g][row] = sum(group, 0);
-            partial[g][row + 1] = sum(group, 1);
-            partial[g + 8][row] = sum(group, 2);
-            partial[g + 8][row + 1] = sum(group, 3);
+            partial[g][row] = add_chains<W, GROUPS>(c, group, 0);
+            partial[g][row + 1] = add_chains<W, GROUPS>(c, group, 1);
+            partial[g + 8][row] = add_chains<W, GROUPS>(c, group, 2);
+            partial[g + 8][row + 1] = add_chains<W, GROUPS>(c, group, 3);
         }
-    }
-
-    __device__ __forceinline__ float sum(int group, int i) const
-    {
-        return CHAINS<W> == 1 ? c[0][group][i] : c[0][group][i] + c[CHAINS<W> - 1][group][i];
     }
 };
 
@@ -168,12 +151,12 @@ __launch_bounds__(THREADS, GROUPS == 1 ? 3 : 2) thin_kernel(const __grid_constan
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
             int at = k + u * WARPS * CHUNK<W>, next = at + sums_type::STEP;
-            uint4 xv[GROUPS][sums_type::X_LOADS];
+            uint4 xv[GROUPS][X_LOADS<T, W>];
 #pragma unroll
-            for (int i = 0; i < GROUPS * sums_type::X_LOADS; i++) {
-                int row = i / sums_type::X_LOADS * 8 + g, part = i % sums_type::X_LOADS;
+            for (int i = 0; i < GROUPS * X_LOADS<T, W>; i++) {
+                int row = i / X_LOADS<T, W> * 8 + g, part = i % X_LOADS<T, W>;
                 bool real = at < a.in && row < a.rows;
-                xv[i / sums_type::X_LOADS][part] =
+                xv[i / X_LOADS<T, W>][part] =
                     real ? *(const uint4 *)(x + row * x_stride + at + 8 * part) : make_uint4(0, 0, 0, 0);
             }
 #pragma unroll

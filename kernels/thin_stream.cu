@@ -256,7 +256,7 @@ produce(const stream_arguments &s, const share &mine, ring r, int lane)
                 }
                 __syncwarp();
                 if (lane < count) {
-                    copy_bulk_once(r.row(lane), from[m] + at, bytes, &r.full[r.stage]);
+                    copy_bulk<true>(r.row(lane), from[m] + at, bytes, &r.full[r.stage]);
                 }
                 r.next();
             }
@@ -276,10 +276,6 @@ add_partial(const thin_output &o, int out, const float *partial, int at, int row
     sum *= o.scale == NULL ? 1.0f : o.scale[out];
     return sum + (o.bias == NULL ? 0.0f : o.bias[out]);
 }
-
-/* Loads of x that go with one of weights. */
-template <typename T, typename W>
-constexpr int X_LOADS = (int)(sizeof(T) / sizeof(W));
 
 /* What belongs to `units` of a lane's chunks, of a row of x that begins there. */
 template <typename T, typename W>
@@ -312,14 +308,7 @@ consume(const uint8_t *weights, int row_bytes, int units, int most,
 #pragma unroll
     for (int u = 0; u < MOST_UNITS; u++) {
         if (u < most) {
-            if constexpr (sizeof(W) == 1) {
-                multiply_codes<T, W, 1>(c, low[u], high[u], x[u]);
-            }
-            else {
-                const uint4 &v = x[u][0][0];
-                mil_multiply_add<T>(c[0][0], low[u].x, high[u].x, low[u].y, high[u].y, v.x, v.y);
-                mil_multiply_add<T>(c[0][0], low[u].z, high[u].z, low[u].w, high[u].w, v.z, v.w);
-            }
+            multiply_load<T, W, 1>(c, low[u], high[u], x[u]);
         }
     }
 }
@@ -412,7 +401,7 @@ __launch_bounds__(BLOCK, 1) stream_kernel(const __grid_constant__ stream_argumen
             const int m = i / 4, j = i % 4, to = 2 * t + j % 2;
             if (to < a.rows) {
                 partial[((m * WARPS + warp) * TILE + g + j / 2 * 8) * a.rows + to] =
-                    CHAINS<W> == 1 ? c[m][0][0][j] : c[m][0][0][j] + c[m][CHAINS<W> - 1][0][j];
+                    add_chains<W, 1>(c[m], 0, j);
             }
         }
         meet(); /* once a group: who still reads a buffer has not come to the next meeting */

@@ -65,24 +65,49 @@ output_of(const thin_arguments &a, int tile)
 template <typename W>
 constexpr int CHAINS = sizeof(W) == 1 ? 2 : 1;
 
-/* A lane's 16 codes of outputs g and g + 8 times the 16 values of x that belong to them. */
+/* Loads of x that go with one of weights. */
+template <typename T, typename W>
+constexpr int X_LOADS = (int)(sizeof(T) / sizeof(W));
+
+/* A lane's 16 bytes of outputs g and g + 8 times the values of x that belong to them, for GROUPS of 8 rows. */
 template <typename T, typename W, int GROUPS>
 static __device__ __forceinline__ void
-multiply_codes(float (&c)[2][GROUPS][4], const uint4 &low, const uint4 &high, const uint4 (&x)[GROUPS][2])
+multiply_load(float (&c)[CHAINS<W>][GROUPS][4], const uint4 &low, const uint4 &high,
+              const uint4 (&x)[GROUPS][X_LOADS<T, W>])
 {
-    const uint32_t lows[4] = {low.x, low.y, low.z, low.w}, highs[4] = {high.x, high.y, high.z, high.w};
-#pragma unroll
-    for (int word = 0; word < 4; word++) {
-        const uint32_t a0 = mil_expand(lows[word], 0, W(), T()), a1 = mil_expand(highs[word], 0, W(), T());
-        const uint32_t a2 = mil_expand(lows[word], 1, W(), T()), a3 = mil_expand(highs[word], 1, W(), T());
+    if constexpr (X_LOADS<T, W> == 1) {
 #pragma unroll
         for (int group = 0; group < GROUPS; group++) {
-            const uint4 &v = x[group][word / 2];
-            const uint32_t first = word % 2 ? v.z : v.x, second = word % 2 ? v.w : v.y;
-            mil_multiply_add<T>(c[word % 2][group], a0, a1, a2, a3, __byte_perm(first, second, 0x5410),
-                                __byte_perm(first, second, 0x7632));
+            const uint4 &v = x[group][0];
+            mil_multiply_add<T>(c[0][group], low.x, high.x, low.y, high.y, v.x, v.y);
+            mil_multiply_add<T>(c[0][group], low.z, high.z, low.w, high.w, v.z, v.w);
         }
     }
+    else {
+        const uint32_t lows[4] = {low.x, low.y, low.z, low.w}, highs[4] = {high.x, high.y, high.z, high.w};
+#pragma unroll
+        for (int word = 0; word < 4; word++) {
+            const uint32_t a0 = mil_expand(lows[word], 0, W(), T()),
+                           a1 = mil_expand(highs[word], 0, W(), T());
+            const uint32_t a2 = mil_expand(lows[word], 1, W(), T()),
+                           a3 = mil_expand(highs[word], 1, W(), T());
+#pragma unroll
+            for (int group = 0; group < GROUPS; group++) {
+                const uint4 &v = x[group][word / 2];
+                const uint32_t first = word % 2 ? v.z : v.x, second = word % 2 ? v.w : v.y;
+                mil_multiply_add<T>(c[word % 2][group], a0, a1, a2, a3, __byte_perm(first, second, 0x5410),
+                                    __byte_perm(first, second, 0x7632));
+            }
+        }
+    }
+}
+
+/* What the chains have of one sum. */
+template <typename W, int GROUPS>
+static __device__ __forceinline__ float
+add_chains(const float (&c)[CHAINS<W>][GROUPS][4], int group, int i)
+{
+    return CHAINS<W> == 1 ? c[0][group][i] : c[0][group][i] + c[CHAINS<W> - 1][group][i];
 }
 
 /* The warps' partial sums of one output, in order. */
