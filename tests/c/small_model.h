@@ -1,4 +1,4 @@
-/* A model of an attention and a Mamba-2 layer with values by formula, for tests of the engine. */
+/* A model with a layer of each mixer, values by formula, for tests of the engine. */
 #ifndef MIL_TEST_SMALL_MODEL_H
 #define MIL_TEST_SMALL_MODEL_H
 
@@ -18,6 +18,19 @@ static const mil_layer_config layers[] = {
      .head_dim = 4,
      .rotary = 4,
      .attention_scale = 0.5f,
+     .intermediate = 24,
+     .gated = true},
+    {.mixer = MIL_MAMBA1,
+     .inner = 16,
+     .state_dim = 4,
+     .conv_width = 4,
+     .dt_rank = 3,
+     .x_width = 8,
+     .B_groups = 2,
+     .C_groups = 4,
+     .repeat_before_conv = true,
+     .dt_bias_scale = 2.0f,
+     .dt_max = 1e30f,
      .intermediate = 24,
      .gated = true},
     {.mixer = MIL_MAMBA2,
@@ -55,7 +68,7 @@ small_model_init_of(small_model *m, float noise, int64_t vocab)
     mil_model_config config = {
         .vocab = vocab,
         .hidden = HIDDEN,
-        .layer_count = 2,
+        .layer_count = sizeof layers / sizeof *layers,
         .layers = layers,
         .tied = true,
         .norm_eps = 1e-5f,

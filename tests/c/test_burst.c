@@ -47,6 +47,7 @@ UNLESS_RECORDING(rope, mil_rope)
 UNLESS_RECORDING(attention_forward, mil_attention)
 UNLESS_RECORDING(kv_append, mil_kv_append)
 UNLESS_RECORDING(conv1d_forward, mil_conv1d)
+UNLESS_RECORDING(scan_forward, mil_scan)
 UNLESS_RECORDING(ssd_forward, mil_ssd)
 UNLESS_RECORDING(glu_forward, mil_glu)
 UNLESS_RECORDING(embedding_forward, mil_embedding)
@@ -324,6 +325,7 @@ played_table(void)
     ops.attention_forward = played_attention_forward;
     ops.kv_append = played_kv_append;
     ops.conv1d_forward = played_conv1d_forward;
+    ops.scan_forward = played_scan_forward;
     ops.ssd_forward = played_ssd_forward;
     ops.glu_forward = played_glu_forward;
     ops.embedding_forward = played_embedding_forward;

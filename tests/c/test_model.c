@@ -1,7 +1,7 @@
 /* A model's whole life in small: made, run with and without states, trained, released; then again with the n-th
  * allocation failing, for every n. Whatever fails must say so, and nothing may be left.
  *
- * The model has one layer of each mixer. Its values are judged in tests/test_model.py.
+ * The model's values are judged in tests/test_model.py.
  */
 #include "harness.h"
 
@@ -10,59 +10,18 @@
 #include <string.h>
 
 #include "distill/trainer.h"
-#include "model/model.h"
+#include "small_model.h"
 
-enum { VOCAB = 37, HIDDEN = 16, LAYERS = 3, ROWS = 41, MOST_ALLOCATIONS = 2000 };
-
-static const float frequencies[] = {1.0f, 0.1f};
-
-static const mil_layer_config layers[LAYERS] = {
-    {.mixer = MIL_ATTENTION,
-     .heads = 4,
-     .kv_heads = 2,
-     .head_dim = 4,
-     .rotary = 4,
-     .attention_scale = 0.5f,
-     .intermediate = 24,
-     .gated = true},
-    {.mixer = MIL_MAMBA1,
-     .inner = 16,
-     .state_dim = 4,
-     .conv_width = 4,
-     .dt_rank = 3,
-     .x_width = 8,
-     .B_groups = 2,
-     .C_groups = 4,
-     .repeat_before_conv = true,
-     .dt_bias_scale = 2.0f,
-     .dt_max = 1e30f,
-     .intermediate = 24,
-     .gated = true},
-    {.mixer = MIL_MAMBA2,
-     .heads = 4,
-     .head_dim = 4,
-     .inner = 16,
-     .state_dim = 4,
-     .conv_width = 4,
-     .x_width = 8,
-     .B_groups = 2,
-     .C_groups = 4,
-     .norm_group = 8,
-     .mixer_norm_eps = 1e-5f,
-     .dt_bias_scale = 1.0f,
-     .dt_max = 1e30f,
-     .intermediate = 24,
-     .gated = true},
-};
+enum { ROWS = 41, MOST_ALLOCATIONS = 2000 };
 
 /* Arenas and arrays of one life; all are given back by life_release. */
 typedef struct life {
     mil_arena scratch, host;
     mil_context context;
-    mil_model model;
+    small_model small;
     mil_state state, fork, read;
     mil_trainer trainer;
-    float *values, *logits;
+    float *logits;
     char *image;
     bool *trainable;
 } life;
@@ -85,61 +44,25 @@ life_release(life *l)
     mil_state_release(&l->read);
     mil_state_release(&l->fork);
     mil_state_release(&l->state);
-    mil_model_release(&l->model);
+    small_model_release(&l->small);
     mil_arena_release(&l->scratch);
     mil_arena_release(&l->host);
-    free(l->values);
     free(l->logits);
     free(l->image);
     free(l->trainable);
     *l = (life){0};
 }
 
-/* Small numbers for every parameter, so that nothing overflows. */
-static mil_status
-make_model(life *l)
-{
-    mil_model_config config = {
-        .vocab = VOCAB,
-        .hidden = HIDDEN,
-        .layer_count = LAYERS,
-        .layers = layers,
-        .tied = true,
-        .norm_eps = 1e-5f,
-        .embedding_scale = 1.0f,
-        .logit_scale = 1.0f,
-        .rope = {.inv_freq = frequencies, .rotary = 4, .scale = 1.0f, .theta = 1e4f},
-    };
-    MIL_TRY(mil_model_init(&l->model, &config));
-    l->model.ops = &mil_cpu_ops;
-    int64_t total = 0;
-    for (int64_t i = 0; i < l->model.parameter_count; i++) {
-        total += l->model.parameters[i].count;
-    }
-    l->values = plain((size_t)total, sizeof(float));
-    for (int64_t i = 0; i < total; i++) {
-        l->values[i] = 0.3f * (float)((i * 7919) % 101 - 50) / 50.0f;
-    }
-    float *next = l->values;
-    for (int64_t i = 0; i < l->model.parameter_count; i++) {
-        mil_parameter *p = &l->model.parameters[i];
-        p->data = next;
-        p->dtype = MIL_F32;
-        next += p->count;
-    }
-    return mil_model_bind(&l->model);
-}
-
 /* A prompt, some single tokens, a rollback, a fork, and the state as an image and back. */
 static mil_status
 use_states(life *l, const int32_t *tokens)
 {
-    MIL_TRY(mil_state_init(&l->state, &l->model, 8));
+    MIL_TRY(mil_state_init(&l->state, &l->small.model, 8));
     MIL_TRY(mil_state_reserve(&l->state, ROWS));
     mil_state *states[] = {&l->state};
     for (int64_t done = 0, count = ROWS - 4; done < ROWS; done += count, count = 1) {
         int64_t offsets[] = {0, count}, last = count - 1;
-        MIL_TRY(mil_model_forward(&l->context, &l->model,
+        MIL_TRY(mil_model_forward(&l->context, &l->small.model,
                                   &(mil_forward){
                                       .tokens = tokens + done,
                                       .sequences = 1,
@@ -156,7 +79,7 @@ use_states(life *l, const int32_t *tokens)
     int64_t bytes = mil_state_image_bytes(&l->fork);
     l->image = plain((size_t)bytes, 1);
     MIL_TRY(mil_state_write(&l->fork, l->image));
-    MIL_TRY(mil_state_read(&l->read, &l->model, l->image, bytes));
+    MIL_TRY(mil_state_read(&l->read, &l->small.model, l->image, bytes));
     CHECK(l->read.length == ROWS - 1);
     return mil_state_clear(&l->state);
 }
@@ -166,9 +89,9 @@ static mil_status
 train(life *l, const int32_t *tokens)
 {
     int64_t offsets[] = {0, 9, ROWS};
-    l->trainable = plain((size_t)l->model.parameter_count, sizeof(bool));
-    memset(l->trainable, 1, (size_t)l->model.parameter_count);
-    MIL_TRY(mil_trainer_init(&l->trainer, &l->model, &l->model, l->trainable, true));
+    l->trainable = plain((size_t)l->small.model.parameter_count, sizeof(bool));
+    memset(l->trainable, 1, (size_t)l->small.model.parameter_count);
+    MIL_TRY(mil_trainer_init(&l->trainer, &l->small.model, &l->small.model, l->trainable, true));
     for (int i = 0; i < 2; i++) {
         mil_micro_step step = {
             .tokens = tokens,
@@ -196,7 +119,7 @@ train(life *l, const int32_t *tokens)
     };
     MIL_TRY(mil_trainer_backward(&l->context, &l->trainer, &prefer));
     double loss = pair.loss;
-    MIL_TRY(mil_evaluate(&l->context, &l->model, NULL, &prefer));
+    MIL_TRY(mil_evaluate(&l->context, &l->small.model, NULL, &prefer));
     CHECK(loss > 0 && fabs(pair.loss - loss) < 1e-4 * loss &&
           pair.margin == pair.chosen_reward - pair.rejected_reward);
     mil_optimizer_step step = {
@@ -221,7 +144,7 @@ live(life *l)
     l->context =
         (mil_context){.ops = &mil_cpu_ops, .scratch = &l->scratch, .host = &l->host, .threads = TEST_TEAM};
     l->logits = plain(VOCAB, sizeof *l->logits);
-    MIL_TRY(make_model(l));
+    MIL_TRY(small_model_init(&l->small, 0.0f));
     MIL_TRY(use_states(l, tokens));
     return train(l, tokens);
 }
@@ -267,7 +190,7 @@ test_model_hostile_images(void)
             memcpy(copy, l.image, (size_t)bytes);
             copy[i] = (char)(flip == 0 ? copy[i] ^ 0x55 : 0xff);
             mil_state state = {0};
-            if (mil_state_read(&state, &l.model, copy, bytes) == MIL_OK) {
+            if (mil_state_read(&state, &l.small.model, copy, bytes) == MIL_OK) {
                 CHECK(state.length >= 0 && state.boundary <= state.length && state.length <= state.capacity);
             }
             mil_state_release(&state);
@@ -275,7 +198,7 @@ test_model_hostile_images(void)
         mil_state cut = {0};
         char *exact = plain((size_t)i + 1, 1); /* its end is the end of its memory, for AddressSanitizer */
         memcpy(exact, l.image, (size_t)i + 1);
-        CHECK(i + 1 == bytes || mil_state_read(&cut, &l.model, exact, i + 1) == MIL_ERR_FORMAT);
+        CHECK(i + 1 == bytes || mil_state_read(&cut, &l.small.model, exact, i + 1) == MIL_ERR_FORMAT);
         mil_state_release(&cut);
         free(exact);
     }
