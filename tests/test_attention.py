@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from reference import attention as reference
 from reference.differences import check
+from stepping import assert_same_bits, in_teams
 
 from mambainllama import ops
 from mambainllama.dtypes import from_float32, to_float32
@@ -51,14 +52,6 @@ def make(case, seed=0, spread=1.0):
 
 def doubles(*arrays):
     return [a.astype(np.float64) for a in arrays]
-
-
-@pytest.fixture(params=[1, 2, 3])
-def threads(request):
-    before = ops.get_threads()
-    ops.set_threads(request.param)
-    yield request.param
-    ops.set_threads(before)
 
 
 @pytest.mark.parametrize("window", [0, 3])
@@ -131,7 +124,6 @@ def test_rows_may_be_slices_of_a_wider_array():
 
 def test_threads_do_not_change_bits():
     """Few heads, many threads: forward is split along the keys, backward goes in two passes."""
-    before = ops.get_threads()
     for lengths, heads, kv_heads, window in [
         ((1300,), 2, 1, 0),
         ((700, 90), 2, 2, 0),
@@ -139,20 +131,14 @@ def test_threads_do_not_change_bits():
     ]:
         case = BASE | {"lengths": lengths, "heads": heads, "kv_heads": kv_heads}
         q, k, v, grad_y, offsets = make(case)
-        results = []
-        for count in (1, 2, 5):
-            ops.set_threads(count)
-            y, log_sum_exp = ops.attention_forward(
-                q, k, v, offsets=offsets, window=window, log_sum_exp=True
-            )
-            grads = ops.attention_backward(
-                q, k, v, y, log_sum_exp, grad_y, offsets=offsets, window=window
-            )
-            results.append([y, log_sum_exp, *grads.values()])
-        ops.set_threads(before)
-        for other in results[1:]:
-            for a, b in zip(results[0], other, strict=True):
-                assert np.array_equal(a, b)
+        where = {"offsets": offsets, "window": window}
+
+        def run(q=q, k=k, v=v, grad_y=grad_y, where=where):
+            y, log_sum_exp = ops.attention_forward(q, k, v, **where, log_sum_exp=True)
+            grads = ops.attention_backward(q, k, v, y, log_sum_exp, grad_y, **where)
+            return grads | {"y": y, "log_sum_exp": log_sum_exp}
+
+        assert_same_bits(in_teams(run))
 
 
 # ---- caches ------------------------------------------------------------------------------------

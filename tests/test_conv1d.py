@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from reference import conv1d as reference
 from reference.differences import check
-from stepping import Stepper, offsets_of, run_alone_in_pieces
+from stepping import (
+    assert_close,
+    assert_same_bits,
+    cuts_to_try,
+    doubles,
+    in_teams,
+    offsets_of,
+    run_alone_in_pieces,
+    run_together_in_pieces,
+)
 
 from mambainllama import ops
 from mambainllama.errors import ArgumentError, ShapeError
@@ -58,10 +67,6 @@ def make(case, seed=0):
     return a, options, offsets_of(case["lengths"]), normal(rows, channels)
 
 
-def doubles(a):
-    return {n: v.astype(np.float64) for n, v in a.items()}
-
-
 def forward_of(a, options):
     rest = {n: a[n] for n in ("weight", "bias")}
     return lambda rows, **where: ops.conv1d_forward(a["x"][rows], **rest, **options, **where)
@@ -70,12 +75,6 @@ def forward_of(a, options):
 def new_state_of(case):
     inputs = case["channels"] // case["repeat"]
     return lambda: {"conv": np.zeros((case["width"] - 1 + ops.TAIL, inputs), np.float32)}
-
-
-def assert_close(got, expected, tolerance, name=""):
-    scale = max(1.0, np.abs(expected).max()) if expected.size else 1.0
-    assert got.shape == expected.shape, name
-    assert np.abs(got - expected).max(initial=0) <= tolerance * scale, name
 
 
 @pytest.mark.parametrize("change", [{}, {"silu": False}, {"repeat": 2, "repeat_group": 3}], ids=str)
@@ -167,13 +166,7 @@ def test_pieces_give_the_bits_of_the_whole(change):
     a, options, offsets, _ = make(case)
     rng = np.random.default_rng(3)
     whole = ops.conv1d_forward(**a, **options, offsets=offsets)
-    for cuts in (
-        np.ones(200),
-        rng.integers(1, 6, 200),
-        rng.integers(1, 40, 200),
-        [16] * 20,
-        [17] * 20,
-    ):
+    for cuts in cuts_to_try(rng):
         y, _ = run_alone_in_pieces(forward_of(a, options), 131, new_state_of(case), cuts)
         np.testing.assert_array_equal(y, whole)
 
@@ -197,26 +190,23 @@ def test_what_was_taken_back_never_happened(change, seed):
 
 def test_a_batch_gives_the_bits_of_each_alone():
     case = BASE | {"lengths": (40, 3, 75, 16, 33), "channels": 500}
-    a, options, offsets, grad_y = make(case)
+    a, options, offsets, _ = make(case)
     together = ops.conv1d_forward(**a, **options, offsets=offsets)
-    stepper = Stepper(forward_of(a, options), case["lengths"], new_state_of(case))
-    first = stepper.run([5, 0, 20, 16, 1])
-    second = stepper.run([17, 3, 16, 0, 12])
-    for i, (begin, counts) in enumerate(
-        zip(offsets, [(5, 17), (0, 3), (20, 16), (16, 0), (1, 12)], strict=False)
-    ):
-        at = [offsets_of(c)[i] for c in ([5, 0, 20, 16, 1], [17, 3, 16, 0, 12])]
-        got = np.concatenate([first[at[0] : at[0] + counts[0]], second[at[1] : at[1] + counts[1]]])
-        np.testing.assert_array_equal(got, together[begin : begin + sum(counts)])
-    before, results = ops.get_threads(), []
-    for threads in (1, 2, 5):
-        ops.set_threads(threads)
-        results.append(ops.conv1d_backward(**a, **options, grad_y=grad_y, offsets=offsets))
-        np.testing.assert_array_equal(ops.conv1d_forward(**a, **options, offsets=offsets), together)
-    ops.set_threads(before)
-    for name, value in results[0].items():
-        np.testing.assert_array_equal(results[1][name], value)
-        np.testing.assert_array_equal(results[2][name], value)
+    rng = np.random.default_rng(5)
+    pieces = run_together_in_pieces(
+        forward_of(a, options), case["lengths"], new_state_of(case), rng
+    )
+    np.testing.assert_array_equal(pieces, together)
+
+
+def test_threads_do_not_change_a_bit():
+    a, options, offsets, grad_y = make(BASE | {"lengths": (40, 3, 75, 16, 33), "channels": 500})
+
+    def run():
+        grads = ops.conv1d_backward(**a, **options, grad_y=grad_y, offsets=offsets)
+        return grads | {"y": ops.conv1d_forward(**a, **options, offsets=offsets)}
+
+    assert_same_bits(in_teams(run))
 
 
 def test_extremes_stay_finite():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from reference import embedding as reference
+from stepping import assert_same_bits, in_teams
 
 from mambainllama import ops
 from mambainllama.dtypes import from_float32, to_float32
@@ -39,12 +40,7 @@ def test_backward_adds_in_row_order(case):
     )
     np.testing.assert_allclose(start, expected, atol=1e-5)  # up to 300 rows on one token
 
-    before, results = ops.get_threads(), []
-    for threads in (1, 2, 5):
-        ops.set_threads(threads)
-        results.append(ops.embedding_backward(tokens, grad_y, case[1])["grad_table"])
-    ops.set_threads(before)
-    assert np.array_equal(results[0], results[1]) and np.array_equal(results[0], results[2])
+    assert_same_bits(in_teams(lambda: ops.embedding_backward(tokens, grad_y, case[1])))
 
 
 def test_add_and_gather_rows():

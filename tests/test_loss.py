@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from reference import loss as reference
 from reference.differences import check
+from stepping import in_teams
 
 from mambainllama import ops
 from mambainllama.dtypes import from_float32, to_float32
@@ -240,14 +241,10 @@ def test_extreme_logits_stay_finite(direction, temperature):
 
 def test_threads_do_not_change_the_sums():
     inputs = make(BASE | {"rows": 200, "vocab": 1000})
-    before, results = ops.get_threads(), []
-    for threads in (1, 2, 3):
-        ops.set_threads(threads)
-        results.append(ops.linear_loss(**inputs, **OPTIONS))
-    ops.set_threads(before)
-    for other in results[1:]:
-        assert other["kl"] == pytest.approx(results[0]["kl"], rel=1e-6)
-        np.testing.assert_allclose(other["grad_x"], results[0]["grad_x"], atol=1e-6)
+    first, *others = in_teams(lambda: ops.linear_loss(**inputs, **OPTIONS))
+    for other in others:
+        assert other["kl"] == pytest.approx(first["kl"], rel=1e-6)
+        np.testing.assert_allclose(other["grad_x"], first["grad_x"], atol=1e-6)
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])

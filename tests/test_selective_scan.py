@@ -11,7 +11,16 @@ import pytest
 from reference import selective_scan as reference
 from reference.conv1d import source_of
 from reference.differences import check
-from stepping import Stepper, offsets_of, run_alone_in_pieces
+from stepping import (
+    assert_close,
+    assert_same_bits,
+    cuts_to_try,
+    doubles,
+    in_teams,
+    offsets_of,
+    run_alone_in_pieces,
+    run_together_in_pieces,
+)
 
 from mambainllama import ops
 from mambainllama.errors import ArgumentError, ShapeError
@@ -77,10 +86,6 @@ def make(case, seed=0):
     return a, offsets_of(case["lengths"]), normal(rows, inner)
 
 
-def doubles(a):
-    return {n: v.astype(np.float64) if isinstance(v, np.ndarray) else v for n, v in a.items()}
-
-
 def forward_of(a):
     fixed = {n: v for n, v in a.items() if n not in PER_ROW}
     moving = [n for n in PER_ROW if n in a]
@@ -99,12 +104,6 @@ def new_state_of(case, current):
         x_repeat=case["x_repeat"],
         current=current,
     )
-
-
-def assert_close(got, expected, tolerance, name=""):
-    scale = max(1.0, np.abs(expected).max()) if expected.size else 1.0
-    assert got.shape == expected.shape, name
-    assert np.abs(got - expected).max(initial=0) <= tolerance * scale, name
 
 
 @pytest.mark.parametrize(
@@ -217,13 +216,7 @@ def test_pieces_give_the_bits_of_the_whole(change, current):
     a, offsets, _ = make(case)
     rng = np.random.default_rng(3)
     whole = ops.scan_forward(**a, offsets=offsets)
-    for cuts in (
-        np.ones(200),
-        rng.integers(1, 6, 200),
-        rng.integers(1, 40, 200),
-        [16] * 20,
-        [17] * 20,
-    ):
+    for cuts in cuts_to_try(rng):
         y, _ = run_alone_in_pieces(forward_of(a), 131, new_state_of(case, current), cuts)
         np.testing.assert_array_equal(y, whole)
 
@@ -264,18 +257,9 @@ def test_a_batch_gives_the_bits_of_each_alone():
     case = BASE | {"lengths": (40, 3, 75, 16, 33)}
     a, offsets, grad_y = make(case)
     rng = np.random.default_rng(5)
-    stepper = Stepper(forward_of(a), case["lengths"], new_state_of(case, True))
-    packed = [[] for _ in case["lengths"]]
-    while any(past < length for past, length in zip(stepper.past, case["lengths"], strict=True)):
-        counts = [
-            int(min(rng.integers(0, 20), length - past))
-            for past, length in zip(stepper.past, case["lengths"], strict=True)
-        ]
-        y = stepper.run(counts)
-        for i, (first, end) in enumerate(pairwise(offsets_of(counts))):
-            packed[i].append(y[first:end])
+    pieces = run_together_in_pieces(forward_of(a), case["lengths"], new_state_of(case, True), rng)
     together = ops.scan_forward(**a, offsets=offsets)
-    np.testing.assert_array_equal(np.concatenate([np.concatenate(p) for p in packed]), together)
+    np.testing.assert_array_equal(pieces, together)
     grads = ops.scan_backward(**a, grad_y=grad_y, offsets=offsets)
     for first, end in pairwise(offsets):
         own = {n: v[first:end] if n in PER_ROW else v for n, v in a.items()}
@@ -288,15 +272,12 @@ def test_threads_do_not_change_a_bit():
     a, offsets, grad_y = make(
         BASE | {"lengths": (70, 150), "B_groups": 2, "x_repeat": 2, "x_repeat_group": 16}
     )
-    before, results = ops.get_threads(), []
-    for threads in (1, 2, 5):
-        ops.set_threads(threads)
+
+    def run():
         grads = ops.scan_backward(**a, grad_y=grad_y, offsets=offsets)
-        results.append(grads | {"y": ops.scan_forward(**a, offsets=offsets)})
-    ops.set_threads(before)
-    for other in results[1:]:
-        for name, value in results[0].items():
-            np.testing.assert_array_equal(value, other[name], err_msg=name)
+        return grads | {"y": ops.scan_forward(**a, offsets=offsets)}
+
+    assert_same_bits(in_teams(run))
 
 
 def test_what_lies_in_unused_memory_does_not_matter():

@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 from reference import ssd as reference
 from reference.differences import check
-from stepping import Stepper, offsets_of, run_alone_in_pieces
+from stepping import (
+    assert_close,
+    assert_same_bits,
+    cuts_to_try,
+    doubles,
+    in_teams,
+    offsets_of,
+    run_alone_in_pieces,
+    run_together_in_pieces,
+)
 
 from mambainllama import ops
 from mambainllama.errors import ArgumentError, ShapeError
@@ -71,10 +80,6 @@ def make(case, seed=0):
     return a, offsets_of(case["lengths"]), normal(rows, heads, case["head_dim"])
 
 
-def doubles(a):
-    return {n: v.astype(np.float64) if isinstance(v, np.ndarray) else v for n, v in a.items()}
-
-
 def forward_of(a):
     """The operator on chosen rows of the input, as Stepper wants it."""
     fixed = {n: v for n, v in a.items() if n not in PER_ROW}
@@ -93,20 +98,6 @@ def new_state_of(case):
         x_heads=case["x_heads"],
         B_groups=case["B_groups"],
     )
-
-
-def assert_close(got, expected, tolerance, name=""):
-    scale = max(1.0, np.abs(expected).max()) if expected.size else 1.0
-    assert got.shape == expected.shape, name
-    assert np.abs(got - expected).max(initial=0) <= tolerance * scale, name
-
-
-@pytest.fixture(params=[1, 2, 3])
-def threads(request):
-    before = ops.get_threads()
-    ops.set_threads(request.param)
-    yield request.param
-    ops.set_threads(before)
 
 
 @pytest.mark.parametrize(
@@ -203,14 +194,7 @@ def test_pieces_give_the_bits_of_the_whole(change, seed):
     a, offsets, _ = make(case, seed)
     rng = np.random.default_rng(seed)
     whole = ops.ssd_forward(**a, offsets=offsets)
-    for cuts in (
-        np.ones(200),
-        rng.integers(1, 6, 200),
-        rng.integers(1, 40, 200),
-        [16] * 20,
-        [17] * 20,
-        [131],
-    ):
+    for cuts in cuts_to_try(rng):
         y, _ = run_alone_in_pieces(forward_of(a), 131, new_state_of(case), cuts)
         np.testing.assert_array_equal(y, whole)
 
@@ -232,18 +216,9 @@ def test_a_batch_gives_the_bits_of_each_alone(threads):
     case = BASE | {"lengths": (40, 3, 75, 16, 33), "head_dim": 64, "state_dim": 64}
     a, offsets, grad_y = make(case)
     rng = np.random.default_rng(5)
-    stepper = Stepper(forward_of(a), case["lengths"], new_state_of(case))
-    packed = [[] for _ in case["lengths"]]
-    while any(past < length for past, length in zip(stepper.past, case["lengths"], strict=True)):
-        counts = [
-            int(min(rng.integers(0, 20), length - past))
-            for past, length in zip(stepper.past, case["lengths"], strict=True)
-        ]
-        y = stepper.run(counts)
-        for i, (first, end) in enumerate(pairwise(offsets_of(counts))):
-            packed[i].append(y[first:end])
+    pieces = run_together_in_pieces(forward_of(a), case["lengths"], new_state_of(case), rng)
     together = ops.ssd_forward(**a, offsets=offsets)
-    np.testing.assert_array_equal(np.concatenate([np.concatenate(p) for p in packed]), together)
+    np.testing.assert_array_equal(pieces, together)
     grads = ops.ssd_backward(**a, grad_y=grad_y, offsets=offsets)
     for first, end in pairwise(offsets):
         own = {n: v[first:end] if n in PER_ROW else v for n, v in a.items()}
@@ -262,15 +237,12 @@ def test_threads_do_not_change_a_bit():
         "x_heads": 1,
     }
     a, offsets, grad_y = make(case)
-    before, results = ops.get_threads(), []
-    for threads in (1, 2, 5):
-        ops.set_threads(threads)
+
+    def run():
         grads = ops.ssd_backward(**a, grad_y=grad_y, offsets=offsets)
-        results.append(grads | {"y": ops.ssd_forward(**a, offsets=offsets)})
-    ops.set_threads(before)
-    for other in results[1:]:
-        for name, value in results[0].items():
-            np.testing.assert_array_equal(value, other[name], err_msg=name)
+        return grads | {"y": ops.ssd_forward(**a, offsets=offsets)}
+
+    assert_same_bits(in_teams(run))
 
 
 def test_what_lies_in_unused_memory_does_not_matter():
