@@ -37,13 +37,11 @@
 #define TRIAL_DRAFTS 2
 #define VERIFY_COST 0.12 /* of a pass, each row beyond the first: 0.05 to 0.2 on CPUs, by dtype and mixer */
 
-/* Of devices, from an H100 and an H200 (docs/performance-log.md); only ratios matter. */
+/* Of devices, fitted to an H100 and an H200 (docs/performance-log.md); only ratios matter. */
 #define DEVICE_RATE 3.5e12      /* bytes a second */
-#define DEVICE_OPERATIONS 5e14  /* a second, of large products */
+#define DEVICE_ROW 0.005        /* more of a product's time with each row, of all texts */
 #define DEVICE_LAYER 12e-6      /* seconds of a layer's launches and small operators */
-#define DEVICE_LAYER_ROW 1.2e-6 /* more with each row of a text */
-#define DEVICE_THIN 0.006       /* more of a product's time with each row up to MIL_WINDOW */
-#define DEVICE_BROAD 1.3        /* of it beyond */
+#define DEVICE_LAYER_ROW 2.1e-6 /* more with each row of a text */
 #define DEVICE_TOKEN 10e-6      /* seconds of sampling one token */
 #define DEVICE_TRIAL 128        /* plain steps until the first trial; twice as many after each */
 #define DEVICE_TRIAL_MOST 2048
@@ -159,13 +157,7 @@ is_decoding(const mil_sequence *sequence)
 static double
 pass_seconds(const mil_model *model, double weight_bytes, double texts, double rows, double state_bytes)
 {
-    double all = texts * rows, seconds = weight_bytes / DEVICE_RATE;
-    if (all <= MIL_WINDOW) {
-        seconds *= 1.0 + (all - 1.0) * DEVICE_THIN;
-    }
-    else {
-        seconds = fmax(seconds * DEVICE_BROAD, weight_bytes * all / DEVICE_OPERATIONS);
-    }
+    double seconds = weight_bytes / DEVICE_RATE * (1.0 + (texts * rows - 1.0) * DEVICE_ROW);
     return seconds + state_bytes / DEVICE_RATE + DEVICE_TOKEN +
            (double)model->config.layer_count * (DEVICE_LAYER + DEVICE_LAYER_ROW * (rows - 1.0));
 }
