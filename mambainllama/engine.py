@@ -59,6 +59,7 @@ class Ticket:
         self._done = threading.Event()
         self._outcome: Generation | BaseException | None = None
         self._cancelled = False
+        self._mistake: BaseException | None = None  # raised by on_text
         self._state: _core.State | None = None
 
     def result(self, timeout: float | None = None) -> Generation:
@@ -69,7 +70,7 @@ class Ticket:
         TimeoutError
             It is not finished yet.
         Error
-            What went wrong.
+            What went wrong; whatever `on_text` raised.
         """
         if not self._done.wait(timeout):
             raise TimeoutError("the generation is not finished yet")
@@ -80,6 +81,7 @@ class Ticket:
     def __iter__(self) -> Iterator[str]:
         while (piece := self._pieces.get()) is not None:
             yield piece
+        self._pieces.put(None)  # whoever iterates again, or beside, ends too
         self.result()
 
     @property
@@ -91,13 +93,17 @@ class Ticket:
         self._cancelled = True
 
     def _tell(self, piece: str) -> None:
-        if piece:
-            self._pieces.put(piece)
-            if self._on_text is not None and self._on_text(piece) is True:
-                self._cancelled = True
+        if not piece:
+            return
+        self._pieces.put(piece)
+        if self._on_text is not None and self._mistake is None:
+            try:
+                self._cancelled = self._on_text(piece) is True or self._cancelled
+            except BaseException as error:  # its sender's affair: the other texts go on
+                self._mistake, self._cancelled = error, True
 
     def _finish(self, outcome: Generation | BaseException) -> None:
-        self._outcome = outcome
+        self._outcome = outcome if self._mistake is None else self._mistake
         self._done.set()
         self._pieces.put(None)
 
@@ -178,7 +184,8 @@ class Engine:
         prompt
             A str, token ids, or a chat, as for `mil.generate`.
         on_text
-            Called with each piece of text, in the engine's thread: keep it short. True cancels.
+            Called with each piece of text, in the engine's thread: keep it short. True cancels;
+            what it raises ends this text alone, and `Ticket.result` raises it.
         stop, skip_special_tokens, options
             As for `mil.generate`.
 

@@ -107,6 +107,27 @@ def test_mistakes_stay_their_sender_s(model):
         assert len(good.result(60).token_ids) == 20
 
 
+@pytest.mark.parametrize("raised", [ValueError("mine"), KeyboardInterrupt()], ids=repr)
+def test_what_a_callback_raises_is_its_sender_s(story, raised):
+    def on_text(piece):
+        raise raised
+
+    with Engine(story) as engine:
+        good = engine.submit("Once upon a time", max_new_tokens=30)
+        bad = engine.submit("Once upon a time", max_new_tokens=30, on_text=on_text)
+        with pytest.raises(type(raised)) as caught:
+            bad.result(60)
+        assert caught.value is raised
+        assert len(good.result(60).token_ids) == 30
+        assert len(engine.submit("Once", max_new_tokens=3).result(60).token_ids) == 3
+
+
+def test_a_ticket_can_be_iterated_again(story):
+    with Engine(story) as engine:
+        ticket = engine.submit("Once upon a time", max_new_tokens=5)
+        assert "".join(ticket) and list(ticket) == []
+
+
 def test_cancel(model):
     with Engine(model, max_batch=2) as engine:
         endless = engine.submit([5], max_new_tokens=10**9)
