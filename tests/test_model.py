@@ -204,6 +204,39 @@ def test_damaged_images_are_refused(model):
         model.forward([1, 2, 3], states=[restored])
 
 
+@pytest.mark.parametrize("read, more", [(20, 20), (16, 17), (20, 3)])
+def test_a_pass_that_fails_half_way(model, read, more):
+    """Each allocation of a pass in turn fails: the state is as before, or says that it is lost."""
+    tokens = some_tokens(model, read + more)
+    state = model.state(100)
+    model.forward(tokens[:read], states=[state])
+    expected, failures = model.forward(tokens[read:], states=[state.copy()]), 0
+    for allowed in range(100):
+        tried = state.copy()
+        _core.trim_memory()
+        _core.fail_after(allowed)
+        try:
+            model.forward(tokens[read:], states=[tried])
+            break
+        except _core.OutOfMemoryError:
+            failures += 1
+        finally:
+            _core.fail_after(-1)
+        try:
+            found = model.forward(tokens[read:], states=[tried])
+        except _core.StateError as error:
+            assert "lost: clear() it" in str(error)
+            for use in (tried.copy, tried.save, lambda: tried.rollback(1)):  # noqa: B023
+                with pytest.raises(_core.StateError, match="lost"):
+                    use()
+            with pytest.raises(_core.StateError, match="lost"):
+                _core.generate(model, [{"prompt": tokens, "state": tried}])
+            tried.clear()
+            found = model.forward(tokens, states=[tried])[read:]
+        np.testing.assert_array_equal(found, expected)
+    assert 5 < failures < 100
+
+
 def test_memory_does_not_grow(model):
     tokens = some_tokens(model, 64)
     state = model.state(64)

@@ -81,6 +81,7 @@ check_state(const mil_state *state, const mil_model *model, const mil_request *r
         return mil_fail(MIL_ERR_STATE,
                         "generate: %s belongs to another model; make it with this model's state()", name);
     }
+    MIL_TRY(mil_state_check(state));
     if (state->length > request->prompt_count) {
         return mil_fail(
             MIL_ERR_STATE,

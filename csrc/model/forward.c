@@ -172,6 +172,7 @@ begin_pass(mil_pass *pass, mil_context *context, const mil_model *model, int64_t
             if (states[i]->model != model) {
                 return mil_fail(MIL_ERR_VALUE, "forward: state %lld belongs to another model", (long long)i);
             }
+            MIL_TRY(mil_state_check(states[i]));
             past[i] = states[i]->length;
             boundary[i] = states[i]->boundary + (held != NULL && held[i] ? MIL_HOLD : 0);
             MIL_TRY(mil_state_reserve(states[i], past[i] + offsets[i + 1] - offsets[i]));
@@ -333,6 +334,19 @@ logits_block(const mil_pass *pass, const void *x, const int64_t *wanted, int64_t
     return MIL_OK;
 }
 
+/* Layer after layer moves its boundary; a failure in between leaves those at two places. */
+static void
+mark_torn(const mil_forward *arguments)
+{
+    for (int64_t i = 0; arguments->states != NULL && i < arguments->sequences; i++) {
+        mil_state *state = arguments->states[i];
+        int64_t count = arguments->offsets[i + 1] - arguments->offsets[i];
+        bool held = arguments->held != NULL && arguments->held[i];
+        state->torn =
+            state->mixer_bytes > 0 && !held && mil_boundary_after(state->length, count) != state->boundary;
+    }
+}
+
 static mil_status
 run_model(mil_context *context, const mil_model *model, const mil_forward *arguments)
 {
@@ -344,6 +358,7 @@ run_model(mil_context *context, const mil_model *model, const mil_forward *argum
     void *x;
     MIL_TRY(mil_act_push(context, rows, hidden, &x));
     MIL_TRY(mil_embed(&pass, arguments->tokens, x));
+    mark_torn(arguments);
     MIL_TRY(run_layers(&pass, arguments, x));
     for (int64_t i = 0; i < arguments->logit_count; i += LOGIT_ROWS) {
         int64_t count = arguments->logit_count - i < LOGIT_ROWS ? arguments->logit_count - i : LOGIT_ROWS;
@@ -374,6 +389,7 @@ mil_model_forward(mil_context *context, const mil_model *model, const mil_forwar
                 state->boundary = mil_boundary_after(state->length, count);
             }
             state->length += count;
+            state->torn = false;
         }
     }
     return status;

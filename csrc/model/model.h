@@ -178,6 +178,7 @@ typedef struct mil_state {
     void *mixer_memory;      /* one block for all mixers, on the model's device like the caches */
     size_t mixer_bytes;
     void *cache_memory; /* one block for the caches of all layers: a device's blocks are rounded up to MiBs */
+    bool torn; /* a pass that moves the boundary failed when some layers had done so: see mil_state_check */
 } mil_state;
 
 /* Empty, with room for `capacity` tokens in the caches (grown by mil_state_reserve). */
@@ -191,6 +192,9 @@ mil_status
 mil_state_reserve(mil_state *state, int64_t capacity) MIL_MUST_CHECK;
 mil_status
 mil_state_clear(mil_state *state) MIL_MUST_CHECK; /* back to no tokens; memory is kept */
+/* Fails (MIL_ERR_STATE) where a failed pass has left layers at different tokens; only clearing mends that. */
+mil_status
+mil_state_check(const mil_state *state) MIL_MUST_CHECK;
 /* An independent copy (fork) of `from` in the uninitialised `to`. */
 mil_status
 mil_state_copy(mil_state *to, const mil_state *from) MIL_MUST_CHECK;
@@ -265,7 +269,8 @@ typedef struct mil_step {
 mil_status
 mil_model_step(mil_context *context, const mil_model *model, const mil_step *step) MIL_MUST_CHECK;
 
-/* Runs the model over packed rows; states advance by their rows (not on failure of the arguments). */
+/* Runs the model over packed rows; states advance by their rows. On failure they are as before, or torn where their
+ * boundaries were moving. */
 mil_status
 mil_model_forward(mil_context *context, const mil_model *model, const mil_forward *arguments) MIL_MUST_CHECK;
 

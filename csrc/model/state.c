@@ -237,12 +237,25 @@ mil_state_clear(mil_state *state)
 {
     mil_context context = memory_context(state->model);
     state->length = state->boundary = 0;
+    state->torn = false;
     for (int64_t i = 0; i < state->model->config.layer_count; i++) {
         state->layers[i].current_tokens = 0;
     }
     return state->mixer_bytes == 0
                ? MIL_OK
                : state->model->ops->zero(&context, state->mixer_memory, state->mixer_bytes);
+}
+
+mil_status
+mil_state_check(const mil_state *state)
+{
+    if (state->torn) {
+        return mil_fail(
+            MIL_ERR_STATE,
+            "state: its last pass failed half way, and its content is lost: clear() it, or go on from an "
+            "earlier copy()");
+    }
+    return MIL_OK;
 }
 
 static mil_status
@@ -267,6 +280,7 @@ copy_contents(mil_state *to, const mil_state *from)
 mil_status
 mil_state_copy(mil_state *to, const mil_state *from)
 {
+    MIL_TRY(mil_state_check(from));
     MIL_TRY(mil_state_init(to, from->model, from->capacity));
     mil_status status = copy_contents(to, from);
     if (status != MIL_OK) {
@@ -278,6 +292,7 @@ mil_state_copy(mil_state *to, const mil_state *from)
 mil_status
 mil_state_rollback(mil_state *state, int64_t count)
 {
+    MIL_TRY(mil_state_check(state));
     /* Without mixers nothing is ever folded, and all tokens can go. */
     int64_t earliest = state->mixer_bytes > 0 ? state->boundary : 0;
     if (count < 0 || state->length - count < earliest) {
@@ -362,6 +377,7 @@ transfer_image(const mil_state *state, char *image, bool write)
 mil_status
 mil_state_write(const mil_state *state, void *image)
 {
+    MIL_TRY(mil_state_check(state));
     image_header header = header_of(state);
     memcpy(image, &header, sizeof header);
     return transfer_image(state, image, true);
