@@ -8,7 +8,7 @@ same bits.
 
 import numpy as np
 import pytest
-from core_models import KINDS, build, relative, some_tokens
+from core_models import KINDS, ORIGINAL_MAMBA1, build, relative, some_tokens
 from stepping import in_teams
 
 from mambainllama import _core
@@ -202,6 +202,18 @@ def test_damaged_images_are_refused(model):
         except _core.Error:
             continue
         model.forward([1, 2, 3], states=[restored])
+
+
+def test_an_image_without_attention_has_any_length():
+    """The length of a text is no measure of its image where nothing grows with it."""
+    model = build([{**ORIGINAL_MAMBA1, "inner": 8}], hidden=8)
+    state, tokens = model.state(), np.zeros(len(model.state().save()) + 100, np.int32)
+    model.forward(tokens, states=[state], rows="none")
+    restored = _core.State.restore(model, state.save())
+    assert restored.length == len(tokens)
+    np.testing.assert_array_equal(
+        model.forward([1], states=[restored]), model.forward([1], states=[state])
+    )
 
 
 @pytest.mark.parametrize("read, more", [(20, 20), (16, 17), (20, 3)])

@@ -394,9 +394,10 @@ mil_state_read(mil_state *state, const mil_model *model, const void *image, int6
     if (memcmp(header.magic, image_magic, sizeof image_magic) != 0) {
         return mil_fail(MIL_ERR_FORMAT, "state: this is not a saved state");
     }
-    /* More tokens than the image has bytes for would be memory asked for in vain. */
+    /* More tokens than the image has bytes for would be memory asked for in vain. Without attention a state has one size
+     * whatever the length. */
     int64_t token_bytes = cache_bytes_per_token(model);
-    int64_t most = bytes / (token_bytes > 0 ? token_bytes : 1);
+    int64_t most = token_bytes > 0 ? bytes / token_bytes : INT64_MAX;
     if (header.length < 0 || header.length > most || header.boundary < 0 ||
         header.boundary % MIL_WINDOW != 0 || header.boundary > header.length ||
         (header.mixer_bytes > 0 && header.length - header.boundary >= MIL_TAIL)) {
