@@ -498,6 +498,33 @@ def test_calls_from_many_threads(rng):
     assert failures == []
 
 
+AFTER_FORK = """
+import os, signal, threading
+import numpy as np
+from mambainllama import ops
+x, weight = np.ones((64, 256), np.float32), np.ones((512, 256), np.float16)
+def work():
+    return ops.linear_forward(x, weight).sum()
+ops.set_threads(2)
+expected = work()
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    found = [work()]
+    thread = threading.Thread(target=lambda: found.append(work()))
+    thread.start()
+    thread.join()
+    os._exit(0 if found == [expected, expected] else 3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert work() == expected
+"""
+
+
+def test_a_forked_child_computes():
+    """Its parent's OpenMP workers are not there; as under multiprocessing's "fork"."""
+    subprocess.run([sys.executable, "-c", AFTER_FORK], check=True, timeout=60)
+
+
 def test_settings_from_the_environment():
     def run(**settings):
         environment = {**os.environ, **settings}

@@ -9,6 +9,7 @@
 #if defined(__linux__)
 #include <sched.h>
 #endif
+#include <pthread.h>
 #include <unistd.h>
 
 #include "base/convert.h"
@@ -18,6 +19,30 @@
 #include "python/errors.h"
 #include "python/ops.h"
 #include "python/types.h"
+
+/* ---- teams --------------------------------------------------------------------------------------------- */
+
+/* OpenMP keeps workers for each thread that has had a team. After fork() the one thread that is left would wait for ever
+ * for those that it had, so it computes alone; threads that the child starts find workers of their own. */
+static _Thread_local bool had_team, lost_team;
+
+/* Runs in the child, in the thread that forked. */
+static void
+lose_team(void)
+{
+    lost_team |= had_team;
+}
+
+/* The threads of a call of this thread. */
+static int
+team_size(const core_state *state)
+{
+    if (lost_team) {
+        return 1;
+    }
+    had_team |= state->threads > 1;
+    return state->threads;
+}
 
 /* ---- contexts ------------------------------------------------------------------------------------------ */
 
@@ -66,7 +91,7 @@ core_context_acquire(core_state *state, const mil_ops *ops, mil_context *context
     *context = (mil_context){.ops = ops,
                              .scratch = &scratch->arena,
                              .host = &scratch->host,
-                             .threads = state->threads,
+                             .threads = team_size(state),
                              .stream = scratch->stream};
     mil_status status = ops->open == NULL ? MIL_OK : ops->open(context);
     scratch->stream = context->stream;
@@ -237,7 +262,7 @@ convert(PyObject *module, PyObject *args)
             (size_t)to.len == count * mil_dtype_size((mil_dtype)to_dtype)) {
             Py_BEGIN_ALLOW_THREADS
                 mil_convert(from.buf, (mil_dtype)from_dtype, to.buf, (mil_dtype)to_dtype, (int64_t)count,
-                            state->threads);
+                            team_size(state));
             Py_END_ALLOW_THREADS
         }
         else {
@@ -381,6 +406,10 @@ module_exec(PyObject *module)
         return -1;
     }
     state->threads = default_threads();
+    if (pthread_atfork(NULL, NULL, lose_team) != 0) {
+        PyErr_NoMemory();
+        return -1;
+    }
     if (core_add_errors(module, state) < 0 || core_add_ops(module) < 0 ||
         core_add_model_types(module, state) < 0 || core_add_trainer_type(module, state) < 0 ||
         core_add_device_array_type(module, state) < 0 || core_add_generate(module) < 0 ||
