@@ -453,6 +453,15 @@ def test_evaluate_equals_the_micro_step():
 # ---- bad arguments -----------------------------------------------------------------------------
 
 
+def test_state_bytes():
+    model = build(KINDS["transformer"])  # 2 layers of 2 heads of 8: keys and values, float32
+    assert model.state_bytes(0) == 0
+    assert model.state_bytes(1000) == 1000 * 2 * 2 * 2 * 8 * 4
+    for length in (-1, 2**62):
+        with pytest.raises(_core.ArgumentError, match=f"state_bytes: {length} tokens cannot be"):
+            model.state_bytes(length)
+
+
 def test_messages():
     model = build(KINDS["mamba2 hybrid"])
     state = model.state()

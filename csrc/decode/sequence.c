@@ -112,7 +112,7 @@ take_states(mil_sequence *sequence, const mil_engine_options *options)
     int64_t most = request->max_new_tokens, at_once = most < ROOM_AT_ONCE ? most : ROOM_AT_ONCE;
     /* A round's drafts, and what a burst draws after the end, are read before they are known to be in vain. */
     int64_t capacity = request->prompt_count + at_once + request->draft_tokens + MIL_WINDOW;
-    int64_t expected = most > (int64_t)1 << 36 ? 0 : capacity - at_once + most;
+    int64_t expected = most > MIL_MOST_TOKENS ? 0 : capacity - at_once + most;
     sequence->state = request->state;
     if (sequence->state == NULL) {
         MIL_TRY(request->origin != NULL ? mil_state_copy(&sequence->own_state, request->origin)

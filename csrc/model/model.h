@@ -181,6 +181,8 @@ typedef struct mil_state {
     bool torn; /* a pass that moves the boundary failed when some layers had done so: see mil_state_check */
 } mil_state;
 
+#define MIL_MOST_TOKENS ((int64_t)1 << 36) /* of one sequence: more are a mistake, and would overflow sizes */
+
 /* Empty, with room for `capacity` tokens in the caches (grown by mil_state_reserve). */
 mil_status
 mil_state_init(mil_state *state, const mil_model *model, int64_t capacity) MIL_MUST_CHECK;

@@ -214,7 +214,7 @@ mil_state_reserve(mil_state *state, int64_t capacity)
     if (capacity <= state->capacity) {
         return MIL_OK;
     }
-    if (capacity > (int64_t)1 << 36) {
+    if (capacity > MIL_MOST_TOKENS) {
         return mil_fail(MIL_ERR_VALUE, "state: a capacity of %lld tokens is beyond reason",
                         (long long)capacity);
     }

@@ -796,7 +796,11 @@ model_state_bytes(PyObject *self, PyObject *length)
     if (tokens == -1 && PyErr_Occurred()) {
         return NULL;
     }
-    return PyLong_FromLongLong(mil_state_bytes_at(&((core_model *)self)->model, tokens < 0 ? 0 : tokens));
+    if (tokens < 0 || tokens > MIL_MOST_TOKENS) {
+        return core_raise_format(core_state_of(self), MIL_ERR_VALUE, "state_bytes: %lld tokens cannot be",
+                                 (long long)tokens);
+    }
+    return PyLong_FromLongLong(mil_state_bytes_at(&((core_model *)self)->model, tokens));
 }
 
 static void
