@@ -484,6 +484,8 @@ def test_messages():
         (lambda: _core.Trainer(model, trainable=["x"]), "not parameters"),
         (lambda: _core.Model({**model.config, "vocab": 0}, {}), "vocab = 0"),
         (lambda: _core.Model({**model.config, "typo": 0}, {}), "not known"),
+        (lambda: _core.Model({**model.config, "tied": np.zeros(2)}, {}), "tied is not a truth"),
+        (lambda: _core.Model({**model.config, "rope": {"rotary": "8"}}, {}), "not an integer"),
         (lambda: _core.Model(model.config, {}), "model.embed_tokens.weight is missing"),
     ]
     for call, words in cases:

@@ -69,7 +69,11 @@ static bool
 get_bool(reader *r, const char *key, bool otherwise)
 {
     PyObject *value = get(r, key);
-    return value == NULL ? otherwise : PyObject_IsTrue(value) == 1;
+    int truth = value == NULL ? otherwise : PyObject_IsTrue(value);
+    if (truth < 0) {
+        fail_type(r, key, "a truth value");
+    }
+    return truth > 0;
 }
 
 static int
@@ -219,7 +223,7 @@ read_rope(core_state *core, PyObject *dict, mil_arena *arena, mil_rope_config *r
         return -1;
     }
     rope->rotary = get_int(&r, "rotary", 0);
-    if (rope->rotary < 0 || rope->rotary % 2 != 0) {
+    if (!r.failed && (rope->rotary < 0 || rope->rotary % 2 != 0)) {
         core_raise_format(core, MIL_ERR_VALUE, "config: rope: rotary = %lld is not an even size",
                           (long long)rope->rotary);
         return -1;
