@@ -21,7 +21,7 @@ a draft.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -248,6 +248,7 @@ def generate(
         for i in range(count)
     ]
     draft_core = check_draft(model, draft)
+    check_callbacks("generate", on_text=on_text, on_tokens=on_tokens)
     need = plan_requests("generate", model, requests, draft, max_batch, prefill_rows)
     share_beginning(core_of(model), requests)
     watch = bool(endings.strings or on_text or on_tokens)
@@ -330,12 +331,12 @@ def score(
 # ---- prompts and options ------------------------------------------------------------------------
 
 
-def core_of(model: Any) -> _core.Model:
+def core_of(model: Any, name: str = "model") -> _core.Model:
     """The C core of a model, which may be given itself."""
     core = getattr(model, "core", model)
     if not isinstance(core, _core.Model):
         raise ArgumentError(
-            f"generate: model must come from mil.load or mil.convert, not {shorten(model)}"
+            f"generate: {name} must come from mil.load or mil.convert, not {shorten(model)}"
         )
     return core
 
@@ -353,7 +354,7 @@ def is_one_prompt(prompts: Any) -> bool:
     if isinstance(prompts, (str, Mapping)):
         return True
     if isinstance(prompts, np.ndarray):
-        return prompts.ndim == 1 and np.issubdtype(prompts.dtype, np.integer)
+        return prompts.ndim == 0 or prompts.ndim == 1 and np.issubdtype(prompts.dtype, np.integer)
     return len(prompts) > 0 and (isinstance(prompts[0], Mapping) or is_integer(prompts[0]))
 
 
@@ -422,11 +423,28 @@ def one_each(name: str, value: Any, count: int) -> list[Any]:
 def check_states(states: Any, count: int) -> list[Any]:
     if states is None:
         return [None] * count
-    if isinstance(states, _core.State):
-        states = [states]
-    if len(states) != count:
-        raise ArgumentError(f"generate: states has {len(states)} entries for {count} prompts")
-    return list(states)
+    listed = list(states) if isinstance(states, Iterable) else [states]
+    if not all(state is None or isinstance(state, _core.State) for state in listed):
+        raise ArgumentError(
+            "generate: states must be a list with None or a state (model.state() makes one) for "
+            f"each prompt, not {shorten(states)}"
+        )
+    if len(listed) != count:
+        raise ArgumentError(f"generate: states has {len(listed)} entries for {count} prompts")
+    return listed
+
+
+def check_at_least(what: str, name: str, value: Any, least: int) -> None:
+    if not is_integer(value) or not least <= value < 1 << 63:
+        raise ArgumentError(
+            f"{what}: {name} must be an integer of at least {least}, not {shorten(value)}"
+        )
+
+
+def check_callbacks(what: str, **callbacks: Any) -> None:
+    for name, callback in callbacks.items():
+        if callback is not None and not callable(callback):
+            raise ArgumentError(f"{what}: {name} must be a function, not {shorten(callback)}")
 
 
 def check_draft_tokens(draft_tokens: Any) -> int:
@@ -450,7 +468,7 @@ def check_draft(model: Any, draft: Any) -> Any:
                 f"not {shorten(draft)}"
             )
         return draft
-    core = core_of(draft)
+    core = core_of(draft, "draft")
     ours, theirs = tokenizer_of(model), tokenizer_of(draft)
     if ours is not None and theirs is not None and ours is not theirs:
         words, their_words = ours.backend.get_vocab(), theirs.backend.get_vocab()
@@ -481,10 +499,11 @@ def plan_requests(
 ) -> Need:
     """How these requests run in the memory that is free; see `memory.plan_call`.
 
-    A senseless number among them is left to the core, whose message names it.
+    A senseless number in a request is left to the core, whose message names it.
     """
-    if any(n is not None and (not is_integer(n) or n < 1) for n in (max_batch, prefill_rows)):
-        return Need.senseless(max_batch, prefill_rows)
+    for name, value in (("max_batch", max_batch), ("prefill_rows", prefill_rows)):
+        if value is not None:
+            check_at_least(what, name, value, 1)
     drafted = max((r.get("draft_tokens", 0) for r in requests), default=0) if draft else 0
     texts = [text_of(request) for request in requests]
     first = footprint_of(model)
@@ -548,7 +567,8 @@ class Endings:
             return cls(own, [])
         if isinstance(stop, str) or is_integer(stop):
             stop = [stop]
-        if not isinstance(stop, (Sequence, np.ndarray, set, frozenset)):
+        listed = isinstance(stop, (Sequence, np.ndarray, set, frozenset))
+        if not listed or isinstance(stop, (bytes, bytearray)):
             raise ArgumentError(f"generate: stop must be strings or token ids, not {shorten(stop)}")
         items = list(stop)
         tokens = [int(item) for item in items if is_integer(item)]
@@ -636,6 +656,11 @@ class Writer:
         return piece
 
 
+def says_stop(answer: Any) -> bool:
+    """Whether a callback returned True, NumPy's included; nothing else that counts as true does."""
+    return answer is True or answer is np.True_
+
+
 def listener(
     writers: list[Writer], on_text: Any, on_tokens: Any
 ) -> Callable[[int, list[int]], int | None]:
@@ -645,9 +670,9 @@ def listener(
         piece, keep = writers[index].push(tokens)
         cancel = False
         if on_tokens:
-            cancel = on_tokens(index, tokens[:keep]) is True
+            cancel = says_stop(on_tokens(index, tokens[:keep]))
         if on_text and piece:
-            cancel = on_text(index, piece) is True or cancel
+            cancel = says_stop(on_text(index, piece)) or cancel
         return keep if keep is not None else -1 if cancel else None
 
     return hear

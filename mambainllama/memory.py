@@ -202,11 +202,6 @@ class Need:
     def total(self) -> int:
         return self.states + self.draft_states + self.workspace + self.recordings
 
-    @classmethod
-    def senseless(cls, batch: Any, prefill_rows: Any) -> Need:
-        """For the core to refuse."""
-        return cls(batch or 0, prefill_rows or 0, 0, 0, 0, 0, 0)
-
 
 class Call:
     """Texts, a model and perhaps a draft model: what running them needs."""

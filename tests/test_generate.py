@@ -669,6 +669,10 @@ def test_chats(story):
         ({"max_new_tokens": -1}, "max_new_tokens"), ({"max_new_tokens": "ten"}, "max_new_tokens"),
         ({"top_p": 0}, "top_p"), ({"states": [None, None]}, "states"),
         ({"max_batch": -3}, "max_batch"), ({"model": "story-llama"}, "mil.load"),
+        ({"max_batch": 2.5}, "max_batch"), ({"prefill_rows": 2**70}, "prefill_rows"),
+        ({"states": 5}, "states"), ({"states": ["a"]}, "states"), ({"stop": b"ab"}, "stop"),
+        ({"on_text": 5}, "on_text must"), ({"on_tokens": "print"}, "on_tokens must"),
+        ({"prompts": np.array("a")}, "prompt 0"), ({"draft": 7}, "draft must come from"),
     ],
 )  # fmt: skip
 def test_public_error_messages(story, settings, words):
