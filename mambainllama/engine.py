@@ -28,10 +28,13 @@ from .generate import (
     Generation,
     Writer,
     as_generation,
+    check_at_least,
+    check_callbacks,
     check_draft,
     check_draft_tokens,
     core_of,
     read_prompts,
+    says_stop,
     text_of,
 )
 from .memory import Call, Text, available, footprint_of, plan_call
@@ -59,7 +62,7 @@ class Ticket:
         self._done = threading.Event()
         self._outcome: Generation | BaseException | None = None
         self._cancelled = False
-        self._mistake: BaseException | None = None  # raised by on_text
+        self._mishap: BaseException | None = None  # what its on_text raised
         self._state: _core.State | None = None
 
     def result(self, timeout: float | None = None) -> Generation:
@@ -96,14 +99,15 @@ class Ticket:
         if not piece:
             return
         self._pieces.put(piece)
-        if self._on_text is not None and self._mistake is None:
-            try:
-                self._cancelled = self._on_text(piece) is True or self._cancelled
-            except BaseException as error:  # its sender's affair: the other texts go on
-                self._mistake, self._cancelled = error, True
+        if self._on_text is None or self._mishap is not None:
+            return
+        try:
+            self._cancelled |= says_stop(self._on_text(piece))
+        except BaseException as error:  # its sender's affair, like every mistake in a request
+            self._mishap, self._cancelled = error, True
 
     def _finish(self, outcome: Generation | BaseException) -> None:
-        self._outcome = outcome if self._mistake is None else self._mistake
+        self._outcome = outcome if self._mishap is None else self._mishap
         self._done.set()
         self._pieces.put(None)
 
@@ -139,6 +143,9 @@ class Engine:
     ):
         self.model, self.core = model, core_of(model)
         self._draft = check_draft(model, draft)
+        if max_batch is not None:
+            check_at_least("Engine", "max_batch", max_batch, 1)
+        check_at_least("Engine", "cached_states", cached_states, 0)
         self._footprints = (
             footprint_of(model),
             None if draft is None or isinstance(draft, str) else footprint_of(draft),
@@ -157,6 +164,7 @@ class Engine:
         self._tickets: dict[int, Ticket] = {}
         self._count = 0
         self._closed = False
+        self._failure = ""  # why it closed, where nobody closed it
         self._thread = threading.Thread(target=self._run, name="mambainllama engine", daemon=True)
         self._thread.start()
 
@@ -205,6 +213,7 @@ class Engine:
         prompts = read_prompts(self.model, prompt)
         if len(prompts) != 1:
             raise ArgumentError(f"submit: expected one prompt, got {len(prompts)}")
+        check_callbacks("submit", on_text=on_text)
         if "draft_tokens" in options:
             check_draft_tokens(options["draft_tokens"])
         endings = Endings.of(self.model, stop)
@@ -217,7 +226,7 @@ class Engine:
         plan_call("submit", alone, 1, self._need.prefill_rows, free=self._room)
         with self._condition:
             if self._closed:
-                raise StateError("submit: the engine is closed")
+                raise StateError(f"submit: the engine is closed{self._failure}")
             self._arrived.append((ticket, request))
             self._condition.notify()
         return ticket
@@ -260,7 +269,7 @@ class Engine:
                 self._fail(running, error)
             except BaseException as error:  # whoever waits has to know
                 with self._condition:
-                    self._closed = True
+                    self._closed, self._failure = True, f": {error}"
                     running = [*self._tickets.values(), *(ticket for ticket, _ in self._arrived)]
                     self._arrived.clear()
                 self._fail(running, error)
@@ -280,11 +289,12 @@ class Engine:
             if not arrived:
                 return None if self._closed and wait else []
         requests = []
-        for ticket, request in arrived:
+        for ticket, _ in arrived:  # all of them, before anything can fail: see _run
             self._tickets[self._count] = ticket
             self._count += 1
+        for ticket, request in arrived:
             self._make_room(request)
-            if not request.get("prompt_logprobs"):
+            if request.get("prompt_logprobs", False) is False:  # a senseless one is the core's
                 ticket._state = request["state"] = self._cache.find(request["prompt"])
             requests.append(request)
         return requests
@@ -306,13 +316,14 @@ class Engine:
         return keep if keep is not None else -1 if ticket._cancelled else None
 
     def _finished(self, index: int, result: dict[str, Any] | BaseException) -> None:
-        ticket = self._tickets.pop(index)
+        ticket = self._tickets[index]  # until it knows, so that no failure is kept from it
         if isinstance(result, BaseException):
             ticket._finish(result)
-            return
-        ticket._tell(ticket._writer.finish())
-        self._cache.add(ticket._state, np.concatenate([ticket._prompt, result["tokens"]]))
-        ticket._finish(as_generation(ticket._writer.close(), result, ticket._prompt, None))
+        else:
+            ticket._tell(ticket._writer.finish())
+            self._cache.add(ticket._state, np.concatenate([ticket._prompt, result["tokens"]]))
+            ticket._finish(as_generation(ticket._writer.close(), result, ticket._prompt, None))
+        del self._tickets[index]
 
 
 class StateCache:

@@ -2,14 +2,17 @@
 the others."""
 
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from core_models import KINDS, build
+from tiny_models import byte_tokenizer
 
 import mambainllama as mil
 from mambainllama.engine import Engine, StateCache
 from mambainllama.generate import generate
+from mambainllama.tokenizer import Tokenizer
 
 SAMPLED = {"temperature": 1.0, "max_new_tokens": 20}
 
@@ -107,25 +110,65 @@ def test_mistakes_stay_their_sender_s(model):
         assert len(good.result(60).token_ids) == 20
 
 
-@pytest.mark.parametrize("raised", [ValueError("mine"), KeyboardInterrupt()], ids=repr)
-def test_what_a_callback_raises_is_its_sender_s(story, raised):
-    def on_text(piece):
-        raise raised
+def test_a_callback_that_fails_is_its_sender_s(model):
+    model = SimpleNamespace(core=model, tokenizer=Tokenizer(byte_tokenizer()))
 
-    with Engine(story) as engine:
-        good = engine.submit("Once upon a time", max_new_tokens=30)
-        bad = engine.submit("Once upon a time", max_new_tokens=30, on_text=on_text)
-        with pytest.raises(type(raised)) as caught:
+    def fail(piece):
+        raise ZeroDivisionError(piece)
+
+    with Engine(model, max_batch=3) as engine:
+        good = engine.submit([1, 2, 3], **SAMPLED)
+        bad = engine.submit([55, 56], max_new_tokens=10**9, on_text=fail)
+        with pytest.raises(ZeroDivisionError):
             bad.result(60)
-        assert caught.value is raised
-        assert len(good.result(60).token_ids) == 30
-        assert len(engine.submit("Once", max_new_tokens=3).result(60).token_ids) == 3
+        with pytest.raises(ZeroDivisionError):
+            list(bad)
+        for name in ("logprobs", "prompt_logprobs"):
+            odd = engine.submit([1, 2, 3], **SAMPLED, **{name: np.zeros(2)})
+            with pytest.raises(mil.DtypeError, match=f" {name} must be true or false"):
+                odd.result(60)
+        with pytest.raises(mil.ArgumentError, match="on_text must be a function, not 5"):
+            engine.submit([1], on_text=5)
+        assert len(good.result(60).token_ids) == 20
+        assert len(engine.submit([4], **SAMPLED).result(60).token_ids) == 20
 
 
 def test_a_ticket_can_be_iterated_again(story):
     with Engine(story) as engine:
         ticket = engine.submit("Once upon a time", max_new_tokens=5)
         assert "".join(ticket) and list(ticket) == []
+
+
+def test_no_ticket_is_forgotten(model):
+    """Two requests arrive together and memory runs out over the first; later it is there again."""
+    engine = Engine(model)
+    find = engine._cache.find
+
+    def find_no_memory(prompt):
+        engine._cache.find = find
+        raise mil.OutOfMemoryError("none left")
+
+    engine._cache.find = find_no_memory
+    with engine._condition:
+        tickets = [engine.submit([i], **SAMPLED) for i in (1, 2)]
+    for ticket in tickets:
+        with pytest.raises(mil.OutOfMemoryError, match="none left"):
+            ticket.result(60)
+    assert len(engine.submit([3], **SAMPLED).result(60).token_ids) == 20
+    engine._cache.add = lambda state, text: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        engine.submit([1], **SAMPLED).result(60)
+    with pytest.raises(mil.StateError, match="closed: division by zero"):
+        engine.submit([1], **SAMPLED)
+
+
+@pytest.mark.parametrize("name", ["max_batch", "cached_states"])
+@pytest.mark.parametrize("value", [-1, 2.5, "2", 2**70, True])
+def test_settings_that_make_no_sense(model, name, value):
+    with pytest.raises(mil.ArgumentError, match=f"Engine: {name} must be an integer of at least"):
+        Engine(model, **{name: value})
+    with pytest.raises(mil.ArgumentError, match="cached_states must"):
+        Engine(model, cached_states=None)
 
 
 def test_cancel(model):

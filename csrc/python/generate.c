@@ -76,7 +76,11 @@ read_bool(reader *r, const char *key)
 {
     PyObject *value = read_key(r, key);
     int truth = value == NULL ? 0 : PyObject_IsTrue(value);
-    r->failed = r->failed || truth < 0;
+    if (truth < 0) {
+        PyErr_Clear();
+        core_raise_format(r->core, MIL_ERR_DTYPE, "generate: %s must be true or false, not %R", key, value);
+        r->failed = true;
+    }
     return truth > 0;
 }
 
