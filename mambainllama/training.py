@@ -255,6 +255,7 @@ class Task:
     """One stage's part of the loop; see distill.py for the one that matters most."""
 
     config: TrainingConfig
+    student: _core.Model
     batches: Batches
     trainer: _core.Trainer
 
@@ -539,7 +540,9 @@ class Loop:
             )
         return found or {}
 
-    def log(self, done: int, row: Mapping[str, float]) -> None:
+    def log(self, done: int, row: Mapping[str, Any]) -> None:
+        # JSON has no word for a number that is not finite: it is left out.
+        row = {k: v for k, v in row.items() if not isinstance(v, float) or math.isfinite(v)}
         if not row:
             return
         row = {"step": done, "tokens": self.tokens, **row}
@@ -562,10 +565,21 @@ class Loop:
 
     # -- end --
 
+    def check_weights(self, done: int) -> None:
+        """Tries the weights on the next rows: a step can break them, and only the loss of the step
+        after it would tell."""
+        batch = self.task.batches.step(done)[0]
+        sums = _core.evaluate(
+            self.task.student, None, batch.tokens, batch.offsets, labels=batch.labels
+        )
+        if not math.isfinite(sums["ce"]):
+            raise NonFiniteError(self.complaint(done, "the weights give no finite loss any more"))
+
     def save(self, done: int) -> int:
+        begin = time.perf_counter()
+        self.check_weights(done)
         if self.folder is None:
             return done
-        begin = time.perf_counter()
         if self.metrics is not None:
             with self.writing_metrics():
                 os.fsync(self.metrics.fileno())
@@ -606,7 +620,12 @@ class Loop:
             if self.last_good
             else "no checkpoint was due yet"
         )
-        return f"step {done}: {what}; try a lower learning_rate or longer warm-up; {kept}"
+        mend = (
+            "try a lower learning_rate or longer warm-up"
+            if self.task.trainer.step
+            else "no step was taken yet: the models or the settings are at fault"
+        )
+        return f"step {done}: {what}; {mend}; {kept}"
 
     def farewell(self, done: int) -> str:
         if self.folder is None:

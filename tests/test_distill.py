@@ -309,6 +309,31 @@ def test_a_loss_that_is_not_finite_stops_the_run(teacher, tokens, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("save_every", [1, None])
+def test_broken_weights_are_not_saved(teacher, tokens, tmp_path, save_every):
+    """A step can break the weights; only the loss of the next one would tell, if there is one."""
+    student = make_student(teacher, tokens)
+    settings = config(max_steps=1 + bool(save_every), learning_rate=1e38, warmup_steps=0)
+    settings = mil.DistillConfig(**{**vars(settings), "save_every": save_every, "eval_every": 1})
+    with pytest.raises(mil.NonFiniteError, match="step 1: .*no checkpoint was due yet"):
+        mil.distill(student, teacher, tokens, settings, tmp_path, validation=tokens[:4])
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_metrics_are_json(teacher, tokens, tmp_path):
+    """Figures that are not finite are left out: NaN and Infinity are no JSON."""
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    student = make_student(teacher, tokens)
+    student.parameters()["model.norm.weight"][:] = np.nan
+    with pytest.raises(mil.NonFiniteError, match="step 1: the loss is nan; no step was taken yet"):
+        mil.distill(student, teacher, tokens, config(), tmp_path, validation=tokens[:4])
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+
+
 def test_plots(teacher, tokens, tmp_path):
     pytest.importorskip("matplotlib")
     history = mil.distill(
