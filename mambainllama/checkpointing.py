@@ -177,9 +177,13 @@ def sweep(root: Path) -> None:
 def read_record(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / "trainer.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"step", "tokens", "sums", "identity"} - set(record)
+    except (OSError, ValueError, TypeError) as error:
         raise FormatError(f"{path}: damaged checkpoint ({error})") from None
+    if missing:
+        raise FormatError(f"{path}: damaged checkpoint ({min(missing)!r} is missing)")
+    return record
 
 
 def restore(checkpoint: Path, tensors: Mapping[str, np.ndarray]) -> None:

@@ -370,7 +370,9 @@ class Loop:
 
     def identity(self) -> dict[str, Any]:
         identity = self.task.identity()
-        if self.config.schedule != "constant":
+        # With a constant rate a run may go on for longer, unless something is a share of the steps.
+        shares = (self.config.average_fraction, getattr(self.config, "align_fraction", 0))
+        if self.config.schedule != "constant" or any(shares):
             identity["steps in all"] = self.total
         return identity
 
@@ -418,12 +420,13 @@ class Loop:
         """Drops what a killed run wrote after its checkpoint, and a line that it cut off."""
         path = self.folder / "metrics.jsonl"
         kept = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        for line in text.splitlines():
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 break
-            if row["step"] > step:
+            if not isinstance(row, dict) or row.get("step", math.inf) > step:
                 break
             kept.append(line + "\n")
             self.history.append(row)

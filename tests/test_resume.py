@@ -207,6 +207,18 @@ def test_other_settings_or_data_are_refused(teacher_folder, tmp_path):
         small_run(teacher_folder, tmp_path, resume=True, tokens=np.zeros((40, 16), int))
 
 
+@pytest.mark.parametrize("share", ["average_fraction", "align_fraction"])
+def test_shares_of_the_steps_hold_a_constant_rate_to_their_number(teacher_folder, tmp_path, share):
+    """A mean of weights begun at another step would be no mean."""
+    settings = {"schedule": "constant", "align_fraction": 0.0, share: 0.5}
+    small_run(teacher_folder, tmp_path, **settings)
+    with pytest.raises(mil.StateError, match="steps in all was 4, is 3 now"):
+        small_run(teacher_folder, tmp_path, resume=True, **settings, max_steps=3)
+    free = {"schedule": "constant", "align_fraction": 0.0}
+    small_run(teacher_folder, tmp_path / "free", **free)
+    assert small_run(teacher_folder, tmp_path / "free", resume=True, **free, max_steps=6)
+
+
 def test_damaged_checkpoints_are_told(teacher_folder, tmp_path):
     small_run(teacher_folder, tmp_path)
     checkpoint = latest_checkpoint(tmp_path / "checkpoints")
@@ -220,6 +232,17 @@ def test_damaged_checkpoints_are_told(teacher_folder, tmp_path):
     (checkpoint / "trainer.json").write_text("{")
     with pytest.raises(mil.FormatError, match="damaged checkpoint"):
         small_run(teacher_folder, tmp_path, resume=True)
+    (checkpoint / "trainer.json").write_text("{}")
+    with pytest.raises(mil.FormatError, match="damaged checkpoint.*is missing"):
+        small_run(teacher_folder, tmp_path, resume=True)
+
+
+def test_damaged_metrics_are_dropped(teacher_folder, tmp_path):
+    small_run(teacher_folder, tmp_path)
+    for damage in (b"5\n", b"{}\n", b"\xff\0\n"):
+        (tmp_path / "metrics.jsonl").write_bytes(damage)
+        small_run(teacher_folder, tmp_path, resume=True)
+        assert (tmp_path / "metrics.jsonl").read_bytes() == b""
 
 
 def test_two_runs_in_one_folder(teacher_folder, tmp_path):
