@@ -112,6 +112,11 @@ class DistillConfig(TrainingConfig):
                 f"{type(self).__name__}: kl_weight, ce_weight and hidden_weight are all 0: "
                 "nothing would be learnt"
             )
+        if self.on_policy and not self.kl_weight and not self.hidden_weight:
+            raise ArgumentError(
+                f"{type(self).__name__}: on_policy={self.on_policy} with kl_weight=0: those steps "
+                "count the divergence only and would learn nothing"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -135,7 +135,8 @@ class TrainingConfig:
     keep_last: int | None = 2
 
     def __post_init__(self):
-        object.__setattr__(self, "betas", tuple(self.betas))
+        if isinstance(self.betas, (list, np.ndarray)):
+            object.__setattr__(self, "betas", tuple(self.betas))
         name = type(self).__name__
         for field in fields(self):
             problem = self._problem(field.name, getattr(self, field.name))
@@ -152,7 +153,7 @@ class TrainingConfig:
         check, words = rule
         try:
             return None if check(value) else words
-        except TypeError:
+        except (TypeError, OverflowError):
             return words
 
     # Fields that change when a run saves, reports or how it computes, but not what it computes.
@@ -206,8 +207,13 @@ def flag(value: Any) -> bool:
     return isinstance(value, bool)
 
 
+def below_one(value: Any) -> bool:
+    """In float32 too, in which the optimizer divides by what is left of 1."""
+    return number(0)(value) and np.float32(value) < 1
+
+
 def beta_pair(value: Any) -> bool:
-    return len(value) == 2 and all(number(0)(beta) and beta < 1 for beta in value)
+    return len(value) == 2 and all(map(below_one, value))
 
 
 RULES = {
@@ -226,7 +232,7 @@ RULES = {
     "weight_decay": (number(0), "a number of at least 0"),
     "max_grad_norm": (number(0), "a number of at least 0 (0: no clipping)"),
     "muon_learning_rate": (number(0), "a number of at least 0 (0: AdamW everywhere)"),
-    "muon_momentum": (lambda beta: number(0)(beta) and beta < 1, "a number from 0 to below 1"),
+    "muon_momentum": (below_one, "a number from 0 to below 1"),
     "vector_rate": (number(0), "a number of at least 0"),
     "average_fraction": (number(0, 1), "a share of the steps, from 0 to 1"),
     "loss_on": one_of("all", "answers"),
@@ -635,7 +641,7 @@ class Loop:
             return f"interrupted after step {done} of {self.total}; no output_dir, nothing saved"
         return (
             f"interrupted after step {done} of {self.total}; "
-            f"resume from {self.last_good} with resume=True"
+            f"resume=True (--resume) goes on from {self.last_good}"
         )
 
     # -- words --

@@ -278,6 +278,11 @@ def test_other_vocabularies_are_refused(teacher, tokens, tmp_path):
         ({"reduction": "mean"}, "reduction='mean'"),
         ({"train": "none"}, "train='none'"),
         ({"align_fraction": 1.5}, "align_fraction=1.5"),
+        ({"betas": 0.9}, "betas=0.9: expected two numbers"),
+        ({"betas": (0.9, 1 - 1e-9)}, "betas=.*below 1"),
+        ({"muon_momentum": 1 - 1e-9}, "muon_momentum=.*below 1"),
+        ({"learning_rate": 10**400}, "learning_rate=1000.*above 0"),
+        ({"on_policy": 0.5, "kl_weight": 0, "ce_weight": 1}, "would learn nothing"),
     ],
 )
 def test_bad_settings(changes, words):
