@@ -32,12 +32,13 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import numbers
 import os
 import tempfile
 import zipfile
 import zlib
 from array import array as compact_array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,10 @@ class Documents:
         `together` neighbours stay together.
         """
         count = len(self) // together
+        if not 0 < fraction < 1:
+            raise ArgumentError(
+                f"validation={fraction}: expected data, or a share of them between 0 and 1"
+            )
         held = round(count * fraction)
         if held < 1 or held >= count:
             raise ArgumentError(
@@ -255,6 +260,18 @@ def read_documents(
         check_tokens(documents.tokens, starts, vocab, "data")
         return documents
     raise ArgumentError("data mixes kinds: expected only paths, only records, or only token lists")
+
+
+def hold_back(
+    documents: Documents,
+    validation: Any,
+    read: Callable[[Any], Documents],
+    together: int = 1,
+) -> tuple[Documents, Documents | None]:
+    """(documents to train on, those to evaluate on): a share is held back, data are read."""
+    if isinstance(validation, numbers.Real):
+        return documents.split(float(validation), together)
+    return documents, None if validation is None else read(validation)
 
 
 def describe(value: Any) -> str:

@@ -34,9 +34,9 @@ from typing import Any
 import numpy as np
 
 from . import _core
-from .data import Batch, Batches, Documents, read_documents
+from .data import Batch, Batches, Documents, hold_back, read_documents
 from .errors import ArgumentError
-from .evaluate import comparison, perplexity_of, run_batches
+from .evaluate import comparison, counted, perplexity_of, run_batches
 from .generate import Endings
 from .history import History
 from .on_policy import is_on_policy, sample_continuations
@@ -278,11 +278,7 @@ class DistillTask(Task):
         distills = isinstance(config, DistillConfig)
         self.labelled = distills and teacher is None and documents.soft is not None
         self.kl_weight = self.config.kl_weight if distills and (teacher or self.labelled) else 0.0
-        held: Documents | None = None
-        if isinstance(validation, float):
-            documents, held = documents.split(validation)
-        elif validation is not None:
-            held = self.read(validation)
+        documents, held = hold_back(documents, validation, self.read)
         self.batches = Batches(
             documents,
             batch_size=config.batch_size,
@@ -434,6 +430,7 @@ class DistillTask(Task):
             if index == self.config.eval_batches:
                 break
             add_sums(sums, self.run(batch, direction="forward", evaluate=True))
+        counted(sums)
         return {
             "eval_kl": sums["kl"] / sums["kl_rows"],
             "eval_perplexity": perplexity_of(sums["ce"], sums["ce_rows"]),

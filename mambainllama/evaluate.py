@@ -19,6 +19,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from . import _core
 from .data import Batches, read_documents
 from .errors import ArgumentError
@@ -124,20 +126,23 @@ def perplexity(
 def evaluation_batches(
     data: Any, tokenizer: Any, vocab: int, batch_size: int, sequence_length: int, loss_on: str
 ) -> Batches:
-    for name, value, least in (
-        ("batch_size", batch_size, 1),
-        ("sequence_length", sequence_length, 2),
-    ):
-        if not isinstance(value, int) or value < least:
-            raise ArgumentError(f"{name}={value!r}: expected a whole number of at least {least}")
+    check_whole("batch_size", batch_size, 1)
+    check_whole("sequence_length", sequence_length, 2)
     documents = read_documents(data, tokenizer, vocab=vocab, loss_on=loss_on)
     return Batches(documents, batch_size=batch_size, sequence_length=sequence_length, shuffle=False)
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, (int, np.integer)) or value < least:
+        raise ArgumentError(f"{name}={value!r}: expected a whole number of at least {least}")
 
 
 def run_batches(
     student: _core.Model, teacher: _core.Model | None, batches: Batches, max_batches: int | None
 ) -> dict[str, float]:
     """The sums of _core.evaluate over batches, in order."""
+    if max_batches is not None:
+        check_whole("max_batches", max_batches, 1)
     sums: dict[str, float] = {"tokens": 0}
     for number, batch in enumerate(batches):
         if max_batches is not None and number == max_batches:
@@ -153,6 +158,17 @@ def run_batches(
         for name, value in found.items():
             sums[name] = sums.get(name, 0.0) + value
         sums["tokens"] += batch.counted
+    return counted(sums)
+
+
+def counted(sums: dict[str, float]) -> dict[str, float]:
+    """The same sums; refused where no token counted, as there is no mean of none."""
+    if not sums["ce_rows"]:
+        raise ArgumentError(
+            "evaluation: no token of these data counts: answers were cut off by sequence_length, "
+            "or stand behind the batches that are read; take longer rows, more batches or other "
+            "data"
+        )
     return sums
 
 

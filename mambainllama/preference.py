@@ -41,6 +41,7 @@ from .data import (
     dataset_records,
     describe,
     expand_paths,
+    hold_back,
     read_records,
 )
 from .distill import config_hash, trainable_names, weights_hash
@@ -446,12 +447,7 @@ class PreferenceTask(Task):
             self.student, self.reference = shared_vocabulary(model, reference, "reference")
         self.show = is_watched() if progress is None else progress
         self.names = trainable_names(self.student, config.train)
-        documents = self.read(data)
-        held: Documents | None = None
-        if isinstance(validation, float):
-            documents, held = documents.split(validation, together=2)
-        elif validation is not None:
-            held = self.read(validation)
+        documents, held = hold_back(self.read(data), validation, self.read, together=2)
         self.batches = self.batches_of(documents, config.gradient_accumulation)
         self.held = None if held is None else self.batches_of(held, 1, shuffle=False)
         self.logprobs: dict[str, np.ndarray] = {}

@@ -36,7 +36,7 @@ from typing import Any
 from .checkpointing import sweep, write_text
 from .convert import _measured_choice as measured_choice
 from .convert import attention_choice, convert
-from .data import Documents, read_documents, sample_rows
+from .data import Documents, hold_back, read_documents, sample_rows
 from .distill import DistillConfig, distill, weights_hash
 from .errors import ArgumentError, FormatError, shorten
 from .history import History
@@ -264,10 +264,7 @@ def read_split(
             skip_bad=config.skip_bad,
         )
 
-    documents = read(data)
-    if isinstance(validation, float):
-        return documents.split(validation)
-    return documents, None if validation is None else read(validation)
+    return hold_back(read(data), validation, read)
 
 
 def start(folder: Path, resume: bool, identity: dict[str, Any]) -> None:

@@ -317,6 +317,16 @@ def test_split_holds_back_documents_evenly():
     assert sorted([*rest.tokens.tolist(), *held.tokens.tolist()]) == list(range(600))
     with pytest.raises(ArgumentError, match="leaves one side empty"):
         documents.split(0.001)
+    for fraction in (0.0, 1.0, 1.5, float("nan")):
+        with pytest.raises(ArgumentError, match="a share of them between 0 and 1"):
+            documents.split(fraction)
+
+
+def test_rows_of_any_length(texts):
+    documents = read_documents([{"text": t} for t in texts], Bytes(), vocab=300)
+    for length in (len(documents.tokens), 1 << 62, 1 << 70):
+        [row] = Batches(documents, batch_size=9, sequence_length=length)
+        assert len(row.tokens) == len(documents.tokens)
 
 
 def test_sample_rows_for_calibration(texts):

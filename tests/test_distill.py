@@ -189,6 +189,29 @@ def test_text_with_answers_only(teacher):
     assert held.tokens == sum(len(f"make {2 * n}") + 1 for n in range(40))
 
 
+def test_validation_without_a_token_that_counts(teacher):
+    """The only answer is the first token of a second row: nobody predicts it."""
+
+    def chat(question, answer):
+        words = (("user", question), ("assistant", answer))
+        return {"messages": [{"role": role, "content": text} for role, text in words]}
+
+    chats = [chat("who?", "nobody")] * 8
+    settings = config(loss_on="answers", sequence_length=24)
+    with pytest.raises(mil.ArgumentError, match="no token of these data counts"):
+        mil.distill(
+            make_student(teacher, [list(range(40))]),
+            teacher,
+            chats,
+            settings,
+            None,
+            validation=[chat("q" * 21, "")],
+        )
+    for share in (1, 1.5, float("nan"), np.float32(2)):
+        with pytest.raises(mil.ArgumentError, match="share of them between 0 and 1"):
+            mil.sft(teacher, chats, mil.SftConfig(), None, validation=share)
+
+
 def test_fine_tuning_learns_labels(tmp_path, tokens):
     model = mil.load(write_llama(tmp_path / "llama"))
     settings = mil.SftConfig(

@@ -77,6 +77,9 @@ def test_shown_as_words_and_numbers(models, tokens):
 def test_mistakes_are_one_line(models, tokens):
     with pytest.raises(mil.ArgumentError, match="batch_size=0"):
         mil.evaluate.compare(*models, tokens, batch_size=0)
+    for batches in (0, -1, "two"):
+        with pytest.raises(mil.ArgumentError, match="max_batches=.*at least 1"):
+            mil.evaluate.compare(*models, tokens, max_batches=batches)
     with pytest.raises(mil.ArgumentError, match="nothing to predict"):
         mil.evaluate.perplexity(models[0], np.array([[3]]))
     with pytest.raises(mil.ArgumentError, match="outside the model's vocabulary"):
