@@ -347,7 +347,7 @@ def documents_of_files(
     arrays = [path for path in files if path.suffix in (".npz", ".npy")]
     if not arrays:
         records = (record for path in files for record in read_records(path, skip_bad))
-        return documents_of_records(records, tokenizer, vocab, loss_on, skip_bad)
+        return documents_of_records(records, tokenizer, vocab, loss_on, skip_bad, listing(files))
     if len(arrays) < len(files):
         raise ArgumentError(f"data mixes token arrays ({arrays[0]}) with text files: give one kind")
     parts = [read_array(path, vocab) for path in arrays]
@@ -376,13 +376,17 @@ def read_array(path: Path, vocab: int) -> Documents:
             tokens = content[name]
             if "offsets" not in names:
                 return documents_of_array(tokens, vocab, str(path))
-            starts = content["offsets"].astype(np.int64)
+            starts = content["offsets"]
     except OSError as error:
         raise FileError(f"{path}: {error.strerror or error}") from None
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, (FormatError, ArgumentError, ShapeError)):
             raise
         raise FormatError(f"{path}: not a NumPy file of tokens ({error})") from None
+    for array in (tokens, starts):
+        if array.dtype.kind not in "iu":
+            raise DtypeError(f"{path}: 'tokens' and 'offsets' hold integers, got {array.dtype}")
+    starts = starts.astype(np.int64)
     if (
         tokens.ndim != 1
         or starts.ndim != 1
@@ -432,7 +436,7 @@ def parse_line(line: bytes) -> Any:
         return json.loads(line)
     except UnicodeDecodeError as error:
         return BadRecord(f"not UTF-8 ({error.reason} at byte {error.start})")
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError
         return BadRecord(f"not JSON ({error})")
 
 
@@ -452,7 +456,7 @@ def read_plain(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[str, Any]]:
 
 def text_record(lines: list[bytes]) -> Any:
     try:
-        return {"text": b"".join(lines).decode()}
+        return {"text": b"".join(lines).decode("utf-8-sig")}  # without an editor's mark
     except UnicodeDecodeError as error:
         return BadRecord(f"not UTF-8 ({error.reason})")
 
@@ -532,8 +536,14 @@ class TokenFile:
 
     def __init__(self, dtype: Any):
         self.dtype = np.dtype(dtype)
-        self.file = tempfile.TemporaryFile(prefix="mambainllama-", buffering=1 << 20)  # noqa: SIM115
         self.count = 0
+        try:
+            self.file = tempfile.TemporaryFile(prefix="mambainllama-", buffering=1 << 20)  # noqa: SIM115
+        except OSError as error:
+            raise FileError(
+                f"no temporary file for tokens: {error.strerror}; set TMPDIR to a folder that can "
+                "be written"
+            ) from None
 
     def add(self, values: Any) -> None:
         try:
@@ -560,7 +570,12 @@ class TokenFile:
 
 
 def documents_of_records(
-    records: Iterable[tuple[str, Any]], tokenizer: Any, vocab: int, loss_on: str, skip_bad: bool
+    records: Iterable[tuple[str, Any]],
+    tokenizer: Any,
+    vocab: int,
+    loss_on: str,
+    skip_bad: bool,
+    where: str = "data",
 ) -> Documents:
     """Tokenises records into a mapped file, some hundred at a time, on all cores."""
     if tokenizer is None:
@@ -568,7 +583,7 @@ def documents_of_records(
             "data is text, but the model has no tokenizer: give token arrays instead"
         )
     writer = DocumentWriter(
-        tokenizer, vocab, loss_on == "answers", skip_bad, marked=loss_on == "marked"
+        tokenizer, vocab, loss_on == "answers", skip_bad, marked=loss_on == "marked", where=where
     )
     for place, record in records:
         writer.add(place, record)
@@ -590,6 +605,7 @@ class DocumentWriter:
         skip_bad: bool,
         *,
         marked: bool = False,
+        where: str = "data",
     ):
         self.tokenizer, self.vocab, self.skip_bad = tokenizer, vocab, skip_bad
         self.answers_only = answers_only
@@ -597,7 +613,7 @@ class DocumentWriter:
         self.targets = TokenFile(np.bool_) if answers_only or marked else None
         self.starts = compact_array("q", [0])
         self.skipped, self.first_skipped = 0, ""
-        self.place = "data"
+        self.place = where
         # Waiting records: place, segments, and whether the tokenizer adds its special tokens.
         self.block: list[tuple[str, Segments, bool]] = []
         self.characters = 0
@@ -667,10 +683,12 @@ class DocumentWriter:
 
     def documents(self) -> Documents:
         self.flush()
+        if len(self.starts) == 1 and not self.skipped:
+            raise FormatError(f"{self.place}: holds no record")
         if len(self.starts) == 1:
-            first = f"; the first is {self.first_skipped}" if self.skipped else ""
             raise FormatError(
-                f"{self.place}: no usable record ({self.skipped} bad ones skipped{first})"
+                f"{self.place}: no usable record ({self.skipped} bad ones skipped; the first is "
+                f"{self.first_skipped})"
             )
         return Documents(
             self.tokens.array(),
@@ -910,6 +928,7 @@ def cut_pieces(starts: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np
     Pieces of one token hold nothing to predict and are dropped.
     """
     lengths = np.diff(starts)
+    sequence_length = min(sequence_length, int(starts[-1]) + 1)  # an int64, however large it was
     counts = -(-lengths // sequence_length)
     document = np.repeat(np.arange(len(lengths)), counts)
     number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -921,6 +940,11 @@ def cut_pieces(starts: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np
 
 def sample_rows(documents: Documents, rows: int, length: int, seed: int = 0) -> np.ndarray:
     """An int32 array (at most `rows`, `length`) for calibration: whole windows, evenly drawn."""
+    for name, value, least in (("rows", rows, 1), ("length", length, 2)):
+        if not isinstance(value, (int, np.integer)) or value < least:
+            raise ArgumentError(
+                f"calibration {name}={shorten(value)}: expected a whole number of at least {least}"
+            )
     starts, lengths = cut_pieces(documents.starts, length)
     full = starts[lengths == length]
     usable = len(documents.tokens) // length

@@ -195,7 +195,8 @@ def read_pairs(data: Any, tokenizer: Any, vocab: int, config: DPOConfig) -> Docu
         return data
     if tokenizer is None:
         raise ArgumentError("dpo: the model has no tokenizer to read preference pairs with")
-    writer = PairWriter(tokenizer, vocab, config)
+    where = str(data) if isinstance(data, (str, os.PathLike)) else "data"
+    writer = PairWriter(tokenizer, vocab, config, where)
     for place, record in pair_records(data):
         writer.add(place, record)
     return writer.documents()
@@ -225,8 +226,8 @@ def pair_records(data: Any) -> Iterator[tuple[str, Any]]:
 class PairWriter(DocumentWriter):
     """Collects pairs, tokenises a block of them at once, and writes two documents for each."""
 
-    def __init__(self, tokenizer: Any, vocab: int, config: DPOConfig):
-        super().__init__(tokenizer, vocab, answers_only=True, skip_bad=config.skip_bad)
+    def __init__(self, tokenizer: Any, vocab: int, config: DPOConfig, where: str):
+        super().__init__(tokenizer, vocab, True, config.skip_bad, where=where)
         self.length, self.prompt_length = config.sequence_length, config.prompt_length
         # What the tokenizer puts before every text.
         opening = tokenizer.encode("")

@@ -13,6 +13,7 @@ from mambainllama.errors import (
     ArgumentError,
     DtypeError,
     Error,
+    FileError,
     FormatError,
     NotFoundError,
     ShapeError,
@@ -246,6 +247,7 @@ def test_numpy_files(tmp_path):
         ('{"messages": []}', "must be a list"),
         ('{"messages": [{"role": "user"}]}', "messages\\[0\\]"),
         ("[" * 100_000, "not JSON"),
+        ('{"text": %s}' % ("9" * 5000), "not JSON|expected 'text'"),  # Python 3.10 reads it
     ],
 )
 def test_bad_records_are_told_by_line_or_skipped(tmp_path, line, words):
@@ -264,6 +266,26 @@ def test_bytes_that_are_not_text(tmp_path):
         read_documents(tmp_path / "a.jsonl", Bytes(), vocab=300)
 
 
+def test_files_without_a_record_are_named(tmp_path):
+    for name in ("a.jsonl", "a.txt"):
+        (tmp_path / name).write_text("")
+        with pytest.raises(FormatError, match=f"{name}: holds no record"):
+            read_documents(tmp_path / name, Bytes(), vocab=300)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfabc")
+    (tmp_path / "b.txt").write_bytes(b"abc")
+    a, b = (read_documents(tmp_path / f"{name}.txt", Bytes(), vocab=300) for name in "ab")
+    assert a[0].tolist() == b[0].tolist()
+
+
+def test_a_folder_for_temporary_files_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    with pytest.raises(FileError, match="set TMPDIR"):
+        read_documents([{"text": "abc"}], Bytes(), vocab=300)
+
+
 def test_damaged_files(tmp_path):
     packed = gzip.compress(b'{"text": "abc"}\n' * 1000)
     (tmp_path / "cut.jsonl.gz").write_bytes(packed[: len(packed) // 2])
@@ -279,7 +301,7 @@ def test_damaged_files(tmp_path):
         assert path.name in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_arrays_are_checked_with_place():
+def test_arrays_are_checked_with_place(tmp_path):
     tokens = np.ones((5, 4), np.int64)
     tokens[3, 2] = 9
     with pytest.raises(ArgumentError, match="token 9 at row 3, column 2"):
@@ -293,6 +315,10 @@ def test_arrays_are_checked_with_place():
         read_documents(np.ones((2, 2, 2), int), vocab=9)
     with pytest.raises(ShapeError):
         read_documents(np.ones((0, 4), int), vocab=9)
+    for arrays in ((np.ones(4), np.array([0, 4])), (np.ones(4, int), np.array([0, 2.5, 4]))):
+        np.savez(tmp_path / "a.npz", tokens=arrays[0], offsets=arrays[1])
+        with pytest.raises(DtypeError, match=r"a\.npz: .*integers, got float64"):
+            read_documents(tmp_path / "a.npz", vocab=9)
 
 
 def test_wrong_kinds_of_data(tmp_path):
@@ -336,6 +362,9 @@ def test_sample_rows_for_calibration(texts):
     assert sample_rows(short, 4, 64).shape == (3, 64)
     with pytest.raises(ArgumentError, match="at least"):
         sample_rows(short, 4, 10_000)
+    for rows, length in ((0, 8), ("x", 8), (4, 0), (4, -7), (4, 1.5)):
+        with pytest.raises(ArgumentError, match="expected a whole number"):
+            sample_rows(short, rows, length)
 
 
 def test_memory_is_bounded(tmp_path, monkeypatch):
