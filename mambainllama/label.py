@@ -15,13 +15,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .data import BadRecord, expand_paths, read_records
-from .errors import ArgumentError, FileError, FormatError, StateError
+from .errors import ArgumentError, FileError, FormatError, StateError, shorten
 from .generate import generate
-from .soft_labels import soft_labels
+from .soft_labels import check_settings, soft_labels
 
 __all__ = ["label"]
 
@@ -73,6 +76,9 @@ def label(
     """
     if teacher.tokenizer is None:
         raise ArgumentError("label: the teacher has no tokenizer")
+    for name, value in (("seed", seed), ("max_batch", max_batch or 0)):
+        if not isinstance(value, (int, np.integer)):
+            raise ArgumentError(f"label: {name}={shorten(value)}: expected a whole number")
     chats = teacher.tokenizer.chat_template is not None
     asked = [as_prompt(place, record, chats) for place, record in records_of(prompts)]
     done = 0
@@ -86,8 +92,16 @@ def label(
         if done > len(asked):
             raise StateError(f"{path}: holds {done} answers, but there are {len(asked)} prompts")
         check_prompts(path, asked)
-    if top_logprobs and path is None:
-        raise ArgumentError("label: top_logprobs are stored beside `output`: give a file")
+    if top_logprobs:
+        # Before hours of answers, not after them.
+        check_settings(teacher.core, top_logprobs, sequence_length, max_batch or 0)
+        if path is None or path.suffix != ".jsonl":
+            raise ArgumentError(
+                f"label: output={output}: top_logprobs are stored beside it: give a file that ends "
+                "in .jsonl"
+            )
+    if path is not None:
+        append(path, [])
     rows: list[dict[str, Any]] = []
     for first in bar(range(done, len(asked), BLOCK), progress):
         block = asked[first : first + BLOCK]
@@ -154,6 +168,8 @@ def as_prompt(place: str, record: Any, chats: bool) -> Any:
         messages.pop()
     if not messages or not all(isinstance(m, Mapping) for m in messages):
         raise FormatError(f"{place}: expected a str, or a chat with a user's message")
+    if not all(isinstance(m.get(key), str) for m in messages for key in ("role", "content")):
+        raise FormatError(f"{place}: every message needs a 'role' and a 'content', both strings")
     if not chats:
         raise FormatError(f"{place}: is a chat, but the teacher has no chat template")
     return [{"role": m.get("role"), "content": m.get("content")} for m in messages]
@@ -166,12 +182,15 @@ def as_record(prompt: Any, answer: str) -> dict[str, Any]:
 
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
+    before = path.stat().st_size if path.exists() else 0
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
+        with suppress(OSError):
+            os.truncate(path, before)
         raise FileError(
             f"{path}: {error.strerror}; what was written before is whole lines"
         ) from None
@@ -180,20 +199,23 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
 def keep_whole_lines(path: Path) -> int:
     """Cuts a last line that a killed run left unfinished; returns how many lines there are."""
     whole, lines = 0, 0
-    with open(path, "rb") as file:
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            whole += len(line)
-            lines += 1
-    if whole < path.stat().st_size:
-        os.truncate(path, whole)
+    try:
+        with open(path, "rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                whole += len(line)
+                lines += 1
+        if whole < path.stat().st_size:
+            os.truncate(path, whole)
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror}") from None
     return lines
 
 
 def check_prompts(path: Path, asked: list[Any]) -> None:
     """The answers there must be those of these prompts."""
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for number, (line, prompt) in enumerate(zip(file, asked, strict=False), start=1):
             try:
                 row = json.loads(line)

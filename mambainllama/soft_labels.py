@@ -108,17 +108,7 @@ def soft_labels(
     """
     core, folder = core_of(teacher), Path(output)
     vocab = core.config["vocab"]
-    most = min(1024, vocab)
-    for name, value, least, limit in (
-        ("top", top, 1, most),
-        ("sequence_length", sequence_length, 2, 0),
-    ):
-        whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
-        if not whole or (limit and value > limit):
-            words = f"from {least} to {limit}" if limit else f"of at least {least}"
-            raise ArgumentError(
-                f"soft_labels: {name}={shorten(value)}: expected a whole number {words}"
-            )
+    check_settings(core, top, sequence_length, max_batch)
     tokenizer = getattr(teacher, "tokenizer", None)
     documents = read_documents(data, tokenizer, vocab=vocab, loss_on=loss_on, skip_bad=skip_bad)
     starts, lengths = cut_pieces(documents.starts, sequence_length)
@@ -142,6 +132,21 @@ def soft_labels(
             spans = list(zip(starts[first:end].tolist(), lengths[first:end].tolist(), strict=True))
             write_part(path, label_pieces(core, documents, spans, top, max_batch))
     return folder
+
+
+def check_settings(core: _core.Model, top: Any, sequence_length: Any, max_batch: Any) -> None:
+    most = min(1024, core.config["vocab"])
+    for name, value, least, limit in (
+        ("top", top, 1, most),
+        ("sequence_length", sequence_length, 2, 0),
+        ("max_batch", max_batch, 0, 0),
+    ):
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        if not whole or (limit and value > limit):
+            words = f"from {least} to {limit}" if limit else f"of at least {least}"
+            raise ArgumentError(
+                f"soft_labels: {name}={shorten(value)}: expected a whole number {words}"
+            )
 
 
 def cut_parts(lengths: np.ndarray) -> list[tuple[int, int]]:

@@ -1,5 +1,6 @@
 """Labelling gives records that training reads, in order, and goes on where it stopped."""
 
+import errno
 import json
 import sys
 
@@ -70,3 +71,40 @@ def test_mistakes(teacher, tmp_path):
         label(teacher, [[{"role": "assistant", "content": "x"}]])
     with pytest.raises(mil.ArgumentError):
         label(teacher, 7)
+    with pytest.raises(mil.FormatError, match="'content', both strings"):
+        label(teacher, [[{"role": "user", "content": 5}]])
+    for settings in ({"seed": "x"}, {"max_batch": "x"}):
+        with pytest.raises(mil.ArgumentError, match="='x': expected a whole number"):
+            label(teacher, ["a"], **settings)
+    with pytest.raises(mil.FileError, match="directory"):
+        label(teacher, ["a"], tmp_path, resume=True)
+    (tmp_path / "bytes.jsonl").write_bytes(b"\xff\n")
+    with pytest.raises(mil.StateError, match="not an answer to prompt 1"):
+        label(teacher, ["a"], tmp_path / "bytes.jsonl", resume=True)
+
+
+def test_nothing_is_answered_that_could_not_be_kept(teacher, tmp_path, monkeypatch):
+    module = sys.modules["mambainllama.label"]
+    monkeypatch.setattr(module, "generate", None)
+    with pytest.raises(mil.FileError, match="No such file or directory"):
+        label(teacher, ["a"], tmp_path / "none" / "a.jsonl")
+    with pytest.raises(mil.ArgumentError, match=r"a file that ends in \.jsonl"):
+        label(teacher, ["a"], tmp_path / "a.txt", top_logprobs=4)
+    for settings in ({"top_logprobs": 1000}, {"top_logprobs": 4, "sequence_length": 1}):
+        with pytest.raises(mil.ArgumentError, match="expected a whole number"):
+            label(teacher, ["a"], tmp_path / "a.jsonl", **settings)
+
+
+def test_a_full_disk_leaves_whole_lines(teacher, tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    label(teacher, PROMPTS[:1], path, max_new_tokens=2)
+    whole = path.read_bytes()
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(mil.FileError, match="No space left"):
+            label(teacher, PROMPTS[:2], path, max_new_tokens=2, resume=True)
+    assert path.read_bytes() == whole
