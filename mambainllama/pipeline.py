@@ -45,6 +45,7 @@ from .model import Model, load
 from .recipe import Recipe, StageSettings, read_recipe
 from .report import write_report
 from .stages import STAGES, Job
+from .stepwise import StepwiseConfig, replacement_plan
 from .training import jsonable, only_run, peak_memory, set_aside
 
 __all__ = ["Run", "check_recipe", "run_recipe"]
@@ -638,6 +639,10 @@ def planned_student(run: Run) -> str:
         return f"{words.removeprefix('auto:')} of the layers stay attention, chosen by measurement"
     kept = attention_choice(words, source.core.config["layers"])
     _check_convertible(source, making.get("mixer", "mamba2"), kept)
+    for settings in run.recipe.stages:
+        if isinstance(settings.config, StepwiseConfig):
+            layers = [i for i in source.config.attention_layers if i not in kept]
+            replacement_plan(layers, settings.config.parts)
     count = source.config.num_layers
     return f"{count - len(kept)} of {count} layers become {making.get('mixer', 'mamba2')} mixers"
 

@@ -49,7 +49,7 @@ from typing import Any
 
 from .errors import ArgumentError, FileError, FormatError, NotFoundError, shorten
 from .stages import STAGES, Stage
-from .training import TrainingConfig
+from .training import TrainingConfig, flag, one_of, whole
 
 __all__ = ["Recipe", "StageSettings", "read_recipe"]
 
@@ -61,6 +61,18 @@ REPORT: dict[str, tuple[type, Any, Any]] = {
     "samples": (int, 0, 6),
     "max_new_tokens": (int, 1, 64),
     "every_stage": (bool, None, True),
+}
+# The stages that make a student, where none is trained already.
+MAKERS = ("convert", "stepwise")
+
+# What the values of [student] and [output] must be, beside paths and what the model itself decides.
+RULES = {
+    "mixer": one_of("mamba1", "mamba2"),
+    "init": one_of("auto", "paper", "calibrated", "fitted"),
+    "seed": (whole(0), "a whole number of at least 0"),
+    "calibration_rows": (whole(1), "a whole number of at least 1"),
+    "calibration_length": (whole(2), "a whole number of at least 2"),
+    "keep_checkpoints": (flag, "true or false"),
 }
 KEYS: dict[str, tuple[str, ...]] = {
     "teacher": ("model", "dtype"),
@@ -162,6 +174,8 @@ def read_recipe(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Recip
     where = str(path)
     sections = {name: dict(content.get(name, {})) for name in KEYS}
     check_student(sections["student"], where)
+    for name in ("student", "output"):
+        check_values(name, sections[name], where)
     if "model" not in sections["teacher"]:
         raise ArgumentError(f"{where}: [teacher] needs 'model'")
     output = sections["output"]
@@ -191,7 +205,7 @@ def read_content(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in above:
         raise ArgumentError(f"{path}: extends itself")
     try:
-        content = parse_toml(path.read_text(encoding="utf-8"), str(path))
+        content = parse_toml(path.read_text(encoding="utf-8-sig"), str(path))
     except FileNotFoundError:
         by = f" (extended by {above[-1]})" if above else ""
         raise NotFoundError(f"{path}: no such recipe{by}") from None
@@ -239,10 +253,16 @@ def absolute(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
             what = f"{path}: [{section}] {key}"
             if key in MODELS:
                 found[section][key] = beside(path, value, what)
-            elif key in FILES and not (key == "validation" and isinstance(value, float)):
+            elif key == "validation" and isinstance(value, float):
+                if not 0 < value < 1:
+                    raise ArgumentError(f"{what}={value}: expected files, or a share from 0 to 1")
+            elif key in FILES:
                 found[section][key] = file_list(path, value, what)
             elif (section, key) == ("label", "prompts"):
-                [found[section][key]] = file_list(path, value, what)
+                files = file_list(path, value, what)
+                if len(files) > 1:
+                    raise ArgumentError(f"{what}: expected one file, got {shorten(value)}")
+                found[section][key] = files[0]
             elif (section, key) == ("output", "folder"):
                 if not isinstance(value, str) or not value:
                     raise ArgumentError(f"{what}: expected a folder, got {shorten(value)}")
@@ -338,6 +358,13 @@ def check_student(student: Mapping[str, Any], where: str) -> None:
         )
 
 
+def check_values(section: str, said: Mapping[str, Any], where: str) -> None:
+    for key, value in said.items():
+        check, words = RULES.get(key, (None, ""))
+        if check is not None and not check(value):
+            raise ArgumentError(f"{where}: [{section}] {key}={shorten(value)}: expected {words}")
+
+
 def stage_names(content: Mapping[str, Any], student: Mapping[str, Any], where: str) -> list[str]:
     """Which stages run, in order."""
     trained = "trained" in student
@@ -348,14 +375,19 @@ def stage_names(content: Mapping[str, Any], student: Mapping[str, Any], where: s
                 f"{where}: stages: expected a list of different stages, got {shorten(names)}"
             )
         for name in names:
-            if name not in STAGES:
+            if not isinstance(name, str) or name not in STAGES:
                 raise ArgumentError(
                     f"{where}: stages: unknown stage {name!r}{closest(str(name), STAGES)}"
                 )
-        makers = [name for name in names if name in ("convert", "stepwise")]
+        makers = [name for name in names if name in MAKERS]
         if not trained and not makers:
             first = 1 if names[0] == "label" else 0
             return [*names[:first], "convert", *names[first:]]
+        made = next((name for name in names if STAGES[name].makes_student), "")
+        if len(makers) > 1:
+            raise ArgumentError(f"{where}: stages: {makers} both make the student: choose one")
+        if not trained and made not in MAKERS:
+            raise ArgumentError(f"{where}: stages: {made!r} has no student before {makers[0]!r}")
     else:
         names = [name for name in STAGES if name in content] or ["distill"]
         if "stepwise" not in names and not trained:

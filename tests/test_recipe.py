@@ -509,12 +509,29 @@ def test_extending_and_overriding(tmp_path):
         read_recipe(path)
 
 
+def test_an_editors_mark_before_a_recipe(tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_bytes(b'\xef\xbb\xbf[teacher]\nmodel = "a/b"\n[data]\nfiles = "x.npy"\n')
+    assert read_recipe(path).teacher == {"model": "a/b"}
+
+
 @pytest.mark.parametrize(
     "extra, words",
     [
         ('stages = ["destil"]', "unknown stage 'destil'; did you mean 'distill'"),
         ("stages = []", "stages: expected a list"),
         ('stages = ["sft", "sft"]', "a list of different stages"),
+        ('stages = [["sft"]]', "unknown stage ['sft']"),
+        ('stages = ["distill", "convert"]', "'distill' has no student before 'convert'"),
+        ('stages = ["stepwise", "convert"]', "both make the student"),
+        ("[label]\nprompts = ['a', 'b']", "[label] prompts: expected one file"),
+        ("[student]\nmixer = 'mamba3'", "[student] mixer='mamba3': expected 'mamba1'"),
+        ("[student]\ninit = 'best'", "[student] init='best': expected 'auto'"),
+        ("[student]\nseed = -1", "[student] seed=-1: expected a whole number"),
+        ("[student]\ncalibration_rows = 1.5", "[student] calibration_rows=1.5: expected"),
+        ("[student]\ncalibration_length = 'x'", "[student] calibration_length='x': expected"),
+        ("[output]\nkeep_checkpoints = 'no'", "[output] keep_checkpoints='no': expected true"),
+        ("[sft]\nvalidation = 1.5", "[sft] validation=1.5: expected files, or a share"),
         ("titel = 'x'", "unknown section [titel]; did you mean 'title'?"),
         ("title = 3", "title: expected text"),
         ("[dpo]", "[dpo] needs 'files'"),
@@ -550,6 +567,8 @@ def test_checking_finds_what_would_stop_a_run(teacher, tokens, tmp_path):
     assert found["student"] == "2 of 4 layers become mamba2 mixers"
     with pytest.raises(mil.ArgumentError, match="attention_layers"):
         pipeline.check_recipe(read_recipe(path, ["student.attention_layers=[9]"]))
+    with pytest.raises(mil.ArgumentError, match="must name each layer to be replaced once"):
+        pipeline.check_recipe(read_recipe(path, ['stages=["stepwise"]', "stepwise.parts=[[9]]"]))
     absent = pipeline.check_recipe(
         read_recipe(path, ["data.files=none.jsonl", "teacher.model=owner/name"])
     )
