@@ -18,7 +18,7 @@ from typing import Any
 
 from . import _core
 from ._version import __version__
-from .errors import ArgumentError, Error
+from .errors import ArgumentError, Error, shorten
 
 __all__ = ["main"]
 
@@ -320,6 +320,8 @@ def run_convert(options: argparse.Namespace) -> None:
     from .convert import convert
 
     model = load_model(options, options.model)
+    if os.path.realpath(options.output) == os.path.realpath(options.model):
+        raise ArgumentError(f"{options.output}: is the model itself; write to another folder")
     begin = time.perf_counter()
     calibration = calibration_tokens(
         model,
@@ -506,6 +508,7 @@ def run_distill(options: argparse.Namespace) -> None:
     recipe = read_recipe(options.recipe, overrides)
     if options.check:
         facts = check_recipe(recipe, options.device, options.dtype)
+        facts["output"] = options.output or facts["output"]
         show(options, facts, plan_words(facts))
         return
     results = run_recipe(
@@ -662,6 +665,8 @@ def settings_of(options: argparse.Namespace, kind: Any) -> Any:
     known = [field.name for field in fields(kind)]
     settings: dict[str, Any] = {"seed": options.seed}
     for text in options.set:
+        if "=" not in text:
+            raise ArgumentError(f"--set {shorten(text)}: expected key=value, as in epochs=2")
         _, key, value = parse_override(f"{options.command}.{text}")
         if key not in known:
             raise ArgumentError(f"--set: unknown setting {key!r}{closest(key, known)}")

@@ -100,8 +100,14 @@ def test_usage_errors_have_status_2(capsys):
     assert "usage" in capsys.readouterr().err
 
 
-def test_errors_are_one_line(capsys, tmp_path, teacher):
+def test_errors_are_one_line(capsys, tmp_path, teacher, tokens):
+    (tmp_path / "link").symlink_to(teacher)
     cases = [
+        ("convert", teacher, teacher),
+        ("convert", teacher, tmp_path / "link"),
+        ("convert", teacher, tmp_path / "o", "--calibration", tokens, "--calibration-length", "0"),
+        ("eval", teacher, "--data", tokens, "--max-batches", "0"),
+        ("sft", teacher, "--data", tokens, "--set", "epochs"),
         ("info", tmp_path / "none"),
         ("info", teacher, "--device", "cuda:0"),
         ("info", teacher, "--threads", "0"),
@@ -238,7 +244,9 @@ def test_distill_runs_a_recipe(capsys, teacher, tokens, tmp_path):
     again = run_json(capsys, "distill", path, "--set", "distill.learning_rate=1e-3", "--resume")
     assert again == found
     status, out, _ = run(capsys, "distill", path, "--check")
-    assert status == 0 and "fine" in out
+    assert status == 0 and "fine" in out and f"output: {tmp_path / 'out'}" in out
+    _, out, _ = run(capsys, "distill", path, "--check", "--output", "elsewhere")
+    assert "output: elsewhere" in out
     trained = tmp_path / "more.toml"
     trained.write_text(
         f'[teacher]\nmodel = "{teacher}"\n[student]\ntrained = "out/model"\n'
@@ -390,6 +398,7 @@ def test_interrupting_a_run_says_what_it_saved(teacher, tokens, tmp_path):
     _, error = command.communicate(timeout=60)
     assert command.returncode == 130
     assert "interrupted after step" in error and "Traceback" not in error
+    assert "--resume" in error
     assert list((tmp_path / "run" / "distill" / "checkpoints").glob("step-*"))
 
 
