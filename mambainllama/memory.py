@@ -31,7 +31,7 @@ from typing import Any
 from . import _core
 from .devices import check_device, cuda_devices, free_memory, operator_table
 from .errors import ArgumentError, OutOfMemoryError
-from .quantize import coded
+from .quantize import check_kind, coded
 
 __all__ = ["MemoryPlan", "Need", "memory_plan", "weight_bytes"]
 
@@ -646,6 +646,7 @@ class _Subject:
     def _on_disk(cls, model: Any, device: str, dtype: str, weights: str | None) -> _Subject:
         from .model import outline
 
+        weights = check_kind(weights, device)
         found = outline(model, dtype)
         kind = found.dtypes.get("lm_head.weight", found.dtypes["model.embed_tokens.weight"])
         table_info = _core.table_info(operator_table(device, kind))

@@ -20,7 +20,7 @@ from . import _core
 from .checkpoint import Checkpoint, parse_json, read_companions, write_folder
 from .devices import check_device, operator_table
 from .dtypes import check_dtype, convert
-from .errors import ArgumentError, ShapeError, UnsupportedError, shorten
+from .errors import ArgumentError, ShapeError, shorten
 from .families import Description, describe, match_tensors
 from .hub import find_folder
 from .memory import check_weights
@@ -504,11 +504,8 @@ def load(
     --------
     >>> model = mil.load("my-model", dtype="bfloat16")    # doctest: +SKIP
     """
-    device, weights = check_device(device), check_kind(weights)
-    if weights and device == "cpu":
-        raise UnsupportedError(
-            f'load: {weights} weights need device="cuda"; on the CPU use dtype="bfloat16"'
-        )
+    device = check_device(device)
+    weights = check_kind(weights, device)
     found = outline(path_or_hub_id, dtype, revision)
     checkpoint, folder = found.checkpoint, found.checkpoint.folder
     dtypes = dict(found.dtypes)

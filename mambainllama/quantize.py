@@ -20,7 +20,7 @@ from collections.abc import Container, Iterable
 
 import numpy as np
 
-from .errors import ArgumentError, shorten
+from .errors import ArgumentError, UnsupportedError, shorten
 
 __all__ = ["check_kind", "coded", "quantize", "rounded"]
 
@@ -29,13 +29,19 @@ KINDS = ("float8", "int8")
 _LEAST_SCALE = np.float32(2.0**-126)
 
 
-def check_kind(weights: object) -> str | None:
-    """ "float8", "int8" or None; ArgumentError for anything else."""
-    if weights is None or weights in KINDS:
-        return weights
-    raise ArgumentError(
-        f'weights {shorten(weights)} is not known; use "float8", "int8", or None: as they are'
-    )
+def check_kind(weights: object, device: str) -> str | None:
+    """ "float8", "int8" or None; ArgumentError for anything else, UnsupportedError on the CPU."""
+    if weights is None:
+        return None
+    if weights not in KINDS:
+        raise ArgumentError(
+            f'weights {shorten(weights)} is not known; use "float8", "int8", or None: as they are'
+        )
+    if device == "cpu":
+        raise UnsupportedError(
+            f'{weights} weights need device="cuda"; on the CPU use dtype="bfloat16"'
+        )
+    return weights
 
 
 def coded(

@@ -102,11 +102,13 @@ def test_matrices_alone_become_codes(kind, tied):
 
 
 def test_words():
-    assert check_kind("float8") == "float8" and check_kind(None) is None
+    assert check_kind("float8", "cuda:0") == "float8" and check_kind(None, "cpu") is None
     with pytest.raises(mil.ArgumentError, match="float8"):
-        check_kind("int4")
+        check_kind("int4", "cuda:0")
 
 
 def test_not_on_the_cpu(tmp_path):
     with pytest.raises(mil.UnsupportedError, match="cuda"):
         mil.load(tmp_path, device="cpu", weights="int8")
+    with pytest.raises(mil.UnsupportedError, match="cuda"):
+        mil.memory_plan(tmp_path, device="cpu", weights="int8")
