@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .errors import ArgumentError
+from .errors import ArgumentError, FileError
 
 __all__ = ["plot_history", "plot_layers", "plot_speed"]
 
@@ -38,7 +38,12 @@ def new_axes(columns: int):
 
 def finish(figure: Any, path: str | os.PathLike | None) -> Any:
     if path is not None:
-        figure.savefig(path)
+        try:
+            figure.savefig(path)
+        except OSError as error:
+            raise FileError(f"{path}: the figure cannot be written ({error.strerror})") from None
+        except ValueError as error:  # a suffix that matplotlib does not know
+            raise ArgumentError(f"{path}: {error}") from None
     return figure
 
 
@@ -152,7 +157,8 @@ def plot_speed(
             lambda value, _: f"{value / 1024:g}k" if value >= 1024 else f"{value:g}"
         )
         ax.set_xlabel("tokens in the sequence")
-    left.set_ylim(bottom=0)
+    fastest = max(row["decode_tokens_per_second"] for rows in tables.values() for row in rows)
+    left.set_ylim(0, 1.06 * fastest)  # markers whole
     left.set_ylabel("decoding speed (tokens/s, one sequence)")
     log_ticks(right)
     right.set_ylabel("memory of the sequence (MiB)")
@@ -177,6 +183,8 @@ def plot_layers(choice: Any, path: str | os.PathLike | None = None) -> Any:
     figure, (ax,) = new_axes(1)
     for kept, colour, label in ((True, COLOURS[0], "attention"), (False, COLOURS[4], choice.mixer)):
         layers = [i for i in choice.scores if (i in choice.layers) == kept]
+        if not layers:
+            continue
         ax.bar(layers, [choice.scores[i] for i in layers], color=colour, label=label)
     every = 1 if len(choice.scores) <= 16 else 4
     ax.set_xticks(range(0, max(choice.scores) + 1, every))
