@@ -8,8 +8,11 @@ nothing else there.  A mistake of the user's is one line on standard error and e
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -25,13 +28,14 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status."""
-    parser = make_parser()
-    options, rest = parser.parse_known_args(arguments)
+    accept_any_text()
+    options, rest = make_parser().parse_known_args(arguments)
     # argparse takes no list of words that options stand between: those behind them are left over.
-    if rest and (options.command != "generate" or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        options.prompts += rest
+        words, behind = split_at_dashes(rest)
+        if options.command != "generate" or any(word.startswith("-") for word in words):
+            options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        options.prompts += words + behind
     try:
         if options.threads is not None:
             _core.set_threads(options.threads)
@@ -52,15 +56,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 130
     except BrokenPipeError:
-        # Whoever read our output (head, less) has gone: not an error. Python must not flush into
-        # the pipe again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever read our output (head, less) has gone: not an error.
+        close_output()
         return 0
+    except OSError as error:
+        if options.debug:
+            raise
+        close_output()
+        print(f"mambainllama {options.command}: {one_line(error)}", file=sys.stderr)
+        return 2
     except MemoryError:
         if options.debug:
             raise
         print(f"mambainllama {options.command}: out of memory", file=sys.stderr)
         return 2
+
+
+def accept_any_text() -> None:
+    """Bytes that are no text, and characters that the terminal has not, end no command."""
+    if sys.stdin is None:  # closed by whoever started us
+        sys.stdin = open(os.devnull, encoding="utf-8")
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(io.UnsupportedOperation):  # it was read from already
+                stream.reconfigure(errors=errors)
+
+
+def split_at_dashes(words: list[str]) -> tuple[list[str], list[str]]:
+    """The words before and behind "--"."""
+    at = words.index("--") if "--" in words else len(words)
+    return words[:at], words[at + 1 :]
+
+
+def close_output() -> None:
+    """Python must not flush into standard output again when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def one_line(error: BaseException) -> str:
@@ -74,8 +104,10 @@ class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsH
     """Keeps examples' lines; adds the default of an option where it has one."""
 
     def _get_help_string(self, action):
-        hidden = action.default in (None, False, argparse.SUPPRESS) or not action.option_strings
-        return action.help if hidden else super()._get_help_string(action)
+        default = action.default
+        hidden = default in (None, [], argparse.SUPPRESS) or default is False
+        shown = action.option_strings and not hidden
+        return super()._get_help_string(action) if shown else action.help
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -135,7 +167,7 @@ def add_command(commands: Any, common: Any, name: str, run: Any, words: str, exa
         epilog=f"example:\n  {example}",
         formatter_class=Formatter,
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser)
     return parser
 
 
@@ -163,7 +195,13 @@ def say(options: argparse.Namespace, text: str) -> None:
 
 def show(options: argparse.Namespace, value: Any, text: str) -> None:
     """The result: JSON where asked for, else the text."""
-    print(json.dumps(value, ensure_ascii=False) if options.json else text, flush=True)
+    print(as_json(value) if options.json else text, flush=True)
+
+
+def as_json(value: Any) -> str:
+    """One line; characters as they are where standard output can show them all."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return json.dumps(value, ensure_ascii=not encoding.lower().startswith("utf"))
 
 
 def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
@@ -194,7 +232,7 @@ def comma_list(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list of numbers such as 128,512,2048"
+            f"{text!r} is not a list of numbers with commas between them"
         ) from None
 
 
@@ -232,10 +270,11 @@ def run_info(options: argparse.Namespace) -> None:
     from .model import load
 
     plan = None
-    if options.batch or options.context or options.draft or options.device not in ("auto", "cpu"):
+    asked = (options.batch, options.context, options.draft, options.weights)
+    if any(value is not None for value in asked) or options.device not in ("auto", "cpu"):
         plan = memory_plan(  # from the headers alone: it need not fit
             options.model,
-            batch=options.batch or 1,
+            batch=1 if options.batch is None else options.batch,
             context=options.context,
             draft=options.draft,
             device=options.device,
@@ -295,7 +334,7 @@ def add_convert(commands: Any, common: Any) -> None:
     )
     parser.add_argument("model", help="folder or Hub id of a Transformer")
     parser.add_argument("output", help="folder to write the student to")
-    parser.add_argument("--mixer", choices=("mamba1", "mamba2"), default="mamba2")
+    add_mixer(parser)
     parser.add_argument(
         "--attention-layers",
         type=layer_choice,
@@ -316,12 +355,25 @@ def add_convert(commands: Any, common: Any) -> None:
     parser.add_argument("--calibration-length", type=int, default=256, help="tokens in each")
 
 
+def add_mixer(parser: Any) -> None:
+    parser.add_argument(
+        "--mixer",
+        choices=("mamba1", "mamba2"),
+        default="mamba2",
+        help="the layers that take attention's place",
+    )
+
+
+def same_path(one: str, other: str) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
 def run_convert(options: argparse.Namespace) -> None:
     from .convert import convert
 
-    model = load_model(options, options.model)
-    if os.path.realpath(options.output) == os.path.realpath(options.model):
+    if os.path.isdir(options.model) and same_path(options.model, options.output):
         raise ArgumentError(f"{options.output}: is the model itself; write to another folder")
+    model = load_model(options, options.model)
     begin = time.perf_counter()
     calibration = calibration_tokens(
         model,
@@ -372,7 +424,7 @@ def add_layers(commands: Any, common: Any) -> None:
         "mambainllama layers my-llama --calibration texts.jsonl --keep half --method greedy",
     )
     parser.add_argument("model", help="folder or Hub id of a Transformer")
-    parser.add_argument("--mixer", choices=("mamba1", "mamba2"), default="mamba2")
+    add_mixer(parser)
     parser.add_argument(
         "--keep", type=layer_count, default="half", help="how many stay: 4, or half, quarter, 0.25"
     )
@@ -424,8 +476,8 @@ def run_layers(options: argparse.Namespace) -> None:
         options,
         choice.to_dict(),
         f"{words}\n\nattention in {kept}: KL {choice.kl:.4g}; evenly spread: {choice.evenly:.4g}\n"
-        f"mambainllama convert {options.model} OUTPUT --attention-layers {kept} "
-        f"--mixer {choice.mixer} --calibration {' '.join(options.calibration)}",
+        f"mambainllama convert {shlex.quote(options.model)} OUTPUT --attention-layers {kept} "
+        f"--mixer {choice.mixer} --calibration {shlex.join(options.calibration)}",
     )
     if options.plot:
         choice.plot(options.plot)
@@ -567,9 +619,11 @@ def add_label(commands: Any, common: Any) -> None:
     parser.add_argument("prompts", help=".jsonl(.gz) of {prompt}, {messages} or {text}")
     parser.add_argument("output", help=".jsonl file to write; with --as-is a folder")
     parser.add_argument("--resume", action="store_true", help="go on behind what OUTPUT holds")
-    parser.add_argument("--max-new-tokens", type=int, default=1024)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest")
-    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--max-new-tokens", type=int, default=1024, help="length of an answer")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the likeliest token"
+    )
+    add_top_p(parser)
     parser.add_argument(
         "--max-batch", type=int, help="prompts that run at once (default: up to 16, as fit)"
     )
@@ -742,24 +796,28 @@ def share_or_file(text: str | None) -> Any:
 
 
 def add_sampling(parser: Any, tokens: int) -> None:
-    parser.add_argument("--max-new-tokens", type=int, default=tokens)
+    parser.add_argument("--max-new-tokens", type=int, default=tokens, help="length of the answer")
     parser.add_argument(
         "--temperature", type=float, default=0.0, help="0 takes the likeliest token"
     )
     parser.add_argument(
         "--top-k", type=int, default=0, help="sample among so many likeliest tokens; 0: all"
     )
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        default=1.0,
-        help="sample among the likeliest of this much probability",
-    )
+    add_top_p(parser)
     parser.add_argument("--draft", help='speculate with this model, or with "ngram"')
     parser.add_argument(
         "--draft-tokens", type=int, default=4, help="tokens drafted at a time, at most"
     )
     add_weights(parser)
+
+
+def add_top_p(parser: Any) -> None:
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="sample among the likeliest of this much probability; 1: all",
+    )
 
 
 def sampling(options: argparse.Namespace) -> dict[str, Any]:
@@ -914,9 +972,7 @@ def run_chat(options: argparse.Namespace) -> None:
             print(flush=True)
             continue
         if options.json:
-            print(
-                json.dumps({"role": "assistant", "content": text}, ensure_ascii=False), flush=True
-            )
+            print(as_json({"role": "assistant", "content": text}), flush=True)
         else:
             print(flush=True)
     if terminal and not options.json:
@@ -940,8 +996,8 @@ def add_eval(commands: Any, common: Any) -> None:
         "--data", nargs="+", required=True, metavar="FILE", help="text or token files"
     )
     parser.add_argument("--teacher", help="compare with this model: KL and top-1 agreement")
-    parser.add_argument("--sequence-length", type=int, default=2048)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--sequence-length", type=int, default=2048, help="longer texts are cut")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences at once")
     parser.add_argument("--max-batches", type=int, help="stop after so many batches")
     add_weights(parser)
 
@@ -981,7 +1037,7 @@ def add_bench(commands: Any, common: Any) -> None:
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folders or Hub ids")
     parser.add_argument(
-        "--lengths", type=comma_list, default=[128, 512, 2048, 8192], help="tokens in the sequence"
+        "--lengths", type=comma_list, default="128,512,2048,8192", help="tokens in the sequence"
     )
     parser.add_argument("--tokens", type=int, default=32, help="tokens decoded for one figure")
     parser.add_argument("--repeats", type=int, default=3, help="times; the median is shown")

@@ -77,9 +77,8 @@ def compare(
     ----------
     student, teacher : models with the same tokenizer
     data : as for `mil.distill`: token array (n, length), files, records
-    batch_size, sequence_length : rows of a batch, tokens of a row; they change memory and speed,
-    not results,
-        but for documents longer than `sequence_length`, which are cut
+    batch_size, sequence_length : rows of a batch, tokens of a row
+        They change memory and speed but no results, except that longer documents are cut.
     max_batches : int or None
         Stop after so many.
 

@@ -24,6 +24,7 @@ from mambainllama.recipe import read_recipe
 COMMANDS = (
     "info",
     "convert",
+    "layers",
     "label",
     "distill",
     "sft",
@@ -61,11 +62,11 @@ def run_json(capsys, *arguments):
     return json.loads(out)
 
 
-def process(*arguments, **options):
-    environment = {**os.environ, "PYTHONPATH": str(Path(mil.__file__).parents[1])}
+def process(*arguments, env=None, **options):
+    environment = {**os.environ, "PYTHONPATH": str(Path(mil.__file__).parents[1]), **(env or {})}
+    options = {"stdout": subprocess.PIPE, **options}
     return subprocess.Popen(
         [sys.executable, "-m", "mambainllama", *map(str, arguments)],
-        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
@@ -84,6 +85,7 @@ def test_help(command, capsys):
     assert stop.value.code == 0
     for option in ("--device", "--dtype", "--seed", "--json", "--debug", "--threads", "example:"):
         assert option in out
+    assert "(default: [" not in out and "everything random (default: 0)" in out
 
 
 def test_usage_errors_have_status_2(capsys):
@@ -98,16 +100,15 @@ def test_usage_errors_have_status_2(capsys):
             main(arguments)
         assert stop.value.code == 2
     assert "usage" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["info", "m", "--prompt", "x"])
+    assert "usage: mambainllama info" in capsys.readouterr().err
 
 
 def test_errors_are_one_line(capsys, tmp_path, teacher, tokens):
     (tmp_path / "link").symlink_to(teacher)
     cases = [
-        ("convert", teacher, teacher),
         ("convert", teacher, tmp_path / "link"),
-        ("convert", teacher, tmp_path / "o", "--calibration", tokens, "--calibration-length", "0"),
-        ("eval", teacher, "--data", tokens, "--max-batches", "0"),
-        ("sft", teacher, "--data", tokens, "--set", "epochs"),
         ("info", tmp_path / "none"),
         ("info", teacher, "--device", "cuda:0"),
         ("info", teacher, "--threads", "0"),
@@ -118,6 +119,22 @@ def test_errors_are_one_line(capsys, tmp_path, teacher, tokens):
         ("generate", teacher, "hello", "--draft-tokens", "99"),
         ("eval", teacher, "--data", tmp_path / "none.jsonl"),
         ("bench", teacher, "--lengths", "0"),
+        ("info", teacher, "--batch", "0"),
+        ("info", teacher, "--context", "0"),
+        ("info", teacher, "--weights", "int8"),
+        ("convert", teacher, teacher),
+        ("convert", teacher, tmp_path / "out", "--calibration", tokens, "--calibration-rows", "0"),
+        (
+            "convert",
+            teacher,
+            tmp_path / "out",
+            "--calibration",
+            tokens,
+            "--calibration-length",
+            "0",
+        ),
+        ("eval", teacher, "--data", tokens, "--max-batches", "0"),
+        ("sft", teacher, "--data", tokens, "--set", "max_steps"),
     ]
     for arguments in cases:
         status, out, error = run(capsys, *arguments)
@@ -187,6 +204,8 @@ def test_generate(capsys, teacher, monkeypatch):
     assert again == out and "tokens/s" in stats
     _, behind, _ = run(capsys, "generate", teacher, "--max-new-tokens", "8", "hello")
     assert behind == out
+    _, dashes, _ = run(capsys, "generate", teacher, "hello", "--max-new-tokens", "8", "--", "-v")
+    assert "== -v\n" in dashes
     rows = run_json(
         capsys, "generate", teacher, "hello", "other", "--max-new-tokens", "4", "--chat"
     )
@@ -203,6 +222,9 @@ def test_bench(capsys, teacher, tmp_path):
     assert [row["length"] for row in tables[teacher]] == [8, 16]
     status, out, _ = run(capsys, "bench", teacher, *options, "--plot", tmp_path / "s.png")
     assert status == 0 and "decode tokens/s" in out and (tmp_path / "s.png").exists()
+    for name, words in (("none/s.png", "cannot be written"), ("s.xyz", "xyz")):
+        status, _, error = run(capsys, "bench", teacher, *options, "--plot", tmp_path / name)
+        assert status == 2 and words in error and error.count("\n") == 1
 
 
 def test_bad_records_can_be_left_out(capsys, teacher, tmp_path):
@@ -307,6 +329,10 @@ def test_label_then_fine_tune(capsys, teacher, tmp_path):
     answers, output = tmp_path / "a.jsonl", tmp_path / "run"
     found = run_json(capsys, "label", teacher, prompts, answers, "--max-new-tokens", "6")
     assert found["answers"] == 6
+    status, _, error = run(
+        capsys, "label", teacher, prompts, tmp_path / "b.jsonl", "--top-logprobs", "5000"
+    )
+    assert status == 2 and "top=5000" in error and not (tmp_path / "b.jsonl").exists()
     options = ("--data", answers, "--output", output, "--set", "skip_bad=true")
     final = run_json(capsys, "sft", teacher, *options, "--set", "learning_rate=1e-3")
     assert final["step"] == 1 and mil.load(output / "model").num_parameters
@@ -406,6 +432,45 @@ def test_a_closed_pipe_is_no_error(teacher):
     command = process("generate", teacher, "hello", "--max-new-tokens", "400", "--stop", "<none>")
     command.stdout.close()
     assert command.wait(60) == 0 and command.stderr.read() == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_cannot_be_written(teacher):
+    with open("/dev/full", "w") as full:
+        command = process("info", teacher, stdout=full)
+        _, error = command.communicate(timeout=60)
+    assert command.returncode == 2 and "No space left" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8:strict"])
+def test_text_that_is_none(teacher, encoding):
+    """Bytes that are no text, and characters that a terminal has not, end no command."""
+    env = {"PYTHONIOENCODING": encoding}
+    options = ("--max-new-tokens", "2")
+    for more in ((), ("--json",)):
+        command = process(
+            "generate",
+            teacher,
+            b"\xff".decode("utf-8", "surrogateescape"),
+            "ï",
+            *options,
+            *more,
+            env=env,
+        )
+        out, error = command.communicate(timeout=60)
+        assert command.returncode == 0, error
+    assert len(json.loads(out)) == 2
+    for verb in ("generate", "chat"):
+        command = process(verb, teacher, *options, env=env, stdin=subprocess.PIPE)
+        command.stdin.buffer.write(b"h\xffllo")
+        _, error = command.communicate(timeout=60)
+        assert (command.returncode, error) == (0, "")
+
+
+def test_without_standard_input(teacher):
+    command = process("chat", teacher, preexec_fn=lambda: os.close(0))
+    _, error = command.communicate(timeout=60)
+    assert (command.returncode, error) == (0, "")
 
 
 def test_version(capsys):
