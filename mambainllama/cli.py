@@ -364,14 +364,10 @@ def add_mixer(parser: Any) -> None:
     )
 
 
-def same_path(one: str, other: str) -> bool:
-    return os.path.realpath(one) == os.path.realpath(other)
-
-
 def run_convert(options: argparse.Namespace) -> None:
     from .convert import convert
 
-    if os.path.isdir(options.model) and same_path(options.model, options.output):
+    if os.path.realpath(options.model) == os.path.realpath(options.output):
         raise ArgumentError(f"{options.output}: is the model itself; write to another folder")
     model = load_model(options, options.model)
     begin = time.perf_counter()

@@ -5,6 +5,7 @@ matplotlib is an optional dependency (``pip install 'mambainllama[plot]'``).
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,7 +27,16 @@ def new_axes(columns: int):
         raise ArgumentError(
             "plots need matplotlib, which is not installed: pip install 'mambainllama[plot]'"
         ) from None
-    figure = Figure(figsize=(5.2 * columns, 3.8), dpi=150, layout="constrained")
+
+    class Picture(Figure):
+        """A figure that notebooks show; of matplotlib's own they do so only beside its pyplot."""
+
+        def _repr_png_(self) -> bytes:
+            file = io.BytesIO()
+            self.savefig(file, format="png")
+            return file.getvalue()
+
+    figure = Picture(figsize=(5.2 * columns, 3.8), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for ax in axes:

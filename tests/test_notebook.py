@@ -26,10 +26,6 @@ def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
         notebook, timeout=600, resources={"metadata": {"path": tmp_path}}
     )
     client.execute()
-    pictures = [
-        output
-        for cell in notebook.cells
-        for output in cell.get("outputs", [])
-        if "image/png" in output.get("data", {}) or "text/html" in output.get("data", {})
-    ]
-    assert len(pictures) >= 3  # models, the history, its plot
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    kinds = [kind for output in outputs for kind in output.get("data", {})]
+    assert kinds.count("text/html") >= 4 and kinds.count("image/png") >= 1  # models, history; plot
