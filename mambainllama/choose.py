@@ -70,6 +70,7 @@ class LayerChoice:
     tokens: int
 
     def to_dict(self) -> dict[str, Any]:
+        """All attributes, for JSON."""
         return asdict(self)
 
     def plot(self, path: Any = None) -> Any:
@@ -105,6 +106,10 @@ def choose_layers(
     method
         "replace", "restore" or "greedy": on a teacher of four layers the first and the last chose
         the same two, which left less KL than those of "restore" (docs/quality.md).
+
+    Returns
+    -------
+    LayerChoice
 
     Raises
     ------

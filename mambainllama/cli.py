@@ -32,10 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = make_parser().parse_known_args(arguments)
     # argparse takes no list of words that options stand between: those behind them are left over.
     if rest:
-        words, behind = split_at_dashes(rest)
-        if options.command != "generate" or any(word.startswith("-") for word in words):
+        prompts, behind = split_at_dashes(rest)
+        if options.command != "generate" or any(word.startswith("-") for word in prompts):
             options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        options.prompts += words + behind
+        options.prompts += prompts + behind
     try:
         if options.threads is not None:
             _core.set_threads(options.threads)

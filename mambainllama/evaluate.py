@@ -51,6 +51,7 @@ class Comparison:
     tokens: int
 
     def to_dict(self) -> dict[str, float]:
+        """All attributes, for JSON."""
         return asdict(self)
 
     def __repr__(self) -> str:
@@ -81,6 +82,12 @@ def compare(
         They change memory and speed but no results, except that longer documents are cut.
     max_batches : int or None
         Stop after so many.
+    loss_on : "all" or "answers"
+        Which tokens of chats count.
+
+    Returns
+    -------
+    Comparison
 
     Raises
     ------

@@ -44,18 +44,28 @@ _WORTH_SHARING = 32
 @dataclass(frozen=True)
 class GenerationStats:
     """What one generation cost. Seconds are wall clock, so they contain other prompts' share of a
-    batch."""
+    batch.
+
+    Attributes
+    ----------
+    prompt_tokens, new_tokens : int
+    cached_tokens : int
+        Tokens of the prompt that a given state had read already.
+    rounds : int
+        Forward passes after the prompt.
+    drafted, accepted : int
+        Tokens that a draft proposed, and those of them that the model kept.
+    prefill_seconds, decode_seconds : float
+        From joining the batch to the first token, and from there to the last one.
+    """
 
     prompt_tokens: int
     cached_tokens: int
-    """Tokens of the prompt that a given state had read already."""
     new_tokens: int
     rounds: int
-    """Forward passes after the prompt."""
     drafted: int
     accepted: int
     prefill_seconds: float
-    """From joining the batch to the first token."""
     decode_seconds: float
 
     @property
@@ -71,37 +81,56 @@ class GenerationStats:
 
 @dataclass(frozen=True)
 class Generation:
-    """What a prompt yielded."""
+    """What a prompt yielded.
+
+    Attributes
+    ----------
+    text : str
+        The new text, cut before a stop string; "" where the model has no tokenizer.
+    token_ids, prompt_token_ids : list of int
+        The new tokens, without the stop token, but with those of a stop string; the prompt's.
+    finish_reason : str
+        "stop", "length" (max_new_tokens) or "cancelled" (by a callback).
+    stats : GenerationStats
+    logprobs : float64 array (new tokens,), or None where not asked for
+        Log-probability of each new token, in nats.
+    top_logprobs : list of dict of token id to log-probability, or None
+        At each new token, the likeliest tokens there, most likely first.
+    prompt_logprobs, prompt_top_logprobs
+        The same for the prompt; NaN for its first token and for those that a state had read.
+    state : mambainllama._core.State or None
+        The state of the whole text where `states` was given; it has read its first `state.length`
+        tokens.
+    """
 
     text: str
-    """The new text, cut before a stop string; "" where the model has no tokenizer."""
     token_ids: list[int]
-    """The new tokens, without the stop token. A stop string's own tokens are among them."""
     finish_reason: str
-    """"stop", "length" (max_new_tokens) or "cancelled" (by a callback)."""
     stats: GenerationStats
     prompt_token_ids: list[int] = field(repr=False)
     logprobs: np.ndarray | None = field(default=None, repr=False)
-    """Log-probability of each new token, float64, if asked for."""
     top_logprobs: list[dict[int, float]] | None = field(default=None, repr=False)
-    """At each new token, the likeliest tokens there, most likely first."""
     prompt_logprobs: np.ndarray | None = field(default=None, repr=False)
-    """The same for the prompt; NaN for its first token and for those that a state had read."""
     prompt_top_logprobs: list[dict[int, float]] | None = field(default=None, repr=False)
     state: _core.State | None = field(default=None, repr=False)
-    """The state of the whole text where `states` was given; it has read its first `state.length`
-    tokens."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """How likely a model thinks a text."""
+    """How likely a model thinks a text.
+
+    Attributes
+    ----------
+    token_ids : list of int
+    logprobs : float64 array (tokens,)
+        Log-probability of each token after those before it, in nats; NaN for the first.
+    greedy : bool array (tokens,)
+        Whether each token is the one that the model finds likeliest; False for the first.
+    """
 
     token_ids: list[int]
     logprobs: np.ndarray = field(repr=False)
-    """Log-probability of each token after those before it, float64; NaN for the first."""
     greedy: np.ndarray = field(repr=False)
-    """Whether each token is the one that the model finds likeliest; False for the first."""
 
     @property
     def total(self) -> float:
@@ -194,6 +223,8 @@ def generate(
         has room for.
     progress
         Show a bar of finished prompts on a terminal.
+    skip_special_tokens
+        Leave special tokens out of `text`.
 
     Notes
     -----
@@ -293,10 +324,22 @@ def score(
 
     Parameters
     ----------
+    model
+        From `mil.load` or `mil.convert`.
     texts
         As `prompts` of `generate`: str, token lists or chats (without the opening of an answer).
-    max_batch
-        Texts that are read at once, as for `generate`.
+    max_batch, progress
+        Texts that are read at once, and a bar, as for `generate`.
+
+    Returns
+    -------
+    list of Score
+        One for each text, in order.
+
+    Raises
+    ------
+    ArgumentError, DtypeError, NonFiniteError, OutOfMemoryError
+        As for `generate`.
 
     Examples
     --------

@@ -63,6 +63,8 @@ def label(
     top_logprobs, sequence_length
         Above 0, `mil.soft_labels` then stores so many likeliest tokens for the answers in `output`,
         in a folder beside it: answers.labels for answers.jsonl.
+    progress : bool
+        Show a bar.
 
     Returns
     -------

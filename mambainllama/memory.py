@@ -422,28 +422,42 @@ def check_weights(
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What running a model needs, and what is free. `print` shows it as a table."""
+    """What running a model needs, and what is free, in bytes. `print` shows it as a table.
+
+    Attributes
+    ----------
+    name, device, device_name : str
+    free, total : int
+        Of the device's memory, before what is still to be loaded.
+    weights, loading : int
+        Of the model, and of its draft; the part of them that is still to be loaded.
+    batch, context : int
+        Texts at once, and tokens of each, prompt and answer.
+    text : int
+        One text's state.
+    need : states, draft states, workspace and recorded steps of all of them
+    apart : int
+        Left alone for kernels and other processes.
+    most_batch : int
+        Texts of this length that fit at once.
+    most_context : int
+        Tokens of each of `batch` texts that fit; -1: any number, since no cache grows.
+    """
 
     name: str
     device: str
     device_name: str
     free: int
-    """Bytes, before what is still to be loaded."""
     total: int
     weights: int
     loading: int
-    """Bytes of them that are still to be loaded; 0: `free` is what is left beside them."""
     batch: int
     context: int
-    """Tokens of each text, prompt and answer."""
     text: int
-    """Bytes of one text's state."""
     need: Need = field(repr=False)
     apart: int = field(repr=False)
     most_batch: int = field(default=0)
-    """Texts of this length that fit at once."""
     most_context: int = field(default=0)
-    """Tokens of each of `batch` texts that fit; -1: any number, since no cache grows."""
 
     @property
     def needed(self) -> int:
@@ -452,9 +466,11 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
+        """Whether that is free."""
         return self.needed <= self.free
 
     def to_dict(self) -> dict[str, Any]:
+        """All figures, for JSON."""
         return {
             "device": self.device,
             "device_name": self.device_name,
@@ -551,6 +567,13 @@ def memory_plan(
     Returns
     -------
     MemoryPlan
+
+    Raises
+    ------
+    ArgumentError, UnsupportedError
+        A number below 1; what the device cannot do. What does not fit is no error here.
+    NotFoundError, FormatError, FileError
+        As for `mil.load`.
 
     Examples
     --------

@@ -18,13 +18,13 @@ Arrays out
     key leaves that gradient out where it is documented as optional.
 CUDA arrays
     Forward functions take DLPack tensors of one CUDA device, where the build has CUDA operators.
-     There activations are float32, bfloat16 or float16, all alike, and weights of
-    products are of the same dtype; weights of norms, biases, dt_bias, A_log, D, cosines and sines,
-    and states are float32; integers are read in host memory (and copied there).  Results are
-    arrays of the same library (PyTorch, CuPy), else `mambainllama._core.DeviceArray`, which exports
-    DLPack.  Work takes its place on the caller's stream, and nobody waits on the host: PyTorch's or
-    CuPy's current stream, or ``stream``, a number as in DLPack (1 is the default stream).  Where
-    neither says it, a call returns when its work is done.
+    There activations are float32, bfloat16 or float16, all alike, and weights of products are of
+    the same dtype; weights of norms, biases, dt_bias, A_log, D, cosines and sines, and states are
+    float32; integers are read in host memory (and copied there). Results are arrays of the same
+    library (PyTorch, CuPy), else `mambainllama._core.DeviceArray`, which exports DLPack. Work takes
+    its place on the caller's stream, and nobody waits on the host: PyTorch's or CuPy's current
+    stream, or ``stream``, a number as in DLPack (1 is the default stream). Where neither says it, a
+    call returns when its work is done.
 Rows
     Tokens of several sequences are packed one after another along the first axis, without padding.
     ``offsets`` [sequences + 1] tells where each starts, by default one sequence; ``past``

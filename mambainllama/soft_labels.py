@@ -94,6 +94,8 @@ def soft_labels(
         Go on behind the parts that `output` holds.
     max_batch : int
         Documents read at once.
+    progress : bool
+        Show a bar.
 
     Returns
     -------

@@ -107,14 +107,17 @@ class Tokenizer:
 
     @property
     def bos_token_id(self) -> int | None:
+        """Number of `bos_token`; None where there is none."""
         return self._id(self.bos_token)
 
     @property
     def eos_token_id(self) -> int | None:
+        """Number of `eos_token`; None where there is none."""
         return self._id(self.eos_token)
 
     @property
     def pad_token_id(self) -> int | None:
+        """Number of `pad_token`; None where there is none."""
         return self._id(self.pad_token)
 
     @property
