@@ -34,8 +34,9 @@ Each section that names a stage runs it; the stages and their order are those of
 label, soft_labels, convert, stepwise, align, distill, sft, dpo.  ``stages = ["sft", "distill"]`` at
 the top chooses among them, in that order.  A recipe without any stage distils.
 
-Paths are relative to the file that names them.  Every key is checked: a misspelt one is refused
-with the name that it may have meant, because a setting that is silently ignored costs a run.
+Paths are relative to the file that names them, those of --set to the current folder.  Every key is
+checked: a misspelt one is refused with the name that it may have meant, because a setting that is
+silently ignored costs a run.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ def read_recipe(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Recip
         section, key, value = parse_override(text)
         said = {key: value} if section == "" else {section: {key: value}}
         check_keys(said, "--set")
-        merge(content, absolute(said, path))
+        merge(content, absolute(said, Path("--set")))  # paths as seen from where we are
     where = str(path)
     sections = {name: dict(content.get(name, {})) for name in KEYS}
     check_student(sections["student"], where)
@@ -226,6 +227,7 @@ def read_content(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
 
 def merge(into: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """Adds keys to sections; what is said anew replaces what was said."""
+    follow_data(into, new)
     for name, value in new.items():
         if isinstance(value, Mapping):
             into.setdefault(name, {}).update(value)
@@ -239,6 +241,15 @@ def merge(into: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     elif "trained" in student and {"mixer", "attention_layers", "model"} & set(said):
         del student["trained"]
     return into
+
+
+def follow_data(into: dict[str, Any], new: Mapping[str, Any]) -> None:
+    """Stages that name the files of [data] are to read those that [data] names anew."""
+    old, files = into.get("data", {}).get("files"), new.get("data", {}).get("files")
+    for name, section in into.items():
+        if name != "data" and isinstance(section, dict) and old and files:
+            if section.get("files") == old:
+                section["files"] = files
 
 
 def absolute(content: Mapping[str, Any], path: Path) -> dict[str, Any]:

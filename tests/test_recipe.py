@@ -496,6 +496,12 @@ def test_extending_and_overriding(tmp_path):
     assert recipe["sft"].options == {"files": [str(tmp_path / "m.npy")]}
     assert recipe.data["files"] == [str(tmp_path / "sub" / "base.npy")]
     assert recipe.student == {"mixer": "mamba1"} and recipe.teacher["model"] == "base/teacher"
+    moved = read_recipe(path, ["sft.files=base.npy", "data.files=here.npy"])
+    assert moved.data["files"] == ["here.npy"]  # paths on the command line: from where we are
+    assert moved["sft"].options["files"] == ["base.npy"]
+    write(tmp_path / "same.toml", 'extends = "r.toml"\n[sft]\nfiles = "sub/base.npy"\n')
+    follows = read_recipe(tmp_path / "same.toml", ["data.files=here.npy"])
+    assert follows["sft"].options["files"] == ["here.npy"]
     some = read_recipe(path, ['stages=["sft", "distill"]'])
     assert [s.name for s in some.stages] == ["convert", "sft", "distill"]
     write(tmp_path / "sub" / "base.toml", 'extends = "../r.toml"')
@@ -625,8 +631,6 @@ def test_base_recipes_run(name, teacher, data, tmp_path):
     wanted = [s.name for s in read_recipe(path, ["teacher.model=any"]).stages]
     for stage in set(wanted) - {"label", "convert"}:
         overrides.append(f"{stage}.max_steps=1")
-        if stage in ("distill", "sft"):
-            overrides.append(f"{stage}.files={data / 'chats.jsonl'}")
     found = pipeline.run_recipe(path, tmp_path / "run", overrides=overrides, progress=False)
     assert [row["stage"] for row in found["stages"]] == wanted
     assert found["stages"][-1]["steps"] == 1
@@ -641,6 +645,18 @@ def test_the_documented_recipe_is_one(tmp_path):
     assert recipe["dpo"].options["files"] == [str(tmp_path / "preferences.jsonl")]
     table = re.findall(r"^\| `\[?(\w+)\]?`", text, re.MULTILINE)
     assert set(STAGES) <= set(table)
+
+
+@pytest.mark.parametrize("page", ["docs/recipes.md", "recipes/README.md"])
+def test_documented_recipes_read_the_files_they_name(page, tmp_path):
+    """Nothing of the recipe that they extend is left: those files are nowhere."""
+    block = re.search(r"```toml\n(.*?)```", (RECIPES.parent / page).read_text(), re.DOTALL)[1]
+    recipe = read_recipe(write(tmp_path / "r.toml", block.replace('"recipes/', f'"{RECIPES}/')))
+    files = list(recipe.data["files"])
+    for settings in recipe.stages:
+        files += settings.options.get("files", [])
+        files += [settings.options[key] for key in ("prompts",) if key in settings.options]
+    assert {str(Path(name).parent) for name in files} == {str(tmp_path)}
 
 
 def test_every_stage_has_a_section():
