@@ -12,6 +12,7 @@
 #   NVCC     CUDA's compiler                          (nvcc)
 #   ARCHS    GPU architectures, as in 80,90a          (90a)
 #   SHARED   folder of the shared test data           (../shared where it is there)
+#   ARGS     options for what is run: pytest, a benchmark, the demo, the fuzzer
 
 MAKEFLAGS += --no-builtin-rules --warn-undefined-variables
 SHELL := /bin/bash
@@ -258,4 +259,4 @@ clean: ## remove what was built, environments included
 .PHONY: help
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
-	@sed -n '/^# stamp/,/^$$/p' $(firstword $(MAKEFILE_LIST)) | sed -n '2,$$s/^#  \{0,1\}//p'
+	@sed -n '/^#   PYTHON/,/^$$/s/^# //p' $(firstword $(MAKEFILE_LIST))

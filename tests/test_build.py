@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 from pathlib import Path
 
@@ -100,12 +101,17 @@ def test_sdist_becomes_wheel_becomes_install(tmp_path):
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     source = tmp_path / "source"
-    for name in run("git", "ls-files", "-co", "--exclude-standard", cwd=ROOT).split("\n"):
+    names = run("git", "ls-files", "-co", "--exclude-standard", cwd=ROOT).split("\n")
+    for name in names:
         if name and (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, source / name)
     run(sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path, cwd=source)
     (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    left_out = {name for name in names if name and not name.startswith((".ci", ".git"))} - packed
+    assert left_out == set()  # what make and the README speak of is there
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     run(*pip, "wheel", "--quiet", "--no-build-isolation", "--no-deps", "-w", tmp_path, sdist)
     (wheel,) = tmp_path.glob("*.whl")
