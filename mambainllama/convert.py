@@ -266,6 +266,15 @@ def _check_convertible(model: Model, mixer: str, kept: Sequence[int]) -> None:
             "convert: mamba1 needs kv_heads * head_dim to be a multiple of 16, got "
             f'{attention["kv_heads"]} * {attention["head_dim"]}; use mixer="mamba2"'
         )
+    # One mamba_config.json tells the sizes of all mixers, so new ones and old ones must be alike.
+    mixers = [layer for layer in layers if layer["mixer"] == mixer]
+    published = mamba_layer(mixer, attention, model.config.hidden_size)
+    optional = {name for name in model._description.biases if name.startswith("mamba.")}
+    if mixers and (optional != {"mamba.conv1d.bias"} or any(old != published for old in mixers)):
+        raise UnsupportedError(
+            "convert: this hybrid's mixers differ from the published ones (ssm_cfg in "
+            "mamba_config.json), and new ones would not; convert the Transformer that it came from"
+        )
 
 
 # ---- the new parameters --------------------------------------------------------------------------

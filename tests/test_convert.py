@@ -407,3 +407,19 @@ def test_what_cannot_be_converted(tmp_path):
 def test_hybrids_saved_by_others_can_be_converted_on(tmp_path):
     hybrid = mil.load(tiny_hybrid(tmp_path / "h", "mamba1", [0, 1]))
     assert mil.convert(hybrid, "mamba1", [0], init="paper").config.attention_layers == (0,)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "ssm_cfg"),
+    [
+        ("mamba1", {"d_state": 8}),
+        ("mamba1", {"repeat_kv_before_conv": False}),
+        ("mamba1", {"dt_limit": [0.01, 0.5]}),
+        ("mamba2", {"dt_limit": [0.01, 0.5]}),
+    ],
+)
+def test_mixers_of_other_sizes_do_not_mix_with_new_ones(mixer, ssm_cfg, tmp_path):
+    """One mamba_config.json describes all: a student with both kinds could be saved, not loaded."""
+    hybrid = mil.load(tiny_hybrid(tmp_path / "h", mixer, [0, 1], ssm_cfg))
+    with pytest.raises(mil.UnsupportedError, match="ssm_cfg"):
+        mil.convert(hybrid, mixer, [0], init="paper")
