@@ -26,6 +26,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 DEBUG = os.environ.get("MIL_DEBUG", "") not in ("", "0")
 SOURCES = sorted(path.as_posix() for path in Path("csrc").rglob("*.c"))
@@ -182,20 +183,22 @@ def find_cuda():
     return None
 
 
-def wants_cuda():
-    """What MAMBAINLLAMA_CUDA and this machine say."""
+def cuda_extensions():
+    """[_cuda] or [], as MAMBAINLLAMA_CUDA and this machine say."""
     word = os.environ.get("MAMBAINLLAMA_CUDA", "auto").lower()
     if word not in ("auto", "0", "1"):
         raise SystemExit(f"setup.py: MAMBAINLLAMA_CUDA={word!r}; expected auto, 0 or 1")
     if word == "0":
-        return False
+        return []
     found = find_cuda() is not None
     if word == "1" and not found:
         raise SystemExit(
             "setup.py: MAMBAINLLAMA_CUDA=1, but nvcc or cublasLt.h was not found; install a CUDA "
             "12.6+ toolkit, set CUDA_HOME to it, or pip install nvidia-cuda-nvcc nvidia-cublas"
         )
-    return found
+    # Where nobody insists, an old toolkit or compiler is no reason to have nothing at all.
+    optional = word == "auto"
+    return [Extension(CUDA_MODULE, sources=CUDA_SOURCES, optional=optional)] if found else []
 
 
 def architecture_flags():
@@ -208,7 +211,7 @@ def architecture_flags():
 
 
 def gpus_here():
-    """Architectures of the GPUs that nvidia-smi sees: ["90"]."""
+    """Architectures of the GPUs that nvidia-smi sees and the kernels are for: ["90"]."""
     try:
         out = subprocess.run(
             ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
@@ -219,7 +222,8 @@ def gpus_here():
     except (OSError, subprocess.TimeoutExpired):
         return []
     found = [line.strip().replace(".", "") for line in out.stdout.splitlines()]
-    return [word for word in found if out.returncode == 0 and word.isdigit()]
+    known = [word for word in found if word.isdigit() and int(word) >= 80]  # products of bfloat16
+    return known if out.returncode == 0 else []
 
 
 def run_or_stop(command):
@@ -227,7 +231,10 @@ def run_or_stop(command):
     result = subprocess.run(command, capture_output=True, text=True)
     sys.stderr.write(result.stderr)
     if result.returncode != 0:
-        raise SystemExit(f"setup.py: failed: {shlex.join(command)}")
+        raise CompileError(
+            "no CUDA operators (MAMBAINLLAMA_CUDA=0 leaves them out, 1 insists on them), for this "
+            f"failed: {shlex.join(command)}"
+        )
 
 
 def is_stale(target, depfile):
@@ -258,7 +265,7 @@ setup(
             extra_compile_args=COMPILE_ARGS,
             extra_link_args=LINK_ARGS,
         ),
-        *([Extension(CUDA_MODULE, sources=CUDA_SOURCES)] if wants_cuda() else []),
+        *cuda_extensions(),
     ],
     cmdclass={"build_ext": BuildCore},
 )

@@ -96,6 +96,28 @@ def clean_environment():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("word, succeeds", [("auto", True), ("1", False)])
+def test_cuda_that_does_not_compile(word, succeeds, tmp_path):
+    """A toolkit that cannot compile the kernels stops nothing, unless one insists on it."""
+    home = tmp_path / "cuda"
+    for file in (home / "include" / "cublasLt.h", home / "bin" / "nvcc"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("#!/bin/sh\necho nvcc: unknown architecture >&2\nexit 1\n")
+        file.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(tmp_path)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env=clean_environment() | {"CUDA_HOME": str(home), "MAMBAINLLAMA_CUDA": word},
+    )
+    assert (done.returncode == 0) == succeeds, done.stderr
+    assert "no CUDA operators (MAMBAINLLAMA_CUDA=0 leaves them out" in done.stderr
+    assert "nvcc: unknown architecture" in done.stderr
+    assert not list(tmp_path.rglob("_cuda*")) and list(tmp_path.rglob("_core*"))
+
+
+@pytest.mark.slow
 def test_sdist_becomes_wheel_becomes_install(tmp_path):
     """From sources through sdist and wheel into an empty environment, used elsewhere."""
     if shutil.which("git") is None or not (ROOT / ".git").exists():
