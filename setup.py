@@ -179,7 +179,8 @@ def find_cuda():
         return nvcc, []
     for folder in [*(c / "include" for c in candidates), Path("/usr/include")]:
         if (folder / "cublasLt.h").exists():
-            return nvcc, [str(folder)]
+            # /usr/include is searched anyway; named, it would come before the C++ library's own.
+            return nvcc, [] if str(folder) == "/usr/include" else [str(folder)]
     return None
 
 
