@@ -367,7 +367,8 @@ def add_mixer(parser: Any) -> None:
 def run_convert(options: argparse.Namespace) -> None:
     from .convert import convert
 
-    if os.path.realpath(options.model) == os.path.realpath(options.output):
+    places = [os.path.realpath(place) for place in (options.model, options.output)]
+    if os.path.isdir(options.model) and places[0] == places[1]:
         raise ArgumentError(f"{options.output}: is the model itself; write to another folder")
     model = load_model(options, options.model)
     begin = time.perf_counter()
