@@ -566,7 +566,8 @@ def test_mistakes_are_told_by_section_and_key(extra, words, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_checking_finds_what_would_stop_a_run(teacher, tokens, tmp_path):
+def test_checking_finds_what_would_stop_a_run(teacher, tokens, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     path = small(tmp_path, teacher, tokens)
     found = pipeline.check_recipe(read_recipe(path))
     assert found["stages"] == ["convert", "align", "distill"] and not found["missing"]
