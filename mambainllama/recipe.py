@@ -319,7 +319,9 @@ def beside(recipe: Path, value: Any, what: str) -> str:
     if not isinstance(value, str) or not value:
         raise ArgumentError(f"{what}: expected a path or a name, got {shorten(value)}")
     path = recipe.parent / value
-    return str(path) if path.exists() or value.startswith((".", "/")) else value
+    if value.startswith((".", "/")):
+        return str(path.absolute())
+    return str(path) if path.exists() else value
 
 
 def file_list(recipe: Path, value: Any, what: str) -> list[str]:
