@@ -15,7 +15,8 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .errors import ArgumentError, FileError, FormatError, shorten
+from .checkpoint import read_file
+from .errors import ArgumentError, FormatError, shorten
 
 __all__ = ["ChatTemplate", "find_template"]
 
@@ -127,9 +128,9 @@ def find_template(folder: str | os.PathLike, tokenizer_config: Mapping) -> ChatT
         )
     for path, name in _template_files(folder):
         try:
-            found[name] = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise FileError(f"{path}: cannot be read ({error})") from None
+            found[name] = read_file(path).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise FormatError(f"{path}: not text in UTF-8 ({error}); write it again") from None
         where = path
     return ChatTemplate(found, str(where)) if found else None
 

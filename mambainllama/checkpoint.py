@@ -113,21 +113,30 @@ def parse_json(data: bytes, where: str) -> dict:
     return value
 
 
-def read_json(path: str | os.PathLike) -> dict:
-    """The JSON object of a file, or a NotFoundError, FileError or FormatError."""
-    path = Path(path)
+def read_file(path: str | os.PathLike) -> bytes:
+    """The content of a file that is to be small, or a NotFoundError, FileError or FormatError."""
     try:
         with open(path, "rb") as file:
             data = file.read(_MAX_JSON + 1)
     except FileNotFoundError:
-        raise NotFoundError(f"{path}: no such file") from None
+        raise _not_found(path) from None
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror})") from None
     if len(data) > _MAX_JSON:
         raise FormatError(
             f"{path}: larger than {_MAX_JSON} bytes; this is not a configuration file"
         )
-    return parse_json(data, str(path))
+    return data
+
+
+def _not_found(path: str | os.PathLike) -> NotFoundError:
+    broken = "is a link to a file that is not there; download or copy the file itself"
+    return NotFoundError(f"{path}: {broken if os.path.islink(path) else 'no such file'}")
+
+
+def read_json(path: str | os.PathLike) -> dict:
+    """The JSON object of a file, or an error as of `read_file`."""
+    return parse_json(read_file(path), str(path))
 
 
 # ---- safetensors: reading ------------------------------------------------------------------------
@@ -200,7 +209,7 @@ def read_header(path: str | os.PathLike) -> dict[str, StoredTensor]:
             if len(prefix) == 8 and length <= min(size - 8, _MAX_HEADER):
                 header = file.read(length)
     except FileNotFoundError:
-        raise NotFoundError(f"{path}: no such file") from None
+        raise _not_found(path) from None
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror})") from None
     if len(prefix) < 8:
@@ -267,15 +276,15 @@ class Checkpoint:
         self.folder = Path(folder)
         self.config = read_json(self.folder / "config.json")
         hybrid = self.folder / "mamba_config.json"
-        self.mamba_config = read_json(hybrid) if hybrid.exists() else None
+        self.mamba_config = read_json(hybrid) if os.path.lexists(hybrid) else None
         self.tensors = self._find_tensors()
         self._maps: dict[Path, np.ndarray] = {}
 
     def _find_tensors(self) -> dict[str, StoredTensor]:
         single, index = self.folder / _SINGLE, self.folder / _INDEX
-        if single.exists():
+        if os.path.lexists(single):
             return read_header(single)
-        if index.exists():
+        if os.path.lexists(index):
             return self._read_shards(index)
         others = sorted(
             path.name
@@ -559,6 +568,6 @@ def read_companions(folder: Path) -> dict[str, bytes]:
     """The tokenizer files, chat template and generation settings of a checkpoint folder."""
     found = {}
     for name in COMPANION_FILES:
-        with contextlib.suppress(OSError):
-            found[name] = (folder / name).read_bytes()
+        with contextlib.suppress(NotFoundError):
+            found[name] = read_file(folder / name)
     return found

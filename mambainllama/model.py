@@ -181,7 +181,8 @@ class Model:
     def generation_config(self) -> dict:
         """generation_config.json, or nothing."""
         content = self.companions().get("generation_config.json")
-        return {} if content is None else parse_json(content, "generation_config.json")
+        where = os.fspath((self._folder or Path()) / "generation_config.json")
+        return {} if content is None else parse_json(content, where)
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:

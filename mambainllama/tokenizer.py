@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 
 from .chat import ChatTemplate, find_template
-from .checkpoint import read_json
+from .checkpoint import read_file, read_json
 from .errors import ArgumentError, FormatError, NotFoundError, shorten
 
 __all__ = ["TextStream", "Tokenizer"]
@@ -80,8 +80,9 @@ class Tokenizer:
             raise NotFoundError(
                 f"{path}: no such file{mend if (folder / 'tokenizer.model').exists() else ''}"
             )
+        content = read_file(path)
         try:
-            backend = tokenizers.Tokenizer.from_file(os.fspath(path))
+            backend = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises bare Exception
             raise FormatError(f"{path}: not a tokenizer ({shorten(str(error), 160)})") from None
         config = _read_optional(folder / "tokenizer_config.json")

@@ -5,6 +5,7 @@ The malicious files are made here, from a good checkpoint by one change each.
 """
 
 import json
+import os
 import struct
 
 import numpy as np
@@ -376,6 +377,39 @@ def test_damaged_tokenizer(name, shared, tmp_path):
     model = mil.load(folder)  # the weights are fine
     with pytest.raises(mil.FormatError, match=name):
         model.tokenizer  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "mamba_config.json"])
+def test_links_to_nothing(name, tmp_path):
+    """What is left of a download's cache that was copied without what its links point to."""
+    folder = tiny_hybrid(tmp_path / "model", "mamba2")
+    (folder / name).unlink()
+    (folder / name).symlink_to("../blobs/0")
+    refused(folder, name, "is a link", kind=mil.NotFoundError)
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "generation_config.json", "chat_template.jinja"]
+)
+@pytest.mark.parametrize("what", ["folder", "huge"])
+def test_small_files_that_are_none(name, what, shared, tmp_path):
+    """Not passed over in silence when a model is saved, and not read into all of memory."""
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(shared / "models" / "story-llama", folder)
+    (folder / name).unlink(missing_ok=True)
+    if what == "folder":
+        (folder / name).mkdir()
+    else:
+        (folder / name).touch()
+        os.truncate(folder / name, 1 << 33)
+    model = mil.load(folder)
+    for use in (lambda: model.save(tmp_path / "again"), lambda: mil.generate(model, "Once")):
+        with pytest.raises(mil.FileError if what == "folder" else mil.FormatError) as error:
+            use()
+        assert str(folder / name) in str(error.value)
+    assert not (tmp_path / "again").exists()
 
 
 @pytest.mark.parametrize(
