@@ -17,9 +17,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from . import _core
-from .errors import ArgumentError, shorten
+from .errors import ArgumentError, NonFiniteError, shorten
 
-__all__ = ["batches", "calibration_rows", "constant_direction", "constant_directions"]
+__all__ = [
+    "batches",
+    "calibration_rows",
+    "check_finite",
+    "constant_direction",
+    "constant_directions",
+]
 
 _BATCH_TOKENS = 2048
 _SUMS_BYTES = 1 << 30  # of E[u u^T] held at once; more layers take more passes
@@ -106,9 +112,20 @@ def _directions(core, layers, tokens, offsets) -> dict[int, np.ndarray]:
             square[layer] += u.T @ u
             total[layer] += u.sum(axis=0)
     count = tokens.size
+    for layer in layers:
+        check_finite(layer, total[layer], square[layer])
     return {
         layer: constant_direction(square[layer] / count, total[layer] / count) for layer in layers
     }
+
+
+def check_finite(layer: int, *values: np.ndarray) -> None:
+    """Refuses what is not finite: a student that is started from it would not be finite either."""
+    if not all(np.isfinite(value).all() for value in values):
+        raise NonFiniteError(
+            f"calibration: layer {layer} of the model is given or gives values that are not "
+            "finite; weights with NaN or infinity, or an overflow of 16-bit weights, cause this"
+        )
 
 
 def constant_direction(square: np.ndarray, mean: np.ndarray) -> np.ndarray:

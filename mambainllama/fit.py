@@ -41,7 +41,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import _core
-from .calibrate import batches, constant_direction
+from .calibrate import batches, check_finite, constant_direction
 from .dtypes import to_float32
 
 __all__ = ["Fitter"]
@@ -99,6 +99,7 @@ class Fitter:
                     total += found[1].sum(axis=0, dtype=np.float64)
                     self.target[rows] = found[2]
             self.layer += 1
+        check_finite(number, total, square, self.target)
         count = len(self.stream)
         self.inputs = Inputs(square / count, total / count)
         return constant_direction(self.inputs.square, self.inputs.mean)

@@ -423,3 +423,13 @@ def test_mixers_of_other_sizes_do_not_mix_with_new_ones(mixer, ssm_cfg, tmp_path
     hybrid = mil.load(tiny_hybrid(tmp_path / "h", mixer, [0, 1], ssm_cfg))
     with pytest.raises(mil.UnsupportedError, match="ssm_cfg"):
         mil.convert(hybrid, mixer, [0], init="paper")
+
+
+@pytest.mark.parametrize("init", ["calibrated", "fitted"])
+@pytest.mark.parametrize("mixer", ["mamba1", "mamba2"])
+def test_a_broken_teacher_is_not_measured(mixer, init, teacher):
+    """Else the student's mixers are NaN too, or a decomposition of NaN fails."""
+    teacher.parameters()["model.layers.0.mlp.up_proj.weight"][3, 5] = np.nan
+    rows = np.random.default_rng(0).integers(0, VOCAB, (3, 30))
+    with pytest.raises(mil.NonFiniteError, match="layer 1 of the model"):
+        mil.convert(teacher, mixer, [0], init=init, calibration=rows)
