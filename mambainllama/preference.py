@@ -481,8 +481,8 @@ class PreferenceTask(Task):
         core = self.student if self.reference is None else self.reference
         self.reference_hash = weights_hash(core)
         if not self.config.store_reference:
-            if self.reference is None:
-                self.reference = copy_of(core)
+            # The model itself may have been given: it must not move along.
+            self.reference = copy_of(core) if core is self.student else core
             return
         if folder is not None:
             folder = folder / "reference"

@@ -179,14 +179,17 @@ def test_it_learns_to_prefer(model, tmp_path, store):
 
 
 def test_stored_and_computed_references_train_alike(tmp_path):
-    def run(**changes):
+    def run(itself=False, **changes):
         model = mil.load(write_llama(tmp_path / "llama", scale=1.5))
-        history = mil.dpo(model, pairs(), config(**changes), None)
+        reference = model if itself else None
+        history = mil.dpo(model, pairs(), config(**changes), None, reference=reference)
         return history.column("loss")[1], model.parameters()["model.norm.weight"].copy()
 
-    stored, computed = run(), run(store_reference=False)
-    assert stored[0] == pytest.approx(computed[0], rel=1e-5)
-    np.testing.assert_allclose(stored[1], computed[1], atol=1e-5)
+    stored = run()
+    for itself in (False, True):  # the model given as its own reference stays as it is, too
+        computed = run(itself, store_reference=False)
+        assert stored[0] == pytest.approx(computed[0], rel=1e-5)
+        np.testing.assert_allclose(stored[1], computed[1], atol=1e-5)
     normal = run(length_normalized=True)
     assert normal[0][0] == pytest.approx(np.log(2), abs=1e-5) and normal[0] != stored[0]
 
