@@ -482,8 +482,11 @@ def read_parquet(path: Path, wanted: Sequence[str]) -> Iterator[tuple[str, Any]]
             for record in block.to_pylist():
                 row += 1
                 yield f"{path}: row {row}", record
-    except pyarrow.ArrowException as error:
-        raise FormatError(f"{path}: not a parquet file ({str(error).splitlines()[0]})") from None
+    except FormatError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # whatever damage it met
+        words = " ".join(str(error).split())
+        raise FormatError(f"{path}: not a parquet file ({words})") from None
 
 
 # Columns of a data set that a record may need; all others stay on the disk.
@@ -707,10 +710,13 @@ def segments_of(record: Any, tokenizer: Any) -> tuple[Segments, bool]:
         raise BadRecord(
             f"expected an object with 'text' or 'messages', got {type(record).__name__}"
         )
-    if "messages" in record:
+    # A column that this record lacks is None in parquet files.
+    if record.get("messages") is not None:
         return chat_segments(record["messages"], tokenizer), False
     if isinstance(record.get("text"), str):
         return [(record["text"], True)], True
+    if "text" in record:
+        raise BadRecord(f"'text' must be a string, got {type(record['text']).__name__}")
     raise BadRecord(
         "expected 'text' (a string) or 'messages' (a list), found "
         f"{listing(record, 5) or 'nothing'}"

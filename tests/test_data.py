@@ -77,6 +77,17 @@ def test_parquet(tmp_path, texts):
     parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
     documents = read_documents(tmp_path / "a.parquet", Bytes(), vocab=300)
     assert [len(documents[i]) for i in range(len(texts))] == [len(t) + 2 for t in texts]
+    both = {"messages": [None, [{"role": "user", "content": "a"}]], "text": ["abc", None]}
+    parquet.write_table(pyarrow.table(both), tmp_path / "b.parquet")
+    assert len(read_documents(tmp_path / "b.parquet", Bytes(), vocab=300)) == 2
+    good = (tmp_path / "a.parquet").read_bytes()
+    for begin in range(4, len(good) - 8, 40):
+        damaged = good[:begin] + b"\xff" * 8 + good[begin + 8 :]
+        (tmp_path / "a.parquet").write_bytes(damaged)
+        try:
+            read_documents(tmp_path / "a.parquet", Bytes(), vocab=300)
+        except Error as error:
+            assert "a.parquet" in str(error) and "\n" not in str(error)
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
@@ -104,7 +115,7 @@ def test_datasets_in_memory(texts):
     assert found.fingerprint() == listed.fingerprint()
     with pytest.raises(FormatError, match="expected a column 'text' or 'messages', found .'id'"):
         read_documents(SavedRows([{"id": 1}]), Bytes(), vocab=300)
-    with pytest.raises(FormatError, match="data: row 2: expected 'text'"):
+    with pytest.raises(FormatError, match="data: row 2: 'text' must be a string"):
         read_documents(SavedRows([{"text": "fine"}, {"text": None}]), Bytes(), vocab=300)
 
 
@@ -243,11 +254,12 @@ def test_numpy_files(tmp_path):
         ('{"text": "a', "not JSON"),
         ("[1, 2]", "expected an object"),
         ('{"txt": "abc"}', "expected 'text'"),
-        ('{"text": 7}', "expected 'text'"),
+        ('{"text": 7}', "'text' must be a string, got int"),
+        ('{"messages": null}', "expected 'text' .* found messages"),
         ('{"messages": []}', "must be a list"),
         ('{"messages": [{"role": "user"}]}', "messages\\[0\\]"),
         ("[" * 100_000, "not JSON"),
-        ('{"text": %s}' % ("9" * 5000), "not JSON|expected 'text'"),  # Python 3.10 reads it
+        ('{"text": %s}' % ("9" * 5000), "not JSON|'text' must"),  # Python 3.10 reads it
     ],
 )
 def test_bad_records_are_told_by_line_or_skipped(tmp_path, line, words):
