@@ -225,7 +225,8 @@ def prompts_of(documents: Documents, count: int, longest: int) -> list[list[int]
             usable += 1
     if not prompts:
         raise ArgumentError(
-            f"no held-out document gives a prompt of 1 to {longest} tokens: name a file of prompts"
+            f"no held-out document gives a prompt of 1 to {longest} tokens: name other [report] "
+            "files, or set its prompts = 0"
         )
     chosen = np.linspace(0, usable - 1, min(usable, count)).astype(int)
     return [prompts[i] for i in dict.fromkeys(chosen.tolist())]
