@@ -42,6 +42,7 @@ from .errors import ArgumentError, FileError, FormatError, StateError, shorten
 from .history import History
 from .kept import Yardstick, prompts_of
 from .model import Model, load
+from .pairs import shared_vocabulary
 from .recipe import Recipe, StageSettings, read_recipe
 from .report import write_report
 from .stages import STAGES, Job
@@ -630,10 +631,12 @@ def planned_student(run: Run) -> str:
     from .convert import _check_convertible, attention_choice
 
     making = run.recipe.student
-    run.teacher  # noqa: B018  (opened, so that a damaged one is told)
     if "trained" in making:
-        return repr(run.load_model(making, "trained"))
+        student = run.load_model(making, "trained")
+        check_pair(run.recipe, student, run.teacher)
+        return repr(student)
     source = run.source()
+    check_pair(run.recipe, source, run.teacher)
     words = making.get("attention_layers", "half")
     if isinstance(words, str) and words.startswith("auto:"):
         return f"{words.removeprefix('auto:')} of the layers stay attention, chosen by measurement"
@@ -645,6 +648,21 @@ def planned_student(run: Run) -> str:
             replacement_plan(layers, settings.config.parts)
     count = source.config.num_layers
     return f"{count - len(kept)} of {count} layers become {making.get('mixer', 'mamba2')} mixers"
+
+
+def check_pair(recipe: Recipe, student: Model, teacher: Model) -> None:
+    """Both have the same words and, where a stage compares layer by layer, the same layers."""
+    shared_vocabulary(student, teacher)
+    ours, theirs = student.config, teacher.config
+    alike = (ours.num_layers, ours.hidden_size) == (theirs.num_layers, theirs.hidden_size)
+    for settings in recipe.stages:
+        for name in ("hidden_weight", "align_fraction"):
+            if not alike and getattr(settings.config, name, 0):
+                raise ArgumentError(
+                    f"{recipe.path}: [{settings.name}] {name} compares layer by layer: the teacher "
+                    f"has {theirs.num_layers} layers of {theirs.hidden_size}, the student "
+                    f"{ours.num_layers} of {ours.hidden_size}"
+                )
 
 
 def look_into(name: str) -> None:

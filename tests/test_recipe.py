@@ -576,6 +576,15 @@ def test_checking_finds_what_would_stop_a_run(teacher, tokens, tmp_path, monkeyp
         pipeline.check_recipe(read_recipe(path, ["student.attention_layers=[9]"]))
     with pytest.raises(mil.ArgumentError, match="must name each layer to be replaced once"):
         pipeline.check_recipe(read_recipe(path, ['stages=["stepwise"]', "stepwise.parts=[[9]]"]))
+    write_llama(tmp_path / "deep", layers=5)
+    other = ["teacher.model=deep", f"student.model={teacher}"]
+    with pytest.raises(mil.ArgumentError, match=r"\[align\] .* the teacher has 5 layers of 32"):
+        pipeline.check_recipe(read_recipe(path, other))
+    assert pipeline.check_recipe(read_recipe(path, [*other, 'stages=["sft"]']))["student"]
+    words = (tmp_path / "deep" / "tokenizer.json").read_text().replace("<|user|>", "<|human|>")
+    (tmp_path / "deep" / "tokenizer.json").write_text(words)
+    with pytest.raises(mil.ArgumentError, match="different tokenizers"):
+        pipeline.check_recipe(read_recipe(path, [*other, 'stages=["sft"]']))
     absent = pipeline.check_recipe(
         read_recipe(path, ["data.files=none.jsonl", "teacher.model=owner/name"])
     )
