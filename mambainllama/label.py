@@ -90,10 +90,7 @@ def label(
             raise StateError(
                 f"{path}: is there already; resume=True goes on, or choose another file"
             )
-        done = keep_whole_lines(path)
-        if done > len(asked):
-            raise StateError(f"{path}: holds {done} answers, but there are {len(asked)} prompts")
-        check_prompts(path, asked)
+        done = keep_answers(path, asked)
     if top_logprobs:
         # Before hours of answers, not after them.
         check_settings(teacher.core, top_logprobs, sequence_length, max_batch or 0)
@@ -183,11 +180,15 @@ def as_record(prompt: Any, answer: str) -> dict[str, Any]:
     return {"messages": [*prompt, {"role": "assistant", "content": answer}]}
 
 
+def as_line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
     before = path.stat().st_size if path.exists() else 0
     try:
         with open(path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.writelines(as_line(row) for row in rows)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -198,41 +199,49 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
         ) from None
 
 
-def keep_whole_lines(path: Path) -> int:
-    """Cuts a last line that a killed run left unfinished; returns how many lines there are."""
-    whole, lines = 0, 0
+def keep_answers(path: Path, asked: list[Any]) -> int:
+    """How many answers to these prompts a file holds. What a killed run left of a line is cut, but
+    nothing of a file that holds anything else.
+    """
+    whole, done = 0, 0
     try:
         with open(path, "rb") as file:
             for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                whole += len(line)
-                lines += 1
+                if done == len(asked):
+                    more = done + sum(rest.endswith(b"\n") for rest in (line, *file))
+                    raise StateError(f"{path}: holds {more} answers, but there are {done} prompts")
+                is_whole = line.endswith(b"\n")
+                if not (is_answer if is_whole else begins_answer)(line, asked[done]):
+                    raise StateError(
+                        f"{path}:{done + 1}: cannot resume: this is not an answer to prompt "
+                        f"{done + 1}; use the prompts that it began with, or another file"
+                    )
+                if is_whole:
+                    whole, done = whole + len(line), done + 1
         if whole < path.stat().st_size:
             os.truncate(path, whole)
     except OSError as error:
         raise FileError(f"{path}: {error.strerror}") from None
-    return lines
+    return done
 
 
-def check_prompts(path: Path, asked: list[Any]) -> None:
-    """The answers there must be those of these prompts."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for number, (line, prompt) in enumerate(zip(file, asked, strict=False), start=1):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            same = isinstance(row, Mapping) and (
-                str(row.get("text", "")).startswith(prompt)
-                if isinstance(prompt, str)
-                else isinstance(row.get("messages"), list) and row["messages"][:-1] == prompt
-            )
-            if not same:
-                raise StateError(
-                    f"{path}:{number}: cannot resume: this is not an answer to prompt {number}; "
-                    "use the prompts that it began with, or another file"
-                )
+def is_answer(line: bytes, prompt: Any) -> bool:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False
+    if not isinstance(row, Mapping):
+        return False
+    if isinstance(prompt, str):
+        return str(row.get("text", "")).startswith(prompt)
+    return isinstance(row.get("messages"), list) and row["messages"][:-1] == prompt
+
+
+def begins_answer(line: bytes, prompt: Any) -> bool:
+    """Whether the answer's line could have begun like this."""
+    whole = as_line(as_record(prompt, "")).encode()
+    known = whole[: whole.rindex(b'"')]  # up to the end of the answer, which is empty here
+    return line.startswith(known) or known.startswith(line)
 
 
 def bar(blocks: range, progress: bool) -> Any:

@@ -49,6 +49,27 @@ def test_a_stopped_run_goes_on(teacher, tmp_path, monkeypatch):
         label(teacher, PROMPTS[:2], part, resume=True)
 
 
+@pytest.mark.parametrize("tail", ["", "my words", '{"messages": [{"role": "system"'])
+def test_other_files_stay_whole(teacher, tmp_path, tail):
+    """A file that is no run's output loses nothing, whatever its last line is."""
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"prompt": "question 0"}' + tail)
+    before = path.read_bytes()
+    with pytest.raises(mil.StateError, match=r"mine\.jsonl:1: cannot resume"):
+        label(teacher, PROMPTS, path, resume=True)
+    assert path.read_bytes() == before
+
+
+def test_kills_at_every_byte(teacher, tmp_path):
+    whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
+    label(teacher, ["é", "b"], whole, max_new_tokens=2)
+    content = whole.read_bytes()
+    for length in range(0, len(content), 7):
+        part.write_bytes(content[:length])
+        label(teacher, ["é", "b"], part, resume=True, max_new_tokens=2)
+        assert part.read_bytes() == content
+
+
 def test_kinds_of_prompts(teacher, tmp_path):
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "old"}]
     path = tmp_path / "p.jsonl"
