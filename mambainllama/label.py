@@ -180,14 +180,17 @@ def as_record(prompt: Any, answer: str) -> dict[str, Any]:
     return {"messages": [*prompt, {"role": "assistant", "content": answer}]}
 
 
-def as_line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+def as_line(row: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # half of a surrogate pair in a prompt: only JSON's escapes hold it
+        return json.dumps(row).encode() + b"\n"
 
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
     before = path.stat().st_size if path.exists() else 0
     try:
-        with open(path, "a", encoding="utf-8") as file:
+        with open(path, "ab") as file:
             file.writelines(as_line(row) for row in rows)
             file.flush()
             os.fsync(file.fileno())
@@ -239,7 +242,7 @@ def is_answer(line: bytes, prompt: Any) -> bool:
 
 def begins_answer(line: bytes, prompt: Any) -> bool:
     """Whether the answer's line could have begun like this."""
-    whole = as_line(as_record(prompt, "")).encode()
+    whole = as_line(as_record(prompt, ""))
     known = whole[: whole.rindex(b'"')]  # up to the end of the answer, which is empty here
     return line.startswith(known) or known.startswith(line)
 

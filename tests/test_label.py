@@ -62,11 +62,12 @@ def test_other_files_stay_whole(teacher, tmp_path, tail):
 
 def test_kills_at_every_byte(teacher, tmp_path):
     whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
-    label(teacher, ["é", "b"], whole, max_new_tokens=2)
+    prompts = ["é", "half a pair: \ud83d"]
+    label(teacher, prompts, whole, max_new_tokens=2)
     content = whole.read_bytes()
     for length in range(0, len(content), 7):
         part.write_bytes(content[:length])
-        label(teacher, ["é", "b"], part, resume=True, max_new_tokens=2)
+        label(teacher, prompts, part, resume=True, max_new_tokens=2)
         assert part.read_bytes() == content
 
 
