@@ -229,6 +229,9 @@ class Model:
         Rows are computed packed one after another, so padding costs nothing and a row's logits are
         the same bits in any batch. There is no limit on the length beyond memory: past
         `max_position_embeddings` positions simply go on.
+
+        This pass has no KV cache. Where weights have 16 bits, a cache rounds keys and values to 16
+        bits, so the logits behind `generate` and `score` differ from these by such roundings.
         """
         tokens, offsets, length = pack(input_ids, lengths)
         counts = np.diff(offsets)
