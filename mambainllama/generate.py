@@ -341,6 +341,11 @@ def score(
     ArgumentError, DtypeError, NonFiniteError, OutOfMemoryError
         As for `generate`.
 
+    Raises
+    ------
+    NonFiniteError
+        The model's logits are NaN or infinite.
+
     Examples
     --------
     >>> [found] = mil.score(model, "Once upon a time")             # doctest: +SKIP

@@ -481,6 +481,8 @@ def test_non_finite_weights():
     model.parameters()["model.norm.weight"][3] = np.inf
     with pytest.raises(_core.NonFiniteError, match="logit of token"):
         run(model, some_prompts(3, 4))
+    with pytest.raises(_core.NonFiniteError, match="logit of token"):
+        score(model, some_prompts(3, 4))
 
 
 # ---- mil.generate -------------------------------------------------------------------------------

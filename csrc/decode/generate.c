@@ -344,7 +344,7 @@ pack_round(mil_engine *engine)
 }
 
 /* Log-probabilities of the prompt's tokens from the rows before them. */
-static void
+static mil_status
 score_prompt(const mil_engine *engine, mil_sequence *sequence, const float *logits)
 {
     int64_t vocab = engine->options.model->config.vocab;
@@ -355,6 +355,7 @@ score_prompt(const mil_engine *engine, mil_sequence *sequence, const float *logi
             break;
         }
         const float *at = logits + row * vocab;
+        MIL_TRY(mil_logits_check(at, vocab));
         double log_sum_exp = mil_log_sum_exp(at, vocab);
         g->prompt_logprobs[next] = (double)at[g->tokens[next]] - log_sum_exp;
         if (g->top > 0) {
@@ -362,6 +363,7 @@ score_prompt(const mil_engine *engine, mil_sequence *sequence, const float *logi
                                       g->prompt_top_logprobs + next * g->top);
         }
     }
+    return MIL_OK;
 }
 
 /* Reads one sequence's logits of the round; runs beside the others. */
@@ -375,7 +377,7 @@ settle(const mil_engine *engine, mil_sequence *sequence)
         return mil_speculate_settle(engine, sequence, logits);
     }
     if (sequence->request.prompt_logprobs) {
-        score_prompt(engine, sequence, logits);
+        MIL_TRY(score_prompt(engine, sequence, logits));
     }
     if (sequence->past + sequence->rows < sequence->count || sequence->request.max_new_tokens == 0) {
         return MIL_OK;

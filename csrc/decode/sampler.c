@@ -214,8 +214,8 @@ any_bad(const float *logits, int64_t vocab)
     return bad;
 }
 
-static mil_status
-check_finite(const float *logits, int64_t vocab)
+mil_status
+mil_logits_check(const float *logits, int64_t vocab)
 {
     if (any_bad(logits, vocab)) {
         int64_t at = 0;
@@ -341,7 +341,7 @@ mil_status
 mil_distribution_fill(const mil_sampling *sampling, const float *logits, const int32_t *counts, int64_t vocab,
                       mil_candidate *scratch, mil_distribution *out)
 {
-    MIL_TRY(check_finite(logits, vocab));
+    MIL_TRY(mil_logits_check(logits, vocab));
     float penalty = sampling->repetition_penalty;
     if (penalty == 1.0f) {
         counts = NULL;

@@ -86,6 +86,10 @@ int32_t
 mil_distribution_draw_rest(const mil_distribution *p, const mil_distribution *q, int64_t vocab,
                            double uniform);
 
+/* Fails (MIL_ERR_NONFINITE) where one is NaN or infinite; the message names the first. */
+mil_status
+mil_logits_check(const float *logits, int64_t vocab) MIL_MUST_CHECK;
+
 /* log sum exp(logits): a token's log-probability under the model itself, before any filter, is its logit
  * minus this.  Of float32 exponentials, so right to about 1e-7. */
 double
