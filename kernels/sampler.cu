@@ -420,18 +420,18 @@ finish_few(sampler_memory *memory, const int (&listed)[BLOCKS], int count, uint6
         key[j] = weight > 0.0f ? ~((uint64_t)token << 32 | __float_as_uint(weight)) : 0;
         most = weight > 0.0f ? i + 1 : most;
     }
-    if (threadIdx.x == 0) {
-        memory->kept = 1;
+    if (threadIdx.x == 0) { /* not `kept`, which other warps may not have read yet */
+        memory->most = 1;
     }
     __syncthreads();
     if (most > 0) {
-        atomicMax(&memory->kept, most);
+        atomicMax(&memory->most, most);
     }
     for (int j = 0; j < 4; j++) {
         memory->sorted[threadIdx.x * 4 + j] = key[j];
     }
     __syncthreads();
-    sort_keys(memory->sorted, power_of_two(memory->kept));
+    sort_keys(memory->sorted, power_of_two(memory->most));
     uint64_t mass[4], sum = 0, all;
     for (int j = 0; j < 4; j++) {
         key[j] = memory->sorted[threadIdx.x * 4 + j];

@@ -48,7 +48,7 @@ struct sampler_memory {
     uint32_t digit;
     uint64_t above, inside;
     float bound;
-    int kept, group_first, group_last, crossing;
+    int kept, group_first, group_last, crossing, most; /* of a list of few (sampler.cu) */
     union {
         uint32_t limbs[LIMBS][BINS];
         uint64_t sorted[MOST_FEW];
