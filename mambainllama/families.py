@@ -177,6 +177,8 @@ class Dense:
     default_window: int | None = None
     no_rope: bool = False
     """no_rope_layers, no_rope_layer_interval."""
+    partial_rope: bool = False
+    """Whether partial_rotary_factor counts; transformers does not look at it in the others."""
 
     def describe(self, config: Keys, model_type: str) -> Description:
         hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
@@ -189,7 +191,7 @@ class Dense:
                 f"num_key_value_heads = {kv_heads}"
             )
         count = config.size("num_hidden_layers", maximum=_MAX_LAYERS)
-        rope = canonical_rope(config.values, head_dim, config.where, self.theta)
+        rope = canonical_rope(config.values, head_dim, config.where, self.theta, self.partial_rope)
         layer = {
             "mixer": "attention",
             "heads": heads,
@@ -487,7 +489,7 @@ FAMILIES: dict[str, Dense | Pure | Mixed] = {
     "mamba2": Pure("mamba2", tied=False),
     "bamba": Mixed(
         "mamba2",
-        Dense(kv_heads=8, norm_eps=1e-5),
+        Dense(kv_heads=8, norm_eps=1e-5, partial_rope=True),
         _MIXED_NAMES,
         _listed_layers,
         rotary=0.5,

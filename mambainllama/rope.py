@@ -221,7 +221,9 @@ ROPE_TYPES = {
 }
 
 
-def canonical_rope(config: dict, head_dim: int, where: str, default_theta: float = 10000.0) -> dict:
+def canonical_rope(
+    config: dict, head_dim: int, where: str, default_theta: float = 10000.0, partial: bool = False
+) -> dict:
     """The "rope" entry of a canonical configuration (see families.py), from config.json.
 
     Parameters
@@ -229,15 +231,18 @@ def canonical_rope(config: dict, head_dim: int, where: str, default_theta: float
     config
         config.json as read.
     head_dim
-        Size of an attention head; the rotated part is head_dim * partial_rotary_factor.
+        Size of an attention head.
     where
         The file's name, for messages.
     default_theta
         The family's, where the file gives none.
+    partial
+        Whether only head_dim * partial_rotary_factor of a head is rotated, as the file says.
     """
     settings = rope_settings(config, where, default_theta)
     get = _Settings(settings, where)
-    rotary = min(head_dim * get.number("partial_rotary_factor"), 2 * head_dim + 1)
+    share = get.number("partial_rotary_factor") if partial else 1
+    rotary = min(head_dim * share, 2 * head_dim + 1)
     rotary = int(rotary)  # what is too large stays too large, but has an end
     if rotary % 2 or not 0 < rotary <= head_dim:
         raise FormatError(

@@ -281,12 +281,10 @@ def test_index_of_another_model(tmp_path):
         ({"rope_theta": -1}, "rope_theta"),
         ({"rope_theta": 1e-300}, "finite"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "layer types"),
-        ({"partial_rotary_factor": 9.0}, "rotary"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
         ({"rms_norm_eps": 10**400}, "401 digits"),
         ({"rope_theta": 10**400}, "401 digits"),
-        ({"partial_rotary_factor": 1e308}, "rotary"),
-        ({"rope_scaling": {"type": "a\nb" * 500}, "partial_rotary_factor": -1}, "partial"),
+        ({"rope_scaling": {"type": "a\nb" * 500}}, "these are"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 1e-320}}, "yarn"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 1e300},
          "trained length"),
@@ -299,6 +297,15 @@ def test_configurations(keys, word, tmp_path):
     config = {**json.loads((folder / "config.json").read_text()), **keys}
     (folder / "config.json").write_text(json.dumps(config))
     refused(folder, "model", word)
+
+
+@pytest.mark.parametrize("share", [1e308, 9.0, 0, -1, "half"])
+def test_rotated_part_of_a_head(share, tmp_path):
+    folder = tiny(tmp_path / "model", "bamba")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "default", "partial_rotary_factor": share}
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(folder, "rotary", kind=mil.FormatError)
 
 
 @pytest.mark.parametrize("expand", [1e308, -1, 0, 1e-9])

@@ -82,6 +82,9 @@ CONFIGS = {
     "llama-gelu": _dense("llama", hidden_act="gelu"),
     "llama-gelu-tanh": _dense("llama", hidden_act="gelu_pytorch_tanh"),
     "llama-relu2": _dense("llama", hidden_act="relu2"),
+    "llama-partial": _dense(
+        "llama", partial_rotary_factor=0.5
+    ),  # which transformers does not look at
     "rope-default-old": _old_rope(500000.0),
     "rope-default-new": _new_rope(500000.0),
     "rope-linear-old": _old_rope(20000.0, type="linear", factor=3.0),
