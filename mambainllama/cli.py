@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import os
 import shlex
 import sys
@@ -201,7 +202,16 @@ def show(options: argparse.Namespace, value: Any, text: str) -> None:
 def as_json(value: Any) -> str:
     """One line; characters as they are where standard output can show them all."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return json.dumps(value, ensure_ascii=not encoding.lower().startswith("utf"))
+    return json.dumps(finite(value), ensure_ascii=not encoding.lower().startswith("utf"))
+
+
+def finite(value: Any) -> Any:
+    """null in place of numbers that are not finite, for which JSON has no word."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:

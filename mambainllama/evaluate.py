@@ -190,4 +190,4 @@ def comparison(sums: Mapping[str, float]) -> Comparison:
 
 def perplexity_of(total: float, rows: float) -> float:
     mean = total / rows
-    return math.exp(mean) if mean < 700 else math.inf
+    return math.inf if mean >= 700 else math.exp(mean)

@@ -179,6 +179,18 @@ def test_convert_and_eval(capsys, teacher, tokens, tmp_path):
     )
 
 
+def test_figures_of_a_broken_model_are_json(capsys, teacher, tokens, tmp_path):
+    model = mil.load(teacher)
+    model.parameters()["model.norm.weight"][:] = np.nan
+    model.save(tmp_path / "broken")
+    assert np.isnan(mil.evaluate.perplexity(model, np.arange(8)[None]))
+    for arguments in ((), ("--teacher", teacher)):
+        status, out, _ = run(
+            capsys, "eval", tmp_path / "broken", "--data", tokens, *arguments, "--json"
+        )
+        assert status == 0 and "NaN" not in out and json.loads(out)["perplexity"] is None
+
+
 def test_layers(capsys, teacher, tokens, tmp_path):
     """Layers chosen by measurement, and a conversion that keeps the same ones."""
     calibration = ("--calibration", tokens, "--calibration-length", "16")
