@@ -143,6 +143,8 @@ def records_of(prompts: Any) -> Iterator[tuple[str, Any]]:
     """(place, prompt) of a list or of a file."""
     if isinstance(prompts, (str, os.PathLike)):
         for path in expand_paths([prompts]):
+            if path.name.endswith((".npz", ".npy", ".txt")):
+                raise ArgumentError(f"{path}: prompts come in .jsonl(.gz) or .parquet")
             yield from read_records(path, False, ("messages", "prompt", "text"))
     elif isinstance(prompts, Sequence):
         for index, prompt in enumerate(prompts):

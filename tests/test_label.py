@@ -89,6 +89,11 @@ def test_mistakes(teacher, tmp_path):
     path.write_text('{"prompt": "a"}\n{"question": "b"}\n')
     with pytest.raises(mil.FormatError, match=r"p\.jsonl:2: expected 'prompt'"):
         label(teacher, path)
+    (tmp_path / "lines.txt").write_text(
+        "one\ntwo\n"
+    )  # read as data it is one text, not two prompts
+    with pytest.raises(mil.ArgumentError, match=r"lines\.txt: prompts come in \.jsonl"):
+        label(teacher, tmp_path / "lines.txt")
     with pytest.raises(mil.FormatError, match=r"prompts\[0\]"):
         label(teacher, [[{"role": "assistant", "content": "x"}]])
     with pytest.raises(mil.ArgumentError):
