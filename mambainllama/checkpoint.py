@@ -34,7 +34,15 @@ from pathlib import Path
 import numpy as np
 
 from .dtypes import STORAGE
-from .errors import Error, FileError, FormatError, NotFoundError, listing, shorten
+from .errors import (
+    ArgumentError,
+    Error,
+    FileError,
+    FormatError,
+    NotFoundError,
+    listing,
+    shorten,
+)
 
 __all__ = [
     "Checkpoint",
@@ -486,11 +494,16 @@ def write_folder(
 
     Raises
     ------
+    ArgumentError
+        `folder` is not a name.
     FileError
         The disk is full, the place is not writeable, ...; what was there before is unharmed.
     """
-    folder = Path(os.path.abspath(Path(folder).expanduser()))
-    if folder.exists() and not folder.is_dir():
+    text = os.fspath(folder) if isinstance(folder, (str, os.PathLike)) else None
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise ArgumentError(f"save: expected the name of a folder, got {shorten(folder)}")
+    folder = Path(os.path.abspath(os.path.expanduser(text)))
+    if os.path.exists(folder) and not os.path.isdir(folder):
         raise FileError(f"{folder}: is a file; a model is saved as a folder")
     temporary = None
     try:

@@ -45,10 +45,10 @@ def find_folder(name: str | os.PathLike, revision: str | None = None) -> Path:
     text = os.fspath(name)
     if not isinstance(text, str) or not text or "\0" in text:
         raise ArgumentError(f"load: expected a folder or a Hub id, got {shorten(text)}")
-    path = Path(text).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(text))
+    if os.path.isdir(path):
         return path
-    if path.exists():
+    if os.path.exists(path):
         raise ArgumentError(
             f"{path}: is a file; give the folder that holds config.json and the weights"
         )

@@ -218,6 +218,24 @@ def test_save_onto_a_file(llama, tmp_path):
         mil.load(llama).save(tmp_path / "file")
 
 
+@pytest.mark.parametrize("name", ["", "a\0b", b"model", None, 5])
+def test_save_under_no_name(name, llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(mil.ArgumentError, match="save: expected the name of a folder"):
+        mil.load(llama).save(name)
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "~nobody-of-this-name/model"])
+def test_names_that_no_folder_can_have(name, llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = mil.load(llama)
+    with pytest.raises(mil.NotFoundError, match="no such folder"):
+        mil.load(name)
+    if name.startswith("n"):
+        with pytest.raises(mil.FileError, match="too long"):
+            model.save(name)
+
+
 def test_large_models_are_sharded(tmp_path, rng):
     tensors = {f"t{i}": (rng.random((100, 10), np.float32), "float32") for i in range(5)}
     folder = write_folder(tmp_path / "model", tensors, {"model_type": "llama"}, shard_bytes=9000)
