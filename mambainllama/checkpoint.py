@@ -571,6 +571,8 @@ def _move_into_place(temporary: Path, folder: Path) -> None:
     stale = {_SINGLE, _INDEX, "mamba_config.json"} | {
         path.name for path in folder.glob("model-*-of-*.safetensors")
     }
+    if set(COMPANION_FILES) & set(fresh):  # one model's chat template is not another's
+        stale.update(COMPANION_FILES)
     for name in stale - set(fresh):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(folder / name)

@@ -507,7 +507,7 @@ def _build(
         old_description.model_type, canonical, biases, old_description.file_name
     )
     raw = model.config.raw
-    student = Model(
+    return Model(
         description,
         parameters,
         dtypes,
@@ -515,9 +515,8 @@ def _build(
         hybrid_config(canonical, raw, mixer),
         model.companions(),
         name=f"{model.name}-{mixer}" if model.name else "",
+        tokenizer=model.tokenizer,
     )
-    student.tokenizer = model.tokenizer
-    return student
 
 
 def _mixer_part(name: str) -> tuple[int | None, str]:

@@ -87,6 +87,7 @@ class Model:
         folder: Path | None = None,
         device: str = "cpu",
         weights: str | None = None,
+        tokenizer: Tokenizer | None = None,
     ):
         table = None
         if device != "cpu":
@@ -100,8 +101,7 @@ class Model:
         self._raw, self._mamba_config = dict(config), mamba_config and dict(mamba_config)
         self._companions = companions
         self._folder = folder
-        self._tokenizer: Tokenizer | None = None
-        self._tokenizer_sought = False
+        self._tokenizer, self._tokenizer_sought = tokenizer, tokenizer is not None
         self.config = self._summary()
 
     def _summary(self) -> ModelConfig:
@@ -175,6 +175,9 @@ class Model:
 
     @tokenizer.setter
     def tokenizer(self, tokenizer: Tokenizer | None) -> None:
+        # The checkpoint's files but one are those of the tokenizer that it came with.
+        kept = "generation_config.json"
+        self._companions = {name: file for name, file in self.companions().items() if name == kept}
         self._tokenizer, self._tokenizer_sought = tokenizer, True
 
     @property

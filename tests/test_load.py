@@ -166,6 +166,26 @@ def test_save_writes_a_tokenizer_that_was_set(llama, shared, tmp_path):
     assert (again.bos_token_id, again.eos_token_id) == (1, 2)
 
 
+def test_save_writes_a_tokenizer_that_was_changed(shared, tmp_path):
+    """Also where the checkpoint came with one, whose files would be saved with the model."""
+    model = mil.load(shared / "models" / "story-llama")
+    other = mil.load(shared / "models" / "story-llama").tokenizer
+    other.chat_template = mil.chat.ChatTemplate("{{ messages[0].content }}!")
+    model.tokenizer = other
+    saved = model.save(tmp_path / "saved")
+    chat = mil.load(saved).tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}])
+    assert chat == "Hello!" and (saved / "generation_config.json").exists()
+    model.tokenizer = None
+    assert mil.load(model.save(tmp_path / "bare")).tokenizer is None
+
+
+def test_save_over_a_model_with_another_chat_template(shared, tmp_path):
+    model = mil.load(shared / "models" / "story-llama")
+    target = model.save(tmp_path / "saved")
+    (target / "chat_template.jinja").write_text("another model's")
+    assert mil.load(model.save(target)).tokenizer.chat_template is None
+
+
 def test_save_over_an_older_model(tmp_path, rng):
     """The new model is whole, the rest of the old one is gone, other files stay."""
     target = tiny_hybrid(tmp_path / "target", "mamba2", shards=3)
