@@ -19,8 +19,8 @@ import numpy as np
 from . import _core
 from .checkpoint import Checkpoint, parse_json, read_companions, write_folder
 from .devices import check_device, operator_table
-from .dtypes import check_dtype, convert
-from .errors import ArgumentError, ShapeError, shorten
+from .dtypes import check_dtype, convert, to_float32
+from .errors import ArgumentError, FormatError, ShapeError, shorten
 from .families import Description, describe, match_tensors
 from .hub import find_folder
 from .memory import check_weights
@@ -451,6 +451,26 @@ def outline(path_or_hub_id, dtype: str = "auto", revision: str | None = None) ->
     return Outline(checkpoint, description, specs, sources, dtypes)
 
 
+def _check_tied(found: Outline) -> None:
+    """Refuses a tied model whose files hold an output matrix of its own: transformers uses that one
+    where it differs, so to pass over it would be to load another model."""
+    embedding, output = found.sources["model.embed_tokens.weight"], "lm_head.weight"
+    held = found.checkpoint.tensors
+    if not found.description.canonical["tied"] or output not in held or output == embedding:
+        return
+    (a, stored), (b, other) = found.checkpoint.read(embedding), found.checkpoint.read(output)
+    parts = [slice(i, i + 4096) for i in range(0, len(a), 4096)]
+    if a.shape != b.shape or not all(
+        np.array_equal(to_float32(a[part], stored), to_float32(b[part], other), equal_nan=True)
+        for part in parts
+    ):
+        raise FormatError(
+            f"{found.checkpoint.folder}: tie_word_embeddings contradicts the tensors: {output} is "
+            f'not equal to {embedding}; if both are right, write "tie_word_embeddings": false into '
+            "config.json"
+        )
+
+
 def activation_dtype(dtypes: Mapping[str, str], weights: str | None) -> str:
     """What a GPU computes rows in: the matrices' dtype; bfloat16 where those are float32, but
     become 8 bits."""
@@ -519,6 +539,7 @@ def load(
     if weights and "model.embed_tokens.weight" not in coded(found.specs, dtypes, weights):
         dtypes["model.embed_tokens.weight"] = activation_dtype(dtypes, weights)
     check_weights(str(path_or_hub_id), device, found.specs, dtypes, weights)
+    _check_tied(found)
     parameters = {}
     for name, wanted in dtypes.items():
         array, stored = checkpoint.read(found.sources[name])

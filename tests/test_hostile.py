@@ -10,7 +10,8 @@ import struct
 
 import numpy as np
 import pytest
-from tiny_checkpoints import CONFIGS, mamba_config, tiny, tiny_hybrid
+from safetensors.numpy import load_file
+from tiny_checkpoints import CONFIGS, mamba_config, tiny, tiny_hybrid, write_file
 
 import mambainllama as mil
 
@@ -297,6 +298,19 @@ def test_configurations(keys, word, tmp_path):
     config = {**json.loads((folder / "config.json").read_text()), **keys}
     (folder / "config.json").write_text(json.dumps(config))
     refused(folder, "model", word)
+
+
+def test_tied_model_with_an_output_matrix(tmp_path):
+    """A copy of the embedding is nothing; another matrix is what transformers would use."""
+    folder = tiny(tmp_path / "model", "llama-tied")
+    want = mil.load(folder)(np.arange(5)[None])
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    write_file(folder / "model.safetensors", tensors)
+    assert np.array_equal(mil.load(folder)(np.arange(5)[None]), want)
+    tensors["lm_head.weight"][-1, -1] += 1
+    write_file(folder / "model.safetensors", tensors)
+    refused(folder, "tie_word_embeddings", "lm_head.weight", kind=mil.FormatError)
 
 
 @pytest.mark.parametrize("share", [1e308, 9.0, 0, -1, "half"])
