@@ -20,7 +20,13 @@ from . import _core
 from .checkpoint import Checkpoint, parse_json, read_companions, write_folder
 from .devices import check_device, operator_table
 from .dtypes import check_dtype, convert, to_float32
-from .errors import ArgumentError, FormatError, ShapeError, shorten
+from .errors import (
+    ArgumentError,
+    FormatError,
+    OutOfMemoryError,
+    ShapeError,
+    shorten,
+)
 from .families import Description, describe, match_tensors
 from .hub import find_folder
 from .memory import check_weights
@@ -520,7 +526,8 @@ def load(
     UnsupportedError
         A family, activation or rope type that is not supported; 8-bit weights on the CPU.
     OutOfMemoryError
-        The weights do not fit the GPU; known from the files' headers, before any is read.
+        The weights do not fit the GPU (known from the files' headers, before any is read), or their
+        copies of another dtype do not fit here.
 
     Notes
     -----
@@ -542,8 +549,14 @@ def load(
     _check_tied(found)
     parameters = {}
     for name, wanted in dtypes.items():
-        array, stored = checkpoint.read(found.sources[name])
-        parameters[name] = convert(array, stored, wanted)
+        try:
+            array, stored = checkpoint.read(found.sources[name])
+            parameters[name] = convert(array, stored, wanted)
+        except MemoryError as error:
+            raise OutOfMemoryError(
+                f"load: {folder}: no memory for {name} as {wanted} ({shorten(str(error))}); "
+                'with dtype="auto" weights stay in their files'
+            ) from None
     return Model(
         found.description,
         parameters,

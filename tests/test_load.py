@@ -256,6 +256,16 @@ def test_names_that_no_folder_can_have(name, llama, tmp_path, monkeypatch):
             model.save(name)
 
 
+def test_no_memory_for_another_dtype(llama, monkeypatch):
+    def refuse(array, dtype, to):
+        raise MemoryError("Unable to allocate 128. GiB")
+
+    monkeypatch.setattr("mambainllama.model.convert", refuse)
+    with pytest.raises(mil.OutOfMemoryError, match="embed_tokens.weight as bfloat16") as error:
+        mil.load(llama, dtype="bfloat16")
+    assert isinstance(error.value, MemoryError) and "128. GiB" in one_line(error)
+
+
 def test_large_models_are_sharded(tmp_path, rng):
     tensors = {f"t{i}": (rng.random((100, 10), np.float32), "float32") for i in range(5)}
     folder = write_folder(tmp_path / "model", tensors, {"model_type": "llama"}, shard_bytes=9000)
