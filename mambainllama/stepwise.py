@@ -41,8 +41,8 @@ from .distill import DistillConfig, distill, weights_hash
 from .errors import ArgumentError, FormatError, shorten
 from .history import History
 from .model import Model, load
-from .pairs import shared_vocabulary
-from .training import RULES, check_identity, set_aside
+from .pairs import core_of, shared_vocabulary
+from .training import RULES, check_identity, only_run, set_aside
 
 __all__ = ["AlignConfig", "StepwiseConfig", "align", "replacement_plan", "stepwise"]
 
@@ -200,53 +200,56 @@ def stepwise(
         raise ArgumentError(f"stepwise: attention_layers={kept} leaves nothing to replace")
     plan = replacement_plan(replaced, config.parts)
     folder = None if output_dir is None else Path(output_dir)
-    if folder is not None:
-        start(
-            folder,
-            resume,
-            {
-                "plan": plan,
-                "mixer": mixer,
-                "init": init,
-                "seed": seed,
-                **config.identity(),
-                "data": documents.fingerprint(),
-                "source": weights_hash(source.core),
-                "teacher": weights_hash(teacher.core),
-            },
-        )
-    student, history = source, History()
-    for number, part in enumerate(plan, start=1):
-        inside = None if folder is None else folder / f"part-{number}-of-{len(plan)}"
-        if inside is not None and (inside / "model").is_dir():
-            # Written last and renamed into place: this part is done.
-            student = load(inside / "model", device=source.device)
-            rows = History.read(inside)
-        else:
-            remaining = [i for i in student.config.attention_layers if i not in part]
-            student = convert(
-                student,
-                mixer=mixer,
-                attention_layers=remaining,
-                init=init,
-                calibration=calibration,
-                seed=seed,
+    with only_run(folder):
+        if folder is not None:
+            start(
+                folder,
+                resume,
+                {
+                    "plan": plan,
+                    "mixer": mixer,
+                    "init": init,
+                    "conversion's seed": seed,
+                    **config.identity(),
+                    "epochs": config.epochs,
+                    "max_steps": config.max_steps,
+                    "data": documents.fingerprint(),
+                    "source": weights_hash(source.core),
+                    "teacher": weights_hash(core_of(teacher)),
+                },
             )
-            rows = distill(
-                student,
-                teacher,
-                documents,
-                config,
-                inside,
-                resume=True,
-                validation=held,
-                progress=progress,
-            )
-        history += following(history, rows, number)
-    if folder is not None:
-        write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
-        student.save(folder / "model")
-    return student, history
+        student, history = source, History()
+        for number, part in enumerate(plan, start=1):
+            inside = None if folder is None else folder / f"part-{number}-of-{len(plan)}"
+            if inside is not None and (inside / "model").is_dir():
+                # Written last and renamed into place: this part is done.
+                student = load(inside / "model", device=source.device)
+                rows = History.read(inside)
+            else:
+                remaining = [i for i in student.config.attention_layers if i not in part]
+                student = convert(
+                    student,
+                    mixer=mixer,
+                    attention_layers=remaining,
+                    init=init,
+                    calibration=calibration,
+                    seed=seed,
+                )
+                rows = distill(
+                    student,
+                    teacher,
+                    documents,
+                    config,
+                    inside,
+                    resume=True,
+                    validation=held,
+                    progress=progress,
+                )
+            history += following(history, rows, number)
+        if folder is not None:
+            write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
+            student.save(folder / "model")
+        return student, history
 
 
 def read_split(
@@ -279,7 +282,6 @@ def start(folder: Path, resume: bool, identity: dict[str, Any]) -> None:
             raise FormatError(f"{record}: damaged ({error})") from None
         check_identity(folder, then, identity)
         return
-    folder.mkdir(parents=True, exist_ok=True)
     older = sorted(path.name for path in folder.glob("part-*-of-*"))
     set_aside(folder, ["model", *older], ["metrics.jsonl", "run.json"])
     write_text(record, json.dumps(identity, indent=1) + "\n")

@@ -1,5 +1,6 @@
 """Attention goes part by part, frozen weights stay, alignment learns, and killed runs go on."""
 
+import fcntl
 import json
 import random
 import subprocess
@@ -137,6 +138,7 @@ def test_a_new_run_sets_the_old_one_aside(teacher, tokens, tmp_path):
     assert again.config.attention_layers == ()
     for changes, words in (
         ({"kl_weight": 0.2}, "kl_weight was 0.1, is 0.2 now"),
+        ({"max_steps": 3}, "max_steps was 2, is 3 now"),
         ({"parts": 4}, r"plan was .* is .* now"),
     ):
         changed = config(**{"max_steps": 2, "parts": 2, **changes})
@@ -145,6 +147,19 @@ def test_a_new_run_sets_the_old_one_aside(teacher, tokens, tmp_path):
         assert "\n" not in str(caught.value)
     with pytest.raises(mil.StateError, match="data was"):
         mil.stepwise(teacher, teacher, tokens[:16], settings, tmp_path, resume=True)
+    with pytest.raises(mil.StateError, match="conversion's seed was 0, is 1 now"):
+        mil.stepwise(teacher, teacher, tokens, settings, tmp_path, resume=True, seed=1)
+
+
+def test_one_run_in_a_folder(teacher, tokens, tmp_path):
+    """A second one would move the first one's parts away."""
+    with open(tmp_path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(mil.StateError, match="another process is training in this folder"):
+            mil.stepwise(teacher, teacher, tokens, config(max_steps=1), tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(mil.FileError, match="file: File exists"):
+        mil.stepwise(teacher, teacher, tokens, config(max_steps=1), tmp_path / "file")
 
 
 def test_layers_chosen_by_measurement(teacher, tokens):
