@@ -99,8 +99,9 @@ def label(
                 f"label: output={output}: top_logprobs are stored beside it: give a file that ends "
                 "in .jsonl"
             )
-    if path is not None:
-        append(path, [])
+    if path is not None and not path.exists():
+        append(path, [])  # refused here where it cannot be written
+        path.unlink()
     rows: list[dict[str, Any]] = []
     for first in bar(range(done, len(asked), BLOCK), progress):
         block = asked[first : first + BLOCK]

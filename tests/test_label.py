@@ -115,6 +115,9 @@ def test_nothing_is_answered_that_could_not_be_kept(teacher, tmp_path, monkeypat
     monkeypatch.setattr(module, "generate", None)
     with pytest.raises(mil.FileError, match="No such file or directory"):
         label(teacher, ["a"], tmp_path / "none" / "a.jsonl")
+    with pytest.raises(TypeError):  # what stopped it left no file in the way of the next try
+        label(teacher, ["a"], tmp_path / "a.jsonl")
+    assert not list(tmp_path.iterdir())
     with pytest.raises(mil.ArgumentError, match=r"a file that ends in \.jsonl"):
         label(teacher, ["a"], tmp_path / "a.txt", top_logprobs=4)
     for settings in ({"top_logprobs": 1000}, {"top_logprobs": 4, "sequence_length": 1}):
