@@ -68,7 +68,8 @@ class TrainingConfig:
     sequence_length : int
         Tokens in a row at most; text is packed to it, longer documents are cut.
     gradient_accumulation : int
-        Passes whose gradients one optimizer step adds up: equals a batch that many times as large.
+        Passes whose gradients one optimizer step adds up: equals a batch that many times as large
+        (but that errors of hidden states and of alignment are relative to each pass's own).
     learning_rate : float
         Peak of the schedule.
     min_learning_rate : float
