@@ -25,7 +25,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -38,7 +38,7 @@ from ._version import __version__
 from .checkpointing import sweep, write_text
 from .data import Documents, expand_paths, read_documents, read_records
 from .distill import weights_hash
-from .errors import ArgumentError, FileError, FormatError, StateError, shorten
+from .errors import ArgumentError, FileError, FormatError, StateError, listing, shorten
 from .history import History
 from .kept import Yardstick, prompts_of
 from .model import Model, load
@@ -54,6 +54,11 @@ __all__ = ["Run", "check_recipe", "run_recipe"]
 
 # Data that stages make for those after them.
 MADE = ("answers.jsonl", "answers.labels", "data.labels")
+
+# Keys of which a record of text, of preferences and of prompts has at least one.
+TEXTS = ("messages", "text")
+PAIRS = ("chosen",)
+PROMPTS = ("messages", "prompt", "text")
 
 
 def run_recipe(
@@ -181,17 +186,20 @@ class Run:
         if aside is not None:
             self.say(f"moved an earlier run to {aside}")
 
-    def all_files(self) -> list[str]:
-        """Every data file that the recipe names, each once."""
-        names: list[str] = []
-        sections = [self.recipe.data, self.recipe.report]
-        sections += [settings.options for settings in self.recipe.stages]
-        for section in sections:
+    def all_files(self) -> dict[str, tuple[str, ...]]:
+        """Every data file that the recipe names, and keys of which its records have one."""
+        found: dict[str, tuple[str, ...]] = {}
+        sections = [(self.recipe.data, TEXTS), (self.recipe.report, TEXTS)]
+        for settings in self.recipe.stages:
+            pairs = "files" in settings.stage.required
+            sections.append((settings.options, PAIRS if pairs else TEXTS))
+        for section, keys in sections:
             for key in ("files", "validation", "prompts"):
                 value = section.get(key, [])
                 value = [value] if isinstance(value, str) else value
-                names += value if isinstance(value, list) else []
-        return list(dict.fromkeys(os.path.abspath(name) for name in names))
+                for name in value if isinstance(value, list) else []:
+                    found.setdefault(os.path.abspath(name), PROMPTS if key == "prompts" else keys)
+        return found
 
     # -- models and data --
 
@@ -604,9 +612,9 @@ def check_recipe(recipe: Recipe, device: str = "auto", dtype: str = "auto") -> d
     """
     run = Run(recipe, Path(recipe.output["folder"]), device, dtype, None, lambda text: None)
     missing = [name for name in run.all_files() if not os.path.exists(name)]
-    for name in run.all_files():
+    for name, keys in run.all_files().items():
         if os.path.exists(name):
-            look_into(name)
+            look_into(name, keys)
     models = [recipe.teacher["model"]]
     models += [recipe.student[key] for key in ("model", "trained") if key in recipe.student]
     absent = [name for name in models if not os.path.isdir(name)]
@@ -665,14 +673,20 @@ def check_pair(recipe: Recipe, student: Model, teacher: Model) -> None:
                 )
 
 
-def look_into(name: str) -> None:
-    """Reads the first record of a data file, to see that it is one."""
+def look_into(name: str, keys: tuple[str, ...]) -> None:
+    """Reads the first record of a data file, to see that it is one of the kind that is due."""
     for path in expand_paths([name]):
         if path.suffix in (".npy", ".npz"):
             continue
-        for place, record in read_records(path, False):
+        for place, record in read_records(path, False, keys):
             if isinstance(record, Exception):
                 raise FormatError(f"{place}: {record}")
+            found = record if isinstance(record, Mapping) else ()
+            if not any(key in found for key in keys):
+                raise FormatError(
+                    f"{place}: expected {' or '.join(map(repr, keys))}, found "
+                    f"{listing(found, 5) or type(record).__name__}"
+                )
             break
         else:
             raise FormatError(f"{path}: holds no record")

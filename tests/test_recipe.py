@@ -594,7 +594,28 @@ def test_checking_finds_what_would_stop_a_run(teacher, tokens, tmp_path, monkeyp
     bad = write(tmp_path / "bad.jsonl", "{\n")
     with pytest.raises(mil.FormatError, match=r"bad\.jsonl:1: not JSON"):
         pipeline.check_recipe(read_recipe(path, [f"data.files={bad}"]))
+    chats = write(tmp_path / "c.jsonl", '{"messages": []}\n')
+    pairs = write(tmp_path / "p.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    for change, words in (
+        (f"data.files={pairs}", r"p\.jsonl:1: expected 'messages' or 'text', found prompt, chosen"),
+        (f"dpo.files={chats}", r"c\.jsonl:1: expected 'chosen', found messages"),
+    ):
+        with pytest.raises(mil.FormatError, match=words):
+            stage = change.partition(".")[0].replace("data", "distill")
+            pipeline.check_recipe(read_recipe(path, [f'stages=["{stage}"]', change]))
+    fine = [f"dpo.files={pairs}", f"label.prompts={pairs}", 'stages=["label", "dpo"]']
+    assert pipeline.check_recipe(read_recipe(path, fine))["student"]
     assert not (tmp_path / "run").exists()
+
+
+def test_checking_pairs_in_parquet(teacher, tokens, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    import pyarrow.parquet as parquet
+
+    table = pyarrow.table({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]})
+    parquet.write_table(table, tmp_path / "p.parquet")
+    changes = ['stages=["dpo"]', "dpo.files=p.parquet"]
+    assert pipeline.check_recipe(read_recipe(small(tmp_path, teacher, tokens), changes))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=[str(p.relative_to(RECIPES)) for p in SHIPPED])
