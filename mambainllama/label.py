@@ -83,6 +83,8 @@ def label(
             raise ArgumentError(f"label: {name}={shorten(value)}: expected a whole number")
     chats = teacher.tokenizer.chat_template is not None
     asked = [as_prompt(place, record, chats) for place, record in records_of(prompts)]
+    if not asked and isinstance(prompts, (str, os.PathLike)):
+        raise FormatError(f"{prompts}: holds no prompt")
     done = 0
     path = None if output is None else Path(output)
     if path is not None and path.exists():

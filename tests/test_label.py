@@ -89,6 +89,9 @@ def test_mistakes(teacher, tmp_path):
     path.write_text('{"prompt": "a"}\n{"question": "b"}\n')
     with pytest.raises(mil.FormatError, match=r"p\.jsonl:2: expected 'prompt'"):
         label(teacher, path)
+    (tmp_path / "none.jsonl").write_text("")
+    with pytest.raises(mil.FormatError, match=r"none\.jsonl: holds no prompt"):
+        label(teacher, tmp_path / "none.jsonl")
     (tmp_path / "lines.txt").write_text(
         "one\ntwo\n"
     )  # read as data it is one text, not two prompts
