@@ -1105,6 +1105,8 @@ def add_demo(commands: Any, common: Any) -> None:
 def run_demo(options: argparse.Namespace) -> None:
     from .demo import run
 
+    if options.device not in ("auto", "cpu") or options.dtype not in ("auto", "float32"):
+        raise ArgumentError("trains on the CPU in float32: leave --device and --dtype away")
     found = run(options.output, quick=options.quick, seed=options.seed, quiet=options.json)
     if options.json:
         show(options, found, "")

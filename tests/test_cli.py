@@ -119,6 +119,8 @@ def test_errors_are_one_line(capsys, tmp_path, teacher, tokens):
         ("generate", teacher, "hello", "--draft-tokens", "99"),
         ("eval", teacher, "--data", tmp_path / "none.jsonl"),
         ("bench", teacher, "--lengths", "0"),
+        ("demo", "--device", "cuda"),
+        ("demo", "--dtype", "bfloat16"),
         ("info", teacher, "--batch", "0"),
         ("info", teacher, "--context", "0"),
         ("info", teacher, "--weights", "int8"),
