@@ -58,11 +58,11 @@ def finish(figure: Any, path: str | os.PathLike | None) -> Any:
 
 
 def log_ticks(ax: Any) -> None:
-    """A logarithmic axis labelled at 1, 2 and 5 of each decade."""
+    """A logarithmic axis labelled at 1, 2, 3 and 5 of each decade."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter("{x:g}")
 
@@ -116,6 +116,8 @@ def plot_history(histories: Any, path: str | os.PathLike | None = None) -> Any:
                 color=colour,
                 markersize=5,
                 markerfacecolor="white",
+                clip_on=False,  # the one at 0 stands on the frame
+                zorder=3,
                 label=f"{name}held out",
             )
     log_ticks(ax)
