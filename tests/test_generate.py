@@ -476,6 +476,33 @@ def test_error_messages(hybrid, request_, words):
     assert "\n" not in str(caught.value)
 
 
+def test_requests_that_change_while_they_are_read(hybrid):
+    """Numbers may be objects with code of their own; what was given first is what counts."""
+
+    class Two:
+        def __init__(self, forget):
+            self.forget = forget
+
+        def __index__(self):
+            self.forget()
+            return 2
+
+    requests = []
+    first = {"prompt": [1, 2], "max_new_tokens": Two(requests.clear), "state": hybrid.state()}
+    requests += [first, {"prompt": [3], "max_new_tokens": 1}]
+    second = {"prompt": [1, 2], "state": hybrid.state()}
+    second["max_new_tokens"] = Two(second.clear)
+    expected = run(hybrid, [[1, 2]], {"max_new_tokens": 2})[0]["tokens"].tolist()
+    found = [*_core.generate(hybrid, requests), *_core.generate(hybrid, [second])]
+    assert [f["tokens"].size for f in found] == [2, 1, 2]
+    assert found[0]["tokens"].tolist() == found[2]["tokens"].tolist() == expected
+    assert requests == [] and second == {}
+    layers = [dict(layer) for layer in hybrid.config["layers"]]
+    config = {**hybrid.config, "layers": layers}
+    layers[0]["conv_width"] = Two(layers.clear)
+    assert len(_core.Model.parameter_specs(config)) > len(layers) == 0
+
+
 def test_non_finite_weights():
     model = build(KINDS["transformer"])
     model.parameters()["model.norm.weight"][3] = np.inf

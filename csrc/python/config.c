@@ -9,7 +9,7 @@
 
 typedef struct reader {
     core_state *core;
-    PyObject *dict;
+    PyObject *dict;   /* own copy: what stands for a number may run Python, which may change the caller's */
     const char *what; /* "config", "config['layers'][3]" in messages */
     Py_ssize_t found;
     bool failed;
@@ -121,29 +121,36 @@ get_floats(reader *r, const char *key, int64_t count, mil_arena *arena)
 
 /* Refuses keys that nobody asked for. */
 static int
+check_known(reader *r)
+{
+    Py_ssize_t unknown = PyDict_GET_SIZE(r->dict) - r->found;
+    if (!r->failed && unknown > 0) {
+        core_raise_format(r->core, MIL_ERR_VALUE,
+                          "%s has %zd keys that are not known; the known ones are the fields in model.h",
+                          r->what, unknown);
+        r->failed = true;
+    }
+    return r->failed ? -1 : 0;
+}
+
+static int
 finish(reader *r)
 {
-    if (r->failed) {
-        return -1;
-    }
-    if (r->found == PyDict_GET_SIZE(r->dict)) {
-        return 0;
-    }
-    core_raise_format(r->core, MIL_ERR_VALUE,
-                      "%s has %zd keys that are not known; the known ones are the fields in model.h", r->what,
-                      PyDict_GET_SIZE(r->dict) - r->found);
-    return -1;
+    int failed = check_known(r);
+    Py_CLEAR(r->dict);
+    return failed;
 }
 
 static int
 begin(core_state *core, PyObject *object, const char *what, reader *r)
 {
-    *r = (reader){.core = core, .dict = object, .what = what};
+    *r = (reader){.core = core, .what = what};
     if (!PyDict_Check(object)) {
         core_raise_format(core, MIL_ERR_DTYPE, "%s is a %.80s, not a dict", what, Py_TYPE(object)->tp_name);
         return -1;
     }
-    return 0;
+    r->dict = PyDict_Copy(object);
+    return r->dict == NULL ? -1 : 0;
 }
 
 static int
@@ -200,15 +207,16 @@ read_layers(core_state *core, PyObject *list, mil_arena *arena, mil_model_config
         return -1;
     }
     config->layers = layers;
-    for (int64_t i = 0; i < config->layer_count; i++) {
+    PyObject *own = PyList_AsTuple(list);
+    int failed = own == NULL ? -1 : 0;
+    for (int64_t i = 0; i < config->layer_count && !failed; i++) {
         char what[48];
         snprintf(what, sizeof what, "config: layers[%lld]", (long long)i);
         layers[i] = (mil_layer_config){0};
-        if (read_layer(core, PyList_GET_ITEM(list, i), what, &layers[i]) < 0) {
-            return -1;
-        }
+        failed = read_layer(core, PyTuple_GET_ITEM(own, i), what, &layers[i]);
     }
-    return 0;
+    Py_XDECREF(own);
+    return failed;
 }
 
 static int
@@ -226,7 +234,7 @@ read_rope(core_state *core, PyObject *dict, mil_arena *arena, mil_rope_config *r
     if (!r.failed && (rope->rotary < 0 || rope->rotary % 2 != 0)) {
         core_raise_format(core, MIL_ERR_VALUE, "config: rope: rotary = %lld is not an even size",
                           (long long)rope->rotary);
-        return -1;
+        r.failed = true;
     }
     rope->inv_freq = get_floats(&r, "inv_freq", rope->rotary / 2, arena);
     rope->long_inv_freq = get_floats(&r, "long_inv_freq", rope->rotary / 2, arena);
@@ -253,8 +261,9 @@ core_read_config(core_state *core, PyObject *dict, mil_arena *arena, mil_model_c
         .logit_scale = get_float(&r, "logit_scale", 1),
     };
     PyObject *rope = get(&r, "rope"), *layers = get(&r, "layers");
-    if (finish(&r) < 0 || read_rope(core, rope, arena, &config->rope) < 0) {
-        return -1;
+    if (check_known(&r) < 0 || read_rope(core, rope, arena, &config->rope) < 0 ||
+        read_layers(core, layers, arena, config) < 0) {
+        r.failed = true;
     }
-    return read_layers(core, layers, arena, config);
+    return finish(&r);
 }

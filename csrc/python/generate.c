@@ -214,15 +214,10 @@ read_origin(generate_call *call, reader *r)
     return origin;
 }
 
-/* Reads one dict and hands it to the engine. */
+/* Reads a request's dict, which nobody else holds, and hands it to the engine. */
 static int
-submit(generate_call *call, PyObject *dict)
+submit_own(generate_call *call, PyObject *dict)
 {
-    if (!PyDict_Check(dict)) {
-        core_raise_format(call->core, MIL_ERR_DTYPE, "generate: a request is a dict, not %.80s",
-                          Py_TYPE(dict)->tp_name);
-        return -1;
-    }
     reader r = {.core = call->core, .dict = dict};
     mil_request request = {.tag = call->next_tag, .sampling = MIL_SAMPLING_DEFAULT};
     PyObject *prompt = NULL, *stop = NULL, *state = NULL, *draft_state = NULL;
@@ -276,6 +271,21 @@ done:
     return failed;
 }
 
+/* The same for a dict of the caller's: what stands for a number may run Python, which may change the dict. */
+static int
+submit(generate_call *call, PyObject *dict)
+{
+    if (!PyDict_Check(dict)) {
+        core_raise_format(call->core, MIL_ERR_DTYPE, "generate: a request is a dict, not %.80s",
+                          Py_TYPE(dict)->tp_name);
+        return -1;
+    }
+    PyObject *own = PyDict_Copy(dict);
+    int failed = own == NULL ? -1 : submit_own(call, own);
+    Py_XDECREF(own);
+    return failed;
+}
+
 /* A request that came by `more` and makes no sense is its sender's affair: on_finish gets the exception, and
  * the others go on. Anything but an exception of ours ends the call. */
 static int
@@ -298,13 +308,13 @@ report_refusal(generate_call *call)
 static int
 submit_all(generate_call *call, PyObject *requests)
 {
-    PyObject *list = PySequence_Fast(requests, "generate: requests must be a list of dicts");
+    PyObject *list = PySequence_Tuple(requests);
     if (list == NULL) {
         return -1;
     }
     int failed = 0;
-    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(list) && !failed; i++) {
-        failed = submit(call, PySequence_Fast_GET_ITEM(list, i));
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(list) && !failed; i++) {
+        failed = submit(call, PyTuple_GET_ITEM(list, i));
         if (failed && call->more != NULL) {
             failed = report_refusal(call);
         }

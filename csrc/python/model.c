@@ -683,21 +683,21 @@ take_captures(forward_call *call, PyObject *object)
     if (object == NULL || object == Py_None) {
         return 0;
     }
-    PyObject *items = PySequence_Fast(object, "forward: capture is not a list");
+    PyObject *items = PySequence_Tuple(object);
     call->captured = PyList_New(0);
     if (items == NULL || call->captured == NULL) {
         Py_XDECREF(items);
         return -1;
     }
     mil_capture *captures;
-    int64_t count = PySequence_Fast_GET_SIZE(items);
+    int64_t count = PyTuple_GET_SIZE(items);
     int result = 0;
     if (MIL_PUSH(&call->memory, count, mil_capture, &captures) != MIL_OK) {
         core_raise(call->core, MIL_ERR_MEMORY);
         result = -1;
     }
     for (int64_t i = 0; i < count && result == 0; i++) {
-        result = take_capture(call, PySequence_Fast_GET_ITEM(items, i), &captures[i]);
+        result = take_capture(call, PyTuple_GET_ITEM(items, i), &captures[i]);
     }
     Py_DECREF(items);
     call->arguments.captures = captures;
