@@ -227,6 +227,28 @@ def test_company_changes_nothing(draft_kind):
 # ---- how many drafts ----------------------------------------------------------------------------
 
 
+def test_a_draft_reads_beside_the_others():
+    """While the draft model reads a long prompt, the other texts go on, and nothing changes."""
+    model, draft = build(KINDS["mamba2 hybrid"]), build(KINDS["mamba1 hybrid"], seed=1)
+    options = {"max_new_tokens": 60, "draft_tokens": 3, "fixed_draft": True, "temperature": 1.0}
+    prompts = some_prompts(400, 5)
+    requests = [{"prompt": prompt, **options} for prompt in prompts]
+    heard = []
+    found = _core.generate(
+        model,
+        requests,
+        draft=draft,
+        prefill_rows=16,
+        on_tokens=lambda index, tokens: heard.append(index),
+    )
+    first, second = [at for at, index in enumerate(heard) if index == 0][:2]
+    assert second - first > 10  # 400 tokens are 25 passes of 16
+    for request, one in zip(requests, found, strict=True):
+        [alone] = _core.generate(model, [request], draft=draft)
+        assert alone["tokens"].tolist() == one["tokens"].tolist()
+        assert alone["stats"]["rounds"] == one["stats"]["rounds"]
+
+
 def test_number_of_drafts_follows_acceptance():
     model = build(KINDS["mamba2 hybrid"], seed=7)
     prompts = some_prompts(20, 30)

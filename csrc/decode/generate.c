@@ -332,6 +332,9 @@ pack_round(mil_engine *engine)
         if (sequence->generation.finish != MIL_RUNNING) {
             continue;
         }
+        if (sequence->reading) {
+            continue;
+        }
         if (sequence->generation.count > 0) {
             int64_t rows = 1 + sequence->drafted;
             MIL_TRY(mil_pack_add(engine, sequence, sequence->state, rows, rows, false));
@@ -429,7 +432,8 @@ plan_round(mil_engine *engine)
     for (int64_t i = 0; i < engine->running_count; i++) {
         mil_sequence *sequence = engine->running[i];
         sequence->fresh = 0;
-        sequence->wanted = sequence->drafted = 0;
+        sequence->drafted = 0;
+        sequence->wanted = sequence->reading ? sequence->wanted : 0;
         if (sequence->generation.finish != MIL_RUNNING) {
             continue;
         }

@@ -31,6 +31,7 @@ struct mil_sequence {
     double offered;                      /* share of recent rounds that had any, likewise */
     int64_t depth;                       /* drafts a round wherever the text's end allows them */
     int64_t quiet;                       /* rounds since the last speculation */
+    bool reading;                        /* it waits for the draft model, which still reads the text */
     bool undraftable;                    /* the text holds a token that the draft model does not know */
 
     /* this round's rows */

@@ -303,6 +303,9 @@ mil_speculate_plan(mil_engine *engine)
     int64_t together = engine->together ? depth_together(engine) : 0;
     for (int64_t i = 0; i < engine->running_count; i++) {
         mil_sequence *sequence = engine->running[i];
+        if (sequence->reading) {
+            continue; /* its number is decided */
+        }
         sequence->depth = 0;
         if (!is_decoding(sequence) || sequence->undraftable) {
             continue;
@@ -379,7 +382,7 @@ draft_pass(mil_engine *engine, mil_context *context, int64_t most, int64_t *left
     mil_pack_begin(engine);
     for (int64_t i = 0; i < engine->running_count; i++) {
         mil_sequence *sequence = engine->running[i];
-        if (sequence->drafted < sequence->wanted) {
+        if (sequence->drafted < sequence->wanted && !sequence->reading) {
             int64_t unread = sequence->count + sequence->drafted - sequence->draft_state->length;
             bool whole = mil_rope_changes(&engine->options.draft->config.rope);
             int64_t rows = whole ? unread : smaller(unread, most);
@@ -397,6 +400,34 @@ draft_pass(mil_engine *engine, mil_context *context, int64_t most, int64_t *left
     return mil_pack_each(engine, context, draw_draft);
 }
 
+/* What the draft model has to read before its first draft, a prompt mostly, may be much. It reads a pass of it a round:
+ * the other texts go on meanwhile, and the caller is heard. Where little is lacking it is read with the drafts. */
+static mil_status
+catch_up(mil_engine *engine, mil_context *context)
+{
+    const mil_model *draft = engine->options.draft;
+    int64_t left = engine->options.prefill_rows;
+    bool whole = mil_rope_changes(&draft->config.rope);
+    mil_sequence *first = NULL;
+    for (int64_t i = 0; i < engine->running_count; i++) {
+        mil_sequence *sequence = engine->running[i];
+        int64_t unread = sequence->wanted > 0 ? sequence->count - sequence->draft_state->length : 0;
+        sequence->reading = unread > MIL_WINDOW && unread > left && !whole;
+        if (sequence->reading) {
+            first = first == NULL ? sequence : first;
+        }
+        else if (unread > MIL_WINDOW) {
+            left -= smaller(unread, left);
+        }
+    }
+    if (first == NULL || left == 0) {
+        return MIL_OK;
+    }
+    mil_pack_begin(engine);
+    MIL_TRY(mil_pack_add(engine, first, first->draft_state, left, 0, false));
+    return mil_pack_run(engine, context, draft);
+}
+
 mil_status
 mil_speculate_draft(mil_engine *engine, mil_context *context)
 {
@@ -409,6 +440,9 @@ mil_speculate_draft(mil_engine *engine, mil_context *context)
         return MIL_OK;
     }
     int64_t left = engine->options.draft_kind == MIL_DRAFT_MODEL;
+    if (left > 0) {
+        MIL_TRY(catch_up(engine, context));
+    }
     while (left > 0) {
         MIL_TRY(draft_pass(engine, context, engine->options.prefill_rows, &left));
     }
