@@ -258,6 +258,12 @@ WRONG = {
         lambda: ops.linear_forward(Tensor(random(5, 40)[:, 1:17]), Tensor(W)),
         mil.ArgumentError, "x begins at an address that is no multiple of 16 bytes",
     ),
+    "unaligned state": (
+        lambda: ops.conv1d_forward(
+            Tensor(X), Tensor(random(16, 4)), states=[{"conv": Tensor(random(35 * 16 + 1)[1:])}]
+        ),
+        mil.ArgumentError, r'states\[0\]\["conv"\] begins at an address that is no multiple of 16',
+    ),
     "index": (lambda: ops.gather_rows(Tensor(X), [9]), mil.ArgumentError, r"index\[0\] = 9"),
     "stream": (
         lambda: ops.linear_forward(Tensor(X), Tensor(W), stream=0), mil.ArgumentError, "stream = 0",

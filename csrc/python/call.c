@@ -841,6 +841,16 @@ call_list_weight(core_call *call, const char *name, int64_t index, const char *d
                        false, &list);
 }
 
+void
+call_check_begin(core_call *call, const void *data, const char *name)
+{
+    if (call->place >= 0 && (uintptr_t)data % 16 != 0) {
+        call_fail(call, MIL_ERR_VALUE,
+                  "%s: %s begins at an address that is no multiple of 16 bytes: pass a contiguous copy",
+                  call->operator, name);
+    }
+}
+
 /* A C-contiguous array of *count elements (0: any number, then told) in any shape.  Float32, or with
  * `dtype` any weight type. */
 static void *
@@ -1113,7 +1123,9 @@ state_entry(core_call *call, PyObject *dict, int64_t sequence, const char *key, 
     }
     char name[64];
     snprintf(name, sizeof name, "states[%lld][\"%s\"]", (long long)sequence, key);
-    return bind_flat(call, object, name, NULL, NULL, true, &count);
+    float *data = bind_flat(call, object, name, NULL, NULL, true, &count);
+    call_check_begin(call, data, name);
+    return data;
 }
 
 static void

@@ -163,6 +163,9 @@ call_float_output(core_call *call, const char *key, const char *sizes, ...);
 /* A result that is always a new array; float32 on any device. */
 float *
 call_fresh(core_call *call, const char *key, const char *sizes, ...);
+/* Fails where an array of a device begins at no multiple of 16 bytes: its kernels, or its libraries, read so many at once. */
+void
+call_check_begin(core_call *call, const void *data, const char *name);
 /* Rows of activations from one array into another, unless they are the same; after call_ready. */
 void
 call_copy_rows(core_call *call, int64_t rows, int64_t width, const void *from, int64_t from_stride, void *to,

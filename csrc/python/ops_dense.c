@@ -22,11 +22,7 @@ check_device_product(core_call *call, const mil_linear *a)
     const void *pointers[] = {a->x, a->weight, a->y};
     static const char *const names[] = {"x", "weight", "out"};
     for (int i = 0; i < 3; i++) {
-        if ((uintptr_t)pointers[i] % 16 != 0) {
-            call_fail(call, MIL_ERR_VALUE,
-                      "%s: %s begins at an address that is no multiple of 16 bytes: pass a contiguous copy",
-                      call->operator, names[i]);
-        }
+        call_check_begin(call, pointers[i], names[i]);
     }
 }
 
