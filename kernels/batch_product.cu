@@ -455,17 +455,9 @@ output_of(const mil_linear *p, int first_tile)
 static batch_arguments
 arguments_of(const mil_linear *products, int64_t count, int tile_outputs)
 {
-    batch_arguments a = {};
-    a.rows = (int)products->rows;
-    a.in = (int)products->in;
-    a.count = (int)count;
-    a.x = products->x;
-    a.x_stride = products->x_stride;
-    for (int64_t i = 0; i < count; i++) {
-        a.outputs[i] = output_of(&products[i], a.tiles);
-        a.tiles += (int)mil_ceil_div(products[i].out, tile_outputs);
-    }
-    return a;
+    return mil_product_arguments<batch_arguments>(
+        products, count, tile_outputs,
+        [](const mil_linear *p, int first_tile) { return output_of(p, first_tile); });
 }
 
 mil_status

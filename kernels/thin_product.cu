@@ -231,17 +231,8 @@ output_of(const mil_linear *p, int first_tile)
 static thin_arguments
 arguments_of(const mil_linear *products, int64_t count)
 {
-    thin_arguments a = {};
-    a.rows = (int)products->rows;
-    a.in = (int)products->in;
-    a.count = (int)count;
-    a.x = products->x;
-    a.x_stride = products->x_stride;
-    for (int64_t i = 0; i < count; i++) {
-        a.outputs[i] = output_of(&products[i], a.tiles);
-        a.tiles += (int)mil_ceil_div(products[i].out, TILE);
-    }
-    return a;
+    return mil_product_arguments<thin_arguments>(
+        products, count, TILE, [](const mil_linear *p, int first_tile) { return output_of(p, first_tile); });
 }
 
 template <typename T, typename W, bool NORMED, bool GATED>

@@ -15,6 +15,25 @@ mil_gate_fits(const mil_linear *products, int64_t count, const mil_glu *gate)
            gate->gate == products[1].y && !products[0].accumulate && !products[1].accumulate;
 }
 
+/* The arguments of one launch for products of one x, in tiles of so many outputs; output_of(product, first tile) is what
+ * they hold of each. */
+template <typename Arguments, typename Output>
+static inline Arguments
+mil_product_arguments(const mil_linear *products, int64_t count, int tile_outputs, Output output_of)
+{
+    Arguments a = {};
+    a.rows = (int)products->rows;
+    a.in = (int)products->in;
+    a.count = (int)count;
+    a.x = products->x;
+    a.x_stride = products->x_stride;
+    for (int64_t i = 0; i < count; i++) {
+        a.outputs[i] = output_of(&products[i], a.tiles);
+        a.tiles += (int)mil_ceil_div(products[i].out, tile_outputs);
+    }
+    return a;
+}
+
 /* Whether the kernels can read these operands: types agree, rows start at multiples of 16 bytes. */
 bool
 mil_thin_product_fits(const mil_context *context, const mil_linear *product);
