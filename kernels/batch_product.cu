@@ -424,7 +424,7 @@ mil_batch_product_fits(const mil_context *context, const mil_linear *products, i
     if (count > MIL_BATCH_PRODUCTS || context->ops->activation_dtype == MIL_F32 ||
         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, context->ops->device) !=
             cudaSuccess ||
-        major != 9) {
+        major != 9 || mil_find_panel_encoder() == NULL) {
         return false;
     }
     bool fits = true;
