@@ -5,11 +5,12 @@
  *
  *   ssd [prompts of this shape alone]
  */
+#include "ssd_sizes.h"
 #include "timing.h"
 
 typedef struct ssd_shape {
     const char *name;
-    int64_t heads, head_dim, state_dim, x_heads, B_groups, C_groups;
+    ssd_sizes sizes;
 } ssd_shape;
 
 static double copy_rate;
@@ -25,12 +26,13 @@ report(const ssd_shape *s, const char *op, int64_t sequences, int64_t count, int
 
 /* `layers` sets of arrays, so that all of them together are well above the second-level cache. */
 static void
-time_shape(harness *h, const ssd_shape *s, int64_t sequences, int64_t count, int64_t tail, bool stateful)
+time_shape(harness *h, const ssd_shape *shape, int64_t sequences, int64_t count, int64_t tail, bool stateful)
 {
     enum { MOST = 48 };
+    const ssd_sizes *s = &shape->sizes;
     const int64_t rows_count = sequences * count, x = s->x_heads * s->head_dim,
                   B = s->B_groups * s->state_dim;
-    const int64_t C = s->C_groups * s->state_dim, conv = x + B + C, y = s->heads * s->head_dim;
+    const int64_t conv = ssd_width(s), y = s->heads * s->head_dim;
     const int64_t state = y * s->state_dim;
     double set =
         (double)rows_count * (double)(2 * conv + y) * 2 + (stateful ? (double)(sequences * state) * 4 : 0);
@@ -53,37 +55,25 @@ time_shape(harness *h, const ssd_shape *s, int64_t sequences, int64_t count, int
         c.silu = true;
         c.y = timing_array(h, rows_count * conv, act, 1);
         c.states = states;
-        mil_ssd a = {};
+        mil_ssd a = ssd_of(s, c.x, conv, 2);
         a.rows = rows;
-        a.heads = s->heads;
-        a.head_dim = s->head_dim;
-        a.state_dim = s->state_dim;
-        a.x_heads = s->x_heads;
-        a.B_groups = s->B_groups;
-        a.C_groups = s->C_groups;
-        a.x = c.x;
-        a.B = (const char *)c.x + x * 2;
-        a.C = (const char *)c.x + (x + B) * 2;
-        a.x_stride = a.B_stride = a.C_stride = conv;
         a.dt = timing_array(h, rows_count * s->heads, act, 1);
         a.dt_stride = s->heads;
         a.dt_bias = (const float *)timing_array(h, s->heads, MIL_F32, 1);
         a.A_log = (const float *)timing_array(h, s->heads, MIL_F32, 1);
         a.D = (const float *)timing_array(h, s->heads, MIL_F32, 1);
-        a.dt_max = INFINITY;
         a.y = timing_array(h, rows_count * y, act, 1);
-        a.y_stride = y;
         a.states = states;
         convs[i] = c;
         ssds[i] = a;
     }
     double seconds =
         timing_of(h, layers, [&](int i) { return h->gpu.ops->conv1d_forward(&h->gpu, &convs[i]); });
-    report(s, "conv", sequences, count, tail, seconds,
+    report(shape, "conv", sequences, count, tail, seconds,
            (double)rows_count * (double)conv * 4 +
                (stateful ? (double)(sequences * conv) * (3 + (double)count) * 4 : 0));
     seconds = timing_of(h, layers, [&](int i) { return h->gpu.ops->ssd_forward(&h->gpu, &ssds[i]); });
-    report(s, "ssd", sequences, count, tail, seconds,
+    report(shape, "ssd", sequences, count, tail, seconds,
            (double)rows_count * (double)(conv + y + s->heads) * 2 +
                (stateful ? (double)(sequences * state) * 4 : 0));
     for (int i = 0; i < layers; i++) {
@@ -109,8 +99,9 @@ time_shape(harness *h, const ssd_shape *s, int64_t sequences, int64_t count, int
 int
 main(int argc, char **argv)
 {
-    static const ssd_shape shapes[] = {
-        {"8B", 32, 128, 128, 8, 8, 32}, {"2.7B", 80, 64, 128, 80, 1, 1}, {"issue", 32, 128, 128, 32, 1, 1}};
+    static const ssd_shape shapes[] = {{"8B", {32, 128, 128, 8, 8, 32}},
+                                       {"2.7B", {80, 64, 128, 80, 1, 1}},
+                                       {"issue", {32, 128, 128, 32, 1, 1}}};
     static harness h;
     harness_begin(&h, MIL_BF16);
     copy_rate = timing_copy_rate(&h);

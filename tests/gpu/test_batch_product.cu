@@ -1,23 +1,10 @@
 /* Products of some tens of rows: CUDA against the CPU, a row's bits in any company, and gates that go along. */
-#include "harness.h"
+#include "products.h"
 
 static double
 tolerance_of(const harness *h)
 {
     return h->act == MIL_F16 ? 2e-3 : 1.6e-2; /* two roundings of the output */
-}
-
-static mil_linear
-linear_of(int64_t rows, int64_t in, int64_t out, mil_dtype dtype)
-{
-    mil_linear l = {};
-    l.rows = rows;
-    l.in = in;
-    l.out = out;
-    l.x_stride = in;
-    l.y_stride = out;
-    l.dtype = dtype;
-    return l;
 }
 
 enum { PRODUCTS = 3 };
@@ -34,7 +21,7 @@ test_products(harness *h, int64_t rows, int64_t in, int64_t out, bool bias, bool
     for (int i = 0; i < PRODUCTS; i++) {
         w[i] = harness_random(h, widths[i] * in, 1.0f);
         b[i] = harness_random_of(h, widths[i], 1.0f, MIL_F32);
-        l[i] = linear_of(rows, in, widths[i], MIL_F32);
+        l[i] = products_linear(rows, in, widths[i], MIL_F32);
         l[i].x_stride = x_stride;
         l[i].y_stride = widths[i] + i;
         /* No NaN of an empty array between the rows: nobody writes there. */
@@ -72,7 +59,7 @@ test_bits(harness *h, int64_t in, int64_t out)
     static const int64_t counts[] = {18, 24, 32, 33, 40, 57, 64};
     harness_array x = harness_random(h, 64 * in, 1.0f), w = harness_random(h, out * in, 1.0f);
     harness_array few = harness_empty(h, 17 * out);
-    mil_linear l = linear_of(17, in, out, h->act);
+    mil_linear l = products_linear(17, in, out, h->act);
     l.x = x.gpu;
     l.weight = w.gpu;
     l.y = few.gpu;
@@ -87,48 +74,10 @@ test_bits(harness *h, int64_t in, int64_t out)
     harness_reset(h);
 }
 
-/* norm, up, gate and their product, in two launches and in four: the same bits. */
 static void
 test_gate(harness *h, int64_t rows, int64_t in, int64_t out, bool bias)
 {
-    harness_array x = harness_random(h, rows * in, 2.0f), w = harness_random(h, 2 * out * in, 0.3f);
-    harness_array scale = harness_random_of(h, in, 1.0f, MIL_F32),
-                  b = harness_random_of(h, out, 1.0f, MIL_F32), results[2];
-    for (int fused = 0; fused < 2; fused++) {
-        harness_array u = harness_empty(h, rows * in), up = harness_empty(h, rows * out),
-                      gate = harness_empty(h, rows * out);
-        results[fused] = harness_empty(h, rows * out);
-        mil_norm n = {};
-        n.rows = rows;
-        n.width = n.group = n.x_stride = n.y_stride = in;
-        n.x = x.gpu;
-        n.weight = (const float *)scale.gpu;
-        n.eps = 1e-5f;
-        n.y = u.gpu;
-        mil_linear pair[2] = {linear_of(rows, in, out, h->act), linear_of(rows, in, out, h->act)};
-        for (int i = 0; i < 2; i++) {
-            pair[i].x = u.gpu;
-            pair[i].weight = (char *)w.gpu + i * out * in * (int64_t)mil_dtype_size(h->act);
-            pair[i].bias = bias ? (const float *)b.gpu : NULL;
-            pair[i].y = i == 0 ? up.gpu : gate.gpu;
-        }
-        mil_glu g = {};
-        g.rows = rows;
-        g.width = g.gate_stride = g.up_stride = g.y_stride = out;
-        g.up = up.gpu;
-        g.gate = gate.gpu;
-        g.y = results[fused].gpu;
-        const mil_ops *ops = h->gpu.ops;
-        if (fused) {
-            harness_check(h, ops->project(&h->gpu, &n, pair, 2, &g));
-            continue;
-        }
-        harness_check(h, ops->norm_forward(&h->gpu, &n));
-        harness_check(h, ops->linear_forward(&h->gpu, pair, 2));
-        harness_check(h, ops->glu_forward(&h->gpu, &g));
-    }
-    harness_same_bits(h, "project of many rows", results[0], 0, results[1], 0, rows * out);
-    harness_reset(h);
+    products_test_random_project(h, "project of many rows", rows, in, out, bias, true);
 }
 
 static void

@@ -1,5 +1,5 @@
 /* Products, norms, rotations and elementwise operators: CUDA against the CPU, and a row's bits in any company. */
-#include "harness.h"
+#include "products.h"
 
 static double
 tolerance_of(const harness *h)
@@ -8,19 +8,6 @@ tolerance_of(const harness *h)
 }
 
 /* ---- products --------------------------------------------------------------------------------------------------- */
-
-static mil_linear
-linear_of(int64_t rows, int64_t in, int64_t out, mil_dtype dtype)
-{
-    mil_linear l = {};
-    l.rows = rows;
-    l.in = in;
-    l.out = out;
-    l.x_stride = in;
-    l.y_stride = out;
-    l.dtype = dtype;
-    return l;
-}
 
 static void
 test_product(harness *h, int64_t rows, int64_t in, int64_t out, bool bias, bool accumulate, bool float_output)
@@ -34,7 +21,7 @@ test_product(harness *h, int64_t rows, int64_t in, int64_t out, bool bias, bool 
     mil_dtype y_dtype = float_output ? MIL_F32 : h->act;
     harness_array y = accumulate ? harness_random_of(h, rows * out, 1.0f, y_dtype)
                                  : harness_empty_of(h, rows * out, y_dtype);
-    mil_linear l = linear_of(rows, in, out, MIL_F32);
+    mil_linear l = products_linear(rows, in, out, MIL_F32);
     l.accumulate = accumulate;
     l.float_output = float_output;
     l.x = x.cpu;
@@ -58,14 +45,14 @@ test_product_bits(harness *h, int64_t in, int64_t out)
 {
     harness_array x = harness_random(h, 16 * in, 1.0f), w = harness_random(h, 2 * out * in, 1.0f);
     harness_array alone = harness_empty(h, out);
-    mil_linear l = linear_of(1, in, out, h->act);
+    mil_linear l = products_linear(1, in, out, h->act);
     l.x = x.gpu;
     l.weight = w.gpu;
     l.y = alone.gpu;
     harness_check(h, h->gpu.ops->linear_forward(&h->gpu, &l, 1));
     for (int64_t rows = 2; rows <= 16; rows++) {
         harness_array y = harness_empty(h, rows * out), z = harness_empty(h, rows * out);
-        mil_linear pair[2] = {linear_of(rows, in, out, h->act), linear_of(rows, in, out, h->act)};
+        mil_linear pair[2] = {products_linear(rows, in, out, h->act), products_linear(rows, in, out, h->act)};
         pair[0].x = pair[1].x = x.gpu;
         pair[0].weight = w.gpu;
         pair[1].weight = (char *)w.gpu + out * in * (int64_t)mil_dtype_size(h->act);
@@ -118,53 +105,10 @@ test_products(harness *h)
     test_product_bits(h, 2048, 4300);
 }
 
-/* norm, products and gate in one launch, and one after another: the same bits. */
 static void
 test_project(harness *h, int64_t rows, int64_t in, int64_t out, bool gated)
 {
-    harness_array x = harness_random(h, rows * in, 2.0f), w = harness_random(h, 2 * out * in, 0.3f);
-    harness_array scale = harness_random_of(h, in, 1.0f, MIL_F32),
-                  bias = harness_random_of(h, out, 1.0f, MIL_F32);
-    harness_array results[2], seconds[2];
-    for (int fused = 0; fused < 2; fused++) {
-        harness_array u = harness_empty(h, rows * in), gate_out = harness_empty(h, rows * out);
-        results[fused] = harness_empty(h, rows * out);
-        seconds[fused] = harness_empty(h, rows * out);
-        mil_norm n = {};
-        n.rows = rows;
-        n.width = n.group = n.x_stride = n.y_stride = in;
-        n.x = x.gpu;
-        n.weight = (const float *)scale.gpu;
-        n.eps = 1e-5f;
-        n.y = u.gpu;
-        mil_linear pair[2] = {linear_of(rows, in, out, h->act), linear_of(rows, in, out, h->act)};
-        for (int i = 0; i < 2; i++) {
-            pair[i].x = u.gpu;
-            pair[i].weight = (char *)w.gpu + i * out * in * (int64_t)mil_dtype_size(h->act);
-            pair[i].bias = (const float *)bias.gpu;
-        }
-        pair[0].y = gated ? gate_out.gpu : results[fused].gpu;
-        pair[1].y = seconds[fused].gpu;
-        mil_glu g = {};
-        g.rows = rows;
-        g.width = g.gate_stride = g.up_stride = g.y_stride = out;
-        g.up = pair[0].y;
-        g.gate = pair[1].y;
-        g.y = results[fused].gpu;
-        const mil_ops *ops = h->gpu.ops;
-        if (fused) {
-            harness_check(h, ops->project(&h->gpu, &n, pair, 2, gated ? &g : NULL));
-            continue;
-        }
-        harness_check(h, ops->norm_forward(&h->gpu, &n));
-        harness_check(h, ops->linear_forward(&h->gpu, pair, 2));
-        harness_check(h, gated ? ops->glu_forward(&h->gpu, &g) : MIL_OK);
-    }
-    harness_same_bits(h, "project", results[0], 0, results[1], 0, rows * out);
-    if (!gated) {
-        harness_same_bits(h, "project, second product", seconds[0], 0, seconds[1], 0, rows * out);
-    }
-    harness_reset(h);
+    products_test_random_project(h, "project", rows, in, out, true, gated);
 }
 
 static void
@@ -283,7 +227,7 @@ test_scaled_product(harness *h, int64_t rows, int64_t in, int64_t out, mil_dtype
     mil_dtype y_dtype = float_output ? MIL_F32 : h->act;
     harness_array y = accumulate ? harness_random_of(h, rows * out, 1.0f, y_dtype)
                                  : harness_empty_of(h, rows * out, y_dtype);
-    mil_linear l = linear_of(rows, in, out, MIL_F32);
+    mil_linear l = products_linear(rows, in, out, MIL_F32);
     l.accumulate = accumulate;
     l.float_output = float_output;
     l.x = x.cpu;
@@ -311,7 +255,7 @@ test_scaled_bits(harness *h, int64_t in, int64_t out, mil_dtype dtype)
 {
     scaled_weights w[2] = {random_scaled(h, out, in, dtype), random_scaled(h, out, in, dtype)};
     harness_array x = harness_random(h, 64 * in, 1.0f), alone = harness_empty(h, out);
-    mil_linear l = linear_of(1, in, out, dtype);
+    mil_linear l = products_linear(1, in, out, dtype);
     l.x = x.gpu;
     l.weight = w[0].codes;
     l.scale = w[0].scale;
@@ -332,44 +276,14 @@ test_scaled_bits(harness *h, int64_t in, int64_t out, mil_dtype dtype)
         harness_check(h, h->gpu.ops->linear_forward(&h->gpu, pair, 2));
         harness_same_bits(h, "a row's bits among others, 8-bit weights", alone, 0, y, 0, out);
     }
-    harness_array scale = harness_random_of(h, in, 1.0f, MIL_F32);
+    harness_array norm_weight = harness_random_of(h, in, 1.0f, MIL_F32);
     static const int64_t projected[] = {1, 5, 16, 20};
     for (int64_t rows : projected) {
-        harness_array u = harness_empty(h, rows * in), results[2];
-        for (int fused = 0; fused < 2; fused++) {
-            harness_array up = harness_empty(h, rows * out), gate = harness_empty(h, rows * out);
-            results[fused] = harness_empty(h, rows * out);
-            mil_norm n = {};
-            n.rows = rows;
-            n.width = n.group = n.x_stride = n.y_stride = in;
-            n.x = x.gpu;
-            n.weight = (const float *)scale.gpu;
-            n.eps = 1e-5f;
-            n.y = u.gpu;
-            mil_linear pair[2] = {l, l};
-            for (int i = 0; i < 2; i++) {
-                pair[i].rows = rows;
-                pair[i].x = u.gpu;
-                pair[i].weight = w[i].codes;
-                pair[i].scale = w[i].scale;
-                pair[i].y = i == 0 ? up.gpu : gate.gpu;
-            }
-            mil_glu g = {};
-            g.rows = rows;
-            g.width = g.gate_stride = g.up_stride = g.y_stride = out;
-            g.up = up.gpu;
-            g.gate = gate.gpu;
-            g.y = results[fused].gpu;
-            const mil_ops *ops = h->gpu.ops;
-            if (fused) {
-                harness_check(h, ops->project(&h->gpu, &n, pair, 2, &g));
-                continue;
-            }
-            harness_check(h, ops->norm_forward(&h->gpu, &n));
-            harness_check(h, ops->linear_forward(&h->gpu, pair, 2));
-            harness_check(h, ops->glu_forward(&h->gpu, &g));
-        }
-        harness_same_bits(h, "project, 8-bit weights", results[0], 0, results[1], 0, rows * out);
+        mil_linear pair[2] = {l, l};
+        pair[0].rows = pair[1].rows = rows;
+        pair[1].weight = w[1].codes;
+        pair[1].scale = w[1].scale;
+        products_test_project(h, "project, 8-bit weights", &x, &norm_weight, pair, true);
     }
     harness_reset(h);
 }

@@ -1,13 +1,14 @@
 /* Mamba-2's SSD on the device against the CPU's, and its bits in any company. */
 #include "mixers.h"
+#include "ssd_sizes.h"
 
 typedef struct ssd_case {
-    int64_t heads, head_dim, state_dim, x_heads, B_groups, C_groups;
+    ssd_sizes sizes;
     float A_log, dt_bias; /* the largest */
 } ssd_case;
 
 typedef struct ssd_parameters {
-    ssd_case size;
+    ssd_sizes sizes;
     harness_array dt_bias, A_log, D;
 } ssd_parameters;
 
@@ -16,40 +17,26 @@ run(harness *h, const mixer_case *c, bool gpu, const mil_rows *rows, const void 
     const mil_mixer_state *states)
 {
     const ssd_parameters *p = (const ssd_parameters *)c->arguments;
-    const ssd_case *s = &p->size;
-    int64_t B_at = s->x_heads * s->head_dim, C_at = B_at + s->B_groups * s->state_dim;
-    mil_ssd a = {};
+    mil_ssd a = ssd_of(&p->sizes, inputs, c->width, (int64_t)mil_dtype_size(gpu ? h->act : MIL_F32));
     a.rows = *rows;
-    a.heads = s->heads;
-    a.head_dim = s->head_dim;
-    a.state_dim = s->state_dim;
-    a.x_heads = s->x_heads;
-    a.B_groups = s->B_groups;
-    a.C_groups = s->C_groups;
-    a.x = inputs;
-    a.B = mixer_at(h, gpu, inputs, B_at);
-    a.C = mixer_at(h, gpu, inputs, C_at);
-    a.dt = mixer_at(h, gpu, inputs, C_at + s->C_groups * s->state_dim);
-    a.x_stride = a.B_stride = a.C_stride = a.dt_stride = c->width;
     a.dt_bias = gpu ? (const float *)p->dt_bias.gpu : p->dt_bias.cpu;
     a.A_log = gpu ? (const float *)p->A_log.gpu : p->A_log.cpu;
     a.D = gpu ? (const float *)p->D.gpu : p->D.cpu;
     a.dt_min = 0.001f;
-    a.dt_max = INFINITY;
     a.y = y;
-    a.y_stride = c->y_width;
     a.states = states;
     mil_context *context = gpu ? &h->gpu : &h->cpu;
     harness_check(h, context->ops->ssd_forward(context, &a));
 }
 
 static mixer_case
-make_case(harness *h, const ssd_case *size, ssd_parameters *p)
+make_case(harness *h, const ssd_case *given, ssd_parameters *p)
 {
+    const ssd_sizes *size = &given->sizes;
     mixer_case c = {};
-    p->size = *size;
-    p->dt_bias = mixer_parameters(h, size->heads, -4, size->dt_bias);
-    p->A_log = mixer_parameters(h, size->heads, -3, size->A_log);
+    p->sizes = *size;
+    p->dt_bias = mixer_parameters(h, size->heads, -4, given->dt_bias);
+    p->A_log = mixer_parameters(h, size->heads, -3, given->A_log);
     p->D = mixer_parameters(h, size->heads, -1, 1);
     snprintf(c.name, sizeof c.name, "ssd %lld x %lld x %lld, x %lld, B %lld, C %lld", (long long)size->heads,
              (long long)size->head_dim, (long long)size->state_dim, (long long)size->x_heads,
@@ -57,7 +44,7 @@ make_case(harness *h, const ssd_case *size, ssd_parameters *p)
     c.x = size->x_heads * size->head_dim;
     c.B = size->B_groups * size->state_dim;
     c.dt = size->heads;
-    c.width = c.x + c.B + size->C_groups * size->state_dim + size->heads;
+    c.width = ssd_width(size) + size->heads;
     c.width += c.x % 8 == 0 ? (8 - c.width % 8) % 8 : 1;
     c.y_width = size->heads * size->head_dim;
     c.state = size->heads * size->head_dim * size->state_dim;
@@ -71,10 +58,11 @@ int
 main(void)
 {
     static const ssd_case cases[] = {
-        {4, 64, 128, 4, 1, 1, 2.5f, 1},    {8, 128, 128, 2, 2, 8, 2.5f, 1},   {3, 128, 64, 3, 3, 3, 2.5f, 1},
-        {6, 20, 16, 3, 2, 6, 2.5f, 1},     {2, 7, 33, 1, 1, 2, 2.5f, 1},      {2, 64, 256, 2, 1, 1, 2.5f, 1},
-        {2, 128, 300, 2, 2, 1, 2.5f, 1},   {32, 128, 128, 8, 8, 32, 2.5f, 1}, {4, 64, 64, 4, 1, 1, 6, 60},
-        {2, 128, 128, 2, 1, 1, -2, -3.9f},
+        {{4, 64, 128, 4, 1, 1}, 2.5f, 1},  {{8, 128, 128, 2, 2, 8}, 2.5f, 1},
+        {{3, 128, 64, 3, 3, 3}, 2.5f, 1},  {{6, 20, 16, 3, 2, 6}, 2.5f, 1},
+        {{2, 7, 33, 1, 1, 2}, 2.5f, 1},    {{2, 64, 256, 2, 1, 1}, 2.5f, 1},
+        {{2, 128, 300, 2, 2, 1}, 2.5f, 1}, {{32, 128, 128, 8, 8, 32}, 2.5f, 1},
+        {{4, 64, 64, 4, 1, 1}, 6, 60},     {{2, 128, 128, 2, 1, 1}, -2, -3.9f},
     };
     static const mil_dtype types[] = {MIL_F32, MIL_BF16, MIL_F16};
     static harness h;

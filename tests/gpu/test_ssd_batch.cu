@@ -1,11 +1,7 @@
 /* One row each of many sequences: the bits of a sequence alone, in outputs, states and tails, wherever in its window it is. */
-#include "harness.h"
+#include "ssd_sizes.h"
 
 enum { SEQUENCES = 128, STEPS = 3 };
-
-typedef struct ssd_sizes {
-    int64_t heads, head_dim, state_dim, x_heads, B_groups, C_groups;
-} ssd_sizes;
 
 /* States and tails of all sequences, one array each. */
 typedef struct all_states {
@@ -63,9 +59,8 @@ test_batch(harness *h, const ssd_sizes *s)
     char name[96];
     snprintf(name, sizeof name, "ssd batch %lld x %lld x %lld, x %lld, B %lld", (long long)s->heads,
              (long long)s->head_dim, (long long)s->state_dim, (long long)s->x_heads, (long long)s->B_groups);
-    const int64_t x = s->x_heads * s->head_dim, B = s->B_groups * s->state_dim,
-                  C = s->C_groups * s->state_dim, width = (x + B + C + s->heads + 7) / 8 * 8,
-                  y_width = s->heads * s->head_dim, size = (int64_t)mil_dtype_size(h->act);
+    const int64_t width = (ssd_width(s) + s->heads + 7) / 8 * 8, y_width = s->heads * s->head_dim,
+                  size = (int64_t)mil_dtype_size(h->act);
     all_states together, alone;
     make_states(h, s, &together);
     make_states(h, s, &alone);
@@ -84,28 +79,15 @@ test_batch(harness *h, const ssd_sizes *s)
     for (int step = 0; step < STEPS; step++) {
         harness_array in = harness_random(h, SEQUENCES * width, 1.0f),
                       y = harness_empty(h, SEQUENCES * y_width), z = harness_empty(h, SEQUENCES * y_width);
-        mil_ssd a = {};
-        a.heads = s->heads;
-        a.head_dim = s->head_dim;
-        a.state_dim = s->state_dim;
-        a.x_heads = s->x_heads;
-        a.B_groups = s->B_groups;
-        a.C_groups = s->C_groups;
-        a.x_stride = a.B_stride = a.C_stride = a.dt_stride = width;
-        a.dt_bias = (const float *)dt_bias.gpu;
-        a.A_log = (const float *)A_log.gpu;
-        a.D = (const float *)D.gpu;
-        a.dt_max = INFINITY;
-        a.y_stride = y_width;
         for (int64_t i = -1; i < SEQUENCES; i++) { /* -1: all */
             const bool all = i < 0;
             const char *row = (const char *)in.gpu + (all ? 0 : i * width * size);
+            mil_ssd a = ssd_of(s, row, width, size);
             a.rows = all ? harness_rows(h, SEQUENCES, offsets, past, boundary)
                          : harness_rows(h, 1, one, past + i, boundary + i);
-            a.x = row;
-            a.B = row + x * size;
-            a.C = row + (x + B) * size;
-            a.dt = row + (x + B + C) * size;
+            a.dt_bias = (const float *)dt_bias.gpu;
+            a.A_log = (const float *)A_log.gpu;
+            a.D = (const float *)D.gpu;
             a.y = all ? y.gpu : (char *)z.gpu + i * y_width * size;
             a.states = all ? together.of : alone.of + i;
             harness_check(h, h->gpu.ops->ssd_forward(&h->gpu, &a));
