@@ -54,6 +54,9 @@ mil_ceil_div(int64_t a, int64_t b)
     return (a + b - 1) / b;
 }
 
+/* Dynamic shared memory that any kernel here gets without asking: 48 KB are for static memory and it together. */
+#define MIL_SHARED_UNASKED ((size_t)24 << 10)
+
 /* Launches `kernel<<<grid, block, shared>>>(arguments...)` on the context's stream, as a programmatic dependent of
  * the kernel before. */
 template <typename... Parameters, typename... Arguments>
@@ -64,7 +67,7 @@ mil_launch(mil_context *context, const char *name, void (*kernel)(Parameters...)
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) {
         return MIL_OK;
     }
-    if (shared > 48 * 1024) {
+    if (shared > MIL_SHARED_UNASKED) {
         MIL_TRY(
             mil_cuda_status(cudaFuncSetAttribute((const void *)kernel,
                                                  cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared),

@@ -1004,11 +1004,8 @@ static mil_status
 launch_scan(mil_context *context, const mixer_arguments &a, const mil_states &states)
 {
     const dim3 grid((unsigned)(a.scan.inner / COLUMNS), (unsigned)a.scan.rows.sequences);
-    const size_t plain = 48 << 10, own = 64; /* without asking; what mil_last_of keeps counts, too */
-    size_t bytes = cut_mixer_memory(a, NULL, GROUPS).bytes;
-    bytes = bytes <= plain && bytes + own > plain ? plain + own : bytes;
-    return mil_launch(context, "scan mixer", mixer_scan_kernel<T, J, GROUPS>, grid, dim3(BLOCK), bytes, a,
-                      states);
+    return mil_launch(context, "scan mixer", mixer_scan_kernel<T, J, GROUPS>, grid, dim3(BLOCK),
+                      cut_mixer_memory(a, NULL, GROUPS).bytes, a, states);
 }
 
 /* Chunks of W_x that a warp takes at a time: all of them, where they are few. */

@@ -360,7 +360,7 @@ static mil_status
 launch_steps(mil_context *context, scan_arguments a, const mil_states &states, int64_t sequences)
 {
     constexpr int COLUMNS = V * QUADS;
-    const size_t most = 96 * 1024, plain = 48 * 1024, own = 64; /* what mil_last_of keeps counts, too */
+    const size_t most = 96 * 1024;
     a.B_width = group_columns(a.inner, a.B_groups, a.state_dim, COLUMNS);
     a.C_width = group_columns(a.inner, a.C_groups, a.state_dim, COLUMNS);
     for (a.stage = STAGE;
@@ -370,7 +370,7 @@ launch_steps(mil_context *context, scan_arguments a, const mil_states &states, i
     const size_t shared = scan_memory_floats<COLUMNS>(a.stage, a.B_width, a.C_width) * sizeof(float);
     return mil_launch(context, "scan", scan_steps_kernel<T, V, J>,
                       dim3((unsigned)mil_ceil_div(a.inner, COLUMNS), (unsigned)sequences), dim3(THREADS),
-                      shared <= plain && shared + own > plain ? shared + own : shared, a, states);
+                      shared, a, states);
 }
 
 template <typename T, int V>

@@ -124,6 +124,10 @@ test_projects(harness *h)
         test_project(h, rows, 2048, 4300, false);
         test_project(h, rows, 1040, 4300, true);
     }
+    /* A normed row and sums that take 48 KB of shared memory together, but not each. */
+    test_project(h, 1, 8192, 24, false);
+    test_project(h, 2, 6144, 24, false);
+    test_project(h, 2, 5632, 24, true);
     test_project(h, 8, 4096, 1000, true); /* too wide to be normed on the way, and not */
     test_project(h, 5, 4096, 1000, true);
 }
