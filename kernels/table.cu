@@ -98,6 +98,34 @@ mil_cuda_memory(int device, size_t *free_bytes, size_t *bytes)
     return mil_cuda_status(cudaMemGetInfo(free_bytes, bytes), "asking for free memory");
 }
 
+/* Does nothing: whether there is machine code of it for a device says whether there is of all. */
+static __global__ void
+probe_kernel()
+{
+}
+
+/* Fails in one line where this build has no machine code for a device. */
+static mil_status
+check_architecture(int device)
+{
+    int major = 0, minor = 0;
+    cudaFuncAttributes attributes;
+    cudaError_t error = cudaSetDevice(device);
+    error = error == cudaSuccess ? cudaFuncGetAttributes(&attributes, probe_kernel) : error;
+    if (error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction) {
+        (void)cudaGetLastError(); /* what else is wrong the first call says */
+        return MIL_OK;
+    }
+    (void)cudaGetLastError();
+    (void)cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    (void)cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    return mil_fail(
+        MIL_ERR_DEVICE,
+        "device \"cuda:%d\": this build has no kernels for GPUs of compute capability %d.%d; install "
+        "mambainllama again with MAMBAINLLAMA_CUDA_ARCHS=%d%d (80 and newer), or use device=\"cpu\"",
+        device, major, minor, major, minor);
+}
+
 mil_status
 mil_cuda_table(mil_dtype activation_dtype, int device, const mil_ops **out)
 {
@@ -114,6 +142,9 @@ mil_cuda_table(mil_dtype activation_dtype, int device, const mil_ops **out)
                         count - 1);
     }
     mil_ops *table = &tables[device][activation_dtype];
+    if (table->version == 0) { /* not yet handed out */
+        MIL_TRY(check_architecture(device));
+    }
     *table = table_of(activation_dtype, device); /* the same bytes whoever writes them */
     *out = table;
     return MIL_OK;
