@@ -17,8 +17,9 @@
  * in a verify window, or in a batch.  Nothing but the result goes back to memory, and there is one launch.
  *
  * Prefill is in attention_prefill.cu.  float32 activations, head_dim no multiple of 8, caches of another
- * type than the activations, and GPUs without clusters take the plain kernel below: a block a row and head,
- * in float32 arithmetic, of the same bits for any grouping of rows for the same reason.
+ * type than the activations, and GPUs without clusters or with less shared memory than Hopper take the
+ * plain kernel below: a block a row and head, in float32 arithmetic, of the same bits for any grouping of
+ * rows for the same reason.
  */
 #include "attention.cuh"
 #include "cluster.cuh"
@@ -141,6 +142,7 @@ mil_cuda_kv_append(mil_context *context, const mil_kv_append *arguments)
 #define LANES 4      /* warps that share a tile's keys */
 #define LANE_KEYS 16 /* the depth of one product */
 #define TILE (LANES * LANE_KEYS)
+#define DECODE_BYTES (220 << 10) /* of shared memory: the most that a block may take */
 
 /* Shared memory of a block; D is head_dim rounded up, MT the 16-row tiles of queries, STEPS how many pairs
  * of tiles are under way. */
@@ -492,6 +494,8 @@ decode_rows(mil_context *context, const attention_arguments *a, int64_t longest)
     int64_t slots = longest * a->group, rows = slots < MT * 16 ? slots : MT * 16;
     dim3 grid(CLUSTER, (unsigned)(a->kv_heads * mil_ceil_div(slots, MT * 16)), (unsigned)a->rows.sequences);
     size_t inbox = (size_t)(rows * a->head_dim + 4 * CLUSTER) * sizeof(float);
+    static_assert(sizeof(decode_memory<D, MT, STEPS>) + (MT * 16 * D + 4 * CLUSTER) * sizeof(float) <=
+                  DECODE_BYTES);
     return mil_launch(context, "attention (decode)", decode_kernel<T, D, MT, STEPS>, grid,
                       dim3(LANES * MT * MIL_WARP), sizeof(decode_memory<D, MT, STEPS>) + inbox, *a);
 }
@@ -739,7 +743,8 @@ forward(mil_context *context, const mil_attention *given)
         a.least = 0;
         a.most = MIL_WINDOW;
         if constexpr (sizeof(T) == 2) {
-            if (tensor && a.cached && mil_device_has_clusters(context)) {
+            if (tensor && a.cached && mil_device_has_clusters(context) &&
+                mil_device_has_shared(context, DECODE_BYTES)) {
                 MIL_TRY(decode<T>(context, &a, most_few));
                 most_few = 0;
             }

@@ -57,6 +57,16 @@ mil_ceil_div(int64_t a, int64_t b)
 /* Dynamic shared memory that any kernel here gets without asking: 48 KB are for static memory and it together. */
 #define MIL_SHARED_UNASKED ((size_t)24 << 10)
 
+/* Whether a block of this device can have so much shared memory, and a little that is static. */
+static inline bool
+mil_device_has_shared(const mil_context *context, size_t bytes)
+{
+    int most = 0;
+    return cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, context->ops->device) ==
+               cudaSuccess &&
+           bytes + 64 <= (size_t)most;
+}
+
 /* Launches `kernel<<<grid, block, shared>>>(arguments...)` on the context's stream, as a programmatic dependent of
  * the kernel before. */
 template <typename... Parameters, typename... Arguments>

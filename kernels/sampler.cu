@@ -627,10 +627,7 @@ mil_cuda_sample(mil_context *context, const mil_sample *arguments)
         return mil_launch(context, "sample", sample_kernel<1, false>, dim3((unsigned)a->rows), dim3(THREADS),
                           sizeof(sampler_memory), *a);
     }
-    int most = 0;
-    MIL_CUDA_TRY(
-        cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, context->ops->device));
-    bool keep = kept <= (size_t)most;
+    bool keep = mil_device_has_shared(context, kept);
     return mil_launch(context, "sample", keep ? sample_kernel<CLUSTER, true> : sample_kernel<CLUSTER, false>,
                       dim3((unsigned)(a->rows * CLUSTER)), dim3(THREADS),
                       keep ? kept : sizeof(sampler_memory), *a);

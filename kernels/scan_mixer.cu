@@ -35,7 +35,7 @@
 #define CHAINS 8   /* of thin_product.cu: partial sums of W_dt */
 #define SLICES 8   /* of W_x's inputs */
 #define MOST_TAPS 4
-#define MOST_BYTES (160 << 10) /* of shared memory */
+#define MOST_BYTES ((size_t)160 << 10) /* of shared memory */
 
 struct mixer_arguments {
     scan_arguments scan; /* its x is not read, its dt where dt_weight is NULL */
@@ -1024,6 +1024,13 @@ project_bytes(const mixer_arguments &a)
            WARPS * cut_project_memory(NULL, chunks_at_once(a), a.total, a.scan.rows.sequences, a.taps).bytes;
 }
 
+/* Whether a block of so much shared memory can be had, and leaves room for others. */
+static bool
+has_room(const mil_context *context, size_t bytes)
+{
+    return bytes <= MOST_BYTES && mil_device_has_shared(context, bytes);
+}
+
 template <typename T, int GROUPS>
 static mil_status
 launch(mil_context *context, const mixer_arguments &a, const mil_states &states)
@@ -1075,11 +1082,11 @@ mixer(mil_context *context, const mil_scan_mixer *m)
         a.x_width = (int)m->x_proj.out;
         if (!takes_product(context, &m->x_proj) || a.dt_weight == NULL || !find_parts<T>(m, &a) ||
             !mil_is_aligned<T>(c->x, c->x_stride) || !mil_is_aligned<float>(c->weight, 0) ||
-            project_bytes(a) > MOST_BYTES) {
+            !has_room(context, project_bytes(a))) {
             return mil_scan_mixer_apart(context, m);
         }
     }
-    if (cut_mixer_memory(a, NULL, (int)mil_ceil_div(a.total, 8)).bytes > MOST_BYTES) {
+    if (!has_room(context, cut_mixer_memory(a, NULL, (int)mil_ceil_div(a.total, 8)).bytes)) {
         return mil_scan_mixer_apart(context, m);
     }
     mil_arena_mark mark = mil_arena_get_mark(context->scratch);

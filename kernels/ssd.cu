@@ -522,10 +522,11 @@ typedef mil_status (*chunk_launcher)(mil_context *context, const chunk_arguments
 /* Whether tensor cores can take the shape. */
 template <typename T>
 static bool
-takes_chunks(const ssd_arguments &a)
+takes_chunks(const mil_context *context, const ssd_arguments &a)
 {
     return sizeof(T) == 2 && a.head_dim % 64 == 0 &&
-           (a.state_dim == 64 || a.state_dim == 128 || a.state_dim == 256) &&
+           (a.state_dim == 64 || a.state_dim == 128 ||
+            (a.state_dim == 256 && mil_device_has_shared(context, sizeof(chunk_memory<T, 64, 256>)))) &&
            mil_is_aligned<T>(a.x, a.x_stride) && mil_is_aligned<T>(a.B, a.B_stride) &&
            mil_is_aligned<T>(a.C, a.C_stride) && mil_is_aligned<T>(a.y, a.y_stride);
 }
@@ -553,7 +554,8 @@ static mil_status
 run_chunks(mil_context *context, const ssd_arguments &a, const mil_states &states, int64_t sequences,
            int64_t longest)
 {
-    const bool wide = a.head_dim % 128 == 0 && a.state_dim == 128;
+    const bool wide = a.head_dim % 128 == 0 && a.state_dim == 128 &&
+                      mil_device_has_shared(context, sizeof(chunk_memory<T, 128, 128>));
     chunk_launcher launch = wide                 ? launch_chunks<T, 128, 2>
                             : a.state_dim == 64  ? launch_chunks<T, 64, 1>
                             : a.state_dim == 128 ? launch_chunks<T, 128, 1>
@@ -582,7 +584,7 @@ ssd(mil_context *context, const mil_ssd *s)
         count = count < MIL_SEQUENCES ? count : MIL_SEQUENCES;
         mil_states states = mil_states_of(s->states, a.first, count);
         const int64_t longest = mil_longest(s->rows, a.first, count);
-        const bool chunks = takes_chunks<T>(a) && longest > MIL_WINDOW;
+        const bool chunks = takes_chunks<T>(context, a) && longest > MIL_WINDOW;
         bool done = false;
         MIL_TRY(longest == 1 && mil_shortest(s->rows, a.first, count) == 1
                     ? mil_ssd_batch(context, &a, &states, count, &done)
