@@ -446,7 +446,10 @@ def outline(path_or_hub_id, dtype: str = "auto", revision: str | None = None) ->
     description = describe(
         checkpoint.config, checkpoint.mamba_config, checkpoint.tensors, str(folder)
     )
-    specs = _core.Model.parameter_specs(description.canonical)
+    try:
+        specs = _core.Model.parameter_specs(description.canonical)
+    except ArgumentError as error:  # sizes that no mixer can have, by the core's words
+        raise FormatError(f"{folder}: its configuration makes no model: {error}") from None
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     sources = match_tensors(description, specs, shapes, str(folder))
     dtypes = {}

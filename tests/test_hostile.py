@@ -322,6 +322,14 @@ def test_rotated_part_of_a_head(share, tmp_path):
     refused(folder, "rotary", kind=mil.FormatError)
 
 
+@pytest.mark.parametrize("width", [1, 9])
+def test_convolutions_that_are_not_supported(width, tmp_path):
+    folder = tiny(tmp_path / "model", "mamba")
+    config = {**json.loads((folder / "config.json").read_text()), "conv_kernel": width}
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(folder, str(folder), "conv_width", "2 and 8", kind=mil.FormatError)
+
+
 @pytest.mark.parametrize("expand", [1e308, -1, 0, 1e-9])
 def test_width_of_a_mixer(expand, tmp_path):
     folder = tiny(tmp_path / "model", "mamba")
