@@ -266,7 +266,13 @@ class Engine:
                 self._cache.drop()
                 _core.trim_memory()
                 running, self._tickets, self._count = [*self._tickets.values()], {}, 0
+                with self._condition:
+                    if not running:  # it could not even begin: they are whom it lacks memory for
+                        running = [ticket for ticket, _ in self._arrived]
+                        self._arrived.clear()
                 self._fail(running, error)
+                if not self._wait():
+                    return
             except BaseException as error:  # whoever waits has to know
                 with self._condition:
                     self._closed, self._failure = True, f": {error}"
@@ -275,15 +281,22 @@ class Engine:
                 self._fail(running, error)
                 return
 
+    def _wait(self) -> bool:
+        """Until a request has come; False where none will."""
+        with self._condition:
+            while not self._arrived and not self._closed:
+                self._condition.wait()
+            return bool(self._arrived)
+
     @staticmethod
     def _fail(tickets: list[Ticket], error: BaseException) -> None:
         for ticket in tickets:
             ticket._finish(error)
 
     def _more(self, wait: bool) -> list[dict[str, Any]] | None:
+        if wait:
+            self._wait()
         with self._condition:
-            while wait and not self._arrived and not self._closed:
-                self._condition.wait()
             arrived = list(self._arrived)
             self._arrived.clear()
             if not arrived:

@@ -10,6 +10,7 @@ from core_models import KINDS, build
 from tiny_models import byte_tokenizer
 
 import mambainllama as mil
+from mambainllama import _core
 from mambainllama.engine import Engine, StateCache
 from mambainllama.generate import generate
 from mambainllama.tokenizer import Tokenizer
@@ -160,6 +161,25 @@ def test_no_ticket_is_forgotten(model):
         engine.submit([1], **SAMPLED).result(60)
     with pytest.raises(mil.StateError, match="closed: division by zero"):
         engine.submit([1], **SAMPLED)
+
+
+def test_no_memory_to_begin_with(model):
+    """Not even for a batch: each request is told, and later ones find memory again."""
+    with Engine(model) as engine:
+        assert len(engine.submit([1], **SAMPLED).result(60).token_ids) == 20
+        for _ in range(3):
+            _core.fail_after(0)
+            try:
+                with pytest.raises(mil.OutOfMemoryError):
+                    engine.submit([1], **SAMPLED).result(60)
+            finally:
+                _core.fail_after(-1)
+        assert len(engine.submit([1], **SAMPLED).result(60).token_ids) == 20
+        _core.fail_after(0)
+        try:
+            engine.close()
+        finally:
+            _core.fail_after(-1)
 
 
 @pytest.mark.parametrize("name", ["max_batch", "cached_states"])
