@@ -17,6 +17,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <pthread.h>
 #include <stdint.h>
 
 extern "C" {
@@ -57,6 +58,9 @@ mil_ceil_div(int64_t a, int64_t b)
 /* Dynamic shared memory that any kernel here gets without asking: 48 KB are for static memory and it together. */
 #define MIL_SHARED_UNASKED ((size_t)24 << 10)
 
+/* What a kernel may have is one number for all threads: who sets it launches before another can lower it. */
+static pthread_mutex_t mil_limit = PTHREAD_MUTEX_INITIALIZER;
+
 /* Whether a block of this device can have so much shared memory, and a little that is static. */
 static inline bool
 mil_device_has_shared(const mil_context *context, size_t bytes)
@@ -77,12 +81,6 @@ mil_launch(mil_context *context, const char *name, void (*kernel)(Parameters...)
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) {
         return MIL_OK;
     }
-    if (shared > MIL_SHARED_UNASKED) {
-        MIL_TRY(
-            mil_cuda_status(cudaFuncSetAttribute((const void *)kernel,
-                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared),
-                            name));
-    }
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -93,7 +91,17 @@ mil_launch(mil_context *context, const char *name, void (*kernel)(Parameters...)
     config.stream = mil_stream(context);
     config.attrs = &attribute;
     config.numAttrs = 1;
-    return mil_cuda_status(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
+    if (shared <= MIL_SHARED_UNASKED) {
+        return mil_cuda_status(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
+    }
+    pthread_mutex_lock(&mil_limit);
+    cudaError_t error =
+        cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    if (error == cudaSuccess) {
+        error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+    }
+    pthread_mutex_unlock(&mil_limit);
+    return mil_cuda_status(error, name);
 }
 
 /* ---- within a kernel --------------------------------------------------------------------------------------- */
