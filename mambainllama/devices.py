@@ -115,7 +115,7 @@ def check_device(device: str) -> str:
         return "cpu"
     if kind == "cpu" and not colon:
         return "cpu"
-    if kind not in ("cuda", "gpu") or (colon and not number.isdecimal()):
+    if kind not in ("cuda", "gpu") or (colon and not (number.isdecimal() and len(number) < 5)):
         raise ArgumentError(
             f'device {shorten(device)} is not known; use "auto", "cpu", "cuda" or "cuda:1"'
         )

@@ -348,8 +348,9 @@ def test_dtype_and_device_errors(llama):
     if not mil.devices.cuda_devices():
         with pytest.raises(mil.DeviceError, match=r"device \"cuda\".* use device=\"cpu\"$"):
             mil.load(llama, device="cuda")
-    with pytest.raises(mil.ArgumentError, match="auto"):
-        mil.load(llama, device="abacus")
+    for device in ("abacus", "cuda:99999999999"):
+        with pytest.raises(mil.ArgumentError, match="auto"):
+            mil.load(llama, device=device)
     assert mil.load(llama, device="cpu", dtype=np.float32).dtype == "float32"
 
 
