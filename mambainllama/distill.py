@@ -213,6 +213,11 @@ def check_labelled(task: DistillTask, config: DistillConfig) -> None:
             "distill: teacher is None, and data holds no soft labels: make them with "
             "mil.soft_labels, or give the teacher"
         )
+    check_without_teacher(config)
+
+
+def check_without_teacher(config: DistillConfig) -> None:
+    """Settings that soft labels can serve."""
     for name, without in (
         ("temperature", 1.0),
         ("hidden_weight", 0.0),

@@ -37,7 +37,7 @@ from . import _core
 from ._version import __version__
 from .checkpointing import sweep, write_text
 from .data import Documents, expand_paths, read_documents, read_records
-from .distill import weights_hash
+from .distill import DistillConfig, check_without_teacher, weights_hash
 from .errors import ArgumentError, FileError, FormatError, StateError, listing, shorten
 from .history import History
 from .kept import Yardstick, prompts_of
@@ -615,6 +615,11 @@ def check_recipe(recipe: Recipe, device: str = "auto", dtype: str = "auto") -> d
     for name, keys in run.all_files().items():
         if os.path.exists(name):
             look_into(name, keys)
+    for settings in recipe.stages:
+        made = [name for name in run.files(settings) if os.path.basename(name) in MADE]
+        labelled = any(name.endswith(".labels") for name in made)
+        if labelled and isinstance(settings.config, DistillConfig):
+            check_without_teacher(settings.config)
     models = [recipe.teacher["model"]]
     models += [recipe.student[key] for key in ("model", "trained") if key in recipe.student]
     absent = [name for name in models if not os.path.isdir(name)]

@@ -576,6 +576,9 @@ def test_checking_finds_what_would_stop_a_run(teacher, tokens, tmp_path, monkeyp
         pipeline.check_recipe(read_recipe(path, ["student.attention_layers=[9]"]))
     with pytest.raises(mil.ArgumentError, match="must name each layer to be replaced once"):
         pipeline.check_recipe(read_recipe(path, ['stages=["stepwise"]', "stepwise.parts=[[9]]"]))
+    stored = ['stages=["soft_labels", "convert", "distill"]', "distill.temperature=2.0"]
+    with pytest.raises(mil.ArgumentError, match="temperature=2.0 needs a teacher; soft labels"):
+        pipeline.check_recipe(read_recipe(path, stored))
     write_llama(tmp_path / "deep", layers=5)
     other = ["teacher.model=deep", f"student.model={teacher}"]
     with pytest.raises(mil.ArgumentError, match=r"\[align\] .* the teacher has 5 layers of 32"):
