@@ -88,6 +88,9 @@ def label(
     done = 0
     path = None if output is None else Path(output)
     if path is not None and path.exists():
+        named = isinstance(prompts, (str, os.PathLike))
+        if named and os.path.realpath(prompts) == os.path.realpath(path):
+            raise ArgumentError(f"{path}: holds the prompts; choose another file for the answers")
         if not resume:
             raise StateError(
                 f"{path}: is there already; resume=True goes on, or choose another file"

@@ -189,6 +189,7 @@ class Run:
     def all_files(self) -> dict[str, tuple[str, ...]]:
         """Every data file that the recipe names, and keys of which its records have one."""
         found: dict[str, tuple[str, ...]] = {}
+        sections: list[tuple[dict[str, Any], tuple[str, ...]]]
         sections = [(self.recipe.data, TEXTS), (self.recipe.report, TEXTS)]
         for settings in self.recipe.stages:
             pairs = "files" in settings.stage.required
@@ -670,7 +671,8 @@ def check_pair(recipe: Recipe, student: Model, teacher: Model) -> None:
     alike = (ours.num_layers, ours.hidden_size) == (theirs.num_layers, theirs.hidden_size)
     for settings in recipe.stages:
         for name in ("hidden_weight", "align_fraction"):
-            if not alike and getattr(settings.config, name, 0):
+            weight: float = getattr(settings.config, name, 0.0)
+            if weight and not alike:
                 raise ArgumentError(
                     f"{recipe.path}: [{settings.name}] {name} compares layer by layer: the teacher "
                     f"has {theirs.num_layers} layers of {theirs.hidden_size}, the student "

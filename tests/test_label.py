@@ -108,6 +108,11 @@ def test_mistakes(teacher, tmp_path):
             label(teacher, ["a"], **settings)
     with pytest.raises(mil.FileError, match="directory"):
         label(teacher, ["a"], tmp_path, resume=True)
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text('{"text": "my own"}\n{"text": "without a line end"}')
+    with pytest.raises(mil.ArgumentError, match="holds the prompts"):
+        label(teacher, mine, mine, resume=True)
+    assert mine.read_text().endswith('without a line end"}')
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\n")
     with pytest.raises(mil.StateError, match="not an answer to prompt 1"):
         label(teacher, ["a"], tmp_path / "bytes.jsonl", resume=True)
