@@ -86,7 +86,10 @@ def _free_host_memory() -> tuple[int, int]:
         ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
         try:
-            most, now = (int(Path(folder, name).read_text()) for name in (limit, used))
+            most = int(Path(folder, limit).read_text())
+            if most >= total:  # no limit; the kernel takes milliseconds to add up the rest
+                continue
+            now = int(Path(folder, used).read_text())
             # Pages of files count as used there and are given up where memory is wanted.
             stat = dict(
                 line.split() for line in Path(folder, "memory.stat").read_text().splitlines()
