@@ -57,6 +57,8 @@ class Peer:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
         for library in ("OMP", "MKL", "OPENBLAS", "GOTO", "NUMEXPR"):
             environment[f"{library}_NUM_THREADS"] = str(threads)
+        for setting in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+            environment.pop(setting, None)  # how threads wait is each library's own choice
         try:
             self._process = subprocess.Popen(
                 [python or sys.executable, str(WORKERS / f"{worker}.py")],
