@@ -22,6 +22,7 @@ from typing import Any
 
 from . import _core
 from ._version import __version__
+from .convert import INITS, MIXERS
 from .errors import ArgumentError, Error, shorten
 
 __all__ = ["main"]
@@ -354,7 +355,7 @@ def add_convert(commands: Any, common: Any) -> None:
     )
     parser.add_argument(
         "--init",
-        choices=("auto", "paper", "calibrated", "fitted"),
+        choices=INITS,
         default="auto",
         help="start of the new parameters; auto is fitted where --calibration is given",
     )
@@ -368,7 +369,7 @@ def add_convert(commands: Any, common: Any) -> None:
 def add_mixer(parser: Any) -> None:
     parser.add_argument(
         "--mixer",
-        choices=("mamba1", "mamba2"),
+        choices=MIXERS,
         default="mamba2",
         help="the layers that take attention's place",
     )

@@ -46,7 +46,10 @@ from .families import FAMILIES, Dense, Description, hybrid_config, mamba_layer
 from .fit import Fitter
 from .model import Model
 
-__all__ = ["attention_choice", "convert"]
+__all__ = ["INITS", "MIXERS", "attention_choice", "convert"]
+
+MIXERS = ("mamba1", "mamba2")
+INITS = ("auto", "paper", "calibrated", "fitted")
 
 _FIT_TOKENS = 262_144  # read at most for init="fitted"
 _SHARES = {"all": 1, "half": 2, "quarter": 4, "eighth": 8}
@@ -175,11 +178,11 @@ def _check_arguments(model, mixer, init, calibration, seed) -> None:
     """Everything about the arguments that needs no look into the model."""
     if not isinstance(model, Model):
         raise ArgumentError(f"convert: expected a model from mil.load, got {type(model).__name__}")
-    if mixer not in ("mamba1", "mamba2"):
+    if mixer not in MIXERS:
         raise ArgumentError(
             f'convert: mixer {shorten(mixer)} is not known; use "mamba1" or "mamba2"'
         )
-    if init not in ("auto", "paper", "calibrated", "fitted"):
+    if init not in INITS:
         raise ArgumentError(
             f'convert: init {shorten(init)} is not known; use "auto", "paper", "calibrated" or '
             '"fitted"'

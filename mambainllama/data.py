@@ -403,8 +403,12 @@ def read_array(path: Path, vocab: int) -> Documents:
     return Documents(tokens, starts)
 
 
+# Keys of which a record of text has one.
+TEXT_KEYS = ("messages", "text")
+
+
 def read_records(
-    path: Path, skip_bad: bool, columns: Sequence[str] = ("messages", "text")
+    path: Path, skip_bad: bool, columns: Sequence[str] = TEXT_KEYS
 ) -> Iterator[tuple[str, Any]]:
     """(place, record) of a text file, one at a time; a BadRecord could not be read.
 
@@ -944,13 +948,15 @@ def cut_pieces(starts: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np
     return (starts[:-1][document] + begins)[keep], sizes[keep]
 
 
+def check_whole(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, (int, np.integer)) or value < least:
+        raise ArgumentError(f"{name}={shorten(value)}: expected a whole number of at least {least}")
+
+
 def sample_rows(documents: Documents, rows: int, length: int, seed: int = 0) -> np.ndarray:
     """An int32 array (at most `rows`, `length`) for calibration: whole windows, evenly drawn."""
-    for name, value, least in (("rows", rows, 1), ("length", length, 2)):
-        if not isinstance(value, (int, np.integer)) or value < least:
-            raise ArgumentError(
-                f"calibration {name}={shorten(value)}: expected a whole number of at least {least}"
-            )
+    check_whole("calibration rows", rows, 1)
+    check_whole("calibration length", length, 2)
     starts, lengths = cut_pieces(documents.starts, length)
     full = starts[lengths == length]
     usable = len(documents.tokens) // length

@@ -19,10 +19,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from . import _core
-from .data import Batches, read_documents
+from .data import Batches, check_whole, read_documents
 from .errors import ArgumentError
 from .pairs import core_of, shared_vocabulary
 
@@ -136,11 +134,6 @@ def evaluation_batches(
     check_whole("sequence_length", sequence_length, 2)
     documents = read_documents(data, tokenizer, vocab=vocab, loss_on=loss_on)
     return Batches(documents, batch_size=batch_size, sequence_length=sequence_length, shuffle=False)
-
-
-def check_whole(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, (int, np.integer)) or value < least:
-        raise ArgumentError(f"{name}={value!r}: expected a whole number of at least {least}")
 
 
 def run_batches(

@@ -338,11 +338,8 @@ def score(
 
     Raises
     ------
-    ArgumentError, DtypeError, NonFiniteError, OutOfMemoryError
+    ArgumentError, DtypeError, OutOfMemoryError
         As for `generate`.
-
-    Raises
-    ------
     NonFiniteError
         The model's logits are NaN or infinite.
 

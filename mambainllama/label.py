@@ -28,6 +28,7 @@ from .soft_labels import check_settings, soft_labels
 
 __all__ = ["label"]
 
+PROMPT_KEYS = ("messages", "prompt", "text")  # of which a record has one
 BLOCK = 64  # prompts answered between two writes
 
 
@@ -83,12 +84,12 @@ def label(
             raise ArgumentError(f"label: {name}={shorten(value)}: expected a whole number")
     chats = teacher.tokenizer.chat_template is not None
     asked = [as_prompt(place, record, chats) for place, record in records_of(prompts)]
-    if not asked and isinstance(prompts, (str, os.PathLike)):
+    named = isinstance(prompts, (str, os.PathLike))
+    if named and not asked:
         raise FormatError(f"{prompts}: holds no prompt")
     done = 0
     path = None if output is None else Path(output)
     if path is not None and path.exists():
-        named = isinstance(prompts, (str, os.PathLike))
         if named and os.path.realpath(prompts) == os.path.realpath(path):
             raise ArgumentError(f"{path}: holds the prompts; choose another file for the answers")
         if not resume:
@@ -151,7 +152,7 @@ def records_of(prompts: Any) -> Iterator[tuple[str, Any]]:
         for path in expand_paths([prompts]):
             if path.name.endswith((".npz", ".npy", ".txt")):
                 raise ArgumentError(f"{path}: prompts come in .jsonl(.gz) or .parquet")
-            yield from read_records(path, False, ("messages", "prompt", "text"))
+            yield from read_records(path, False, PROMPT_KEYS)
     elif isinstance(prompts, Sequence):
         for index, prompt in enumerate(prompts):
             yield f"prompts[{index}]", prompt
@@ -164,7 +165,7 @@ def as_prompt(place: str, record: Any, chats: bool) -> Any:
     if isinstance(record, BadRecord):
         raise FormatError(f"{place}: {record}")
     if isinstance(record, Mapping):
-        found = next((record[k] for k in ("messages", "prompt", "text") if k in record), None)
+        found = next((record[k] for k in PROMPT_KEYS if k in record), None)
         if found is None:
             raise FormatError(f"{place}: expected 'prompt', 'messages' or 'text'")
         record = found

@@ -20,13 +20,7 @@ from . import _core
 from .checkpoint import Checkpoint, parse_json, read_companions, write_folder
 from .devices import check_device, operator_table
 from .dtypes import check_dtype, convert, to_float32
-from .errors import (
-    ArgumentError,
-    FormatError,
-    OutOfMemoryError,
-    ShapeError,
-    shorten,
-)
+from .errors import ArgumentError, FormatError, OutOfMemoryError, ShapeError, shorten
 from .families import Description, describe, match_tensors
 from .hub import find_folder
 from .memory import check_weights

@@ -36,11 +36,12 @@ import numpy as np
 from . import _core
 from ._version import __version__
 from .checkpointing import sweep, write_text
-from .data import Documents, expand_paths, read_documents, read_records
+from .data import TEXT_KEYS, Documents, expand_paths, read_documents, read_records
 from .distill import DistillConfig, check_without_teacher, weights_hash
 from .errors import ArgumentError, FileError, FormatError, StateError, listing, shorten
 from .history import History
 from .kept import Yardstick, prompts_of
+from .label import PROMPT_KEYS
 from .model import Model, load
 from .pairs import shared_vocabulary
 from .recipe import Recipe, StageSettings, read_recipe
@@ -55,10 +56,8 @@ __all__ = ["Run", "check_recipe", "run_recipe"]
 # Data that stages make for those after them.
 MADE = ("answers.jsonl", "answers.labels", "data.labels")
 
-# Keys of which a record of text, of preferences and of prompts has at least one.
-TEXTS = ("messages", "text")
-PAIRS = ("chosen",)
-PROMPTS = ("messages", "prompt", "text")
+# The key that every record of preferences has.
+PAIR_KEYS = ("chosen",)
 
 
 def run_recipe(
@@ -190,16 +189,18 @@ class Run:
         """Every data file that the recipe names, and keys of which its records have one."""
         found: dict[str, tuple[str, ...]] = {}
         sections: list[tuple[dict[str, Any], tuple[str, ...]]]
-        sections = [(self.recipe.data, TEXTS), (self.recipe.report, TEXTS)]
+        sections = [(self.recipe.data, TEXT_KEYS), (self.recipe.report, TEXT_KEYS)]
         for settings in self.recipe.stages:
             pairs = "files" in settings.stage.required
-            sections.append((settings.options, PAIRS if pairs else TEXTS))
+            sections.append((settings.options, PAIR_KEYS if pairs else TEXT_KEYS))
         for section, keys in sections:
             for key in ("files", "validation", "prompts"):
                 value = section.get(key, [])
                 value = [value] if isinstance(value, str) else value
                 for name in value if isinstance(value, list) else []:
-                    found.setdefault(os.path.abspath(name), PROMPTS if key == "prompts" else keys)
+                    found.setdefault(
+                        os.path.abspath(name), PROMPT_KEYS if key == "prompts" else keys
+                    )
         return found
 
     # -- models and data --

@@ -48,6 +48,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .convert import INITS, MIXERS
 from .errors import ArgumentError, FileError, FormatError, NotFoundError, shorten
 from .stages import STAGES, Stage
 from .training import TrainingConfig, flag, one_of, whole
@@ -68,8 +69,8 @@ MAKERS = ("convert", "stepwise")
 
 # What the values of [student] and [output] must be, beside paths and what the model itself decides.
 RULES = {
-    "mixer": one_of("mamba1", "mamba2"),
-    "init": one_of("auto", "paper", "calibrated", "fitted"),
+    "mixer": one_of(*MIXERS),
+    "init": one_of(*INITS),
     "seed": (whole(0), "a whole number of at least 0"),
     "calibration_rows": (whole(1), "a whole number of at least 1"),
     "calibration_length": (whole(2), "a whole number of at least 2"),
