@@ -42,6 +42,129 @@ load_rows(const T *from, int64_t stride, int head_dim, int first, int end, uint3
     }
 }
 
+/* s = q k^T: the warp's M tiles of 16 queries, from row `own` on, by the N keys of a tile. */
+template <typename T, int D, int M, int N>
+static __device__ __forceinline__ void
+score(uint32_t q, int own, uint32_t k, float (&s)[M][N / 2])
+{
+#pragma unroll
+    for (int i = 0; i < D / 16; i++) {
+        uint32_t left[M][4];
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+            load_left<D>(left[m], q, own + m * 16, i);
+        }
+#pragma unroll
+        for (int n = 0; n < N / 16; n++) {
+            uint32_t right[4];
+            load_right_rows<D>(right, k, n * 16, i);
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                mil_multiply_add<T>(s[m] + 8 * n, left[m], right[0], right[1]);
+                mil_multiply_add<T>(s[m] + 8 * n + 4, left[m], right[2], right[3]);
+            }
+        }
+    }
+}
+
+/* Scores of keys that a query does not see: later ones, and those before its window. */
+template <int M, int N>
+static __device__ __forceinline__ void
+mask(int first_key, int first_position, int window, float (&s)[M][N / 2])
+{
+    const int thread = threadIdx.x % MIL_WARP;
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) {
+            int key = first_key + i / 4 * 8 + thread % 4 * 2 + i % 2;
+            int position = first_position + m * 16 + i % 4 / 2 * 8 + thread / 4;
+            if (key > position || key <= position - window) {
+                s[m][i] = -INFINITY;
+            }
+        }
+    }
+}
+
+/* acc += s v, s being probabilities by now. */
+template <typename T, int D, int M, int N>
+static __device__ __forceinline__ void
+add_values(const float (&s)[M][N / 2], uint32_t v, float (&acc)[M][D / 2])
+{
+#pragma unroll
+    for (int n = 0; n < N / 16; n++) {
+        uint32_t left[M][4];
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                left[m][i] = pack<T>(s[m][8 * n + 2 * i], s[m][8 * n + 2 * i + 1]);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < D / 16; i++) {
+            uint32_t right[4];
+            load_right_columns<D>(right, v, n * 16, i);
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                mil_multiply_add<T>(acc[m] + 8 * i, left[m], right[0], right[1]);
+                mil_multiply_add<T>(acc[m] + 8 * i + 4, left[m], right[2], right[3]);
+            }
+        }
+    }
+}
+
+/* Where a block's rows are. */
+struct prefill_place {
+    int64_t first_row;      /* of the sequence */
+    int head, first, count; /* first query of the block; of the sequence's rows */
+};
+
+/* acc over the sums to y, through the warp's own rows of Q in shared memory, for steps of 16 bytes. */
+template <typename T, int D, int M>
+static __device__ __forceinline__ void
+write_rows(const attention_arguments &a, const prefill_place &p, int own, uint16_t *q,
+           const softmax_pair (&rows)[M], const float (&acc)[M][D / 2])
+{
+    const int thread = threadIdx.x % MIL_WARP;
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+#pragma unroll
+        for (int row = 0; row < 2; row++) {
+            float sum = softmax_finish(rows[m].sum[row]), inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+            int place = own + m * 16 + row * 8 + thread / 4;
+#pragma unroll
+            for (int i = 0; i < D / 8; i++) {
+                uint32_t at = chunk_place<D>(place, i) + (uint32_t)thread % 4 * 4;
+                *(uint32_t *)((char *)q + at) =
+                    pack<T>(acc[m][i * 4 + row * 2] * inverse, acc[m][i * 4 + row * 2 + 1] * inverse);
+            }
+            if (a.log_sum_exp != NULL && thread % 4 == 0 && p.first + place < p.count) {
+                a.log_sum_exp[(p.first_row + p.first + place) * a.heads + p.head] =
+                    rows[m].maximum[row] * a.scale + logf(sum);
+            }
+        }
+    }
+    __syncwarp();
+    T *y = (T *)a.y + (p.first_row + p.first) * a.y_stride + (int64_t)p.head * a.head_dim;
+    for (int i = thread; i < M * 16 * (D / 8); i += MIL_WARP) {
+        int place = own + i / (D / 8), chunk = i % (D / 8);
+        if (p.first + place < p.count && chunk * 8 < a.head_dim) {
+            *(uint4 *)(y + place * a.y_stride + chunk * 8) =
+                *(const uint4 *)((const char *)q + chunk_place<D>(place, chunk));
+        }
+    }
+}
+
+/* Tiles of K and V from key `first` on into a stage. */
+template <typename T, int D, int N, typename Stage>
+static __device__ __forceinline__ void
+load_keys(const key_source<T> &keys, int head_dim, int first, int end, Stage &stage)
+{
+    load_rows<T, D, N>(keys.k, keys.stride, head_dim, first, end, shared_address(stage.k));
+    load_rows<T, D, N>(keys.v, keys.stride, head_dim, first, end, shared_address(stage.v));
+}
+
 template <typename T, int D, int M, int N>
 static __global__ void
 __launch_bounds__(WARPS *MIL_WARP) prefill_kernel(const __grid_constant__ attention_arguments a)
@@ -65,11 +188,10 @@ __launch_bounds__(WARPS *MIL_WARP) prefill_kernel(const __grid_constant__ attent
     const T *queries = (const T *)a.q + first_row * a.q_stride + (int64_t)head * a.head_dim;
     uint32_t q = shared_address(memory->q);
     load_rows<T, D, ROWS>(queries, a.q_stride, a.head_dim, first, count, q);
-    load_rows<T, D, N>(keys.k, keys.stride, a.head_dim, tile * N, end, shared_address(memory->stage[0].k));
-    load_rows<T, D, N>(keys.v, keys.stride, a.head_dim, tile * N, end, shared_address(memory->stage[0].v));
+    load_keys<T, D, N>(keys, a.head_dim, tile * N, end, memory->stage[0]);
     copies_commit();
 
-    int thread = threadIdx.x % MIL_WARP, own = threadIdx.x / MIL_WARP * M * 16; /* the warp's first row */
+    int own = threadIdx.x / MIL_WARP * M * 16; /* the warp's first row */
     softmax_pair rows[M];
     float acc[M][D / 2] = {};
 #pragma unroll
@@ -83,49 +205,17 @@ __launch_bounds__(WARPS *MIL_WARP) prefill_kernel(const __grid_constant__ attent
         copies_wait<0>();
         __syncthreads();
         if ((tile + 1) * N < end) {
-            int next = (tile + 1) * N;
-            load_rows<T, D, N>(keys.k, keys.stride, a.head_dim, next, end,
-                               shared_address(memory->stage[stage ^ 1].k));
-            load_rows<T, D, N>(keys.v, keys.stride, a.head_dim, next, end,
-                               shared_address(memory->stage[stage ^ 1].v));
+            load_keys<T, D, N>(keys, a.head_dim, (tile + 1) * N, end, memory->stage[stage ^ 1]);
         }
         copies_commit();
         int first_key = tile * N;
         if (first_key > own_last || first_key + N <= own_first + 1 - window) {
             continue; /* nothing that this warp's rows may see */
         }
-        uint32_t k = shared_address(memory->stage[stage].k), v = shared_address(memory->stage[stage].v);
         float s[M][N / 2] = {};
-#pragma unroll
-        for (int i = 0; i < D / 16; i++) {
-            uint32_t left[M][4];
-#pragma unroll
-            for (int m = 0; m < M; m++) {
-                load_left<D>(left[m], q, own + m * 16, i);
-            }
-#pragma unroll
-            for (int n = 0; n < N / 16; n++) {
-                uint32_t right[4];
-                load_right_rows<D>(right, k, n * 16, i);
-#pragma unroll
-                for (int m = 0; m < M; m++) {
-                    mil_multiply_add<T>(s[m] + 8 * n, left[m], right[0], right[1]);
-                    mil_multiply_add<T>(s[m] + 8 * n + 4, left[m], right[2], right[3]);
-                }
-            }
-        }
+        score<T, D, M, N>(q, own, shared_address(memory->stage[stage].k), s);
         if (first_key + N - 1 > own_first || first_key <= own_last - window) {
-#pragma unroll
-            for (int m = 0; m < M; m++) {
-#pragma unroll
-                for (int i = 0; i < N / 2; i++) {
-                    int key = first_key + i / 4 * 8 + thread % 4 * 2 + i % 2;
-                    int position = own_first + m * 16 + i % 4 / 2 * 8 + thread / 4;
-                    if (key > position || key <= position - window) {
-                        s[m][i] = -INFINITY;
-                    }
-                }
-            }
+            mask<M, N>(first_key, own_first, window, s);
         }
 #pragma unroll
         for (int m = 0; m < M; m++) {
@@ -136,60 +226,12 @@ __launch_bounds__(WARPS *MIL_WARP) prefill_kernel(const __grid_constant__ attent
                 acc[m][i] *= factor[i % 4 / 2];
             }
         }
-#pragma unroll
-        for (int n = 0; n < N / 16; n++) {
-            uint32_t left[M][4];
-#pragma unroll
-            for (int m = 0; m < M; m++) {
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    left[m][i] = pack<T>(s[m][8 * n + 2 * i], s[m][8 * n + 2 * i + 1]);
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < D / 16; i++) {
-                uint32_t right[4];
-                load_right_columns<D>(right, v, n * 16, i);
-#pragma unroll
-                for (int m = 0; m < M; m++) {
-                    mil_multiply_add<T>(acc[m] + 8 * i, left[m], right[0], right[1]);
-                    mil_multiply_add<T>(acc[m] + 8 * i + 4, left[m], right[2], right[3]);
-                }
-            }
-        }
+        add_values<T, D, M, N>(s, shared_address(memory->stage[stage].v), acc);
     }
     mil_trigger();
-
-    /* The result goes through the warp's own rows of Q, to be written in steps of 16 bytes. */
     copies_wait<0>();
     __syncwarp();
-#pragma unroll
-    for (int m = 0; m < M; m++) {
-#pragma unroll
-        for (int row = 0; row < 2; row++) {
-            float sum = softmax_finish(rows[m].sum[row]), inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
-            int place = own + m * 16 + row * 8 + thread / 4;
-#pragma unroll
-            for (int i = 0; i < D / 8; i++) {
-                uint32_t at = chunk_place<D>(place, i) + (uint32_t)thread % 4 * 4;
-                *(uint32_t *)((char *)memory->q + at) =
-                    pack<T>(acc[m][i * 4 + row * 2] * inverse, acc[m][i * 4 + row * 2 + 1] * inverse);
-            }
-            if (a.log_sum_exp != NULL && thread % 4 == 0 && first + place < count) {
-                a.log_sum_exp[(first_row + first + place) * a.heads + head] =
-                    rows[m].maximum[row] * a.scale + logf(sum);
-            }
-        }
-    }
-    __syncwarp();
-    T *y = (T *)a.y + (first_row + first) * a.y_stride + (int64_t)head * a.head_dim;
-    for (int i = thread; i < M * 16 * (D / 8); i += MIL_WARP) {
-        int place = own + i / (D / 8), chunk = i % (D / 8);
-        if (first + place < count && chunk * 8 < a.head_dim) {
-            *(uint4 *)(y + place * a.y_stride + chunk * 8) =
-                *(const uint4 *)((const char *)memory->q + chunk_place<D>(place, chunk));
-        }
-    }
+    write_rows<T, D, M>(a, {first_row, head, first, count}, own, memory->q, rows, acc);
 }
 
 template <typename T, int D, int M, int N>

@@ -60,37 +60,19 @@ store_partial(const float (&C)[J], const float (&H)[J][V], float *partial)
     }
 }
 
-/* Moves H between registers and `state` [state_dim, inner]; c: the thread's first channel. */
+/* Moves H between registers and `state` [state_dim, inner], or NULL; c: the thread's first channel. */
 template <int V, int J>
 static __device__ __forceinline__ void
 load_H(const scan_arguments &a, const float *state, int c, int lane_n, float (&H)[J][V])
 {
-#pragma unroll
-    for (int j = 0; j < J; j++) {
-        int n = lane_n + j * LANES_N;
-        if (state != NULL && n < a.state_dim && c < a.inner) {
-            mil_load_settled<V>(state + (int64_t)n * a.inner + c, H[j]);
-        }
-        else {
-#pragma unroll
-            for (int v = 0; v < V; v++) {
-                H[j][v] = 0.0f;
-            }
-        }
-    }
+    mil_load_state<LANES_N>(state, c, a.state_dim, a.inner, c < a.inner, lane_n, H);
 }
 
 template <int V, int J>
 static __device__ __forceinline__ void
 store_H(const scan_arguments &a, const float (&H)[J][V], int c, int lane_n, float *state)
 {
-#pragma unroll
-    for (int j = 0; j < J; j++) {
-        int n = lane_n + j * LANES_N;
-        if (n < a.state_dim && c < a.inner) {
-            mil_store<V>(state + (int64_t)n * a.inner + c, H[j]);
-        }
-    }
+    mil_store_state<LANES_N>(H, state, c, a.state_dim, a.inner, c < a.inner, lane_n);
 }
 
 /* A log2(e), finite so that 0 * A is 0; 0 where there is no state. */

@@ -420,39 +420,23 @@ fold(const window_memory<V * QUADS, LANES_N * J> &m, float (&H)[J][V])
     }
 }
 
-/* Moves the slice of H between registers and memory; `state` is the head's [state_dim, head_dim]. */
+/* Moves the slice of H between registers and memory; `state` is the head's [state_dim, head_dim], or NULL. */
 template <int V, int J>
 static __device__ __forceinline__ void
 load_H(const ssd_arguments &a, const window_place &p, const float *state, float (&H)[J][V])
 {
-    const int c = threadIdx.x % QUADS * V, lane_n = threadIdx.x / QUADS;
-#pragma unroll
-    for (int j = 0; j < J; j++) {
-        int n = lane_n + j * LANES_N;
-        if (state != NULL && n < a.state_dim && c < p.columns) {
-            mil_load_settled<V>(state + (int64_t)n * a.head_dim + p.column + c, H[j]);
-        }
-        else {
-#pragma unroll
-            for (int v = 0; v < V; v++) {
-                H[j][v] = 0.0f;
-            }
-        }
-    }
+    const int c = threadIdx.x % QUADS * V;
+    mil_load_state<LANES_N>(state, p.column + c, a.state_dim, a.head_dim, c < p.columns, threadIdx.x / QUADS,
+                            H);
 }
 
 template <int V, int J>
 static __device__ __forceinline__ void
 store_H(const ssd_arguments &a, const window_place &p, const float (&H)[J][V], float *state)
 {
-    const int c = threadIdx.x % QUADS * V, lane_n = threadIdx.x / QUADS;
-#pragma unroll
-    for (int j = 0; j < J; j++) {
-        int n = lane_n + j * LANES_N;
-        if (n < a.state_dim && c < p.columns) {
-            mil_store<V>(state + (int64_t)n * a.head_dim + p.column + c, H[j]);
-        }
-    }
+    const int c = threadIdx.x % QUADS * V;
+    mil_store_state<LANES_N>(H, state, p.column + c, a.state_dim, a.head_dim, c < p.columns,
+                             threadIdx.x / QUADS);
 }
 
 /* Asks for the columns of H after the first slice. */

@@ -270,6 +270,45 @@ mil_slot(float *tail, int64_t width, int64_t column)
     return tail + (MIL_TAIL - 1) * width + column;
 }
 
+/* ---- states in registers ---------------------------------------------------------------------------------------- */
+
+/* V neighbouring columns of every LANES-th of a state's `rows` rows, the first of which is `lane`; zeros beyond them, and where
+ * there are no such columns.  `state`: where they begin in row 0, of `width`; or NULL. */
+template <int LANES, int V, int J>
+static __device__ __forceinline__ void
+mil_load_state(const float *state, int64_t column, int rows, int width, bool there, int lane,
+               float (&H)[J][V])
+{
+#pragma unroll
+    for (int j = 0; j < J; j++) {
+        int n = lane + j * LANES;
+        if (state != NULL && n < rows && there) {
+            mil_load_settled<V>(state + (int64_t)n * width + column, H[j]);
+        }
+        else {
+#pragma unroll
+            for (int v = 0; v < V; v++) {
+                H[j][v] = 0.0f;
+            }
+        }
+    }
+}
+
+/* And back. */
+template <int LANES, int V, int J>
+static __device__ __forceinline__ void
+mil_store_state(const float (&H)[J][V], float *state, int64_t column, int rows, int width, bool there,
+                int lane)
+{
+#pragma unroll
+    for (int j = 0; j < J; j++) {
+        int n = lane + j * LANES;
+        if (n < rows && there) {
+            mil_store<V>(state + (int64_t)n * width + column, H[j]);
+        }
+    }
+}
+
 /* A vector's elements as float32. */
 template <typename T, int N>
 static __device__ __forceinline__ void
