@@ -72,6 +72,9 @@ static void
 block_free(const mil_arena *arena, mil_arena_block *block)
 {
     const mil_allocator *to = arena->allocator;
+    if (block == NULL) {
+        return;
+    }
     if (to == NULL) {
         mil_free(block->memory);
     }
@@ -96,6 +99,24 @@ block_new(const mil_arena *arena, size_t size, mil_arena_block *previous)
     return block;
 }
 
+/* A block of at least `bytes` behind the others, as large as all of them where it can be had. */
+static mil_arena_block *
+grow(mil_arena *arena, size_t bytes)
+{
+    mil_arena_block *block = arena->spare;
+    arena->spare = NULL;
+    if (block != NULL && block->size >= bytes) {
+        block->previous = arena->last;
+        block->used = 0;
+        return block;
+    }
+    block_free(arena, block);
+    size_t wanted = bytes > arena->total ? bytes : arena->total; /* at least double */
+    wanted = wanted < (size_t)1 << 16 ? (size_t)1 << 16 : wanted;
+    block = block_new(arena, wanted, arena->last);
+    return block != NULL || wanted == bytes ? block : block_new(arena, bytes, arena->last);
+}
+
 mil_status
 mil_arena_push(mil_arena *arena, size_t count, size_t size, void **out)
 {
@@ -106,21 +127,13 @@ mil_arena_push(mil_arena *arena, size_t count, size_t size, void **out)
     size_t bytes = (count * size + MIL_ALIGNMENT - 1) / MIL_ALIGNMENT * MIL_ALIGNMENT;
     mil_arena_block *block = arena->last;
     if (block == NULL || block->size - block->used < bytes) {
-        size_t wanted = bytes > arena->total ? bytes : arena->total; /* at least double */
-        if (wanted < (size_t)1 << 16) {
-            wanted = (size_t)1 << 16;
-        }
-        block = block_new(arena, wanted, arena->last);
-        if (block == NULL && wanted > bytes) {
-            wanted = bytes;
-            block = block_new(arena, wanted, arena->last);
-        }
+        block = grow(arena, bytes);
         if (block == NULL) {
             return mil_fail(MIL_ERR_MEMORY, "out of memory: %zu more bytes of workspace beside %zu", bytes,
                             arena->total);
         }
         arena->last = block;
-        arena->total += wanted;
+        arena->total += block->size;
     }
     *out = block->memory + block->used;
     block->used += bytes;
@@ -146,7 +159,8 @@ mil_arena_rewind(mil_arena *arena, mil_arena_mark mark)
 {
     /* Back to empty: one block as large as the most that was ever in use serves every later step. */
     if (mark.in_use == 0) {
-        if (arena->last != NULL && (arena->last->previous != NULL || arena->last->size < arena->peak)) {
+        if (arena->last != NULL &&
+            (arena->last->previous != NULL || arena->spare != NULL || arena->last->size < arena->peak)) {
             size_t peak = arena->peak;
             mil_arena_release(arena);
             arena->peak = peak;
@@ -160,10 +174,15 @@ mil_arena_rewind(mil_arena *arena, mil_arena_mark mark)
         return;
     }
     while (arena->last != mark.block) {
-        mil_arena_block *previous = arena->last->previous;
-        arena->total -= arena->last->size;
-        block_free(arena, arena->last);
-        arena->last = previous;
+        mil_arena_block *block = arena->last;
+        arena->last = block->previous;
+        arena->total -= block->size;
+        if (arena->spare == NULL || arena->spare->size < block->size) {
+            mil_arena_block *smaller = arena->spare;
+            arena->spare = block;
+            block = smaller;
+        }
+        block_free(arena, block);
     }
     arena->last->used = mark.used;
     arena->in_use = mark.in_use;
@@ -177,5 +196,6 @@ mil_arena_release(mil_arena *arena)
         block_free(arena, arena->last);
         arena->last = previous;
     }
+    block_free(arena, arena->spare);
     *arena = (mil_arena){.allocator = arena->allocator};
 }

@@ -6,7 +6,8 @@
  *
  * An arena hands out memory by moving a pointer and takes it all back at once (mark, rewind).  It grows
  * by whole blocks; rewinding to empty merges them into one, so from the second step of a shape
- * onwards nothing is allocated.  Arenas belong to one context and are not shared between threads.
+ * onwards nothing is allocated.  Within a first step, what one operator gives back serves the next one that asks for as
+ * much: a device's allocator waits for the device.  Arenas belong to one context and are not shared between threads.
  */
 #ifndef MIL_BASE_MEMORY_H
 #define MIL_BASE_MEMORY_H
@@ -47,8 +48,9 @@ typedef struct mil_arena_block {
 /* Zero-initialised is a valid empty arena in host memory. */
 typedef struct mil_arena {
     mil_arena_block *last;
-    size_t total; /* bytes in all blocks */
-    size_t peak;  /* most bytes ever in use */
+    mil_arena_block *spare; /* the largest that a rewind has left over, or NULL */
+    size_t total;           /* bytes in all blocks but the spare */
+    size_t peak;            /* most bytes ever in use */
     size_t in_use;
     const mil_allocator *allocator; /* borrowed */
 } mil_arena;

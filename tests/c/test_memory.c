@@ -57,7 +57,13 @@ test_memory_arena(void)
     CHECK_OK(mil_arena_push(&arena, 1, (size_t)1 << 20, (void **)&c)); /* a block of its own */
     memset(c, 3, (size_t)1 << 20);
     mil_arena_rewind(&arena, mark);
-    CHECK(mil_memory_blocks() == 2); /* a block's memory and its header */
+    CHECK(mil_memory_blocks() == 4); /* two blocks, each with a header: the second serves the next push */
+    CHECK_OK(mil_arena_push(&arena, 1, (size_t)1 << 19, (void **)&b));
+    CHECK(b == c && mil_memory_blocks() == 4);
+    mil_arena_rewind(&arena, mark);
+    CHECK_OK(mil_arena_push(&arena, 1, (size_t)1 << 21, (void **)&b)); /* too large for it: it makes room */
+    CHECK(mil_memory_blocks() == 4);
+    mil_arena_rewind(&arena, mark);
 
     /* Back to empty, the arena is one block as large as the most that was in use: the same step again allocates
      * nothing. */
