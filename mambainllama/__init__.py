@@ -84,7 +84,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> object:
     """Modules that are loaded when they are first asked for: mil.demo, mil.bench, mil.plot."""
     if name in ("bench", "demo", "plot"):
         import importlib

@@ -13,7 +13,7 @@ from pathlib import Path
 from . import _core
 
 
-def wheel_library():
+def wheel_library() -> Path | None:
     """Path of the library in the scipy-openblas64 wheel, or None; does not import the wheel."""
     spec = importlib.util.find_spec("scipy_openblas64")
     for folder in (spec and spec.submodule_search_locations) or []:
@@ -23,7 +23,7 @@ def wheel_library():
     return None
 
 
-def load():
+def load() -> None:
     """Load the library that the environment names, or the wheel's."""
     wanted = os.environ.get("MAMBAINLLAMA_BLAS", "")
     if wanted.lower() == "none":

@@ -12,12 +12,16 @@ E[u u^T] is close to singular.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import _core
 from .errors import ArgumentError, NonFiniteError, shorten
+
+if TYPE_CHECKING:
+    from .model import Model
 
 __all__ = [
     "batches",
@@ -32,7 +36,9 @@ _SUMS_BYTES = 1 << 30  # of E[u u^T] held at once; more layers take more passes
 _RIDGE = 1e-3
 
 
-def calibration_rows(model, calibration, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def calibration_rows(
+    model: Model, calibration: Any, most: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and offsets, packed, of what the user gave: tokens (n, length), token lists or texts.
 
     At most `most` tokens are taken: rows spread evenly over what was given. E[u u^T] is known well
@@ -60,7 +66,7 @@ def calibration_rows(model, calibration, most: int | None = None) -> tuple[np.nd
     return tokens, offsets
 
 
-def _rows(model, calibration) -> Sequence:
+def _rows(model: Model, calibration: Any) -> Sequence:
     """The rows of tokens in any of the forms that are allowed."""
     if isinstance(calibration, str):
         calibration = [calibration]
@@ -98,7 +104,9 @@ def constant_directions(
     return directions
 
 
-def _directions(core, layers, tokens, offsets) -> dict[int, np.ndarray]:
+def _directions(
+    core: _core.Model, layers: Sequence[int], tokens: np.ndarray, offsets: np.ndarray
+) -> dict[int, np.ndarray]:
     hidden = core.config["hidden"]
     square = {layer: np.zeros((hidden, hidden)) for layer in layers}
     total = {layer: np.zeros(hidden) for layer in layers}
@@ -133,7 +141,7 @@ def constant_direction(square: np.ndarray, mean: np.ndarray) -> np.ndarray:
     return np.linalg.solve(square + _RIDGE * np.eye(len(mean)), mean)
 
 
-def batches(offsets: np.ndarray):
+def batches(offsets: np.ndarray) -> Iterator[tuple[int, int]]:
     """(first, end) of runs of sequences with about _BATCH_TOKENS tokens."""
     begin = 0
     for end in range(1, len(offsets)):

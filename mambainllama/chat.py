@@ -14,9 +14,13 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .checkpoint import read_file
 from .errors import ArgumentError, FormatError, shorten
+
+if TYPE_CHECKING:
+    import jinja2
 
 __all__ = ["ChatTemplate", "find_template"]
 
@@ -61,7 +65,7 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         name: str | None = None,
         tools: Sequence[Mapping] | None = None,
-        **variables,
+        **variables: Any,
     ) -> str:
         """The text of a chat; see `Tokenizer.apply_chat_template`."""
         import jinja2
@@ -144,12 +148,12 @@ def _template_files(folder: Path) -> list[tuple[Path, str]]:
 
 
 @functools.lru_cache(maxsize=32)
-def _compiled(source: str):
+def _compiled(source: str) -> jinja2.Template:
     return _environment().from_string(source)
 
 
 @functools.lru_cache(maxsize=1)
-def _environment():
+def _environment() -> jinja2.Environment:
     import jinja2.ext
     import jinja2.sandbox
 
@@ -158,7 +162,7 @@ def _environment():
 
         tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
 
-        def parse(self, parser):
+        def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return jinja2.nodes.Scope(body).set_lineno(line)
@@ -172,20 +176,26 @@ def _environment():
     return environment
 
 
-def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """Jinja's own tojson escapes HTML, which no model was trained on."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
 
-def _raise_exception(message):
+def _raise_exception(message: object) -> NoReturn:
     import jinja2
 
     raise jinja2.TemplateError(str(message))
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     """The value in plain JSON types, so that a template meets no object with methods of its own."""
     if value is None or type(value) in (str, int, float, bool):
         return value

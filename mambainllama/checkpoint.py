@@ -30,6 +30,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -86,7 +87,7 @@ COMPANION_FILES = (
 # ---- JSON ----------------------------------------------------------------------------------------
 
 
-def _no_duplicates(pairs):
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A dict of the pairs of one JSON object; a repeated key is an error."""
     result = dict(pairs)
     if len(result) != len(pairs):
@@ -98,7 +99,7 @@ def _no_duplicates(pairs):
     return result
 
 
-def _integer(text):
+def _integer(text: str) -> int:
     """An integer of JSON text; none has hundreds of digits, and no float could hold them."""
     if len(text) > _MAX_DIGITS:
         raise ValueError(f"a number of {len(text)} digits")
@@ -168,7 +169,7 @@ def _checked_tensor(
 ) -> StoredTensor:
     """One header entry as a StoredTensor, every number of it checked."""
 
-    def fail(expected: str, got: object):
+    def fail(expected: str, got: object) -> FormatError:
         return FormatError(
             f"{path}: tensor {shorten(name)}: expected {expected}, got {shorten(got)}"
         )

@@ -177,7 +177,13 @@ def _split(model: Model, tokens: Any) -> tuple[list[np.ndarray], tuple[np.ndarra
 class Hybrids:
     """The KL of every mixture of a teacher's attention layers and a student's mixers."""
 
-    def __init__(self, teacher: Model, student: Model, candidates: Sequence[int], measured):
+    def __init__(
+        self,
+        teacher: Model,
+        student: Model,
+        candidates: Sequence[int],
+        measured: tuple[np.ndarray, np.ndarray],
+    ):
         self.teacher, self.student, self.candidates = teacher.core, student.core, candidates
         self.tokens, self.offsets = measured
         self.known: dict[frozenset[int], float] = {}

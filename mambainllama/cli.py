@@ -105,7 +105,7 @@ def one_line(error: BaseException) -> str:
 class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Keeps examples' lines; adds the default of an option where it has one."""
 
-    def _get_help_string(self, action):
+    def _get_help_string(self, action: argparse.Action) -> str:
         default = action.default
         hidden = default in (None, [], argparse.SUPPRESS) or default is False
         shown = action.option_strings and not hidden

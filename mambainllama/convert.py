@@ -35,6 +35,7 @@ import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -60,7 +61,7 @@ def convert(
     mixer: str = "mamba2",
     attention_layers: Sequence[int] | str | float = "half",
     init: str = "auto",
-    calibration=None,
+    calibration: Any = None,
     seed: int = 0,
 ) -> Model:
     """A hybrid made from a Transformer; the original is untouched.
@@ -120,7 +121,9 @@ def convert(
     return _convert(model, mixer, kept, init, calibration, int(seed), any_attention=bool(kept))
 
 
-def _measured_choice(model, mixer, words: str, init, calibration, seed) -> list[int]:
+def _measured_choice(
+    model: Model, mixer: str, words: str, init: str, calibration: Any, seed: int
+) -> list[int]:
     """The layers that "auto:N" means: N of them, or a share, chosen by mil.choose_layers."""
     from .choose import choose_layers
 
@@ -140,7 +143,7 @@ def _measured_choice(model, mixer, words: str, init, calibration, seed) -> list[
 
 
 def _convert(
-    model: Model, mixer: str, kept: Sequence[int], init: str, calibration, seed: int,
+    model: Model, mixer: str, kept: Sequence[int], init: str, calibration: Any, seed: int,
     any_attention: bool,
 ) -> Model:  # fmt: skip
     """`convert` with checked arguments. `any_attention`: whether the student that is started for
@@ -174,7 +177,7 @@ def _convert(
     return _build(model, {**old, "layers": layers}, replaced, mixer, start, directions, fitter)
 
 
-def _check_arguments(model, mixer, init, calibration, seed) -> None:
+def _check_arguments(model: Any, mixer: Any, init: Any, calibration: Any, seed: Any) -> None:
     """Everything about the arguments that needs no look into the model."""
     if not isinstance(model, Model):
         raise ArgumentError(f"convert: expected a model from mil.load, got {type(model).__name__}")
@@ -303,7 +306,7 @@ class Start:
         self.calibrated, self.any_attention = calibrated, any_attention
 
     def tensors(
-        self, number: int, layer: Mapping, hidden: int, attention: Mapping, gate
+        self, number: int, layer: Mapping, hidden: int, attention: Mapping, gate: np.ndarray | None
     ) -> dict[str, np.ndarray]:
         """A mixer's parameters (float32) by suffix.
 
@@ -322,7 +325,14 @@ class Start:
         make = self._mamba1 if self.mixer == "mamba1" else self._mamba2
         return make(_Streams(self.seed, number), layer, hidden, attention, gate)
 
-    def _mamba1(self, new, layer, hidden, attention, gate):
+    def _mamba1(
+        self,
+        new: _Streams,
+        layer: Mapping,
+        hidden: int,
+        attention: Mapping,
+        gate: np.ndarray | None,
+    ) -> dict[str, np.ndarray]:
         inner, narrow, rank, n = (
             layer["inner"],
             layer["x_width"],
@@ -365,7 +375,14 @@ class Start:
             "out_proj.weight": out,
         }
 
-    def _mamba2(self, new, layer, hidden, attention, gate):
+    def _mamba2(
+        self,
+        new: _Streams,
+        layer: Mapping,
+        hidden: int,
+        attention: Mapping,
+        gate: np.ndarray | None,
+    ) -> dict[str, np.ndarray]:
         inner, narrow, heads = layer["inner"], layer["x_width"], layer["heads"]
         channels = inner + 2 * narrow
         conv, conv_bias = self._convolution(new, channels, layer["conv_width"])
@@ -396,7 +413,9 @@ class Start:
             "out_proj.weight": attention["o_proj.weight"],
         }
 
-    def _convolution(self, new, channels: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    def _convolution(
+        self, new: _Streams, channels: int, width: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Taps [channels, 1, width] and bias; the last tap is the current token's."""
         weight = new.uniform("conv1d.weight", (channels, 1, width), width**-0.5)
         bias = new.uniform("conv1d.bias", (channels,), width**-0.5)
@@ -406,7 +425,9 @@ class Start:
             bias[:] = 0
         return weight, bias
 
-    def _gate(self, new, inner: int, hidden: int, direction) -> np.ndarray:
+    def _gate(
+        self, new: _Streams, inner: int, hidden: int, direction: np.ndarray | None
+    ) -> np.ndarray:
         """Rows of z. Calibrated: near 2 on real inputs, where silu is 1.76 and sure of its sign."""
         weight = new.linear("z", inner, hidden)
         return weight if direction is None else 0.1 * weight + 2 * direction.astype(np.float32)

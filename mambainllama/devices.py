@@ -13,6 +13,7 @@ import os
 import sys
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 from .errors import ArgumentError, DeviceError, shorten
 
@@ -22,7 +23,7 @@ _DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}  # mil_dtype
 
 
 @cache
-def _cuda():
+def _cuda() -> ModuleType:
     """The module `_cuda`; DeviceError with the reason where there is none."""
     if importlib.util.find_spec("mambainllama._cuda") is None:
         raise DeviceError(
@@ -127,7 +128,7 @@ def check_device(device: str) -> str:
     return f"cuda:{index}"
 
 
-def operator_table(device: str, dtype: str):
+def operator_table(device: str, dtype: str) -> object:
     """The capsule of a device's operators for models of `dtype`; None for the CPU's, which are
     built into the core."""
     if device == "cpu":

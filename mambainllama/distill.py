@@ -104,7 +104,7 @@ class DistillConfig(TrainingConfig):
     on_policy_temperature: float = 1.0
     on_policy_prompt: int = 32
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         weights = (self.kl_weight, self.ce_weight, self.hidden_weight)
         if not any(weights) and self.align_fraction < 1:

@@ -8,6 +8,8 @@ extension module, which raises most of them; only `NotFoundError` is added here.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ._core import (
     ArgumentError,
     DeviceError,
@@ -55,7 +57,7 @@ def shorten(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def listing(names, limit: int = 3) -> str:
+def listing(names: Iterable[object], limit: int = 3) -> str:
     """The first names of a long list, and how many more there are: "a, b, c and 9 more"."""
     names = list(names)
     shown = [str(name) for name in names[:limit]]

@@ -37,6 +37,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -135,7 +136,14 @@ class Fitter:
         """How many tokens tell one strength from another."""
         return max(_TRIAL_TOKENS, 4 * self.config["hidden"])
 
-    def prepare(self, layer, start, attention, old, strength: float) -> dict[str, np.ndarray]:
+    def prepare(
+        self,
+        layer: Mapping,
+        start: Mapping[str, np.ndarray],
+        attention: Mapping,
+        old: Any,
+        strength: float,
+    ) -> dict[str, np.ndarray]:
         """A copy of the start with levels and step sizes."""
         tensors = _copies(start)
         logits = strength * _key_logits(attention, old, self.inputs)
@@ -390,7 +398,13 @@ def _resize(weight: np.ndarray, bias: np.ndarray | None, inputs: Inputs, size: f
             bias *= np.float32(size / now)
 
 
-def _prepare_mamba2(tensors, layer, attention, inputs: Inputs, logits: np.ndarray) -> None:
+def _prepare_mamba2(
+    tensors: dict[str, np.ndarray],
+    layer: Mapping,
+    attention: Mapping,
+    inputs: Inputs,
+    logits: np.ndarray,
+) -> None:
     """Levels and step sizes of a Mamba-2 mixer, in place."""
     inner, narrow = layer["inner"], layer["x_width"]
     rows, bias = tensors["in_proj.weight"], tensors["conv1d.bias"]
@@ -406,7 +420,13 @@ def _prepare_mamba2(tensors, layer, attention, inputs: Inputs, logits: np.ndarra
     tensors["dt_bias"] -= (logits @ inputs.mean).astype(np.float32)
 
 
-def _prepare_mamba1(tensors, layer, attention, inputs: Inputs, logits: np.ndarray) -> None:
+def _prepare_mamba1(
+    tensors: dict[str, np.ndarray],
+    layer: Mapping,
+    attention: Mapping,
+    inputs: Inputs,
+    logits: np.ndarray,
+) -> None:
     """The same for Mamba-1, whose B and C have no convolution: their levels lie along the constant
     direction."""
     from .convert import _group_order
@@ -433,7 +453,7 @@ def _prepare_mamba1(tensors, layer, attention, inputs: Inputs, logits: np.ndarra
     tensors["dt_proj.bias"] -= 0.5 * (weight @ (down @ inputs.mean)).astype(np.float32)
 
 
-def _level_mamba1(tensors, sums: Sums) -> None:
+def _level_mamba1(tensors: dict[str, np.ndarray], sums: Sums) -> None:
     """Without a norm behind it the scan's output can have any size: B and C are made smaller, or
     larger, until the features' root mean square is 1, as Mamba-2's norm makes it."""
     size = np.sqrt(np.trace(sums.FF) / (len(sums.FF) * sums.count))

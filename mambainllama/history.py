@@ -13,9 +13,12 @@ import html
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import FormatError, NotFoundError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["History"]
 
@@ -73,7 +76,7 @@ class History(list):
         rows = [row for row in self if name in row]
         return [row["step"] for row in rows], [row[name] for row in rows]
 
-    def plot(self, path: str | os.PathLike | None = None):
+    def plot(self, path: str | os.PathLike | None = None) -> Figure:
         """Draws losses over tokens, to a PNG where `path` is given; returns the figure."""
         from .plot import plot_history
 

@@ -206,7 +206,7 @@ class Model:
 
     # ---- computing
 
-    def __call__(self, input_ids, lengths=None) -> np.ndarray:
+    def __call__(self, input_ids: Any, lengths: Any = None) -> np.ndarray:
         """Logits of every position.
 
         Parameters
@@ -337,7 +337,7 @@ class Model:
         return f"<table>{rows}</table>"
 
 
-def pack(input_ids, lengths=None) -> tuple[np.ndarray, np.ndarray, int]:
+def pack(input_ids: Any, lengths: Any = None) -> tuple[np.ndarray, np.ndarray, int]:
     """Rows of tokens as the core takes them: packed one after another.
 
     Returns
@@ -379,7 +379,7 @@ def pack(input_ids, lengths=None) -> tuple[np.ndarray, np.ndarray, int]:
     return _integers(tokens), _offsets(counts), length
 
 
-def _ragged(input_ids) -> list[np.ndarray] | None:
+def _ragged(input_ids: Any) -> list[np.ndarray] | None:
     """The rows of a list of token lists whose lengths differ; None for everything else."""
     if isinstance(input_ids, (np.ndarray, str)) or not isinstance(input_ids, Sequence):
         return None
@@ -390,11 +390,11 @@ def _ragged(input_ids) -> list[np.ndarray] | None:
     return rows if different and all(row.ndim == 1 for row in rows) else None
 
 
-def _offsets(counts) -> np.ndarray:
+def _offsets(counts: Sequence[int] | np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
-def _array(value, name: str = "input_ids") -> np.ndarray:
+def _array(value: Any, name: str = "input_ids") -> np.ndarray:
     try:
         return np.asarray(value)
     except (ValueError, TypeError, OverflowError):
@@ -432,7 +432,9 @@ class Outline:
     """Parameter -> the dtype that it is loaded as."""
 
 
-def outline(path_or_hub_id, dtype: str = "auto", revision: str | None = None) -> Outline:
+def outline(
+    path_or_hub_id: str | os.PathLike, dtype: str = "auto", revision: str | None = None
+) -> Outline:
     """A checkpoint's configuration, parameters and dtypes, as `load` would take them."""
     dtype = check_dtype(dtype)
     folder = find_folder(path_or_hub_id, revision)
@@ -482,7 +484,7 @@ def activation_dtype(dtypes: Mapping[str, str], weights: str | None) -> str:
 
 
 def load(
-    path_or_hub_id,
+    path_or_hub_id: str | os.PathLike,
     device: str = "auto",
     dtype: str = "auto",
     *,

@@ -48,6 +48,11 @@ array([[1., 1., 1.],
        [1., 1., 1.]], dtype=float32)
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
 import numpy as np
 
 from . import _core, interop
@@ -90,12 +95,17 @@ __all__ = [
     "sum_squares",
 ]
 
+#: A NumPy array, DLPack tensor or buffer; given back as the same library's, else NumPy's.
+Array: TypeAlias = Any
+#: Whole numbers in host memory: a list, an array, a tensor.
+Integers: TypeAlias = Any
+
 #: Tokens in one window of a mixer's state, and rows in its tail (csrc/device.h).
 WINDOW = _core.WINDOW
 TAIL = _core.TAIL
 
 
-def set_threads(threads):
+def set_threads(threads: int) -> None:
     """Set the size of the thread team of every later call; None restores the default.
 
     The default is OMP_NUM_THREADS, else the cores that this process may use (affinity and container
@@ -104,12 +114,12 @@ def set_threads(threads):
     _core.set_threads(threads)
 
 
-def get_threads():
+def get_threads() -> int:
     """Return the size of the thread team."""
     return _core.get_threads()
 
 
-def _integers(name, value, dtype, axes=1):
+def _integers(name: str, value: Any, dtype: Any, axes: int = 1) -> np.ndarray | None:
     """`value` as a contiguous integer array; it is small, so converting is worth a copy."""
     if value is None:
         return None
@@ -127,7 +137,9 @@ def _integers(name, value, dtype, axes=1):
     return np.ascontiguousarray(array, dtype=dtype)
 
 
-def _rows(offsets, past=None, boundary=None):
+def _rows(
+    offsets: Integers, past: Integers | None = None, boundary: Integers | None = None
+) -> dict[str, np.ndarray | None]:
     return {
         "offsets": _integers("offsets", offsets, np.int64),
         "past": _integers("past", past, np.int64),
@@ -139,8 +151,16 @@ def _rows(offsets, past=None, boundary=None):
 
 
 def linear_forward(
-    x, weight, bias=None, *, dtype=None, accumulate=False, fast=False, out=None, stream=None
-):
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    dtype: str | None = None,
+    accumulate: bool = False,
+    fast: bool = False,
+    out: Array | None = None,
+    stream: int | None = None,
+) -> Array:
     """Compute ``y = x @ weight.T + bias``.
 
     Parameters
@@ -172,7 +192,14 @@ def linear_forward(
     )
 
 
-def linear_group(x, weights, *, dtype=None, fast=False, stream=None):
+def linear_group(
+    x: Array,
+    weights: list[Array] | tuple[Array, ...],
+    *,
+    dtype: str | None = None,
+    fast: bool = False,
+    stream: int | None = None,
+) -> list[Array]:
     """Compute several products of one x in one pass over it: ``[x @ w.T for w in weights]``.
 
     Parameters are those of `linear_forward`; at most 16 weights. Each result has the same bits as
@@ -184,7 +211,16 @@ def linear_group(x, weights, *, dtype=None, fast=False, stream=None):
     return list(group.values())
 
 
-def linear_backward(x, weight, grad_y, *, bias=False, dtype=None, accumulate=False, out=None):
+def linear_backward(
+    x: Array,
+    weight: Array,
+    grad_y: Array,
+    *,
+    bias: bool = False,
+    dtype: str | None = None,
+    accumulate: bool = False,
+    out: dict[str, Array] | None = None,
+) -> dict[str, Array]:
     """Gradients of `linear_forward`: ``grad_x = grad_y @ weight``, ``grad_weight = grad_y.T @ x``.
 
     Parameters
@@ -211,17 +247,17 @@ def linear_backward(x, weight, grad_y, *, bias=False, dtype=None, accumulate=Fal
 
 
 def norm_forward(
-    x,
-    weight=None,
+    x: Array,
+    weight: Array | None = None,
     *,
-    z=None,
-    group=None,
-    norm_before_gate=False,
-    weight_per_group=False,
-    eps=1e-5,
-    out=None,
-    stream=None,
-):
+    z: Array | None = None,
+    group: int | None = None,
+    norm_before_gate: bool = False,
+    weight_per_group: bool = False,
+    eps: float = 1e-05,
+    out: Array | None = None,
+    stream: int | None = None,
+) -> Array:
     """RMS norm over each group of columns, with an optional gate.
 
     ``y = u / sqrt(mean(u**2) + eps) * weight`` with ``u = x * silu(z)`` where z is given (Mamba-2),
@@ -259,18 +295,18 @@ def norm_forward(
 
 
 def norm_backward(
-    x,
-    weight,
-    grad_y,
+    x: Array,
+    weight: Array,
+    grad_y: Array,
     *,
-    z=None,
-    group=None,
-    norm_before_gate=False,
-    weight_per_group=False,
-    eps=1e-5,
-    accumulate=False,
-    out=None,
-):
+    z: Array | None = None,
+    group: int | None = None,
+    norm_before_gate: bool = False,
+    weight_per_group: bool = False,
+    eps: float = 1e-05,
+    accumulate: bool = False,
+    out: dict[str, Array] | None = None,
+) -> dict[str, Array]:
     """Gradients of `norm_forward`, whose parameters it takes besides grad_y [rows, width].
 
     Returns
@@ -296,7 +332,16 @@ def norm_backward(
 # ---- attention ----------------------------------------------------------------------------------
 
 
-def rope_table(inv_freq, rows=None, *, offsets=None, past=None, scale=1.0, out=None, stream=None):
+def rope_table(
+    inv_freq: Array,
+    rows: int | None = None,
+    *,
+    offsets: Integers | None = None,
+    past: Integers | None = None,
+    scale: float = 1.0,
+    out: Array | None = None,
+    stream: int | None = None,
+) -> Array:
     """Cosines and sines of ``position * inv_freq``, times scale.
 
     Parameters
@@ -328,7 +373,14 @@ def rope_table(inv_freq, rows=None, *, offsets=None, past=None, scale=1.0, out=N
     )
 
 
-def rope(x, table, *, inverse=False, out=None, stream=None):
+def rope(
+    x: Array,
+    table: Array,
+    *,
+    inverse: bool = False,
+    out: Array | None = None,
+    stream: int | None = None,
+) -> Array:
     """Rotate the first ``rotary`` entries of each head, entry i with entry ``i + rotary / 2``.
 
     Parameters
@@ -349,20 +401,20 @@ def rope(x, table, *, inverse=False, out=None, stream=None):
 
 
 def attention_forward(
-    q,
-    k=None,
-    v=None,
+    q: Array,
+    k: Array | None = None,
+    v: Array | None = None,
     *,
-    caches=None,
-    cache_dtype=None,
-    offsets=None,
-    past=None,
-    scale=None,
-    window=0,
-    log_sum_exp=False,
-    out=None,
-    stream=None,
-):
+    caches: Sequence[tuple[Array, Array]] | None = None,
+    cache_dtype: str | None = None,
+    offsets: Integers | None = None,
+    past: Integers | None = None,
+    scale: float | None = None,
+    window: int = 0,
+    log_sum_exp: bool = False,
+    out: Array | None = None,
+    stream: int | None = None,
+) -> Any:
     """Causal attention within each sequence: ``softmax(q k^T * scale) v``.
 
     Parameters
@@ -408,8 +460,18 @@ def attention_forward(
 
 
 def attention_backward(
-    q, k, v, y, log_sum_exp, grad_y, *, offsets=None, scale=None, window=0, out=None
-):
+    q: Array,
+    k: Array,
+    v: Array,
+    y: Array,
+    log_sum_exp: Array,
+    grad_y: Array,
+    *,
+    offsets: Integers | None = None,
+    scale: float | None = None,
+    window: int = 0,
+    out: dict[str, Array] | None = None,
+) -> dict[str, Array]:
     """Gradients of `attention_forward` without caches.
 
     Parameters
@@ -441,12 +503,21 @@ def attention_backward(
     )
 
 
-def _attention_scale(q):
-    shape = getattr(q, "shape", ())
+def _attention_scale(q: Array) -> float:
+    shape: tuple[int, ...] = getattr(q, "shape", ())
     return 1.0 if len(shape) == 0 or shape[-1] == 0 else float(shape[-1]) ** -0.5
 
 
-def kv_append(k, v, caches, *, cache_dtype=None, offsets=None, past=None, stream=None):
+def kv_append(
+    k: Array,
+    v: Array,
+    caches: Sequence[tuple[Array, Array]],
+    *,
+    cache_dtype: str | None = None,
+    offsets: Integers | None = None,
+    past: Integers | None = None,
+    stream: int | None = None,
+) -> None:
     """Write rows' keys and values into the caches at positions ``past .. past + count``.
 
     Parameters
@@ -464,7 +535,7 @@ def kv_append(k, v, caches, *, cache_dtype=None, offsets=None, past=None, stream
 # ---- mixers -------------------------------------------------------------------------------------
 
 
-def boundary_after(past, count):
+def boundary_after(past: int, count: int) -> int:
     """Tokens folded into the states after a call of ``count`` rows with ``past`` tokens before.
 
     A call of more than `WINDOW` rows folds its own whole windows, too; a shorter one leaves all its
@@ -475,8 +546,16 @@ def boundary_after(past, count):
 
 
 def scan_state(
-    inner, state_dim, conv_width, conv_inputs, *, B_groups, x_repeat=1, current=False, like=None
-):
+    inner: int,
+    state_dim: int,
+    conv_width: int,
+    conv_inputs: int,
+    *,
+    B_groups: int,
+    x_repeat: int = 1,
+    current: bool = False,
+    like: Array | None = None,
+) -> dict[str, Array]:
     """Return the empty state of one sequence in one Mamba-1 layer, a dict of float32 arrays at
     zero.
 
@@ -498,7 +577,17 @@ def scan_state(
     return state
 
 
-def ssd_state(heads, head_dim, state_dim, conv_width, conv_inputs, *, x_heads, B_groups, like=None):
+def ssd_state(
+    heads: int,
+    head_dim: int,
+    state_dim: int,
+    conv_width: int,
+    conv_inputs: int,
+    *,
+    x_heads: int,
+    B_groups: int,
+    like: Array | None = None,
+) -> dict[str, Array]:
     """Return the empty state of one sequence in one Mamba-2 layer, a dict of float32 arrays at
     zero.
 
@@ -516,20 +605,20 @@ def ssd_state(heads, head_dim, state_dim, conv_width, conv_inputs, *, x_heads, B
 
 
 def conv1d_forward(
-    x,
-    weight,
-    bias=None,
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
     *,
-    silu=True,
-    repeat=1,
-    repeat_group=1,
-    offsets=None,
-    past=None,
-    boundary=None,
-    states=None,
-    out=None,
-    stream=None,
-):
+    silu: bool = True,
+    repeat: int = 1,
+    repeat_group: int = 1,
+    offsets: Integers | None = None,
+    past: Integers | None = None,
+    boundary: Integers | None = None,
+    states: Sequence[dict[str, Array]] | None = None,
+    out: Array | None = None,
+    stream: int | None = None,
+) -> Array:
     """Depthwise causal convolution of each sequence, with SiLU.
 
     ``y[t, c] = silu(bias[c] + sum_j weight[c, j] * x[t - width + 1 + j, source(c)])``; rows before
@@ -564,8 +653,17 @@ def conv1d_forward(
 
 
 def conv1d_backward(
-    x, weight, grad_y, *, bias=None, silu=True, repeat=1, repeat_group=1, offsets=None, out=None
-):
+    x: Array,
+    weight: Array,
+    grad_y: Array,
+    *,
+    bias: Array | None = None,
+    silu: bool = True,
+    repeat: int = 1,
+    repeat_group: int = 1,
+    offsets: Integers | None = None,
+    out: dict[str, Array] | None = None,
+) -> dict[str, Array]:
     """Gradients of `conv1d_forward` without states, besides its parameters grad_y [rows, channels].
 
     Returns
@@ -588,27 +686,27 @@ def conv1d_backward(
 
 
 def scan_forward(
-    x,
-    dt,
-    B,
-    C,
+    x: Array,
+    dt: Array,
+    B: Array,
+    C: Array,
     *,
-    A_log,
-    D,
-    dt_bias,
-    z=None,
-    dt_bias_scale=1.0,
-    dt_min=0.0,
-    dt_max=float("inf"),
-    x_repeat=1,
-    x_repeat_group=1,
-    offsets=None,
-    past=None,
-    boundary=None,
-    states=None,
-    out=None,
-    stream=None,
-):
+    A_log: Array,
+    D: Array,
+    dt_bias: Array,
+    z: Array | None = None,
+    dt_bias_scale: float = 1.0,
+    dt_min: float = 0.0,
+    dt_max: float = float("inf"),
+    x_repeat: int = 1,
+    x_repeat_group: int = 1,
+    offsets: Integers | None = None,
+    past: Integers | None = None,
+    boundary: Integers | None = None,
+    states: Sequence[dict[str, Array]] | None = None,
+    out: Array | None = None,
+    stream: int | None = None,
+) -> Array:
     """Mamba-1's selective scan.
 
     For channel c and state n, with ``A = -exp(A_log)``::
@@ -664,24 +762,24 @@ def scan_forward(
 
 
 def scan_backward(
-    x,
-    dt,
-    B,
-    C,
-    grad_y,
+    x: Array,
+    dt: Array,
+    B: Array,
+    C: Array,
+    grad_y: Array,
     *,
-    A_log,
-    D,
-    dt_bias,
-    z=None,
-    dt_bias_scale=1.0,
-    dt_min=0.0,
-    dt_max=float("inf"),
-    x_repeat=1,
-    x_repeat_group=1,
-    offsets=None,
-    out=None,
-):
+    A_log: Array,
+    D: Array,
+    dt_bias: Array,
+    z: Array | None = None,
+    dt_bias_scale: float = 1.0,
+    dt_min: float = 0.0,
+    dt_max: float = float("inf"),
+    x_repeat: int = 1,
+    x_repeat_group: int = 1,
+    offsets: Integers | None = None,
+    out: dict[str, Array] | None = None,
+) -> dict[str, Array]:
     """Gradients of `scan_forward` without states, besides its parameters grad_y [rows, inner].
 
     Returns
@@ -711,23 +809,23 @@ def scan_backward(
 
 
 def ssd_forward(
-    x,
-    dt,
-    B,
-    C,
+    x: Array,
+    dt: Array,
+    B: Array,
+    C: Array,
     *,
-    A_log,
-    D,
-    dt_bias,
-    dt_min=0.0,
-    dt_max=float("inf"),
-    offsets=None,
-    past=None,
-    boundary=None,
-    states=None,
-    out=None,
-    stream=None,
-):
+    A_log: Array,
+    D: Array,
+    dt_bias: Array,
+    dt_min: float = 0.0,
+    dt_max: float = float("inf"),
+    offsets: Integers | None = None,
+    past: Integers | None = None,
+    boundary: Integers | None = None,
+    states: Sequence[dict[str, Array]] | None = None,
+    out: Array | None = None,
+    stream: int | None = None,
+) -> Array:
     """Mamba-2's state space recurrence in its dual form, window by window.
 
     For head h, with ``A = -exp(A_log[h])``::
@@ -775,20 +873,20 @@ def ssd_forward(
 
 
 def ssd_backward(
-    x,
-    dt,
-    B,
-    C,
-    grad_y,
+    x: Array,
+    dt: Array,
+    B: Array,
+    C: Array,
+    grad_y: Array,
     *,
-    A_log,
-    D,
-    dt_bias,
-    dt_min=0.0,
-    dt_max=float("inf"),
-    offsets=None,
-    out=None,
-):
+    A_log: Array,
+    D: Array,
+    dt_bias: Array,
+    dt_min: float = 0.0,
+    dt_max: float = float("inf"),
+    offsets: Integers | None = None,
+    out: dict[str, Array] | None = None,
+) -> dict[str, Array]:
     """Gradients of `ssd_forward` without states, besides its parameters grad_y [rows, heads,
     head_dim].
 
@@ -817,7 +915,14 @@ def ssd_backward(
 # ---- MLP, embedding, elementwise ----------------------------------------------------------------
 
 
-def glu_forward(gate, up=None, *, activation="silu", out=None, stream=None):
+def glu_forward(
+    gate: Array,
+    up: Array | None = None,
+    *,
+    activation: str = "silu",
+    out: Array | None = None,
+    stream: int | None = None,
+) -> Array:
     """Compute ``y = act(gate) * up``, or ``act(gate)`` without up.
 
     Parameters
@@ -837,12 +942,27 @@ def glu_forward(gate, up=None, *, activation="silu", out=None, stream=None):
     return _core.glu_forward(gate=gate, up=up, activation=activation, out=out, stream=stream)
 
 
-def glu_backward(gate, up, grad_y, *, activation="silu", out=None):
+def glu_backward(
+    gate: Array,
+    up: Array,
+    grad_y: Array,
+    *,
+    activation: str = "silu",
+    out: dict[str, Array] | None = None,
+) -> dict[str, Array]:
     """Gradients of `glu_forward`: a dict of grad_gate and, with up, grad_up, all [rows, width]."""
     return _core.glu_backward(gate=gate, up=up, grad_y=grad_y, activation=activation, out=out)
 
 
-def embedding_forward(tokens, table, *, scale=1.0, dtype=None, out=None, stream=None):
+def embedding_forward(
+    tokens: Integers,
+    table: Array,
+    *,
+    scale: float = 1.0,
+    dtype: str | None = None,
+    out: Array | None = None,
+    stream: int | None = None,
+) -> Array:
     """Look up ``table[tokens] * scale``.
 
     Parameters
@@ -860,7 +980,14 @@ def embedding_forward(tokens, table, *, scale=1.0, dtype=None, out=None, stream=
     )
 
 
-def embedding_backward(tokens, grad_y, vocab, *, scale=1.0, out=None):
+def embedding_backward(
+    tokens: Integers,
+    grad_y: Array,
+    vocab: int,
+    *,
+    scale: float = 1.0,
+    out: dict[str, Array] | None = None,
+) -> dict[str, Array]:
     """Gradient of `embedding_forward`: a dict of grad_table [vocab, hidden], summed in row order.
 
     Parameters
@@ -873,12 +1000,14 @@ def embedding_backward(tokens, grad_y, vocab, *, scale=1.0, out=None):
     return _core.embedding_backward(tokens=tokens, grad_y=grad_y, vocab=vocab, scale=scale, out=out)
 
 
-def add(x, y, *, out=None, stream=None):
+def add(x: Array, y: Array, *, out: Array | None = None, stream: int | None = None) -> Array:
     """Compute ``x + y`` of float32 [rows, width]; ``out`` may be y."""
     return _core.add(x=x, y=y, out=out, stream=stream)
 
 
-def gather_rows(x, index, *, out=None, stream=None):
+def gather_rows(
+    x: Array, index: Integers, *, out: Array | None = None, stream: int | None = None
+) -> Array:
     """Compute ``x[index]``: rows of float32 [rows, width] by integers [count] below rows."""
     index = _integers("gather_rows: index", index, np.int64)
     return _core.gather_rows(x=x, index=index, out=out, stream=stream)
@@ -888,29 +1017,29 @@ def gather_rows(x, index, *, out=None, stream=None):
 
 
 def linear_loss(
-    x,
-    weight,
+    x: Array,
+    weight: Array,
     *,
-    teacher_x=None,
-    teacher_weight=None,
-    labels=None,
-    row_weight=None,
-    kl_weight=None,
-    ce_weight=0.0,
-    temperature=1.0,
-    scale=1.0,
-    direction="forward",
-    mix=0.5,
-    top_tokens=None,
-    top_logprobs=None,
-    logit_scale=1.0,
-    teacher_logit_scale=1.0,
-    vocab=None,
-    dtype=None,
-    teacher_dtype=None,
-    gradients=True,
-    out=None,
-):
+    teacher_x: Array | None = None,
+    teacher_weight: Array | None = None,
+    labels: Integers | None = None,
+    row_weight: Array | None = None,
+    kl_weight: float | None = None,
+    ce_weight: float = 0.0,
+    temperature: float = 1.0,
+    scale: float = 1.0,
+    direction: str = "forward",
+    mix: float = 0.5,
+    top_tokens: Integers | None = None,
+    top_logprobs: Array | None = None,
+    logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    vocab: int | None = None,
+    dtype: str | None = None,
+    teacher_dtype: str | None = None,
+    gradients: bool = True,
+    out: dict[str, Array] | None = None,
+) -> dict[str, Any]:
     """Output product and distillation loss in one, without an array of all logits.
 
     With s and t the softmax of student's and teacher's logits over temperature, for each row r::
@@ -978,7 +1107,9 @@ def linear_loss(
     )
 
 
-def relative_mse(x, target, *, weight=1.0, out=None):
+def relative_mse(
+    x: Array, target: Array, *, weight: float = 1.0, out: dict[str, Array] | None = None
+) -> dict[str, Any]:
     """Mean squared error relative to the target's mean square, with its gradient.
 
     Returns a dict: value = ``sum |x - target|^2 / sum |target|^2``, and grad_x [rows, width], to
@@ -988,21 +1119,21 @@ def relative_mse(x, target, *, weight=1.0, out=None):
 
 
 def adamw(
-    master,
-    grad,
-    m,
-    v,
+    master: Array,
+    grad: Array,
+    m: Array,
+    v: Array,
     *,
-    step,
-    learning_rate,
-    weight=None,
-    dtype=None,
-    beta1=0.9,
-    beta2=0.95,
-    eps=1e-8,
-    weight_decay=0.0,
-    grad_scale=1.0,
-):
+    step: int,
+    learning_rate: float,
+    weight: Array | None = None,
+    dtype: str | None = None,
+    beta1: float = 0.9,
+    beta2: float = 0.95,
+    eps: float = 1e-08,
+    weight_decay: float = 0.0,
+    grad_scale: float = 1.0,
+) -> None:
     """One step of AdamW, in place.
 
     With ``g = grad * grad_scale`` and t = step::
@@ -1044,18 +1175,18 @@ def adamw(
 
 
 def muon(
-    master,
-    grad,
-    m,
+    master: Array,
+    grad: Array,
+    m: Array,
     *,
-    learning_rate,
-    momentum=0.95,
-    parts=None,
-    weight=None,
-    dtype=None,
-    weight_decay=0.0,
-    grad_scale=1.0,
-):
+    learning_rate: float,
+    momentum: float = 0.95,
+    parts: Array | None = None,
+    weight: Array | None = None,
+    dtype: str | None = None,
+    weight_decay: float = 0.0,
+    grad_scale: float = 1.0,
+) -> None:
     """One step of Muon on a matrix, in place: its Nesterov momentum made orthogonal.
 
     With five Newton-Schulz steps for ``orthogonal`` and ``g = grad * grad_scale``::
@@ -1094,6 +1225,6 @@ def muon(
     )
 
 
-def sum_squares(x):
+def sum_squares(x: Array) -> float:
     """Sum of the squares of float32 x (any shape, C-contiguous), in float64."""
     return _core.sum_squares(x=x)

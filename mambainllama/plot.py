@@ -8,9 +8,12 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import ArgumentError, FileError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["plot_history", "plot_layers", "plot_speed"]
 
@@ -18,7 +21,7 @@ __all__ = ["plot_history", "plot_layers", "plot_speed"]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
-def new_axes(columns: int):
+def new_axes(columns: int) -> tuple[Figure, Any]:
     """A figure with quiet axes, drawn without a display or the user's settings."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

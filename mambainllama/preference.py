@@ -107,7 +107,7 @@ class DPOConfig(TrainingConfig):
 
     _FREE: ClassVar[tuple[str, ...]] = (*TrainingConfig._FREE, "store_reference")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.loss_on != "answers":
             raise ArgumentError("DPOConfig: loss_on: preference pairs are compared on answers only")

@@ -171,7 +171,7 @@ def _yarn(get: _Settings, rotary: int) -> dict:
     if theta == 1:
         raise FormatError(f"{get.where}: rope type yarn: rope_theta must not be 1")
 
-    def index_of(turns):
+    def index_of(turns: float) -> float:
         return rotary * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     first, last = index_of(fast), index_of(slow)

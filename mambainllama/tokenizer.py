@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -179,7 +180,7 @@ class Tokenizer:
         *,
         template: str | None = None,
         tools: Sequence[Mapping] | None = None,
-        **variables,
+        **variables: Any,
     ) -> str:
         """The text of a chat as the model was trained to see it.
 

@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -135,7 +135,7 @@ class TrainingConfig:
     save_every: int | None = 500
     keep_last: int | None = 2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.betas, (list, np.ndarray)):
             object.__setattr__(self, "betas", tuple(self.betas))
         name = type(self).__name__
@@ -178,29 +178,29 @@ class TrainingConfig:
         }
 
 
-def whole(low: int):
-    def check(value):
-        return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= low
+def whole(low: int) -> Callable[[Any], bool]:
+    def check(value: Any) -> bool:
+        is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        return is_whole and bool(value >= low)
 
     return check
 
 
-def number(low: float, high: float = math.inf, *, open_low: bool = False):
-    def check(value):
+def number(low: float, high: float = math.inf, *, open_low: bool = False) -> Callable[[Any], bool]:
+    def check(value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
             return False
-        return (
-            math.isfinite(value) and (value > low if open_low else value >= low) and value <= high
-        )
+        above = value > low if open_low else value >= low
+        return bool(math.isfinite(value) and above and value <= high)
 
     return check
 
 
-def optional(check):
+def optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or check(value)
 
 
-def one_of(*choices: str):
+def one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
     return (lambda value: value in choices), " or ".join(map(repr, choices))
 
 
@@ -564,7 +564,7 @@ class Loop:
             self.metrics.flush()
 
     @contextmanager
-    def writing_metrics(self):
+    def writing_metrics(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -648,7 +648,7 @@ class Loop:
     # -- words --
 
     @contextmanager
-    def bar(self, first: int):
+    def bar(self, first: int) -> Iterator[Any]:
         """A progress bar on a terminal or in a notebook, silence elsewhere."""
         from tqdm.auto import tqdm
 
@@ -706,7 +706,7 @@ def add_sums(into: dict[str, float], new: Mapping[str, float]) -> None:
 
 
 @contextmanager
-def only_run(folder: Path | None):
+def only_run(folder: Path | None) -> Iterator[None]:
     """Keeps a second process out of a run's folder; the lock dies with its holder."""
     if folder is None:
         yield
@@ -736,7 +736,7 @@ def stop_signal() -> Iterator[list[int]]:
         yield stopped
         return
 
-    def note(number, frame):
+    def note(number: int, frame: Any) -> None:
         if stopped and number == signal.SIGINT:
             raise KeyboardInterrupt
         stopped.append(number)
