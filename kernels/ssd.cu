@@ -579,19 +579,20 @@ static mil_status
 ssd(mil_context *context, const mil_ssd *s)
 {
     ssd_arguments a = ssd_arguments_of(s);
-    for (; a.first < s->rows.sequences; a.first += MIL_SEQUENCES) {
-        int64_t count = s->rows.sequences - a.first;
+    const int64_t sequences = s->rows.sequences;
+    if (mil_longest(s->rows, 0, sequences) == 1 && mil_shortest(s->rows, 0, sequences) == 1) {
+        bool done;
+        MIL_TRY(mil_ssd_batch(context, &a, s->states, sequences, &done));
+        if (done) {
+            return MIL_OK;
+        }
+    }
+    for (; a.first < sequences; a.first += MIL_SEQUENCES) {
+        int64_t count = sequences - a.first;
         count = count < MIL_SEQUENCES ? count : MIL_SEQUENCES;
         mil_states states = mil_states_of(s->states, a.first, count);
         const int64_t longest = mil_longest(s->rows, a.first, count);
         const bool chunks = takes_chunks<T>(context, a) && longest > MIL_WINDOW;
-        bool done = false;
-        MIL_TRY(longest == 1 && mil_shortest(s->rows, a.first, count) == 1
-                    ? mil_ssd_batch(context, &a, &states, count, &done)
-                    : MIL_OK);
-        if (done) {
-            continue;
-        }
         a.least = 0;
         a.most = chunks ? MIL_WINDOW : INT64_MAX;
         if (!chunks || mil_shortest(s->rows, a.first, count) <= MIL_WINDOW) {

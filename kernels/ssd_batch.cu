@@ -1,66 +1,109 @@
 /* Mamba-2's selective scan of one row each of many sequences (device.h: mil_ssd; ssd_step.cu has the formulas).
  *
- * In a batch the bytes of the states decide: 64 KB for a head of 128 x 128, and little arithmetic for them.  A block has one
- * head of one sequence and asks for all of its H at once (bulk copies into shared memory, before the kernel before has
- * ended); while it comes, the block reads the tail and computes the scores of its one row.  Three blocks share a
- * multiprocessor: two wait for memory while one multiplies.
+ * In a batch the bytes of the states decide: 64 KB for a head of 128 x 128, and little arithmetic for them.  A block has up to
+ * four heads of one sequence that read the same B, and their H passes through a ring in shared memory, piece after
+ * piece, asked for by bulk copies from before the kernel before has ended until the last head's is there.  So while a head's
+ * sums meet and its row is written, the next one's H comes, and what heads share is read once.  Two blocks share a
+ * multiprocessor.
  *
- *   H     pieces of 32 rows, each with a barrier of its own, in the order in which they are needed
+ *   H     pieces of 32 rows, STAGES of them under way
  *   y     thread (r, q) has columns 4q .. 4q + 3 and of every piece rows 4r .. 4r + 3
+ *   fold  (where the row begins a window: every 16th) a piece is folded in registers, on its way to the sums and back
  *
  * All sums are in ssd_step.cu's order, so a row is the same bits there and here.  Bytes: H once (and written where a window is
- * folded, every 16th token), the tail (8 KB a token for eight groups), and the row.
+ * folded), the tail (8 KB a token for eight groups), and the row.
  */
 #include "ssd_batch.cuh"
 
-#include "wgmma.cuh"
+#include "phase.cuh"
 
 #define WINDOW MIL_WINDOW
 #define ROWS_R 8        /* threads that share a column */
 #define PIECE 32        /* rows of H */
-#define MANY_BLOCKS 256 /* from here on a head a block fills the chip */
+#define STAGES 4        /* pieces under way */
+#define MOST_HEADS 4    /* of a block */
+#define MOST_X 256      /* columns of x of a block */
+#define MANY_BLOCKS 256 /* from here on they fill the chip */
+#define SEQUENCES 256   /* of one launch, whose states travel as kernel parameters */
+
+struct batch_states {
+    struct {
+        float *state, *x, *B, *dt;
+    } of[SEQUENCES];
+};
+
+struct batch_arguments {
+    ssd_arguments ssd;
+    int heads;             /* of a block */
+    int x_columns, x_step; /* theirs; from a head's to the next one's: 0 where they share them */
+    int of_x, of_B;        /* heads that read the same x; the same B */
+};
+
+/* Time steps of a window for each head, and what follows from them. */
+struct batch_steps {
+    float dt[MOST_HEADS][WINDOW], decay[MOST_HEADS][WINDOW];
+    float weight[MOST_HEADS]
+                [WINDOW]; /* the row's window: W dt (C . B) of the row; a folded one: W[last, s] dt_s */
+    float from_start[MOST_HEADS]; /* h_i of the row, or of the last token */
+};
 
 template <int WIDTH, int STATE>
 struct batch_memory {
-    union {
-        alignas(128) float H[STATE][WIDTH];
-        float B[WINDOW][STATE];       /* of a window that is folded, while the first piece is in registers */
-        float partial[ROWS_R][WIDTH]; /* after H */
-    };
-    float x[WINDOW][WIDTH];
-    float C[STATE];
-    float weight[WINDOW]; /* W dt (C . B) of the row */
-    float dt[WINDOW], decay[WINDOW];
-    float to_end[WINDOW];        /* W[last, s] dt_s */
-    float from_start, from_fold; /* h_i of the row, and of a folded window's last one */
-    uint64_t arrived[STATE / PIECE];
+    static constexpr int THREADS = ROWS_R * WIDTH / 4, PIECES = STATE / PIECE;
+    alignas(128) float H[STAGES][PIECE][WIDTH];
+    float B[WINDOW][STATE]; /* of a window that is folded */
+    float partial[2][ROWS_R][WIDTH];
+    float C[MOST_HEADS][STATE];
+    batch_steps row, folded;
+    float D[MOST_HEADS];
+    uint64_t full[STAGES], empty[STAGES];
+    alignas(16) float x[1]; /* [MIL_TAIL, x_columns]: the tail's rows, then the row of this call */
 };
 
 /* What a block works on. */
 struct batch_place {
-    int head;
-    int64_t x_width, B_width, x_column, B_column, C_column;
+    int head; /* the first one */
+    int x_width, B_width, x_column, B_column;
+    int before, first,
+        i; /* tokens in the tail; those of them before the row's window; the row in its window */
 };
 
-/* Rows first .. first + count of the tail of x on their way into the window's first places; dt comes at once. */
+/* ---- what comes before H ---------------------------------------------------------------------------------------- */
+
+/* The block's columns of the tail on their way. */
 template <int WIDTH, int STATE>
 static __device__ __forceinline__ void
-ask_for_tail(const ssd_arguments &a, const batch_place &p, const mil_tails &tails, int first, int count,
-             float exponent, batch_memory<WIDTH, STATE> &m)
+ask_for_tails(const batch_arguments &a, const batch_place &p, const float *x, const float *B,
+              batch_memory<WIDTH, STATE> &m)
 {
-    constexpr int THREADS = ROWS_R * WIDTH / 4;
-    for (int i = threadIdx.x; i < count * (WIDTH / 4); i += THREADS) {
-        int s = i / (WIDTH / 4), c = i % (WIDTH / 4) * 4;
-        mil_copy_16(&m.x[s][c], tails.x + (first + s) * p.x_width + p.x_column + c);
+    constexpr int THREADS = batch_memory<WIDTH, STATE>::THREADS;
+    const int quads = a.x_columns / 4, column = (int)threadIdx.x % quads * 4;
+#pragma unroll 4
+    for (int s = (int)threadIdx.x / quads; s < p.before; s += THREADS / quads) {
+        mil_copy_16(m.x + s * a.x_columns + column, x + s * p.x_width + p.x_column + column);
     }
-    const int s = threadIdx.x;
-    if (s < WINDOW) {
+    if (p.first > 0) {
+#pragma unroll
+        for (int i = threadIdx.x; i < WINDOW * (STATE / 4); i += THREADS) {
+            const int s = i / (STATE / 4), n = i % (STATE / 4) * 4;
+            mil_copy_16(&m.B[s][n], B + s * p.B_width + p.B_column + n);
+        }
+    }
+}
+
+/* Time steps of rows first .. first + count of the tail, and their decays; thread (head, s). */
+static __device__ __forceinline__ void
+fill_steps(const batch_arguments &a, const batch_place &p, const float *tail, int first, int count,
+           batch_steps &steps)
+{
+    const int h = (int)threadIdx.x / WINDOW, s = (int)threadIdx.x % WINDOW;
+    if (h < a.heads) {
         float dt[1] = {0.0f};
         if (s < count) {
-            mil_load_settled<1>(tails.dt + (first + s) * a.heads + p.head, dt);
+            mil_load_settled<1>(tail + (first + s) * a.ssd.heads + p.head + h, dt);
         }
-        m.dt[s] = dt[0];
-        m.decay[s] = exp2f(dt[0] * exponent);
+        steps.dt[h][s] = dt[0];
+        steps.decay[h][s] = exp2f(dt[0] * get_exponent(a.ssd, p.head + h));
     }
 }
 
@@ -72,8 +115,7 @@ struct batch_scores {
     float B[ROWS][QUADS][4];
 
     /* Rows first .. first + count of the tail; they are the window's first. */
-    __device__ __forceinline__ void
-    load_tail(const batch_place &p, const mil_tails &tails, int first, int count)
+    __device__ __forceinline__ void load_tail(const batch_place &p, const float *tail)
     {
         const int n = threadIdx.x % PAIR_LANES * 4;
 #pragma unroll
@@ -81,9 +123,9 @@ struct batch_scores {
             const int s = threadIdx.x / PAIR_LANES + k * APART;
 #pragma unroll
             for (int j = 0; j < QUADS; j++) {
-                if (s < count) {
+                if (s < p.i) {
                     mil_load_settled<4>(
-                        tails.B + (first + s) * p.B_width + p.B_column + n + j * 4 * PAIR_LANES, B[k][j]);
+                        tail + (p.first + s) * p.B_width + p.B_column + n + j * 4 * PAIR_LANES, B[k][j]);
                 }
             }
         }
@@ -106,21 +148,118 @@ struct batch_scores {
     }
 };
 
-/* What one piece of H becomes; x and B of the window are in shared memory. */
+/* C, x and the time steps of the row of this call. */
+template <typename T, int WIDTH, int STATE>
+static __device__ __forceinline__ void
+load_row(const batch_arguments &a, const batch_place &p, int64_t row, batch_memory<WIDTH, STATE> &m)
+{
+    constexpr int THREADS = batch_memory<WIDTH, STATE>::THREADS;
+    const T *C = (const T *)a.ssd.C + row * a.ssd.C_stride, *x = (const T *)a.ssd.x + row * a.ssd.x_stride;
+    const int of_C = a.ssd.heads / a.ssd.C_groups;
+    float value[4];
+#pragma unroll 1
+    for (int i = threadIdx.x * 4; i < a.heads * STATE; i += THREADS * 4) {
+        const int h = i / STATE, n = i % STATE;
+        mil_load<4>(C + (p.head + h) / of_C * STATE + n, value);
+        mil_store<4>(&m.C[h][n], value);
+    }
+#pragma unroll 1
+    for (int i = threadIdx.x * 4; i < a.x_columns; i += THREADS * 4) {
+        mil_load<4>(x + p.x_column + i, value);
+        mil_store<4>(m.x + p.before * a.x_columns + i, value);
+    }
+    const int h = (int)threadIdx.x / WINDOW, s = (int)threadIdx.x % WINDOW;
+    if (h < a.heads && s == p.i) {
+        const float dt = get_time_step<T>(a.ssd, row, p.head + h, a.ssd.dt_bias[p.head + h]);
+        m.row.dt[h][s] = dt;
+        m.row.decay[h][s] = exp2f(dt * get_exponent(a.ssd, p.head + h));
+    }
+}
+
+/* The row's weights for each head. */
 template <int WIDTH, int STATE>
 static __device__ __forceinline__ void
-fold_piece(const batch_memory<WIDTH, STATE> &m, int j, float (&H)[4][4])
+fill_weights(int heads, int i, const batch_scores<WIDTH, STATE> &scores, batch_memory<WIDTH, STATE> &m)
+{
+    using all = batch_scores<WIDTH, STATE>;
+    const int lane = threadIdx.x % PAIR_LANES;
+#pragma unroll 1
+    for (int h = 0; h < heads; h++) {
+#pragma unroll
+        for (int k = 0; k < all::ROWS; k++) {
+            const int s = threadIdx.x / PAIR_LANES + k * all::APART;
+            const float product = multiply_decays(m.row.decay[h], s, i);
+            float dot = 0.0f;
+#pragma unroll
+            for (int j = 0; j < all::QUADS; j++) {
+                float C[4];
+                mil_load<4>(&m.C[h][lane * 4 + j * 4 * PAIR_LANES], C);
+#pragma unroll
+                for (int v = 0; v < 4; v++) {
+                    dot = fmaf(C[v], scores.B[k][j][v], dot); /* beyond the row of anything, and not used */
+                }
+            }
+#pragma unroll
+            for (int step = PAIR_LANES / 2; step > 0; step /= 2) {
+                dot += __shfl_xor_sync(MIL_ALL_LANES, dot, step);
+            }
+            if (lane == 0 && s <= i) {
+                m.row.weight[h][s] = product * m.row.dt[h][s] * dot;
+                if (s == 0) {
+                    m.row.from_start[h] = m.row.decay[h][0] * product;
+                }
+            }
+        }
+    }
+}
+
+/* What each token of a folded window adds to H. */
+template <int THREADS>
+static __device__ __forceinline__ void
+fill_fold(int heads, batch_steps &steps)
+{
+#pragma unroll 1
+    for (int pair = (int)threadIdx.x / PAIR_LANES; pair < heads * WINDOW; pair += THREADS / PAIR_LANES) {
+        const int h = pair / WINDOW, s = pair % WINDOW;
+        const float product = multiply_decays(steps.decay[h], s, WINDOW - 1);
+        if (threadIdx.x % PAIR_LANES == 0) {
+            steps.weight[h][s] = product * steps.dt[h][s];
+            if (s == 0) {
+                steps.from_start[h] = steps.decay[h][0] * product;
+            }
+        }
+    }
+}
+
+/* ---- H ------------------------------------------------------------------------------------------------------------ */
+
+/* Asks for piece `index` of all heads' `state`, whose place is free. */
+template <int WIDTH, int STATE>
+static __device__ __forceinline__ void
+ask_for_piece(const float *state, int index, batch_memory<WIDTH, STATE> &m)
+{
+    constexpr int FLOATS = PIECE * WIDTH, BYTES = FLOATS * (int)sizeof(float);
+    uint64_t *barrier = &m.full[index % STAGES];
+    phase_expect(barrier, BYTES);
+    copy_bulk(m.H[index % STAGES], state + index * FLOATS, BYTES, barrier);
+}
+
+/* A piece of head h in registers becomes what it is after the folded window; x and B of that are in shared memory. */
+template <int WIDTH, int STATE>
+static __device__ __forceinline__ void
+fold_piece(const batch_arguments &a, const batch_memory<WIDTH, STATE> &m, int h, int j, float (&H)[4][4])
 {
     const int quad = threadIdx.x % (WIDTH / 4), r = threadIdx.x / (WIDTH / 4);
-    const float last = m.from_fold;
+    const float last = m.folded.from_start[h];
+    const float *at = m.x + h * a.x_step + quad * 4;
 #pragma unroll
     for (int i = 0; i < 16; i++) {
         H[i / 4][i % 4] *= last;
     }
 #pragma unroll 2
     for (int s = 0; s < WINDOW; s++) {
-        float x[4], B[4], weight = m.to_end[s];
-        mil_load<4>(&m.x[s][quad * 4], x);
+        float x[4], B[4], weight = m.folded.weight[h][s];
+        mil_load<4>(at + s * a.x_columns, x);
         mil_load<4>(&m.B[s][j * PIECE + r * 4], B);
 #pragma unroll
         for (int l = 0; l < 4; l++) {
@@ -133,112 +272,44 @@ fold_piece(const batch_memory<WIDTH, STATE> &m, int j, float (&H)[4][4])
     }
 }
 
-/* The window of 16 rows of the tail goes into H, in shared memory and, where it is to stay, in `state`. */
+/* C . H of head h for the threads' columns and rows, as the pieces come.  `keep`: where folded ones go, or NULL. */
 template <int WIDTH, int STATE>
 static __device__ __forceinline__ void
-fold(const batch_place &p, const mil_tails &tails, float *state, bool stays, batch_memory<WIDTH, STATE> &m)
+multiply_state(const batch_arguments &a, const float *state, int h, bool folds, float *keep,
+               batch_memory<WIDTH, STATE> &m)
 {
-    constexpr int THREADS = ROWS_R * WIDTH / 4;
-    const int quad = threadIdx.x % (WIDTH / 4), r = threadIdx.x / (WIDTH / 4);
-    float first[4][4], H[4][4];
-    phase_wait(&m.arrived[0], 0);
-#pragma unroll
-    for (int l = 0; l < 4; l++) {
-        mil_load<4>(&m.H[r * 4 + l][quad * 4], first[l]);
-    }
-    __syncthreads(); /* the first piece's place is free */
-    for (int i = threadIdx.x; i < WINDOW * (STATE / 4); i += THREADS) {
-        int s = i / (STATE / 4), n = i % (STATE / 4) * 4;
-        mil_copy_16(&m.B[s][n], tails.B + s * p.B_width + p.B_column + n);
-    }
-    for (int s = threadIdx.x / PAIR_LANES; s < WINDOW; s += THREADS / PAIR_LANES) {
-        const float product = multiply_decays(m.decay, s, WINDOW - 1);
-        if (threadIdx.x % PAIR_LANES == 0) {
-            m.to_end[s] = product * m.dt[s];
-            if (s == 0) {
-                m.from_fold = m.decay[0] * product;
-            }
-        }
-    }
-    mil_await_copies();
-    __syncthreads();
-    auto keep = [&](int j, const float (&piece)[4][4]) {
-#pragma unroll
-        for (int l = 0; l < 4; l++) {
-            mil_store<4>(&m.H[j * PIECE + r * 4 + l][quad * 4], piece[l]);
-            if (stays) {
-                mil_store<4>(state + (int64_t)(j * PIECE + r * 4 + l) * WIDTH + quad * 4, piece[l]);
-            }
-        }
-    };
-    fold_piece(m, 0, first);
-#pragma unroll 1
-    for (int j = 1; j < STATE / PIECE; j++) {
-        phase_wait(&m.arrived[j], 0);
-#pragma unroll
-        for (int l = 0; l < 4; l++) {
-            mil_load<4>(&m.H[j * PIECE + r * 4 + l][quad * 4], H[l]);
-        }
-        fold_piece(m, j, H);
-        keep(j, H);
-    }
-    __syncthreads(); /* B has been read */
-    keep(0, first);
-}
-
-/* The row's weights, row i of the window. */
-template <int WIDTH, int STATE>
-static __device__ __forceinline__ void
-fill_weights(int i, const batch_scores<WIDTH, STATE> &scores, batch_memory<WIDTH, STATE> &m)
-{
-    using all = batch_scores<WIDTH, STATE>;
-    const int lane = threadIdx.x % PAIR_LANES;
-#pragma unroll
-    for (int k = 0; k < all::ROWS; k++) {
-        const int s = threadIdx.x / PAIR_LANES + k * all::APART;
-        const float product = multiply_decays(m.decay, s, i);
-        float dot = 0.0f;
-#pragma unroll
-        for (int j = 0; j < all::QUADS; j++) {
-            float C[4];
-            mil_load<4>(&m.C[lane * 4 + j * 4 * PAIR_LANES], C);
-#pragma unroll
-            for (int v = 0; v < 4; v++) {
-                dot = fmaf(C[v], scores.B[k][j][v], dot); /* beyond the row of anything, and not used */
-            }
-        }
-#pragma unroll
-        for (int step = PAIR_LANES / 2; step > 0; step /= 2) {
-            dot += __shfl_xor_sync(MIL_ALL_LANES, dot, step);
-        }
-        if (lane == 0 && s <= i) {
-            m.weight[s] = product * m.dt[s] * dot;
-            if (s == 0) {
-                m.from_start = m.decay[0] * product;
-            }
-        }
-    }
-}
-
-/* C . H of the threads' columns and rows. */
-template <int WIDTH, int STATE>
-static __device__ __forceinline__ void
-multiply_state(batch_memory<WIDTH, STATE> &m)
-{
+    constexpr int PIECES = batch_memory<WIDTH, STATE>::PIECES;
     const int quad = threadIdx.x % (WIDTH / 4), r = threadIdx.x / (WIDTH / 4);
     float sum[4][4] = {};
-#pragma unroll
-    for (int j = 0; j < STATE / PIECE; j++) {
-        float C[4];
-        mil_load<4>(&m.C[j * PIECE + r * 4], C);
-        phase_wait(&m.arrived[j], 0);
+#pragma unroll 1
+    for (int j = 0; j < PIECES; j++) {
+        const int index = h * PIECES + j, at = index % STAGES;
+        float C[4], H[4][4];
+        mil_load<4>(&m.C[h][j * PIECE + r * 4], C);
+        phase_wait(&m.full[at], index / STAGES % 2);
 #pragma unroll
         for (int l = 0; l < 4; l++) {
-            float row[4];
-            mil_load<4>(&m.H[j * PIECE + r * 4 + l][quad * 4], row);
+            mil_load<4>(&m.H[at][r * 4 + l][quad * 4], H[l]);
+        }
+        __syncwarp();
+        if (threadIdx.x % MIL_WARP == 0) {
+            phase_arrive(&m.empty[at]);
+        }
+        if (threadIdx.x == 0 && index > 0 && index - 1 + STAGES < a.heads * PIECES) {
+            phase_wait(&m.empty[(index - 1) % STAGES], (index - 1) / STAGES % 2);
+            ask_for_piece(state, index - 1 + STAGES, m);
+        }
+        if (folds) {
+            fold_piece(a, m, h, j, H);
+        }
+#pragma unroll
+        for (int l = 0; l < 4; l++) {
+            if (keep != NULL) {
+                mil_store<4>(keep + ((h * STATE + j * PIECE + r * 4 + l) * WIDTH + quad * 4), H[l]);
+            }
 #pragma unroll
             for (int v = 0; v < 4; v++) {
-                sum[l][v] = fmaf(C[l], row[v], sum[l][v]);
+                sum[l][v] = fmaf(C[l], H[l][v], sum[l][v]);
             }
         }
     }
@@ -246,175 +317,224 @@ multiply_state(batch_memory<WIDTH, STATE> &m)
     for (int v = 0; v < 4; v++) {
         sum[0][v] = (sum[0][v] + sum[1][v]) + (sum[2][v] + sum[3][v]);
     }
-    __syncthreads(); /* H has been read */
-    mil_store<4>(&m.partial[r][quad * 4], sum[0]);
+    mil_store<4>(&m.partial[h % 2][r][quad * 4], sum[0]);
 }
 
+/* Head h's y, by one half of the threads while the other goes on. */
 template <typename T, int WIDTH, int STATE>
 static __device__ __forceinline__ void
-write_row(const ssd_arguments &a, const batch_place &p, int64_t row, int i, float D,
+write_row(const batch_arguments &a, const batch_place &p, int64_t row, int h,
           const batch_memory<WIDTH, STATE> &m)
 {
-    const int c = threadIdx.x;
-    if (c >= WIDTH) {
+    const int c = (int)threadIdx.x % WIDTH;
+    if ((int)threadIdx.x / WIDTH != h % 2) {
         return;
     }
-    const float parts = ((m.partial[0][c] + m.partial[1][c]) + (m.partial[2][c] + m.partial[3][c])) +
-                        ((m.partial[4][c] + m.partial[5][c]) + (m.partial[6][c] + m.partial[7][c]));
-    float y = m.from_start * parts;
+    const auto &part = m.partial[h % 2];
+    const float parts = ((part[0][c] + part[1][c]) + (part[2][c] + part[3][c])) +
+                        ((part[4][c] + part[5][c]) + (part[6][c] + part[7][c]));
+    const float *x = m.x + p.first * a.x_columns + h * a.x_step + c;
+    float y = m.row.from_start[h] * parts;
 #pragma unroll
     for (int s = 0; s < WINDOW; s++) {
-        y = s <= i ? fmaf(m.weight[s], m.x[s][c], y) : y;
+        y = s <= p.i ? fmaf(m.row.weight[h][s], x[s * a.x_columns], y) : y;
     }
-    y = fmaf(D, m.x[i][c], y);
-    ((T *)a.y)[row * a.y_stride + (int64_t)p.head * WIDTH + c] = mil_round<T>(y);
+    y = fmaf(m.D[h], x[p.i * a.x_columns], y);
+    ((T *)a.ssd.y)[row * a.ssd.y_stride + (int64_t)(p.head + h) * WIDTH + c] = mil_round<T>(y);
 }
 
-/* The row goes to the tails: where no fold moves them, from the first block of those that share columns; else what remains is
- * moved by the last of them to have read it. */
+/* ---- the row's way into the tails -------------------------------------------------------------------------------- */
+
+/* Where no fold moves them, from the first block of those that share columns; else what remains is moved by the last
+ * of them to have read it. */
 template <typename T, int WIDTH, int STATE>
 static __device__ __forceinline__ void
-leave_row(const ssd_arguments &a, const batch_place &p, const mil_span &span, const mil_tails &tails, int i,
-          const T *B, const batch_memory<WIDTH, STATE> &m)
+leave_row(const batch_arguments &a, const batch_place &p, const mil_span &span, float *x, float *B, float *dt,
+          const batch_memory<WIDTH, STATE> &m)
 {
-    const int of_x = a.heads / a.x_heads, of_B = a.heads / a.B_groups;
-    unsigned mine = (unsigned)(p.head % of_x == 0) | (unsigned)(p.head % of_B == 0) << 1 | 4;
+    const int x_sharers = a.x_step == 0 ? a.of_x / a.heads : 1, B_sharers = a.of_B / a.heads;
+    unsigned mine =
+        (unsigned)(x_sharers == 1 || p.head % a.of_x == 0) | (unsigned)(p.head % a.of_B == 0) << 1 | 4;
     if (span.after != span.boundary) {
-        mine = mil_last_of({{mil_slot(tails.x, p.x_width, p.x_column),
-                             mil_slot(tails.B, p.B_width, p.B_column), mil_slot(tails.dt, a.heads, p.head)},
-                            {(unsigned)of_x, (unsigned)of_B, 1}});
+        mine = mil_last_of({{mil_slot(x, p.x_width, p.x_column), mil_slot(B, p.B_width, p.B_column),
+                             mil_slot(dt, a.ssd.heads, p.head)},
+                            {(unsigned)x_sharers, (unsigned)B_sharers, 1}});
     }
     if (mine & 1) {
-        mil_tail_move(tails.x, p.x_width, p.x_column, WIDTH, span,
-                      [&](int64_t, int column) { return m.x[i][column]; });
+        mil_tail_move(x, p.x_width, p.x_column, a.x_columns, span,
+                      [&](int64_t, int column) { return m.x[p.before * a.x_columns + column]; });
     }
     if (mine & 2) {
-        mil_tail_move(tails.B, p.B_width, p.B_column, STATE, span,
-                      [&](int64_t, int column) { return mil_float(B[column]); });
+        const T *row = (const T *)a.ssd.B + span.row * a.ssd.B_stride + p.B_column;
+        mil_tail_move(B, p.B_width, p.B_column, STATE, span,
+                      [&](int64_t, int column) { return mil_float(row[column]); });
     }
     if (mine & 4) {
-        mil_tail_move(tails.dt, a.heads, p.head, 1, span, [&](int64_t, int) { return m.dt[i]; });
+        mil_tail_move(dt, a.ssd.heads, p.head, a.heads, span,
+                      [&](int64_t, int h) { return m.row.dt[h][p.i]; });
     }
 }
 
-/* Grid: heads, sequences. */
+/* ---- the kernel --------------------------------------------------------------------------------------------------- */
+
+static __device__ __forceinline__ batch_place
+find_place(const batch_arguments &a, int width, int state_dim)
+{
+    batch_place p = {};
+    p.head = (int)blockIdx.x * a.heads;
+    p.x_width = a.ssd.x_heads * width;
+    p.B_width = a.ssd.B_groups * state_dim;
+    p.x_column = p.head / a.of_x * width;
+    p.B_column = p.head / a.of_B * state_dim;
+    return p;
+}
+
+/* Barriers, and the first pieces on their way. */
+template <int WIDTH, int STATE>
+static __device__ __forceinline__ void
+begin_ring(const float *state, int heads, batch_memory<WIDTH, STATE> &m)
+{
+    using memory = batch_memory<WIDTH, STATE>;
+    for (int i = 0; i < STAGES; i++) {
+        phase_init(&m.full[i], 1);
+        phase_init(&m.empty[i], memory::THREADS / MIL_WARP);
+    }
+    phase_publish();
+    for (int i = 0; i < min(STAGES, heads * memory::PIECES); i++) {
+        ask_for_piece(state, i, m);
+    }
+}
+
+/* Grid: heads by those of a block, sequences. */
 template <typename T, int WIDTH, int STATE>
 static __global__ void
-__launch_bounds__(ROWS_R *WIDTH / 4, WIDTH == 128 ? 3 : 4)
-    ssd_batch_kernel(const __grid_constant__ ssd_arguments a, const __grid_constant__ mil_states states)
+__launch_bounds__(ROWS_R *WIDTH / 4, WIDTH == 128 ? 2 : 3)
+    ssd_batch_kernel(const __grid_constant__ batch_arguments a, const __grid_constant__ batch_states states)
 {
     extern __shared__ __align__(128) char shared[];
-    auto &m = *reinterpret_cast<batch_memory<WIDTH, STATE> *>(shared);
-    constexpr int PIECES = STATE / PIECE;
-    const mil_tails tails = states.of[blockIdx.y];
-    batch_place p;
-    p.head = blockIdx.x;
-    p.x_width = (int64_t)a.x_heads * WIDTH;
-    p.B_width = (int64_t)a.B_groups * STATE;
-    p.x_column = (int64_t)(p.head / (a.heads / a.x_heads)) * WIDTH;
-    p.B_column = (int64_t)(p.head / (a.heads / a.B_groups)) * STATE;
-    p.C_column = (int64_t)(p.head / (a.heads / a.C_groups)) * STATE;
+    using memory = batch_memory<WIDTH, STATE>;
+    memory &m = *reinterpret_cast<memory *>(shared);
+    const auto &tails = states.of[blockIdx.y];
+    batch_place p = find_place(a, WIDTH, STATE);
     float *const state = tails.state + (int64_t)p.head * STATE * WIDTH;
     mil_trigger();
-    const float exponent = get_exponent(a, p.head), bias = a.dt_bias[p.head], D = a.D[p.head];
-    mil_wait_for_states(a.rows);
+    mil_wait_for_states(a.ssd.rows);
     if (threadIdx.x == 0) {
-        for (int j = 0; j < PIECES; j++) {
-            phase_init(&m.arrived[j], 1);
-        }
-        wgmma_publish();
-        for (int j = 0; j < PIECES; j++) {
-            phase_expect(&m.arrived[j], PIECE * WIDTH * sizeof(float));
-            copy_bulk(m.H[j * PIECE], state + j * PIECE * WIDTH, PIECE * WIDTH * sizeof(float),
-                      &m.arrived[j]);
-        }
+        begin_ring(state, a.heads, m);
     }
-    const mil_span span = mil_span_of(a.rows, a.first + blockIdx.y);
-    const bool folds = span.before >= WINDOW;
-    const int i = folds ? span.before - WINDOW : span.before; /* of the row in its window */
+    const mil_span span = mil_span_of(a.ssd.rows, a.ssd.first + blockIdx.y);
+    p.before = span.before;
+    p.first = span.before >= WINDOW ? WINDOW : 0;
+    p.i = p.before - p.first;
+    const bool folds = p.first > 0;
+    ask_for_tails(a, p, tails.x, tails.B, m);
     batch_scores<WIDTH, STATE> scores;
-    ask_for_tail(a, p, tails, 0, folds ? WINDOW : i, exponent, m);
-    scores.load_tail(p, tails, span.before - i, i);
-    mil_wait();
-    const T *const B = (const T *)a.B + span.row * a.B_stride + p.B_column;
-    const int vector = threadIdx.x % (2 * MIL_WARP) * 4, part = threadIdx.x / (2 * MIL_WARP);
-    float C[4], x[4];
-    if (part == 0 && vector < STATE) {
-        mil_load<4>((const T *)a.C + span.row * a.C_stride + p.C_column + vector, C);
-    }
-    if (part == 1 && vector < WIDTH) {
-        mil_load<4>((const T *)a.x + span.row * a.x_stride + p.x_column + vector, x);
-    }
-    scores.load_row(B, i);
-    const float dt = threadIdx.x == 0 ? get_time_step<T>(a, span.row, p.head, bias) : 0.0f;
+    scores.load_tail(p, tails.B);
+    fill_steps(a, p, tails.dt, p.first, p.i, m.row);
     if (folds) {
-        mil_await_copies();
-        __syncthreads();
-        fold(p, tails, state, span.boundary + WINDOW <= span.after, m);
-        ask_for_tail(a, p, tails, WINDOW, i, exponent, m); /* all have read the window */
+        fill_steps(a, p, tails.dt, 0, WINDOW, m.folded);
     }
+    if ((int)threadIdx.x < a.heads) {
+        m.D[threadIdx.x] = a.ssd.D[p.head + threadIdx.x];
+    }
+    mil_wait();
+    scores.load_row((const T *)a.ssd.B + span.row * a.ssd.B_stride + p.B_column, p.i);
+    load_row<T>(a, p, span.row, m);
     mil_await_copies();
-    if (part == 0 && vector < STATE) {
-        mil_store<4>(&m.C[vector], C);
-    }
-    if (part == 1 && vector < WIDTH) {
-        mil_store<4>(&m.x[i][vector], x);
-    }
-    __syncthreads(); /* dt and decay of place i were another thread's */
-    if (threadIdx.x == 0) {
-        m.dt[i] = dt;
-        m.decay[i] = exp2f(dt * exponent);
+    __syncthreads();
+    fill_weights(a.heads, p.i, scores, m);
+    if (folds) {
+        fill_fold<memory::THREADS>(a.heads, m.folded);
     }
     __syncthreads();
-    fill_weights(i, scores, m);
-    multiply_state(m);
-    __syncthreads();
-    write_row<T>(a, p, span.row, i, D, m);
-    leave_row<T>(a, p, span, tails, i, B, m);
+    float *const keep = folds && span.boundary + WINDOW <= span.after ? state : NULL;
+#pragma unroll 1
+    for (int h = 0; h < a.heads; h++) {
+        multiply_state(a, state, h, folds, keep, m);
+        __syncthreads();
+        write_row<T>(a, p, span.row, h, m);
+    }
+    leave_row<T>(a, p, span, tails.x, tails.B, tails.dt, m);
 }
 
 /* ---- launches --------------------------------------------------------------------------------------------------- */
 
 template <typename T, int WIDTH, int STATE>
 static mil_status
-launch(mil_context *context, const ssd_arguments &a, const mil_states &states, int64_t sequences)
+launch(mil_context *context, const batch_arguments &a, const batch_states &states, int64_t sequences)
 {
+    const size_t shared = sizeof(batch_memory<WIDTH, STATE>) + (size_t)MIL_TAIL * a.x_columns * sizeof(float);
     return mil_launch(context, "ssd (batch)", ssd_batch_kernel<T, WIDTH, STATE>,
-                      dim3((unsigned)a.heads, (unsigned)sequences), dim3(ROWS_R * WIDTH / 4),
-                      sizeof(batch_memory<WIDTH, STATE>), a, states);
+                      dim3((unsigned)(a.ssd.heads / a.heads), (unsigned)sequences), dim3(ROWS_R * WIDTH / 4),
+                      shared, a, states);
 }
 
 template <typename T>
 static mil_status
-choose_sizes(mil_context *context, const ssd_arguments &a, const mil_states &states, int64_t sequences)
+choose_sizes(mil_context *context, const batch_arguments &a, const batch_states &states, int64_t sequences)
 {
-    return a.head_dim == 64
-               ? (a.state_dim == 64 ? launch<T, 64, 64> : launch<T, 64, 128>)(context, a, states, sequences)
-               : (a.state_dim == 64 ? launch<T, 128, 64> : launch<T, 128, 128>)(context, a, states,
+    const ssd_arguments &s = a.ssd;
+    return s.head_dim == 64
+               ? (s.state_dim == 64 ? launch<T, 64, 64> : launch<T, 64, 128>)(context, a, states, sequences)
+               : (s.state_dim == 64 ? launch<T, 128, 64> : launch<T, 128, 128>)(context, a, states,
                                                                                 sequences);
 }
 
 template <typename T>
 static bool
-is_aligned(const ssd_arguments &a, const mil_states &states, int64_t sequences)
+is_aligned(const ssd_arguments &a, const mil_mixer_state *states, int64_t sequences)
 {
     uintptr_t all = 0;
     for (int64_t i = 0; i < sequences; i++) {
-        const mil_tails *t = &states.of[i];
-        all |= (uintptr_t)t->state | (uintptr_t)t->x | (uintptr_t)t->B;
+        all |= (uintptr_t)states[i].state | (uintptr_t)states[i].x | (uintptr_t)states[i].B;
     }
     return all % 16 == 0 && mil_is_aligned<T>(a.x, a.x_stride) && mil_is_aligned<T>(a.B, a.B_stride) &&
            mil_is_aligned<T>(a.C, a.C_stride);
 }
 
-mil_status
-mil_ssd_batch(mil_context *context, const ssd_arguments *a, const mil_states *states, int64_t sequences,
-              bool *done)
+/* As many heads a block as read the same B, and the same x or little of it, while the blocks fill the chip. */
+static batch_arguments
+choose_heads(const ssd_arguments &s, int64_t sequences)
 {
+    batch_arguments a = {};
+    a.ssd = s;
+    a.of_x = s.heads / s.x_heads;
+    a.of_B = s.heads / s.B_groups;
+    for (a.heads = MOST_HEADS; a.heads > 1; a.heads /= 2) {
+        const bool shared = a.of_x % a.heads == 0, few = a.of_x == 1 && a.heads * s.head_dim <= MOST_X;
+        if (a.of_B % a.heads == 0 && (shared || few) && sequences * s.heads / a.heads >= MANY_BLOCKS) {
+            break;
+        }
+    }
+    const bool own = a.heads > 1 && a.of_x == 1;
+    a.x_columns = own ? a.heads * s.head_dim : s.head_dim;
+    a.x_step = own ? s.head_dim : 0;
+    return a;
+}
+
+mil_status
+mil_ssd_batch(mil_context *context, const ssd_arguments *arguments, const mil_mixer_state *states,
+              int64_t sequences, bool *done)
+{
+    const ssd_arguments &s = *arguments;
     int major = 0;
     MIL_CUDA_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, context->ops->device));
-    *done = major == 9 && states->given && sequences * a->heads >= MANY_BLOCKS &&
-            (a->head_dim == 64 || a->head_dim == 128) && (a->state_dim == 64 || a->state_dim == 128) &&
-            MIL_FOR_ACT(context, is_aligned, *a, *states, sequences);
-    return *done ? MIL_FOR_ACT(context, choose_sizes, context, *a, *states, sequences) : MIL_OK;
+    *done = major == 9 && states != NULL && sequences * s.heads >= MANY_BLOCKS &&
+            (s.head_dim == 64 || s.head_dim == 128) && (s.state_dim == 64 || s.state_dim == 128) &&
+            MIL_FOR_ACT(context, is_aligned, s, states, sequences);
+    if (!*done) {
+        return MIL_OK;
+    }
+    batch_arguments a = choose_heads(s, sequences);
+    for (int64_t first = 0; first < sequences; first += SEQUENCES) {
+        const int64_t count = sequences - first < SEQUENCES ? sequences - first : SEQUENCES;
+        batch_states some = {};
+        for (int64_t i = 0; i < count; i++) {
+            const mil_mixer_state *from = states + first + i;
+            some.of[i] = {from->state, from->x, from->B, from->dt};
+        }
+        a.ssd.first = first;
+        MIL_TRY(MIL_FOR_ACT(context, choose_sizes, context, a, some, count));
+    }
+    return MIL_OK;
 }

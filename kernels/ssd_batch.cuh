@@ -4,9 +4,9 @@
 
 #include "ssd.cuh"
 
-/* The same as mil_ssd_windows for sequences that bring one row each, where *done is set. */
+/* The rows of all sequences, each of which brings one, where *done is set. */
 mil_status
-mil_ssd_batch(mil_context *context, const ssd_arguments *a, const mil_states *states, int64_t sequences,
-              bool *done);
+mil_ssd_batch(mil_context *context, const ssd_arguments *arguments, const mil_mixer_state *states,
+              int64_t sequences, bool *done);
 
 #endif

@@ -1,7 +1,7 @@
 /* One row each of many sequences: the bits of a sequence alone, in outputs, states and tails, wherever in its window it is. */
 #include "ssd_sizes.h"
 
-enum { SEQUENCES = 128, STEPS = 3 };
+enum { SEQUENCES = 272, STEPS = 3 };
 
 /* States and tails of all sequences, one array each. */
 typedef struct all_states {
@@ -106,8 +106,8 @@ test_batch(harness *h, const ssd_sizes *s)
 int
 main(void)
 {
-    static const ssd_sizes sizes[] = {
-        {8, 128, 128, 2, 2, 8}, {16, 64, 128, 16, 1, 1}, {4, 128, 64, 4, 2, 4}, {8, 64, 64, 2, 4, 1}};
+    static const ssd_sizes sizes[] = {{8, 128, 128, 2, 2, 8}, {16, 64, 128, 16, 1, 1}, {4, 128, 64, 4, 2, 4},
+                                      {8, 64, 64, 2, 4, 1},   {2, 128, 128, 1, 2, 1},  {6, 64, 128, 2, 2, 3}};
     static const mil_dtype types[] = {MIL_F32, MIL_BF16, MIL_F16};
     static harness h;
     for (mil_dtype type : types) {
