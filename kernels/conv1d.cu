@@ -12,6 +12,9 @@
  * The thread that has a column's first chunk is the only one that reads and moves the column's tail: no other thread is
  * in its way.  So it takes what earlier calls left, and moves it on after a fold, before the kernel before has ended
  * (mil_rows.settled); this call's rows are added when it has computed.
+ *
+ * Where many sequences bring one row each, a thread takes its inputs of TOGETHER sequences, all of whose rows are on their way
+ * at once, and reads the taps for them once.
  */
 #include "conv1d.cuh"
 
@@ -21,11 +24,14 @@
 #define THREADS 128
 #define CHUNK 64
 #define MOST_TAPS 8
-#define SEQUENCES 256 /* of one launch, whose tails travel as kernel parameters */
+#define SEQUENCES 256   /* of one launch, whose tails travel as kernel parameters */
+#define TOGETHER 2      /* sequences of a thread, where each brings one row */
+#define MANY_BLOCKS 264 /* two for each of 132 multiprocessors */
 
 struct conv_arguments {
     mil_device_rows rows;
     int64_t first; /* sequence of blockIdx.z = 0 */
+    int count;     /* of sequences of this launch */
     int64_t channels, inputs, width, repeat, repeat_group;
     const void *x;
     int64_t x_stride;
@@ -147,13 +153,12 @@ convolve(const conv_arguments &a, const mil_span &span, const float (&lead)[TAPS
     }
 }
 
-/* Where V columns of the tail fold: the rows of earlier calls that stay, to the beginning. */
+/* Where V columns of the tail fold, by `shift` rows: the `kept` rows of earlier calls that stay, to the beginning. */
 template <int V>
 static __device__ __forceinline__ void
-keep_rows(const conv_arguments &a, const mil_span &span, float *tail, int64_t input)
+keep_rows(const conv_arguments &a, int64_t shift, int64_t kept, float *tail, int64_t input)
 {
     constexpr int GROUP = 8; /* rows on their way at once; a fold moves rows by 16 or more */
-    const int64_t shift = span.after - span.boundary, kept = span.past - span.after + a.width - 1;
     float x[GROUP][V];
     for (int64_t i = 0; shift > 0 && i < kept; i += GROUP) {
 #pragma unroll
@@ -209,7 +214,7 @@ __launch_bounds__(THREADS, TAPS > 4 ? 3 : 4)
     if (row == 0) {
         load_lead<T, V, TAPS>(a, span, tail, input, row, lead);
         if (tail != NULL) {
-            keep_rows<V>(a, span, tail, input);
+            keep_rows<V>(a, span.after - span.boundary, span.past - span.after + a.width - 1, tail, input);
         }
     }
     mil_wait();
@@ -225,6 +230,102 @@ __launch_bounds__(THREADS, TAPS > 4 ? 3 : 4)
     if (tail != NULL && row == 0) {
         append_rows<T, V>(a, span, tail, input);
     }
+}
+
+/* One row's outputs of V channels. */
+template <typename T, int V, int TAPS>
+static __device__ __forceinline__ void
+convolve_row(const conv_arguments &a, const float (&lead)[TAPS - 1][V], const float (&x)[V],
+             const float (&weight)[TAPS][V], const float (&bias)[V], T *to)
+{
+    float y[V];
+#pragma unroll
+    for (int v = 0; v < V; v++) {
+        float taps[TAPS], inputs[TAPS];
+#pragma unroll
+        for (int j = 0; j < TAPS; j++) {
+            taps[j] = weight[j][v];
+            inputs[j] = j < TAPS - 1 ? lead[j][v] : x[v];
+        }
+        y[v] = mil_convolve<T, TAPS>(taps, inputs, bias[v], 0, a.silu);
+    }
+    mil_store<V>(to, y);
+}
+
+/* Grid: inputs, sequences by TOGETHER; each brings one row, and there are TAPS taps. */
+template <typename T, int V, int TAPS>
+static __global__ void
+__launch_bounds__(THREADS, 5)
+    conv1d_rows_kernel(const __grid_constant__ conv_arguments a, const __grid_constant__ conv_tails tails)
+{
+    mil_trigger();
+    const int64_t input = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * V;
+    const int first = (int)blockIdx.y * TOGETHER, count = min(TOGETHER, a.count - first);
+    if (input >= a.inputs) {
+        mil_wait();
+        return;
+    }
+    const int64_t run = a.repeat > 1 ? a.repeat_group : a.inputs;
+    int64_t channel = input / run * run * a.repeat + input % run;
+    float weight[TAPS][V], bias[V], lead[TOGETHER][TAPS - 1][V], x[TOGETHER][V];
+    int row[TOGETHER], shift[TOGETHER], kept[TOGETHER];
+    mil_span span[TOGETHER];
+    mil_wait_for_states(a.rows);
+#pragma unroll
+    for (int k = 0; k < TOGETHER; k++) { /* all at once: loads stay in their order */
+        span[k] = mil_span_of(a.rows, a.first + first + min(k, count - 1));
+    }
+#pragma unroll
+    for (int k = 0; k < TOGETHER; k++) {
+        row[k] = (int)span[k].row;
+        shift[k] = (int)(span[k].after - span[k].boundary);
+        kept[k] = (int)(span[k].past - span[k].after) + TAPS - 1;
+        load_lead<T, V, TAPS>(a, span[k], tails.of[first + min(k, count - 1)], input, 0, lead[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < TOGETHER; k++) {
+        if (k < count) {
+            keep_rows<V>(a, shift[k], kept[k], tails.of[first + k], input);
+        }
+    }
+    load_taps<V, TAPS>(a, channel, weight, bias);
+    mil_wait();
+#pragma unroll
+    for (int k = 0; k < TOGETHER; k++) {
+        mil_load<V>((const T *)a.x + row[k] * a.x_stride + input, x[k]);
+    }
+#pragma unroll 1
+    for (int repetition = 0; repetition < a.repeat; repetition++, channel += run) {
+        if (repetition > 0) {
+            load_taps<V, TAPS>(a, channel, weight, bias);
+        }
+#pragma unroll
+        for (int k = 0; k < TOGETHER; k++) {
+            if (k < count) {
+                convolve_row<T, V, TAPS>(a, lead[k], x[k], weight, bias,
+                                         (T *)a.y + row[k] * a.y_stride + channel);
+            }
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < TOGETHER; k++) {
+        if (k < count) {
+            mil_store<V>(tails.of[first + k] + (int64_t)kept[k] * a.inputs + input, x[k]);
+        }
+    }
+}
+
+/* Those of many sequences that bring one row each, as most models have them (*done). */
+template <typename T>
+static mil_status
+launch_rows(mil_context *context, const conv_arguments &a, const conv_tails &tails, int vector, bool *done)
+{
+    const dim3 grid((unsigned)mil_ceil_div(a.inputs, THREADS * 4), (unsigned)mil_ceil_div(a.count, TOGETHER));
+    *done = tails.given && vector == 4 && a.width == 4 && mil_is_aligned<float>(a.weight, 0) &&
+            grid.x * grid.y >= MANY_BLOCKS;
+    return *done
+               ? mil_launch(context, "conv1d", conv1d_rows_kernel<T, 4, 4>, grid, dim3(THREADS), 0, a, tails)
+               : MIL_OK;
 }
 
 template <typename T, int V>
@@ -259,9 +360,9 @@ static mil_status
 conv1d(mil_context *context, const mil_conv1d *a)
 {
     const int64_t inputs = a->channels / a->repeat;
-    conv_arguments k = {
-        mil_rows_of(a->rows), 0,         a->channels, inputs,  a->width, a->repeat,  a->repeat_group, a->x,
-        a->x_stride,          a->weight, a->bias,     a->silu, a->y,     a->y_stride};
+    conv_arguments k = {mil_rows_of(a->rows), 0,    0,           a->channels, inputs,  a->width, a->repeat,
+                        a->repeat_group,      a->x, a->x_stride, a->weight,   a->bias, a->silu,  a->y,
+                        a->y_stride};
     for (; k.first < a->rows.sequences; k.first += SEQUENCES) {
         int64_t count = a->rows.sequences - k.first;
         count = count < SEQUENCES ? count : SEQUENCES;
@@ -272,6 +373,14 @@ conv1d(mil_context *context, const mil_conv1d *a)
             tails.of[i] = a->states[k.first + i].conv;
         }
         int vector = inputs_a_thread<T>(a, mil_ceil_div(longest, CHUNK) * count);
+        k.count = (int)count;
+        bool done = false;
+        if (longest == 1 && mil_shortest(a->rows, k.first, count) == 1) {
+            MIL_TRY(launch_rows<T>(context, k, tails, vector, &done));
+        }
+        if (done) {
+            continue;
+        }
         dim3 grid((unsigned)mil_ceil_div(inputs, THREADS * vector),
                   (unsigned)mil_ceil_div(longest > 0 ? longest : 1, CHUNK), (unsigned)count);
         MIL_TRY((vector == 4   ? launch<T, 4>
