@@ -71,22 +71,21 @@ load_weight(const void *from)
     return v;
 }
 
-/* A barrier of the four warps of one role. */
+/* A barrier of the scan's warps. */
 static __device__ __forceinline__ void
-meet(int role)
+meet()
 {
-    asm volatile("bar.sync %0, %1;" ::"r"(role + 1), "n"(THREADS) : "memory");
+    asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
 }
 
 /* ---- W_x -------------------------------------------------------------------------------------------------------- */
 
 #define MOST_CHUNKS 8 /* of a warp at a time */
 
-/* A warp's inputs in shared memory, of `chunks` chunks: the convolution's, then its outputs. */
+/* A warp's inputs in shared memory, of `chunks` chunks. */
 struct project_memory {
     float *tail; /* [sequences, taps - 1, chunks CHUNK] */
-    void *raw;   /* [rows, chunks CHUNK] */
-    void *x;     /* [rows, chunks CHUNK + 8] */
+    void *x;     /* [rows, chunks CHUNK + 8]: the convolution's inputs, which become its outputs */
     size_t bytes;
 };
 
@@ -96,9 +95,8 @@ cut_project_memory(char *memory, int chunks, int rows, int sequences, int taps)
     const int wide = chunks * CHUNK;
     project_memory p;
     p.tail = (float *)memory;
-    p.raw = p.tail + sequences * (taps - 1) * wide;
-    p.x = (char *)p.raw + rows * wide * 2;
-    p.bytes = sequences * (taps - 1) * wide * 4 + rows * (2 * wide + 8) * 2;
+    p.x = p.tail + sequences * (taps - 1) * wide;
+    p.bytes = sequences * (taps - 1) * wide * 4 + rows * (wide + 8) * 2;
     return p;
 }
 
@@ -150,7 +148,7 @@ fetch_inputs(const mixer_arguments &m, const warp_chunks &own, int chunks, const
     const T *raw = (const T *)m.raw + chunk * CHUNK + lane % (CHUNK / 8) * 8;
 #pragma unroll 1
     for (int row = 0; row < m.total && there; row++) {
-        mil_copy_16((T *)memory.raw + row * wide + lane * 8, raw + row * m.raw_stride);
+        mil_copy_16((T *)memory.x + row * (wide + 8) + lane * 8, raw + row * m.raw_stride);
     }
 }
 
@@ -178,9 +176,8 @@ convolve_chunks(const mixer_arguments &m, const chunk_taps<CHUNKS> &taps, const 
                 window[i][j] = j > missing ? tail[(j - 1 - missing) * wide + i * CHUNK] : 0.0f;
             }
         }
-#pragma unroll 1
+#pragma unroll 4
         for (int row = m.begin[sequence]; row < m.begin[sequence + 1]; row++) {
-            const T *raw = (const T *)memory.raw + row * wide + lane;
             T *x = (T *)memory.x + row * (wide + 8) + lane;
             float y[CHUNKS];
 #pragma unroll
@@ -189,7 +186,7 @@ convolve_chunks(const mixer_arguments &m, const chunk_taps<CHUNKS> &taps, const 
                 for (int j = 0; j + 1 < MOST_TAPS; j++) {
                     window[i][j] = window[i][j + 1];
                 }
-                window[i][MOST_TAPS - 1] = mil_float(raw[i * CHUNK]);
+                window[i][MOST_TAPS - 1] = mil_float(x[i * CHUNK]);
                 y[i] = mil_convolve<T, MOST_TAPS>(taps.weight[i], window[i], taps.bias[i], missing, true);
             }
 #pragma unroll
@@ -203,7 +200,7 @@ convolve_chunks(const mixer_arguments &m, const chunk_taps<CHUNKS> &taps, const 
 /* Grid: tiles of OUTPUTS, SLICES. GROUPS of 8 rows; CHUNKS of a warp at a time. */
 template <typename T, int GROUPS, int CHUNKS>
 static __global__ void
-__launch_bounds__(THREADS, CHUNKS <= 5 ? 5 : 3)
+__launch_bounds__(THREADS, 3)
     mixer_project_kernel(const __grid_constant__ mixer_arguments m, const __grid_constant__ mil_states states)
 {
     extern __shared__ __align__(16) char shared[]; /* sums, then the warps' inputs */
@@ -458,27 +455,25 @@ template <typename T>
 static __device__ __forceinline__ void
 add_slices(const mixer_arguments &m, int first, int count, const mixer_memory &s)
 {
-    constexpr int ACROSS = THREADS / 2; /* threads of a row */
+    const int quads = m.x_width / V, apart = m.total * m.x_width;
 #pragma unroll 1
-    for (int row = threadIdx.x / ACROSS; row < count; row += BLOCK / ACROSS) {
-#pragma unroll 1
-        for (int at = threadIdx.x % ACROSS * V; at < m.x_width; at += ACROSS * V) {
-            const float *from = m.partial + (first + row) * m.x_width + at;
-            float4 part[SLICES];
+    for (int item = threadIdx.x; item < count * quads; item += BLOCK) {
+        const int row = item / quads, at = item % quads * V;
+        const float *from = m.partial + (first + row) * m.x_width + at;
+        float4 part[SLICES];
 #pragma unroll
-            for (int slice = 0; slice < SLICES; slice++) {
-                part[slice] = *(const float4 *)(from + slice * m.total * m.x_width);
-            }
-            float sum[V] = {};
-#pragma unroll
-            for (int slice = 0; slice < SLICES; slice++) {
-                sum[0] += part[slice].x;
-                sum[1] += part[slice].y;
-                sum[2] += part[slice].z;
-                sum[3] += part[slice].w;
-            }
-            mil_store<V>((T *)s.low + row * s.low_stride + at, sum);
+        for (int slice = 0; slice < SLICES; slice++) {
+            part[slice] = *(const float4 *)(from + slice * apart);
         }
+        float sum[V] = {};
+#pragma unroll
+        for (int slice = 0; slice < SLICES; slice++) {
+            sum[0] += part[slice].x;
+            sum[1] += part[slice].y;
+            sum[2] += part[slice].z;
+            sum[3] += part[slice].w;
+        }
+        mil_store<V>((T *)s.low + row * s.low_stride + at, sum);
     }
 }
 
@@ -617,54 +612,67 @@ load_dt_weights(const mixer_arguments &m, int channel, int tile, int k, uint4 &l
     high = there ? load_weight(from + 8 * m.rank) : make_uint4(0, 0, 0, 0);
 }
 
-/* W_dt low in the order of thin_product.cu: chain w takes chunks w, w + 8, ... */
+/* A chunk of low, from input `k` on, times the weights of a warp's products that have such a chunk. */
+template <typename T, int GROUPS>
+static __device__ __forceinline__ void
+multiply_chunk(const mixer_arguments &m, int count, int k, const uint4 &l, const uint4 &h,
+               const mixer_memory &s, float (&c)[GROUPS][4])
+{
+    const int lane = threadIdx.x % MIL_WARP, g = lane / 4, t = lane % 4;
+    const T *low = (const T *)s.low + g * s.low_stride + k + 8 * t;
+#pragma unroll
+    for (int group = 0; group < GROUPS; group++) {
+        const bool real = group * 8 + g < count && k + 8 * t < m.rank;
+        const uint4 v = real ? *(const uint4 *)(low + group * 8 * s.low_stride) : make_uint4(0, 0, 0, 0);
+        mil_multiply_add<T>(c[group], l.x, h.x, l.y, h.y, v.x, v.y);
+        mil_multiply_add<T>(c[group], l.z, h.z, l.w, h.w, v.z, v.w);
+    }
+}
+
+/* W_dt low in the order of thin_product.cu: chain w takes chunks w, w + 8, ...  The first chunks, often the only ones, of all
+ * of a warp's products are under way at once. */
 template <typename T, int GROUPS>
 static __device__ __forceinline__ void
 multiply_dt(const mixer_arguments &m, const mixer_place &p, int count, int thread, const dt_weights &weights,
             const mixer_memory &s)
 {
     const int warp = thread / MIL_WARP, lane = thread % MIL_WARP, g = lane / 4, t = lane % 4;
-    const T *low = (const T *)s.low + g * s.low_stride + 8 * t;
+    float c[dt_weights::PAIRS][GROUPS][4] = {};
+#pragma unroll
+    for (int i = 0; i < dt_weights::PAIRS; i++) {
+        const int chain = (warp * dt_weights::PAIRS + i) % CHAINS;
+        multiply_chunk<T, GROUPS>(m, count, chain * CHUNK, weights.low[i], weights.high[i], s, c[i]);
+    }
 #pragma unroll
     for (int i = 0; i < dt_weights::PAIRS; i++) {
         const int pair = warp * dt_weights::PAIRS + i, tile = pair / CHAINS, chain = pair % CHAINS;
-        float c[GROUPS][4] = {};
-        uint4 l = weights.low[i], h = weights.high[i];
 #pragma unroll 1
-        for (int k = chain * CHUNK; k < m.rank; k += CHAINS * CHUNK) {
-            if (k >= CHAINS * CHUNK) {
-                load_dt_weights<T>(m, p.channel, tile, k, l, h);
-            }
-#pragma unroll
-            for (int group = 0; group < GROUPS; group++) {
-                const bool real = group * 8 + g < count && k + 8 * t < m.rank;
-                const uint4 v =
-                    real ? *(const uint4 *)(low + group * 8 * s.low_stride + k) : make_uint4(0, 0, 0, 0);
-                mil_multiply_add<T>(c[group], l.x, h.x, l.y, h.y, v.x, v.y);
-                mil_multiply_add<T>(c[group], l.z, h.z, l.w, h.w, v.z, v.w);
-            }
+        for (int k = (chain + CHAINS) * CHUNK; k < m.rank; k += CHAINS * CHUNK) {
+            uint4 l, h;
+            load_dt_weights<T>(m, p.channel, tile, k, l, h);
+            multiply_chunk<T, GROUPS>(m, count, k, l, h, s, c[i]);
         }
         float *to = s.chains + (chain * COLUMNS + tile * OUTPUTS + g) * 8 * GROUPS + 2 * t;
 #pragma unroll
         for (int group = 0; group < GROUPS; group++) {
-            to[group * 8] = c[group][0];
-            to[group * 8 + 1] = c[group][1];
-            to[8 * 8 * GROUPS + group * 8] = c[group][2];
-            to[8 * 8 * GROUPS + group * 8 + 1] = c[group][3];
+            to[group * 8] = c[i][group][0];
+            to[group * 8 + 1] = c[i][group][1];
+            to[8 * 8 * GROUPS + group * 8] = c[i][group][2];
+            to[8 * 8 * GROUPS + group * 8 + 1] = c[i][group][3];
         }
     }
 }
 
-/* dt after bias, softplus and clamp. */
+/* dt after bias, softplus and clamp, by the whole block. */
 template <typename T, int GROUPS>
 static __device__ __forceinline__ void
-finish_dt(const mixer_arguments &m, const mixer_place &p, int first, int count, int thread, float bias,
+finish_dt(const mixer_arguments &m, const mixer_place &p, int first, int count, float bias,
           const mixer_memory &s)
 {
     const scan_arguments &a = m.scan;
-    const int column = thread % COLUMNS;
+    const int column = threadIdx.x % COLUMNS;
 #pragma unroll 1
-    for (int row = thread / COLUMNS; row < count; row += WARPS) {
+    for (int row = threadIdx.x / COLUMNS; row < count; row += BLOCK / COLUMNS) {
         float value = 0.0f;
         if (m.dt_weight != NULL) {
 #pragma unroll
@@ -832,7 +840,7 @@ finish_rows(const scan_arguments &a, const mixer_place &p, int first, int count,
  * before has ended (mil_rows.settled). */
 template <typename T, int J, int GROUPS>
 static __global__ void
-__launch_bounds__(BLOCK, J == 1 ? 3 : 2)
+__launch_bounds__(BLOCK, 2)
     mixer_scan_kernel(const __grid_constant__ mixer_arguments m, const __grid_constant__ mil_states states)
 {
     extern __shared__ __align__(16) char shared[];
@@ -868,7 +876,7 @@ __launch_bounds__(BLOCK, J == 1 ? 3 : 2)
         load_H<V, J>(a, tails.state, c, lane_n, H);
         load_exponent<V, J>(a, c, lane_n, exponent);
         mil_await_copies();
-        meet(0);
+        meet();
         walk_tail<J>(a, s, before, shift, B_own, c, lane_n, exponent, tails.state, H);
     }
     else {
@@ -902,21 +910,21 @@ __launch_bounds__(BLOCK, J == 1 ? 3 : 2)
     if (scans) {
         take_B_and_C<T>(m, p, first, count, s);
     }
-    else {
-        if (m.dt_weight != NULL) {
-            multiply_dt<T, GROUPS>(m, p, count, thread, weights, s);
-            meet(1);
-        }
-        finish_dt<T, GROUPS>(m, p, first, count, thread, bias, s);
+    else if (m.dt_weight != NULL) {
+        multiply_dt<T, GROUPS>(m, p, count, thread, weights, s);
     }
     __syncthreads();
-    if (scans && count == 1) {
-        scan_rows<J, 1>(a, s, 0, count, B_own, C_own, exponent, H);
-    }
-    else if (scans) {
+    finish_dt<T, GROUPS>(m, p, first, count, bias, s);
+    __syncthreads();
+    if (scans) {
+        int row = 0;
 #pragma unroll 1
-        for (int row = 0; row < count; row += AT_ONCE<J>) {
+        for (; row + AT_ONCE<J> <= count; row += AT_ONCE<J>) {
             scan_rows<J, AT_ONCE<J>>(a, s, row, count, B_own, C_own, exponent, H);
+        }
+#pragma unroll 1
+        for (; row < count; row++) {
+            scan_rows<J, 1>(a, s, row, count, B_own, C_own, exponent, H);
         }
     }
     __syncthreads();
