@@ -1,23 +1,28 @@
-/* Products with 1 to 8 rows on Hopper: every multiprocessor streams its share of the weights through shared memory.
+/* Products with 1 to 16 rows on Hopper: every multiprocessor streams its share of the weights through shared memory.
  *
  * thin_product.cu tells how tensor cores take rows of W for a few rows of x.  This is the same arithmetic, chunk for chunk and
  * hence bit for bit; what differs is who computes what, and how weights come:
  *
  *   share     a multiprocessor has one block, and each block the same number of outputs to within one: 2,560 outputs are 19 or
- *             20 for each of 132, where tiles of 16 would give some two tiles and most one.  They are taken in groups of at
+ *             20 for each of 132, where tiles of 16 would give some two tiles and most one.  They are taken in tiles of at
  *             most 16
- *   a warp    copies a group's rows, some KB of each at a time, into a ring by bulk copies, as far ahead as the ring is
- *             long, past the ends of groups.  Such copies take nothing of the multiprocessor's load units, so that what has
+ *   a warp    copies a tile's rows, some KB of each at a time, into a ring by bulk copies, as far ahead as the ring is
+ *             long, past the ends of tiles.  Such copies take nothing of the multiprocessor's load units, so that what has
  *             come while x was not there yet is multiplied several times as fast as memory could bring it
  *   8 warps   share a row's inputs by chunks of 64 bytes: chunk 8 j + w is warp w's
  *
  *   stage     row 0: | segment of the row | 64 bytes free, so that rows do not share banks |
  *             row 1: ...
  *
+ * Rows of x that are few or short lie in shared memory.  Others are read from the second-level cache, a segment ahead, for
+ * several tiles at once: 16 rows are as many bytes as a tile of W, and every multiprocessor reads all of them, so that once a
+ * tile they would take longer than W takes from memory.
+ *
  * The ring takes most of the shared memory on purpose: a second block on the same multiprocessor would be one of the next
  * kernel on some and none on others, and the shares uneven.  What has been copied leaves the second-level cache first: no token
  * reads it twice, and activations stay.  Weights of 8 bits become pairs of values in registers, on the way to the tensor cores.
- * Small matrices and short rows are faster in blocks that come and go (thin_product.cu).  Figures: docs/performance-log.md.
+ * Small matrices and short rows are faster in blocks that come and go (thin_product.cu), and so are more than 8 rows with
+ * weights of 8 bits.  Figures: docs/performance-log.md.
  */
 #include "phase.cuh"
 #include "thin_tile.cuh"
@@ -26,16 +31,26 @@
 #define UNIT (WARPS * 64) /* bytes of a row in a chunk of every warp */
 #define MOST_UNITS 5      /* of a segment */
 #define RING_BYTES (172 << 10)
-#define FEWEST_BYTES (6 << 20) /* of the weights of a launch */
-#define SHORTEST_ROW 2048      /* bytes */
-#define MOST_ROWS 8
-#define MOST_X_BYTES (32 << 10) /* of rows of x that are copied; of normed ones half as much again */
+#define FEWEST_BYTES (6 << 20)  /* of the weights of a launch */
+#define SHORTEST_ROW 2048       /* bytes */
+#define MOST_X_BYTES (52 << 10) /* of rows of x in shared memory, so that the ring does not lose a stage */
 #define MOST_STAGES 8
-#define ROW_GAP 64   /* bytes between rows of a stage */
-#define X_PAD 32     /* elements between rows of x, likewise */
-#define NORM_STEPS 4 /* columns of a normed row are at most this many vectors a thread */
+#define ROW_GAP 64     /* bytes between rows of a stage */
+#define ROWS_AT_ONCE 5 /* of many that are copied or normed: a draft of four tokens and the one before */
+#define NORM_STEPS 4   /* columns of a normed row are at most this many vectors a thread, */
+#define NORM_STEPS_OF_MANY 2 /* of one of many this many */
 
 enum x_source { X_IN_PLACE, X_COPIED, X_NORMED };
+
+/* Elements between rows of x in shared memory, so that what goes with a load of W of each row does not share banks. */
+template <typename W>
+constexpr int X_PAD = sizeof(W) == 1 ? 8 : 32;
+
+/* Tiles that are multiplied with the same loads of x. */
+template <x_source X, bool GATED>
+constexpr int TOGETHER = X != X_IN_PLACE ? 1
+                         : GATED         ? 2
+                                         : 3;
 
 struct stream_arguments {
     thin_arguments thin; /* first_tile: the first output of a product, when all stand one behind another */
@@ -52,15 +67,55 @@ meet()
 
 /* ---- rows of x ------------------------------------------------------------------------------------------------------ */
 
-template <typename T>
+/* A thread's vectors of ROWS rows: STEPS columns from `column` on, `step` apart; what lies beyond the ends is left as it is. */
+template <typename T, int ROWS, int STEPS>
 static __device__ __forceinline__ void
-copy_rows(const thin_arguments &a, T *rows, int stride)
+load_rows(const T *x, int64_t stride, int rows, int column, int step, int end, uint4 (&to)[ROWS][STEPS])
 {
-    for (int row = 0; row < a.rows; row++) {
-        for (int i = (int)threadIdx.x * 8; i < a.in; i += THREADS * 8) {
-            *(uint4 *)(rows + row * stride + i) = *(const uint4 *)((const T *)a.x + row * a.x_stride + i);
+#pragma unroll
+    for (int i = 0; i < ROWS * STEPS; i++) {
+        const int row = i / STEPS, at = column + i % STEPS * step;
+        if (row < rows && at < end) {
+            to[row][i % STEPS] = *(const uint4 *)(x + row * stride + at);
         }
     }
+}
+
+/* Rows `first` to at most `first` + ROWS - 1. */
+template <typename T, int PAD, int ROWS, int STEPS>
+static __device__ __forceinline__ void
+copy_some(const thin_arguments &a, int first, T *rows)
+{
+    constexpr int STEP = THREADS * 8;
+    T *const to = rows + first * (a.in + PAD);
+    for (int column = (int)threadIdx.x * 8; column < a.in; column += STEPS * STEP) {
+        uint4 values[ROWS][STEPS];
+        load_rows((const T *)a.x + first * a.x_stride, a.x_stride, a.rows - first, column, STEP, a.in,
+                  values);
+#pragma unroll
+        for (int i = 0; i < ROWS * STEPS; i++) {
+            const int row = i / STEPS, at = column + i % STEPS * STEP;
+            if (first + row < a.rows && at < a.in) {
+                *(uint4 *)(to + row * (a.in + PAD) + at) = values[row][i % STEPS];
+            }
+        }
+    }
+}
+
+template <typename T, int PAD>
+static __device__ __forceinline__ void
+copy_rows(const thin_arguments &a, T *rows)
+{
+    mil_wait();
+    if (a.rows == 1) {
+        copy_some<T, PAD, 1, 8>(a, 0, rows);
+    }
+    else {
+        for (int first = 0; first < a.rows; first += ROWS_AT_ONCE) {
+            copy_some<T, PAD, ROWS_AT_ONCE, 3>(a, first, rows);
+        }
+    }
+    meet();
 }
 
 /* Four weights, here and not where they are first used. */
@@ -92,118 +147,141 @@ struct norm_columns {
     }
 };
 
-/* One row; the bits of norm.cu.  `partial` has WARPS floats. */
+/* Eight elements as float32, made here and not kept from where they were made before: they take twice the registers. */
 template <typename T>
 static __device__ __forceinline__ void
-norm_row(const norm_arguments &n, int row, const norm_columns &columns, bool narrow, T *y, float *partial)
+widen_again(uint4 &raw, float (&value)[8])
 {
-    const T *x = (const T *)n.x + row * n.x_stride;
-    int warp = (int)threadIdx.x / MIL_WARP, lane = (int)threadIdx.x % MIL_WARP;
-    mil_vector<T, 8> raw[NORM_STEPS];
-    float squares = 0.0f;
+    asm volatile("" : "+r"(raw.x), "+r"(raw.y), "+r"(raw.z), "+r"(raw.w));
+    mil_load<8>((const T *)&raw, value);
+}
+
+/* The warps' sums of one row, as mil_warp_sum adds eight of them and zeros. */
+static __device__ __forceinline__ float
+sum_of_warps(const float *sum)
+{
+    static_assert(WARPS == 8, "the tree of mil_warp_sum");
+    return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+}
+
+static __device__ __forceinline__ float
+norm_scale(const norm_arguments &n, float squares)
+{
+    return 1.0f / sqrtf(squares / (float)n.group + n.eps);
+}
+
+/* What ROWS rows are to be multiplied by, of a thread's columns of them.  partial: [ROWS][WARPS], for wide rows. */
+template <typename T, int ROWS, int STEPS>
+static __device__ __forceinline__ void
+find_scales(const norm_arguments &n, const norm_columns &columns, bool narrow, uint4 (&raw)[ROWS][STEPS],
+            float *partial, float (&scale)[ROWS])
+{
+    const int warp = (int)threadIdx.x / MIL_WARP, lane = (int)threadIdx.x % MIL_WARP;
+    float sum[ROWS] = {};
 #pragma unroll
-    for (int i = 0; i < NORM_STEPS; i++) {
-        int column = columns.first + i * columns.step;
-        if (column < columns.end) {
-            raw[i] = *(const mil_vector<T, 8> *)(x + column);
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < NORM_STEPS; i++) {
-        if (columns.first + i * columns.step < columns.end) {
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-                float v = mil_float(raw[i].at[j]);
-                squares = fmaf(v, v, squares);
-            }
-        }
-    }
-    squares = mil_warp_sum(squares);
-    if (!narrow) {
-        if (lane == 0) {
-            partial[warp] = squares;
-        }
-        meet();
-        squares = mil_warp_sum(lane < WARPS ? partial[lane] : 0.0f);
-    }
-    float scale = 1.0f / sqrtf(squares / (float)n.group + n.eps);
-#pragma unroll
-    for (int i = 0; i < NORM_STEPS; i++) {
-        int column = columns.first + i * columns.step;
-        if (column < columns.end) {
+    for (int i = 0; i < ROWS * STEPS; i++) {
+        if (columns.first + i % STEPS * columns.step < columns.end) {
             float value[8];
+            widen_again<T>(raw[i / STEPS][i % STEPS], value);
 #pragma unroll
             for (int j = 0; j < 8; j++) {
-                value[j] = mil_float(raw[i].at[j]) * scale;
-                value[j] *= columns.weight[i][j];
+                sum[i / STEPS] = fmaf(value[j], value[j], sum[i / STEPS]);
             }
-            mil_store<8>(y + column, value);
+        }
+    }
+#pragma unroll
+    for (int row = 0; row < ROWS; row++) {
+        sum[row] = mil_warp_sum(sum[row]);
+        if (!narrow && lane == 0) {
+            partial[row * WARPS + warp] = sum[row];
+        }
+    }
+    float mine =
+        0.0f; /* a lane does a row: one after another, so many roots would take longer than the loads */
+    if (narrow) {
+        mine = norm_scale(n, sum[0]);
+    }
+    else {
+        meet();
+        mine = norm_scale(n, sum_of_warps(partial + min(lane, ROWS - 1) * WARPS));
+    }
+#pragma unroll
+    for (int row = 0; row < ROWS; row++) {
+        scale[row] = __shfl_sync(MIL_ALL_LANES, mine, row);
+    }
+}
+
+/* Rows `first` to at most `first` + ROWS - 1, all at once; the bits of norm.cu. */
+template <typename T, int PAD, int ROWS>
+static __device__ __forceinline__ void
+norm_some(const thin_arguments &a, int first, const norm_columns &columns, bool narrow, T *y, float *partial)
+{
+    constexpr int STEPS = ROWS == 1 ? NORM_STEPS : NORM_STEPS_OF_MANY;
+    const norm_arguments &n = a.norm;
+    uint4 raw[ROWS][STEPS];
+    load_rows((const T *)n.x + first * n.x_stride, n.x_stride, a.rows - first, columns.first, columns.step,
+              columns.end, raw);
+    float scale[ROWS];
+    find_scales<T>(n, columns, narrow, raw, partial, scale);
+#pragma unroll
+    for (int row = 0; row < ROWS && first + row < a.rows; row++) {
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            const int column = columns.first + i * columns.step;
+            if (column < columns.end) {
+                float value[8];
+                widen_again<T>(raw[row][i], value);
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    value[j] *= scale[row];
+                    value[j] *= columns.weight[i][j];
+                }
+                mil_store<8>(y + (first + row) * (a.in + PAD) + column, value);
+            }
         }
     }
 }
 
-/* One wide row by one warp: every lane plays the part of one thread of each warp of the block, so that the bits are the same. */
-template <typename T>
+/* partial: [16][WARPS]. */
+template <typename T, int PAD>
 static __device__ __forceinline__ void
-norm_row_by_warp(const norm_arguments &n, int row, int in, T *y)
+norm_rows(const thin_arguments &a, T *y, float *partial)
 {
-    const T *x = (const T *)n.x + row * n.x_stride;
-    const int lane = (int)threadIdx.x % MIL_WARP;
-    float squares[WARPS] = {}, value[8], weight[8];
-#pragma unroll
-    for (int warp = 0; warp < WARPS; warp++) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int column = (warp * MIL_WARP + lane) * 8 + i * MIL_NORM_THREADS * 8;
-            if (column < in) {
-                mil_load<8>(x + column, value);
-#pragma unroll
-                for (int j = 0; j < 8; j++) {
-                    squares[warp] = fmaf(value[j], value[j], squares[warp]);
-                }
-            }
+    const bool narrow = a.in <= MIL_NORM_WIDEST_FOR_WARP;
+    const norm_columns columns(a, narrow);
+    mil_wait();
+    if (narrow || a.rows == 1) {
+        for (int row = narrow ? (int)threadIdx.x / MIL_WARP : 0; row < a.rows; row += narrow ? WARPS : 1) {
+            norm_some<T, PAD, 1>(a, row, columns, narrow, y, partial);
         }
     }
-#pragma unroll
-    for (int warp = 0; warp < WARPS; warp++) {
-        squares[warp] = mil_warp_sum(squares[warp]);
-    }
-    static_assert(WARPS == 8, "the tree of mil_warp_sum over eight sums and zeros");
-    const float sum = ((squares[0] + squares[4]) + (squares[2] + squares[6])) +
-                      ((squares[1] + squares[5]) + (squares[3] + squares[7]));
-    const float scale = 1.0f / sqrtf(sum / (float)n.group + n.eps);
-#pragma unroll 2
-    for (int column = lane * 8; column < in; column += MIL_WARP * 8) {
-        mil_load<8>(x + column, value);
-        load_now(n.weight + column, &weight[0]);
-        load_now(n.weight + column + 4, &weight[4]);
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            value[j] *= scale;
-            value[j] *= weight[j];
+    else {
+        for (int first = 0; first < a.rows; first += ROWS_AT_ONCE) {
+            norm_some<T, PAD, ROWS_AT_ONCE>(a, first, columns, false, y, partial + first * WARPS);
         }
-        mil_store<8>(y + column, value);
     }
+    meet();
 }
 
 /* ---- the stream ------------------------------------------------------------------------------------------------------- */
 
-/* A block's outputs, cut into groups of `size`. */
+/* A block's outputs (or pairs of up and gate), cut into tiles of `size`. */
 struct share {
-    int first, count, groups, size;
+    int first, count, tiles, size;
 
     __device__ __forceinline__ share(const stream_arguments &s)
     {
         const int block = (int)blockIdx.x;
         first = block * s.each + min(block, s.more);
         count = s.each + (block < s.more ? 1 : 0);
-        groups = (count + TILE - 1) / TILE;
-        size = (count + groups - 1) / groups;
+        tiles = (count + TILE - 1) / TILE;
+        size = (count + tiles - 1) / tiles;
     }
 
-    __device__ __forceinline__ int in_group(int group) const
+    /* Of a tile beyond the last one, at most 0. */
+    __device__ __forceinline__ int in_tile(int tile) const
     {
-        return min(size, count - group * size);
+        return min(size, count - tile * size);
     }
 };
 
@@ -226,37 +304,38 @@ struct ring {
     }
 };
 
-/* Warp 8: lane l copies row l of each group's segments. */
-template <typename W, bool GATED>
+/* Warp 8: lane l copies row l of each tile's segments, of TILES tiles in turn. */
+template <typename W, int TILES, int MATRICES>
 static __device__ __forceinline__ void
 produce(const stream_arguments &s, const share &mine, ring r, int lane)
 {
-    constexpr int MATRICES = GATED ? 2 : 1;
+    constexpr int SETS = TILES * MATRICES;
     const thin_arguments &a = s.thin;
     const int row_bytes = a.in * (int)sizeof(W), segment = s.units * UNIT;
-    for (int group = 0; group < mine.groups; group++) {
-        const int count = mine.in_group(group), output = mine.first + group * mine.size + lane;
-        const char *from[MATRICES] = {};
-        if (lane < count) {
-            const thin_output &o = GATED ? a.outputs[0] : output_of(a, output);
+    for (int first = 0; first < mine.tiles; first += TILES) {
+        const char *from[SETS] = {};
 #pragma unroll
-            for (int m = 0; m < MATRICES; m++) {
-                const char *weight = (const char *)(m == 0 ? o.weight : a.outputs[1].weight);
-                from[m] = weight + (int64_t)(output - o.first_tile) * row_bytes;
+        for (int i = 0; i < SETS; i++) {
+            const int tile = first + i / MATRICES, output = mine.first + tile * mine.size + lane;
+            if (lane < mine.in_tile(tile)) {
+                const thin_output &o = MATRICES == 2 ? a.outputs[0] : output_of(a, output);
+                const char *weight = (const char *)(i % MATRICES == 0 ? o.weight : a.outputs[1].weight);
+                from[i] = weight + (int64_t)(output - o.first_tile) * row_bytes;
             }
         }
 #pragma unroll 1
         for (int at = 0; at < row_bytes; at += segment) {
             const uint32_t bytes = (uint32_t)min(segment, row_bytes - at);
 #pragma unroll
-            for (int m = 0; m < MATRICES; m++) {
+            for (int i = 0; i < SETS && first + i / MATRICES < mine.tiles; i++) {
+                const int count = mine.in_tile(first + i / MATRICES);
                 phase_wait(&r.empty[r.stage], r.parity ^ 1);
                 if (lane == 0) {
                     phase_expect(&r.full[r.stage], bytes * (uint32_t)count);
                 }
                 __syncwarp();
                 if (lane < count) {
-                    copy_bulk<true>(r.row(lane), from[m] + at, bytes, &r.full[r.stage]);
+                    copy_bulk<true>(r.row(lane), from[i] + at, bytes, &r.full[r.stage]);
                 }
                 r.next();
             }
@@ -264,39 +343,110 @@ produce(const stream_arguments &s, const share &mine, ring r, int lane)
     }
 }
 
-/* The warps' partial sums of one output, in order; partial: [WARPS][TILE][rows]. */
+/* Floats between outputs among partial sums; odd, for the banks' sake. */
+static __host__ __device__ inline int
+sums_pitch(int rows)
+{
+    return rows | 1;
+}
+
+/* This warp's sums of a tile to where the others' are; partial: [WARPS][TILE][pitch]. */
+template <typename W, int GROUPS>
+static __device__ __forceinline__ void
+put_sums(const float (&c)[CHAINS<W>][GROUPS][4], int rows, float *partial)
+{
+    const int warp = (int)threadIdx.x / MIL_WARP, lane = (int)threadIdx.x % MIL_WARP, g = lane / 4,
+              t = lane % 4;
+#pragma unroll
+    for (int i = 0; i < GROUPS * 4; i++) {
+        const int group = i / 4, j = i % 4, row = group * 8 + 2 * t + j % 2;
+        if (row < rows) {
+            partial[(warp * TILE + g + j / 2 * 8) * sums_pitch(rows) + row] =
+                add_chains<W, GROUPS>(c, group, j);
+        }
+    }
+}
+
+/* The warps' partial sums of one output and row, in order. */
 static __device__ __forceinline__ float
-add_partial(const thin_output &o, int out, const float *partial, int at, int rows)
+add_partial(const thin_output &o, int out, const float *partial, int pitch)
 {
     float sum = 0.0f;
 #pragma unroll
     for (int warp = 0; warp < WARPS; warp++) {
-        sum += partial[warp * TILE * rows + at];
+        sum += partial[warp * TILE * pitch];
     }
     sum *= o.scale == NULL ? 1.0f : o.scale[out];
     return sum + (o.bias == NULL ? 0.0f : o.bias[out]);
 }
 
-/* What belongs to `units` of a lane's chunks, of a row of x that begins there. */
-template <typename T, typename W>
-static __device__ __forceinline__ void
-load_inputs(const T *x, int units, uint4 (&inputs)[MOST_UNITS][1][X_LOADS<T, W>])
-{
-#pragma unroll
-    for (int u = 0; u < MOST_UNITS; u++) {
-#pragma unroll
-        for (int i = 0; i < X_LOADS<T, W>; i++) {
-            inputs[u][0][i] = u < units ? *(const uint4 *)(x + u * (UNIT / (int)sizeof(W)) + 8 * i)
-                                        : make_uint4(0, 0, 0, 0);
+/* What this thread writes of a tile: an output of a row. */
+template <typename T, bool GATED>
+struct place {
+    int product, out; /* out: -1 if nothing */
+    float before;     /* the sum it is added to, read in time */
+
+    __device__ __forceinline__ void find(const thin_arguments &a, const share &mine, int tile)
+    {
+        const int column = (int)threadIdx.x % TILE, row = (int)threadIdx.x / TILE;
+        const int output = mine.first + tile * mine.size + column;
+        product = GATED ? 0 : product_of(a, output);
+        const thin_output &o = a.outputs[product];
+        out = column < mine.in_tile(tile) && row < a.rows ? output - o.first_tile : -1;
+        before = 0.0f;
+        if (!GATED && out >= 0 && o.accumulate) {
+            before = mil_float(((const T *)o.y)[row * o.y_stride + out]);
         }
     }
-}
+
+    /* partial: of the first matrix, and of the second one `matrix` floats on. */
+    __device__ __forceinline__ void write(const thin_arguments &a, const float *partial, int matrix) const
+    {
+        if (out < 0) {
+            return;
+        }
+        const int row = (int)threadIdx.x / TILE, pitch = sums_pitch(a.rows);
+        const thin_output &o = a.outputs[product];
+        partial += (int)threadIdx.x % TILE * pitch + row;
+        const float sum = add_partial(o, out, partial, pitch);
+        if constexpr (GATED) {
+            const float up = mil_float(mil_round<T>(sum));
+            const float gate =
+                mil_float(mil_round<T>(add_partial(a.outputs[1], out, partial + matrix, pitch)));
+            ((T *)a.gated)[row * a.gated_stride + out] = mil_round<T>(mil_activate(a.activation, gate) * up);
+        }
+        else if (o.float_output) {
+            ((float *)o.y)[row * o.y_stride + out] = sum;
+        }
+        else {
+            ((T *)o.y)[row * o.y_stride + out] = mil_round<T>(o.accumulate ? before + sum : sum);
+        }
+    }
+};
+
+/* A lane's part of a segment of GROUPS * 8 rows of x, from its first row on; zeros beyond `rows` and beyond `units` chunks. */
+template <typename T, typename W, int GROUPS>
+struct x_segment {
+    uint4 at[MOST_UNITS][GROUPS][X_LOADS<T, W>];
+
+    __device__ __forceinline__ void load(const T *x, int64_t stride, int rows, int units)
+    {
+#pragma unroll
+        for (int i = 0; i < MOST_UNITS * GROUPS * X_LOADS<T, W>; i++) {
+            const int part = i % X_LOADS<T, W>, group = i / X_LOADS<T, W> % GROUPS,
+                      u = i / X_LOADS<T, W> / GROUPS;
+            const T *from = x + group * 8 * stride + u * (UNIT / (int)sizeof(W)) + 8 * part;
+            at[u][group][part] =
+                u < units && group * 8 < rows ? *(const uint4 *)from : make_uint4(0, 0, 0, 0);
+        }
+    }
+};
 
 /* The same chunks of a stage, of which a segment may have `most`; weights beyond the row's end are what was there before. */
-template <typename T, typename W>
+template <typename T, typename W, int GROUPS>
 static __device__ __forceinline__ void
-consume(const uint8_t *weights, int row_bytes, int units, int most,
-        const uint4 (&x)[MOST_UNITS][1][X_LOADS<T, W>], float (&c)[CHAINS<W>][1][4])
+consume(const uint8_t *weights, int row_bytes, int units, int most, const x_segment<T, W, GROUPS> &x,
+        float (&c)[CHAINS<W>][GROUPS][4])
 {
     const uint4 zero = make_uint4(0, 0, 0, 0);
     uint4 low[MOST_UNITS], high[MOST_UNITS];
@@ -308,17 +458,121 @@ consume(const uint8_t *weights, int row_bytes, int units, int most,
 #pragma unroll
     for (int u = 0; u < MOST_UNITS; u++) {
         if (u < most) {
-            multiply_load<T, W, 1>(c, low[u], high[u], x[u]);
+            multiply_load<T, W, GROUPS>(c, low[u], high[u], x.at[u]);
         }
     }
 }
 
-/* W: of the weights, T or 8 bits.  GATED: outputs[0] is up, outputs[1] the gate, and only their gated activation is written. */
-template <typename T, typename W, x_source X, bool GATED>
+/* The other warps: TILES tiles at a time, of one matrix or of both of a gated pair. */
+template <typename T, typename W, x_source X, bool GATED, int GROUPS>
+struct multiplier {
+    static constexpr int MATRICES = GATED ? 2 : 1, TILES = TOGETHER<X, GATED>, SETS = TILES * MATRICES;
+    static constexpr int INPUTS = UNIT / (int)sizeof(W);            /* of a unit */
+    static constexpr bool AHEAD = X == X_IN_PLACE && sizeof(W) > 1; /* codes leave no registers for that */
+
+    const stream_arguments &s;
+    const share &mine;
+    ring r;
+    const T *x; /* of the lane's first row and unit; its rows are 8 apart */
+    int64_t stride;
+    int lane_input, lane_rows; /* rows from its first one on */
+    x_segment<T, W, GROUPS> next;
+
+    __device__ __forceinline__ multiplier(const stream_arguments &s, const share &mine, const ring &r,
+                                          const T *rows, int64_t stride)
+        : s(s), mine(mine), r(r), stride(stride)
+    {
+        const int warp = (int)threadIdx.x / MIL_WARP, g = lane() / 4, t = lane() % 4;
+        lane_input = warp * CHUNK<W> + t * PER_LOAD<W>;
+        lane_rows = s.thin.rows - g;
+        x = rows + g * stride + lane_input;
+        if constexpr (AHEAD) {
+            load(next, 0);
+        }
+    }
+
+    static __device__ __forceinline__ int lane()
+    {
+        return (int)threadIdx.x % MIL_WARP;
+    }
+
+    /* The lane's units of a segment. */
+    __device__ __forceinline__ int units_of(int segment) const
+    {
+        return min(s.units, (s.thin.in - segment - lane_input + INPUTS - 1) / INPUTS);
+    }
+
+    __device__ __forceinline__ void load(x_segment<T, W, GROUPS> &to, int segment) const
+    {
+        to.load(x + segment, stride, lane_rows, units_of(segment));
+    }
+
+    /* Tile `first` and those that go with it; c: [tile][matrix]. */
+    __device__ __forceinline__ void multiply(int first, float (&c)[SETS][CHAINS<W>][GROUPS][4])
+    {
+        const int step = s.units * INPUTS, weight = (int)threadIdx.x / MIL_WARP * 64 + lane() % 4 * 16;
+#pragma unroll 1
+        for (int segment = 0; segment < s.thin.in; segment += step) {
+            x_segment<T, W, GROUPS> inputs;
+            if constexpr (AHEAD) {
+                inputs = next;
+                const int after = segment + step < s.thin.in ? segment + step : 0;
+                if (after > 0 || first + TILES < mine.tiles) {
+                    load(next, after);
+                }
+            }
+            else {
+                load(inputs, segment);
+            }
+            const int units = units_of(segment);
+#pragma unroll
+            for (int i = 0; i < SETS && first + i / MATRICES < mine.tiles; i++) {
+                phase_wait(&r.full[r.stage], r.parity);
+                consume<T, W, GROUPS>(r.row(lane() / 4) + weight, r.row_bytes, units, s.units, inputs, c[i]);
+                __syncwarp();
+                if (lane() == 0) {
+                    phase_arrive(&r.empty[r.stage]);
+                }
+                r.next();
+            }
+        }
+    }
+
+    /* All tiles, and out with them.  partials: of a tile's matrices, twice. */
+    __device__ __forceinline__ void run(float *partials)
+    {
+        const thin_arguments &a = s.thin;
+        const int matrix = WARPS * TILE * sums_pitch(a.rows);
+        for (int first = 0; first < mine.tiles; first += TILES) {
+            place<T, GATED> places[TILES];
+#pragma unroll
+            for (int i = 0; i < TILES && first + i < mine.tiles; i++) {
+                places[i].find(a, mine, first + i);
+            }
+            float c[SETS][CHAINS<W>][GROUPS][4] = {};
+            multiply(first, c);
+#pragma unroll
+            for (int i = 0; i < TILES && first + i < mine.tiles; i++) {
+                float *const partial = partials + (first + i) % 2 * MATRICES * matrix;
+#pragma unroll
+                for (int m = 0; m < MATRICES; m++) {
+                    put_sums<W, GROUPS>(c[i * MATRICES + m], a.rows, partial + m * matrix);
+                }
+                meet(); /* once a tile: who still reads a buffer has not come to the next meeting */
+                places[i].write(a, partial, matrix);
+            }
+        }
+    }
+};
+
+/* W: of the weights, T or 8 bits.  GATED: outputs[0] is up, outputs[1] the gate, and only their gated activation is written.
+ * GROUPS of 8 rows. */
+template <typename T, typename W, x_source X, bool GATED, int GROUPS>
 static __global__ void
 __launch_bounds__(BLOCK, 1) stream_kernel(const __grid_constant__ stream_arguments s)
 {
-    constexpr int MATRICES = GATED ? 2 : 1, INPUTS = UNIT / (int)sizeof(W);
+    using multiplier_type = multiplier<T, W, X, GATED, GROUPS>;
+    constexpr int MATRICES = multiplier_type::MATRICES;
     __shared__ uint64_t full[MOST_STAGES], empty[MOST_STAGES];
     extern __shared__ __align__(128) uint8_t memory[]; /* the ring, partial sums, rows of x */
     const thin_arguments &a = s.thin;
@@ -330,99 +584,26 @@ __launch_bounds__(BLOCK, 1) stream_kernel(const __grid_constant__ stream_argumen
     const share mine(s);
     __syncthreads();
     mil_trigger();
-    ring r = {full, empty, memory, s.stages, s.units * UNIT + ROW_GAP, 0, 0};
-    if (threadIdx.x >= THREADS) {
-        produce<W, GATED>(s, mine, r, (int)threadIdx.x % MIL_WARP); /* weights, which nobody writes */
+    const ring r = {full, empty, memory, s.stages, s.units * UNIT + ROW_GAP, 0, 0};
+    if (threadIdx.x >= THREADS) { /* weights need not wait: nobody writes them */
+        produce<W, multiplier_type::TILES, MATRICES>(s, mine, r, (int)threadIdx.x % MIL_WARP);
         return;
     }
-    const int warp = (int)threadIdx.x / MIL_WARP, lane = (int)threadIdx.x % MIL_WARP, g = lane / 4,
-              t = lane % 4;
     float *const partials = (float *)(memory + s.stages * TILE * r.row_bytes);
-    const int partial_floats = MATRICES * WARPS * TILE * a.rows; /* of one of two buffers */
-    T *const rows = (T *)(partials + 2 * partial_floats);
+    T *const rows = (T *)(partials + 2 * MATRICES * WARPS * TILE * sums_pitch(a.rows));
     if constexpr (X == X_NORMED) {
-        const bool narrow = a.in <= MIL_NORM_WIDEST_FOR_WARP;
-        const norm_columns columns(a, narrow);
-        mil_wait();
-        if (narrow || a.rows == 1) {
-            for (int row = narrow ? warp : 0; row < a.rows; row += narrow ? WARPS : 1) {
-                norm_row<T>(a.norm, row, columns, narrow, rows + row * (a.in + X_PAD), partials);
-            }
-        }
-        else {
-            for (int row = warp; row < a.rows; row += WARPS) {
-                norm_row_by_warp<T>(a.norm, row, a.in, rows + row * (a.in + X_PAD));
-            }
-        }
-        meet();
+        norm_rows<T, X_PAD<W>>(a, rows, partials);
+    }
+    else if constexpr (X == X_COPIED) {
+        copy_rows<T, X_PAD<W>>(a, rows);
     }
     else {
         mil_wait();
-        if constexpr (X == X_COPIED) {
-            copy_rows<T>(a, rows, a.in + X_PAD);
-            meet();
-        }
     }
-    const T *const x = X == X_IN_PLACE ? (const T *)a.x : rows;
-    const int64_t x_stride = X == X_IN_PLACE ? a.x_stride : a.in + X_PAD;
-
-    for (int group = 0; group < mine.groups; group++) {
-        const int count = mine.in_group(group), first = mine.first + group * mine.size;
-        /* What this thread will write, so that the sum it may go to is there in time. */
-        const bool writes = (int)threadIdx.x % TILE < count && (int)threadIdx.x / TILE < a.rows;
-        const int column = writes ? (int)threadIdx.x % TILE : 0, row = writes ? (int)threadIdx.x / TILE : 0;
-        const thin_output &o = GATED ? a.outputs[0] : output_of(a, first + column);
-        const int out = first + column - o.first_tile;
-        float before = 0.0f;
-        if (!GATED && writes && o.accumulate) {
-            before = mil_float(((const T *)o.y)[row * o.y_stride + out]);
-        }
-        float c[MATRICES][CHAINS<W>][1][4] = {};
-#pragma unroll 1
-        for (int segment = 0; segment < a.in; segment += s.units * INPUTS) {
-            const int from = segment + warp * CHUNK<W> + t * PER_LOAD<W>;
-            uint4 inputs[MOST_UNITS][1][X_LOADS<T, W>];
-            const int units = min(s.units, (a.in - from + INPUTS - 1) / INPUTS);
-            load_inputs<T, W>(x + g * x_stride + from, g < a.rows ? units : 0, inputs);
-#pragma unroll
-            for (int m = 0; m < MATRICES; m++) {
-                phase_wait(&r.full[r.stage], r.parity);
-                consume<T, W>(r.row(g) + warp * 64 + t * 16, r.row_bytes, units, s.units, inputs, c[m]);
-                __syncwarp();
-                if (lane == 0) {
-                    phase_arrive(&r.empty[r.stage]);
-                }
-                r.next();
-            }
-        }
-        float *const partial = partials + group % 2 * partial_floats;
-#pragma unroll
-        for (int i = 0; i < MATRICES * 4; i++) {
-            const int m = i / 4, j = i % 4, to = 2 * t + j % 2;
-            if (to < a.rows) {
-                partial[((m * WARPS + warp) * TILE + g + j / 2 * 8) * a.rows + to] =
-                    add_chains<W, 1>(c[m], 0, j);
-            }
-        }
-        meet(); /* once a group: who still reads a buffer has not come to the next meeting */
-        if (writes) {
-            const int at = column * a.rows + row;
-            const float sum = add_partial(o, out, partial, at, a.rows);
-            if constexpr (GATED) {
-                const float up = mil_float(mil_round<T>(sum));
-                const float gate = mil_float(mil_round<T>(
-                    add_partial(a.outputs[1], out, partial + WARPS * TILE * a.rows, at, a.rows)));
-                ((T *)a.gated)[row * a.gated_stride + out] =
-                    mil_round<T>(mil_activate(a.activation, gate) * up);
-            }
-            else if (o.float_output) {
-                ((float *)o.y)[row * o.y_stride + out] = sum;
-            }
-            else {
-                ((T *)o.y)[row * o.y_stride + out] = mil_round<T>(o.accumulate ? before + sum : sum);
-            }
-        }
-    }
+    const bool in_place = X == X_IN_PLACE;
+    multiplier_type multiplies(s, mine, r, in_place ? (const T *)a.x : rows,
+                               in_place ? a.x_stride : a.in + X_PAD<W>);
+    multiplies.run(partials);
 }
 
 /* ---- launches ------------------------------------------------------------------------------------------------------------ */
@@ -439,31 +620,37 @@ size_ring(stream_arguments *s, size_t row_bytes, size_t fixed, size_t most)
     return s->stages * stage + fixed;
 }
 
-template <typename T, typename W, bool GATED>
+/* Of a launch's rows of x in shared memory, with the larger gap. */
+static size_t
+bytes_of_x(const thin_arguments &a)
+{
+    return (size_t)a.rows * (size_t)(a.in + X_PAD<uint16_t>)*sizeof(uint16_t);
+}
+
+template <typename T, typename W, bool GATED, int GROUPS>
 static mil_status
-launch_stream(mil_context *context, stream_arguments s, bool normed, int blocks, size_t most_shared)
+launch_rows(mil_context *context, stream_arguments s, bool normed, int blocks, size_t most_shared)
 {
     const thin_arguments &a = s.thin;
-    const size_t partial = 2 * (GATED ? 2 : 1) * WARPS * TILE * (size_t)a.rows * sizeof(float);
-    const size_t x_bytes = (size_t)a.rows * (size_t)(a.in + X_PAD) * sizeof(T);
-    const bool copied = normed || x_bytes <= MOST_X_BYTES;
-    const size_t shared = size_ring(&s, a.in * sizeof(W), partial + (copied ? x_bytes : 0), most_shared);
-    auto kernel = normed   ? stream_kernel<T, W, X_NORMED, GATED>
-                  : copied ? stream_kernel<T, W, X_COPIED, GATED>
-                           : stream_kernel<T, W, X_IN_PLACE, GATED>;
+    const size_t partial = 2 * (GATED ? 2 : 1) * WARPS * TILE * (size_t)sums_pitch(a.rows) * sizeof(float);
+    const bool copied = normed || bytes_of_x(a) <= MOST_X_BYTES;
+    const size_t shared =
+        size_ring(&s, a.in * sizeof(W), partial + (copied ? bytes_of_x(a) : 0), most_shared);
+    auto kernel = normed   ? stream_kernel<T, W, X_NORMED, GATED, GROUPS>
+                  : copied ? stream_kernel<T, W, X_COPIED, GATED, GROUPS>
+                           : stream_kernel<T, W, X_IN_PLACE, GATED, GROUPS>;
     return mil_launch(context, "thin product", kernel, dim3((unsigned)blocks), dim3(BLOCK), shared, s);
 }
 
-template <typename T>
+template <typename T, bool GATED>
 static mil_status
-launch(mil_context *context, mil_dtype weights, const stream_arguments &s, bool normed, bool gated,
-       int blocks, size_t most_shared)
+launch(mil_context *context, mil_dtype weights, const stream_arguments &s, bool normed, int blocks,
+       size_t most_shared)
 {
-    auto function =
-        weights == MIL_F8   ? gated ? launch_stream<T, mil_f8, true> : launch_stream<T, mil_f8, false>
-        : weights == MIL_I8 ? gated ? launch_stream<T, mil_i8, true> : launch_stream<T, mil_i8, false>
-        : gated             ? launch_stream<T, T, true>
-                            : launch_stream<T, T, false>;
+    auto function = weights == MIL_F8   ? launch_rows<T, mil_f8, GATED, 1>
+                    : weights == MIL_I8 ? launch_rows<T, mil_i8, GATED, 1>
+                    : s.thin.rows <= 8  ? launch_rows<T, T, GATED, 1>
+                                        : launch_rows<T, T, GATED, 2>;
     return function(context, s, normed, blocks, most_shared);
 }
 
@@ -471,8 +658,8 @@ launch(mil_context *context, mil_dtype weights, const stream_arguments &s, bool 
 static bool
 norm_has_room(const thin_arguments &a)
 {
-    const int widest = a.rows == 1 ? NORM_STEPS * MIL_NORM_THREADS * 8 : 2 * MIL_NORM_THREADS * 8;
-    return a.in <= widest && (int64_t)a.rows * (a.in + X_PAD) * 2 <= MOST_X_BYTES + MOST_X_BYTES / 2;
+    const int steps = a.rows == 1 ? NORM_STEPS : NORM_STEPS_OF_MANY;
+    return a.in <= steps * MIL_NORM_THREADS * 8 && bytes_of_x(a) <= MOST_X_BYTES;
 }
 
 mil_status
@@ -489,7 +676,7 @@ mil_thin_stream(mil_context *context, mil_dtype weights, const thin_arguments &t
     }
     const int64_t row_bytes = thin.in * (int64_t)mil_dtype_size(weights);
     *done = false;
-    if (thin.rows > MOST_ROWS || row_bytes < SHORTEST_ROW ||
+    if (thin.rows > (mil_dtype_is_scaled(weights) ? 8 : MIL_THIN_ROWS) || row_bytes < SHORTEST_ROW ||
         total * row_bytes * (gated ? 2 : 1) < FEWEST_BYTES || (normed && !norm_has_room(thin))) {
         return MIL_OK;
     }
@@ -502,7 +689,9 @@ mil_thin_stream(mil_context *context, mil_dtype weights, const thin_arguments &t
     s.each = total / multiprocessors;
     s.more = total % multiprocessors;
     *done = true;
-    return (context->ops->activation_dtype == MIL_BF16
-                ? launch<__nv_bfloat16>
-                : launch<__half>)(context, weights, s, normed, gated, multiprocessors, (size_t)shared - 1024);
+    auto function = context->ops->activation_dtype == MIL_BF16
+                        ? gated ? launch<__nv_bfloat16, true> : launch<__nv_bfloat16, false>
+                    : gated ? launch<__half, true>
+                            : launch<__half, false>;
+    return function(context, weights, s, normed, multiprocessors, (size_t)shared - 1024);
 }

@@ -51,14 +51,20 @@ load_once(const void *from)
 }
 
 /* The product that a tile belongs to, or whatever else first_tile counts. */
-static __device__ __forceinline__ const thin_output &
-output_of(const thin_arguments &a, int tile)
+static __device__ __forceinline__ int
+product_of(const thin_arguments &a, int tile)
 {
     int i = 0;
     while (i + 1 < a.count && tile >= a.outputs[i + 1].first_tile) {
         i++;
     }
-    return a.outputs[i];
+    return i;
+}
+
+static __device__ __forceinline__ const thin_output &
+output_of(const thin_arguments &a, int tile)
+{
+    return a.outputs[product_of(a, tile)];
 }
 
 /* Sums that a warp keeps of each output: codes make twice as many products of a load, which would wait for one another. */

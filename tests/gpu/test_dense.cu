@@ -89,7 +89,10 @@ test_products(harness *h)
                                        /* enough weights for thin_stream.cu: x copied, and read in place */
                                        {1, 4096, 1100},
                                        {5, 2056, 1700},
-                                       {8, 6152, 700}};
+                                       {8, 6152, 700},
+                                       {9, 2056, 1700},
+                                       {13, 2056, 4500},
+                                       {16, 6152, 700}};
     for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
         for (int flags = 0; flags < 4; flags++) {
             test_product(h, sizes[i][0], sizes[i][1], sizes[i][2], flags & 1, (flags & 2) != 0, false);
@@ -120,9 +123,11 @@ test_projects(harness *h)
         test_project(h, sizes[i][0], sizes[i][1], sizes[i][2], false);
         test_project(h, sizes[i][0], sizes[i][1], sizes[i][2], true);
     }
-    for (int64_t rows = 1; rows <= 3; rows++) {
+    static const int64_t counts[] = {1, 2, 5, 8, 9, 16};
+    for (int64_t rows : counts) {
         test_project(h, rows, 2048, 4300, false);
         test_project(h, rows, 1040, 4300, true);
+        test_project(h, rows, 4096, 1100, true);
     }
     /* A normed row and sums that take 48 KB of shared memory together, but not each. */
     test_project(h, 1, 8192, 24, false);
