@@ -31,9 +31,8 @@
 #define UNIT (WARPS * 64) /* bytes of a row in a chunk of every warp */
 #define MOST_UNITS 5      /* of a segment */
 #define RING_BYTES (172 << 10)
-#define FEWEST_BYTES (6 << 20)  /* of the weights of a launch */
-#define SHORTEST_ROW 2048       /* bytes */
-#define MOST_X_BYTES (52 << 10) /* of rows of x in shared memory, so that the ring does not lose a stage */
+#define FEWEST_BYTES (6 << 20) /* of the weights of a launch */
+#define SHORTEST_ROW 2048      /* bytes */
 #define MOST_STAGES 8
 #define ROW_GAP 64     /* bytes between rows of a stage */
 #define ROWS_AT_ONCE 5 /* of many that are copied or normed: a draft of four tokens and the one before */
@@ -608,65 +607,55 @@ __launch_bounds__(BLOCK, 1) stream_kernel(const __grid_constant__ stream_argumen
 
 /* ---- launches ------------------------------------------------------------------------------------------------------------ */
 
-/* Stages of the ring, and shared memory in all. */
 static size_t
-size_ring(stream_arguments *s, size_t row_bytes, size_t fixed, size_t most)
+stage_bytes(const stream_arguments &s)
 {
-    const int64_t units = mil_ceil_div((int64_t)row_bytes, UNIT);
-    s->units = (int)mil_ceil_div(units, mil_ceil_div(units, MOST_UNITS));
-    const size_t stage = (size_t)TILE * (s->units * UNIT + ROW_GAP), room = most - fixed;
-    const size_t stages = (room < RING_BYTES ? room : RING_BYTES) / stage;
-    s->stages = (int)(stages > MOST_STAGES ? MOST_STAGES : stages);
-    return s->stages * stage + fixed;
+    return (size_t)TILE * (size_t)(s.units * UNIT + ROW_GAP);
 }
 
-/* Of a launch's rows of x in shared memory, with the larger gap. */
-static size_t
-bytes_of_x(const thin_arguments &a)
+/* Stages of a ring that leaves so many bytes of shared memory to others. */
+static int
+stages_beside(const stream_arguments &s, size_t others, size_t shared)
 {
-    return (size_t)a.rows * (size_t)(a.in + X_PAD<uint16_t>)*sizeof(uint16_t);
+    const size_t room = others < shared ? shared - others : 0;
+    const size_t stages = (room < RING_BYTES ? room : RING_BYTES) / stage_bytes(s);
+    return (int)(stages < MOST_STAGES ? stages : MOST_STAGES);
+}
+
+/* Whether rows of x can be normed on the way, if there is room for them. */
+static bool
+norm_fits(const thin_arguments &a)
+{
+    return a.in <= (a.rows == 1 ? NORM_STEPS : NORM_STEPS_OF_MANY) * MIL_NORM_THREADS * 8;
 }
 
 template <typename T, typename W, bool GATED, int GROUPS>
 static mil_status
-launch_rows(mil_context *context, stream_arguments s, bool normed, int blocks, size_t most_shared)
+launch_rows(mil_context *context, const stream_arguments &s, x_source x, int blocks, size_t shared)
 {
-    const thin_arguments &a = s.thin;
-    const size_t partial = 2 * (GATED ? 2 : 1) * WARPS * TILE * (size_t)sums_pitch(a.rows) * sizeof(float);
-    const bool copied = normed || bytes_of_x(a) <= MOST_X_BYTES;
-    const size_t shared =
-        size_ring(&s, a.in * sizeof(W), partial + (copied ? bytes_of_x(a) : 0), most_shared);
-    auto kernel = normed   ? stream_kernel<T, W, X_NORMED, GATED, GROUPS>
-                  : copied ? stream_kernel<T, W, X_COPIED, GATED, GROUPS>
-                           : stream_kernel<T, W, X_IN_PLACE, GATED, GROUPS>;
+    auto kernel = x == X_NORMED   ? stream_kernel<T, W, X_NORMED, GATED, GROUPS>
+                  : x == X_COPIED ? stream_kernel<T, W, X_COPIED, GATED, GROUPS>
+                                  : stream_kernel<T, W, X_IN_PLACE, GATED, GROUPS>;
     return mil_launch(context, "thin product", kernel, dim3((unsigned)blocks), dim3(BLOCK), shared, s);
 }
 
 template <typename T, bool GATED>
 static mil_status
-launch(mil_context *context, mil_dtype weights, const stream_arguments &s, bool normed, int blocks,
-       size_t most_shared)
+launch(mil_context *context, mil_dtype weights, const stream_arguments &s, x_source x, int blocks,
+       size_t shared)
 {
     auto function = weights == MIL_F8   ? launch_rows<T, mil_f8, GATED, 1>
                     : weights == MIL_I8 ? launch_rows<T, mil_i8, GATED, 1>
                     : s.thin.rows <= 8  ? launch_rows<T, T, GATED, 1>
                                         : launch_rows<T, T, GATED, 2>;
-    return function(context, s, normed, blocks, most_shared);
-}
-
-/* Whether rows of x can be normed on the way. */
-static bool
-norm_has_room(const thin_arguments &a)
-{
-    const int steps = a.rows == 1 ? NORM_STEPS : NORM_STEPS_OF_MANY;
-    return a.in <= steps * MIL_NORM_THREADS * 8 && bytes_of_x(a) <= MOST_X_BYTES;
+    return function(context, s, x, blocks, shared);
 }
 
 mil_status
 mil_thin_stream(mil_context *context, mil_dtype weights, const thin_arguments &thin, bool normed, bool gated,
                 bool *done)
 {
-    int device = context->ops->device, major, multiprocessors, shared;
+    int device = context->ops->device, major, multiprocessors, most_shared;
     stream_arguments s = {};
     s.thin = thin;
     int total = 0;
@@ -677,21 +666,35 @@ mil_thin_stream(mil_context *context, mil_dtype weights, const thin_arguments &t
     const int64_t row_bytes = thin.in * (int64_t)mil_dtype_size(weights);
     *done = false;
     if (thin.rows > (mil_dtype_is_scaled(weights) ? 8 : MIL_THIN_ROWS) || row_bytes < SHORTEST_ROW ||
-        total * row_bytes * (gated ? 2 : 1) < FEWEST_BYTES || (normed && !norm_has_room(thin))) {
+        total * row_bytes * (gated ? 2 : 1) < FEWEST_BYTES || (normed && !norm_fits(thin))) {
         return MIL_OK;
     }
     MIL_CUDA_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     MIL_CUDA_TRY(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-    MIL_CUDA_TRY(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    if (major < 9 || shared < (int)RING_BYTES || total < multiprocessors) {
+    MIL_CUDA_TRY(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    if (major < 9 || most_shared < (int)RING_BYTES || total < multiprocessors) {
         return MIL_OK;
     }
+    const int64_t units = mil_ceil_div(row_bytes, UNIT);
+    s.units = (int)mil_ceil_div(units, mil_ceil_div(units, MOST_UNITS));
     s.each = total / multiprocessors;
     s.more = total % multiprocessors;
+
+    /* Rows of x lie in shared memory where the ring does not lose a stage by that. */
+    const size_t room = (size_t)most_shared - 1024;
+    const size_t sums = 2 * (gated ? 2 : 1) * WARPS * TILE * (size_t)sums_pitch(thin.rows) * sizeof(float);
+    const size_t rows = (size_t)thin.rows * (size_t)(thin.in + X_PAD<uint16_t>)*sizeof(uint16_t);
+    s.stages = stages_beside(s, sums, room);
+    const bool has_room = stages_beside(s, sums + rows, room) == s.stages;
+    if (normed && !has_room) {
+        return MIL_OK;
+    }
     *done = true;
+    const x_source x = normed ? X_NORMED : has_room ? X_COPIED : X_IN_PLACE;
+    const size_t shared = (size_t)s.stages * stage_bytes(s) + sums + (has_room ? rows : 0);
     auto function = context->ops->activation_dtype == MIL_BF16
                         ? gated ? launch<__nv_bfloat16, true> : launch<__nv_bfloat16, false>
                     : gated ? launch<__half, true>
                             : launch<__half, false>;
-    return function(context, weights, s, normed, multiprocessors, (size_t)shared - 1024);
+    return function(context, weights, s, x, multiprocessors, shared);
 }
