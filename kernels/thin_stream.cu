@@ -117,30 +117,22 @@ copy_rows(const thin_arguments &a, T *rows)
     meet();
 }
 
-/* Four weights, here and not where they are first used. */
-static __device__ __forceinline__ void
-load_now(const float *from, float *to)
-{
-    asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
-                 : "l"(from));
-}
-
 /* A thread's columns of a normed row: narrow rows are a warp's, wide ones the block's. */
 struct norm_columns {
+    static_assert(THREADS == MIL_NORM_THREADS, "a wide row's columns");
     int first, step, end;
-    float weight[NORM_STEPS][8];
+    float weight[NORM_STEPS][2][4]; /* loads that the compiler does not put off until after mil_wait() */
 
     __device__ __forceinline__ norm_columns(const thin_arguments &a, bool narrow)
     {
-        first = (int)threadIdx.x % (narrow ? MIL_WARP : MIL_NORM_THREADS) * 8;
+        first = (narrow ? (int)threadIdx.x % MIL_WARP : (int)threadIdx.x) * 8;
         step = narrow ? MIL_WARP * 8 : MIL_NORM_THREADS * 8;
         end = a.in;
 #pragma unroll
         for (int i = 0; i < NORM_STEPS; i++) {
             if (first + i * step < end) {
-                load_now(a.norm.weight + first + i * step, &weight[i][0]);
-                load_now(a.norm.weight + first + i * step + 4, &weight[i][4]);
+                mil_load_settled<4>(a.norm.weight + first + i * step, weight[i][0]);
+                mil_load_settled<4>(a.norm.weight + first + i * step + 4, weight[i][1]);
             }
         }
     }
@@ -233,7 +225,7 @@ norm_some(const thin_arguments &a, int first, const norm_columns &columns, bool 
 #pragma unroll
                 for (int j = 0; j < 8; j++) {
                     value[j] *= scale[row];
-                    value[j] *= columns.weight[i][j];
+                    value[j] *= columns.weight[i][j / 4][j % 4];
                 }
                 mil_store<8>(y + (first + row) * (a.in + PAD) + column, value);
             }
@@ -241,7 +233,7 @@ norm_some(const thin_arguments &a, int first, const norm_columns &columns, bool 
     }
 }
 
-/* partial: [16][WARPS]. */
+/* All rows of x, at most ROWS_AT_ONCE wide ones. */
 template <typename T, int PAD>
 static __device__ __forceinline__ void
 norm_rows(const thin_arguments &a, T *y, float *partial)
@@ -255,9 +247,7 @@ norm_rows(const thin_arguments &a, T *y, float *partial)
         }
     }
     else {
-        for (int first = 0; first < a.rows; first += ROWS_AT_ONCE) {
-            norm_some<T, PAD, ROWS_AT_ONCE>(a, first, columns, false, y, partial + first * WARPS);
-        }
+        norm_some<T, PAD, ROWS_AT_ONCE>(a, 0, columns, false, y, partial);
     }
     meet();
 }
@@ -383,7 +373,7 @@ add_partial(const thin_output &o, int out, const float *partial, int pitch)
 template <typename T, bool GATED>
 struct place {
     int product, out; /* out: -1 if nothing */
-    float before;     /* the sum it is added to, read in time */
+    T before;         /* the sum it is added to, read in time; as float32 it would be waited for there */
 
     __device__ __forceinline__ void find(const thin_arguments &a, const share &mine, int tile)
     {
@@ -392,9 +382,8 @@ struct place {
         product = GATED ? 0 : product_of(a, output);
         const thin_output &o = a.outputs[product];
         out = column < mine.in_tile(tile) && row < a.rows ? output - o.first_tile : -1;
-        before = 0.0f;
         if (!GATED && out >= 0 && o.accumulate) {
-            before = mil_float(((const T *)o.y)[row * o.y_stride + out]);
+            before = ((const T *)o.y)[row * o.y_stride + out];
         }
     }
 
@@ -418,7 +407,7 @@ struct place {
             ((float *)o.y)[row * o.y_stride + out] = sum;
         }
         else {
-            ((T *)o.y)[row * o.y_stride + out] = mil_round<T>(o.accumulate ? before + sum : sum);
+            ((T *)o.y)[row * o.y_stride + out] = mil_round<T>(o.accumulate ? mil_float(before) + sum : sum);
         }
     }
 };
@@ -626,7 +615,8 @@ stages_beside(const stream_arguments &s, size_t others, size_t shared)
 static bool
 norm_fits(const thin_arguments &a)
 {
-    return a.in <= (a.rows == 1 ? NORM_STEPS : NORM_STEPS_OF_MANY) * MIL_NORM_THREADS * 8;
+    return (a.rows <= ROWS_AT_ONCE || a.in <= MIL_NORM_WIDEST_FOR_WARP) &&
+           a.in <= (a.rows == 1 ? NORM_STEPS : NORM_STEPS_OF_MANY) * MIL_NORM_THREADS * 8;
 }
 
 template <typename T, typename W, bool GATED, int GROUPS>
