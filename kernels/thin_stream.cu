@@ -29,6 +29,7 @@
 
 #define BLOCK (THREADS + MIL_WARP)
 #define UNIT (WARPS * 64) /* bytes of a row in a chunk of every warp */
+#define FEWEST_UNITS 3    /* of a segment: shorter copies are slower */
 #define MOST_UNITS 5      /* of a segment */
 #define RING_BYTES (172 << 10)
 #define FEWEST_BYTES (6 << 20) /* of the weights of a launch */
@@ -596,6 +597,19 @@ __launch_bounds__(BLOCK, 1) stream_kernel(const __grid_constant__ stream_argumen
 
 /* ---- launches ------------------------------------------------------------------------------------------------------------ */
 
+/* Of a row's units, as many as divide it best: a short segment at its end leaves most of a stage unused. */
+static int
+units_of_segment(int64_t units)
+{
+    int best = MOST_UNITS;
+    for (int n = MOST_UNITS - 1; n >= FEWEST_UNITS; n--) {
+        if (mil_ceil_div(units, n) * n < mil_ceil_div(units, best) * best) {
+            best = n;
+        }
+    }
+    return best;
+}
+
 static size_t
 stage_bytes(const stream_arguments &s)
 {
@@ -665,8 +679,7 @@ mil_thin_stream(mil_context *context, mil_dtype weights, const thin_arguments &t
     if (major < 9 || most_shared < (int)RING_BYTES || total < multiprocessors) {
         return MIL_OK;
     }
-    const int64_t units = mil_ceil_div(row_bytes, UNIT);
-    s.units = (int)mil_ceil_div(units, mil_ceil_div(units, MOST_UNITS));
+    s.units = units_of_segment(mil_ceil_div(row_bytes, UNIT));
     s.each = total / multiprocessors;
     s.more = total % multiprocessors;
 
