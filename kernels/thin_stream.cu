@@ -35,9 +35,10 @@
 #define FEWEST_BYTES (6 << 20) /* of the weights of a launch */
 #define SHORTEST_ROW 2048      /* bytes */
 #define MOST_STAGES 8
-#define ROW_GAP 64     /* bytes between rows of a stage */
-#define ROWS_AT_ONCE 5 /* of many that are copied or normed: a draft of four tokens and the one before */
-#define NORM_STEPS 4   /* columns of a normed row are at most this many vectors a thread, */
+#define ROWS_OF_GROUP 8 /* of x, which the tensor cores' instruction takes at a time */
+#define ROW_GAP 64      /* bytes between rows of a stage */
+#define ROWS_AT_ONCE 5  /* of many that are copied or normed: a draft of four tokens and the one before */
+#define NORM_STEPS 4    /* columns of a normed row are at most this many vectors a thread, */
 #define NORM_STEPS_OF_MANY 2 /* of one of many this many */
 
 enum x_source { X_IN_PLACE, X_COPIED, X_NORMED };
@@ -625,6 +626,20 @@ stages_beside(const stream_arguments &s, size_t others, size_t shared)
     return (int)(stages < MOST_STAGES ? stages : MOST_STAGES);
 }
 
+/* Where rows of x are to be, and the ring beside them; shared memory in all.  They go there where the ring does not lose a
+ * stage by it, and leave more than 8 where they are: little of the next kernel would fit beside so many. */
+static size_t
+plan_memory(stream_arguments *s, bool gated, bool normed, size_t most, x_source *x)
+{
+    const thin_arguments &a = s->thin;
+    const size_t sums = 2 * (gated ? 2 : 1) * WARPS * TILE * (size_t)sums_pitch(a.rows) * sizeof(float);
+    const size_t rows = (size_t)a.rows * (size_t)(a.in + X_PAD<uint16_t>)*sizeof(uint16_t);
+    s->stages = stages_beside(*s, sums, most);
+    const bool room = a.rows <= ROWS_OF_GROUP && stages_beside(*s, sums + rows, most) == s->stages;
+    *x = !room ? X_IN_PLACE : normed ? X_NORMED : X_COPIED;
+    return (size_t)s->stages * stage_bytes(*s) + sums + (room ? rows : 0);
+}
+
 /* Whether rows of x can be normed on the way, if there is room for them. */
 static bool
 norm_fits(const thin_arguments &a)
@@ -633,26 +648,29 @@ norm_fits(const thin_arguments &a)
            a.in <= (a.rows == 1 ? NORM_STEPS : NORM_STEPS_OF_MANY) * MIL_NORM_THREADS * 8;
 }
 
-template <typename T, typename W, bool GATED, int GROUPS>
+template <typename T, typename W, bool GATED>
 static mil_status
-launch_rows(mil_context *context, const stream_arguments &s, x_source x, int blocks, size_t shared)
+launch_rows(mil_context *context, const stream_arguments &s, x_source x, dim3 grid, size_t shared)
 {
-    auto kernel = x == X_NORMED   ? stream_kernel<T, W, X_NORMED, GATED, GROUPS>
-                  : x == X_COPIED ? stream_kernel<T, W, X_COPIED, GATED, GROUPS>
-                                  : stream_kernel<T, W, X_IN_PLACE, GATED, GROUPS>;
-    return mil_launch(context, "thin product", kernel, dim3((unsigned)blocks), dim3(BLOCK), shared, s);
+    auto kernel = x == X_NORMED   ? stream_kernel<T, W, X_NORMED, GATED, 1>
+                  : x == X_COPIED ? stream_kernel<T, W, X_COPIED, GATED, 1>
+                                  : stream_kernel<T, W, X_IN_PLACE, GATED, 1>;
+    return mil_launch(context, "thin product", kernel, grid, dim3(BLOCK), shared, s);
 }
 
 template <typename T, bool GATED>
 static mil_status
-launch(mil_context *context, mil_dtype weights, const stream_arguments &s, x_source x, int blocks,
+launch(mil_context *context, mil_dtype weights, const stream_arguments &s, x_source x, dim3 grid,
        size_t shared)
 {
-    auto function = weights == MIL_F8   ? launch_rows<T, mil_f8, GATED, 1>
-                    : weights == MIL_I8 ? launch_rows<T, mil_i8, GATED, 1>
-                    : s.thin.rows <= 8  ? launch_rows<T, T, GATED, 1>
-                                        : launch_rows<T, T, GATED, 2>;
-    return function(context, s, x, blocks, shared);
+    if (s.thin.rows > ROWS_OF_GROUP) {
+        return mil_launch(context, "thin product", stream_kernel<T, T, X_IN_PLACE, GATED, 2>, grid,
+                          dim3(BLOCK), shared, s);
+    }
+    auto function = weights == MIL_F8   ? launch_rows<T, mil_f8, GATED>
+                    : weights == MIL_I8 ? launch_rows<T, mil_i8, GATED>
+                                        : launch_rows<T, T, GATED>;
+    return function(context, s, x, grid, shared);
 }
 
 mil_status
@@ -668,8 +686,9 @@ mil_thin_stream(mil_context *context, mil_dtype weights, const thin_arguments &t
         total += thin.outputs[i].out;
     }
     const int64_t row_bytes = thin.in * (int64_t)mil_dtype_size(weights);
+    const int most_rows = mil_dtype_is_scaled(weights) ? ROWS_OF_GROUP : MIL_THIN_ROWS;
     *done = false;
-    if (thin.rows > (mil_dtype_is_scaled(weights) ? 8 : MIL_THIN_ROWS) || row_bytes < SHORTEST_ROW ||
+    if (thin.rows > most_rows || row_bytes < SHORTEST_ROW ||
         total * row_bytes * (gated ? 2 : 1) < FEWEST_BYTES || (normed && !norm_fits(thin))) {
         return MIL_OK;
     }
@@ -682,22 +701,15 @@ mil_thin_stream(mil_context *context, mil_dtype weights, const thin_arguments &t
     s.units = units_of_segment(mil_ceil_div(row_bytes, UNIT));
     s.each = total / multiprocessors;
     s.more = total % multiprocessors;
-
-    /* Rows of x lie in shared memory where the ring does not lose a stage by that. */
-    const size_t room = (size_t)most_shared - 1024;
-    const size_t sums = 2 * (gated ? 2 : 1) * WARPS * TILE * (size_t)sums_pitch(thin.rows) * sizeof(float);
-    const size_t rows = (size_t)thin.rows * (size_t)(thin.in + X_PAD<uint16_t>)*sizeof(uint16_t);
-    s.stages = stages_beside(s, sums, room);
-    const bool has_room = stages_beside(s, sums + rows, room) == s.stages;
-    if (normed && !has_room) {
+    x_source x;
+    const size_t shared = plan_memory(&s, gated, normed, (size_t)most_shared - 1024, &x);
+    if (normed && x != X_NORMED) {
         return MIL_OK;
     }
     *done = true;
-    const x_source x = normed ? X_NORMED : has_room ? X_COPIED : X_IN_PLACE;
-    const size_t shared = (size_t)s.stages * stage_bytes(s) + sums + (has_room ? rows : 0);
     auto function = context->ops->activation_dtype == MIL_BF16
                         ? gated ? launch<__nv_bfloat16, true> : launch<__nv_bfloat16, false>
                     : gated ? launch<__half, true>
                             : launch<__half, false>;
-    return function(context, weights, s, x, multiprocessors, shared);
+    return function(context, weights, s, x, dim3((unsigned)multiprocessors), shared);
 }
