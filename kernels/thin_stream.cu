@@ -123,7 +123,7 @@ copy_rows(const thin_arguments &a, T *rows)
 struct norm_columns {
     static_assert(THREADS == MIL_NORM_THREADS, "a wide row's columns");
     int first, step, end;
-    float weight[NORM_STEPS][2][4]; /* loads that the compiler does not put off until after mil_wait() */
+    float weight[NORM_STEPS][2][4]; /* by loads that the compiler leaves where they are, before mil_wait() */
 
     __device__ __forceinline__ norm_columns(const thin_arguments &a, bool narrow)
     {
@@ -189,15 +189,13 @@ find_scales(const norm_arguments &n, const norm_columns &columns, bool narrow, u
             partial[row * WARPS + warp] = sum[row];
         }
     }
-    float mine =
-        0.0f; /* a lane does a row: one after another, so many roots would take longer than the loads */
-    if (narrow) {
-        mine = norm_scale(n, sum[0]);
-    }
-    else {
+    float squares = sum[0];
+    if (!narrow) {
         meet();
-        mine = norm_scale(n, sum_of_warps(partial + min(lane, ROWS - 1) * WARPS));
+        squares = sum_of_warps(partial + min(lane, ROWS - 1) * WARPS);
     }
+    /* A lane has a row: five roots one after another take longer than the loads. */
+    const float mine = norm_scale(n, squares);
 #pragma unroll
     for (int row = 0; row < ROWS; row++) {
         scale[row] = __shfl_sync(MIL_ALL_LANES, mine, row);
@@ -633,7 +631,7 @@ plan_memory(stream_arguments *s, bool gated, bool normed, size_t most, x_source 
 {
     const thin_arguments &a = s->thin;
     const size_t sums = 2 * (gated ? 2 : 1) * WARPS * TILE * (size_t)sums_pitch(a.rows) * sizeof(float);
-    const size_t rows = (size_t)a.rows * (size_t)(a.in + X_PAD<uint16_t>)*sizeof(uint16_t);
+    const size_t rows = sizeof(uint16_t) * (size_t)a.rows * (size_t)(a.in + X_PAD<uint16_t>);
     s->stages = stages_beside(*s, sums, most);
     const bool room = a.rows <= ROWS_OF_GROUP && stages_beside(*s, sums + rows, most) == s->stages;
     *x = !room ? X_IN_PLACE : normed ? X_NORMED : X_COPIED;
