@@ -32,6 +32,7 @@
 #include "ssd_chunks.cuh"
 
 #define CHUNK_THREADS 128
+#define SEGMENT_THREADS 128 /* four states each: N * P is a multiple of 64 * 64 */
 
 /* Element of a tile in shared memory whose rows are `units` times 16 bytes: units are permuted by row, so that eight
  * rows of one unit, and eight units of one row, lie in different banks. */
@@ -50,6 +51,108 @@ load_matrices(const void *row, uint32_t (&to)[4])
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                  : "r"(shared_address(row)));
 }
+
+/* ---- decays ---------------------------------------------------------------------------------------------------- */
+
+#define DECAY_WARPS 8
+
+/* The warp's head's dt of two tokens, from the tail as they are or from the activations; 0 after the last token. */
+template <typename T>
+static __device__ __forceinline__ void
+load_dt(const ssd_arguments &a, const mil_span &span, const float *tail, int head, int64_t start,
+        float (&dt)[2])
+{
+    const float bias = a.dt_bias[head];
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        int64_t token = start + 2 * (threadIdx.x % MIL_WARP) + k;
+        dt[k] = token < span.before ? tail[token * a.heads + head]
+                : token < span.before + span.count
+                    ? get_time_step<T>(a, span.row + token - span.before, head, bias)
+                    : 0.0f;
+    }
+}
+
+/* Decays to and from the blocks of a chunk. `sums`: of the lane's two tokens. */
+static __device__ __forceinline__ void
+fill_blocks(const float (&dt)[2], float4 sums, chunk_decays *out)
+{
+    constexpr int LANES = BLOCK / 2; /* of a block */
+    const int lane = threadIdx.x % MIL_WARP;
+    const float2 first = make_float2(sums.x, sums.y), second = make_float2(sums.z, sums.w);
+    float2 own = make_float2(0, 0); /* of the token before the lane's block */
+#pragma unroll
+    for (int b = 1; b < CHUNK / BLOCK; b++) {
+        const float2 before = make_float2(__shfl_sync(MIL_ALL_LANES, second.x, b * LANES - 1),
+                                          __shfl_sync(MIL_ALL_LANES, second.y, b * LANES - 1));
+        own = lane / LANES == b ? before : own;
+        if (lane < b * LANES) {
+            ((float2 *)(out->to_block + find_to_block(b)))[lane] =
+                make_float2(decay_between(first, before) * dt[0], decay_between(second, before) * dt[1]);
+        }
+    }
+    ((float2 *)out->from_block)[lane] = make_float2(decay_between(own, first), decay_between(own, second));
+}
+
+/* Sums, decays and weights of a chunk from its dt, by one warp. `folded`: tokens of the chunk that a fold takes. */
+static __device__ __forceinline__ void
+fill_decays(const float (&dt)[2], float exponent, int folded, chunk_decays *out)
+{
+    const int lane = threadIdx.x % MIL_WARP;
+    const double least = -1e4; /* 2^least is 0, and sums of it are far from overflow */
+    double sum[2] = {fmax((double)(dt[0] * exponent), least), fmax((double)(dt[1] * exponent), least)};
+    sum[1] += sum[0];
+    double running = sum[1];
+#pragma unroll
+    for (int step = 1; step < MIL_WARP; step *= 2) {
+        double below = __shfl_up_sync(MIL_ALL_LANES, running, step);
+        running += lane >= step ? below : 0.0;
+    }
+    double before = running - sum[1];
+    sum[0] += before;
+    sum[1] += before;
+    double end = __shfl_sync(MIL_ALL_LANES, folded % 2 == 0 ? sum[1] : sum[0], max(0, (folded - 1) / 2));
+    float high[2], low[2], to_end[2];
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        high[k] = (float)sum[k];
+        low[k] = (float)(sum[k] - (double)high[k]);
+        to_end[k] = 2 * lane + k < folded ? fast_power((float)(end - sum[k])) * dt[k] : 0.0f;
+    }
+    ((float4 *)out->sum)[lane] = make_float4(high[0], low[0], high[1], low[1]);
+    ((float2 *)out->dt)[lane] = make_float2(dt[0], dt[1]);
+    ((float2 *)out->from_start)[lane] = make_float2(fast_power(high[0]), fast_power(high[1]));
+    ((float2 *)out->to_end)[lane] = make_float2(to_end[0], to_end[1]);
+    fill_blocks(dt, make_float4(high[0], low[0], high[1], low[1]), out);
+    if (lane == 0) {
+        out->last = folded > 0 ? fast_power((float)end) : 1.0f;
+    }
+}
+
+/* Grid: chunks, heads by DECAY_WARPS, sequences. */
+template <typename T>
+static __global__ void
+__launch_bounds__(DECAY_WARPS *MIL_WARP)
+    ssd_decays_kernel(const __grid_constant__ chunk_arguments c, const __grid_constant__ mil_states states)
+{
+    const ssd_arguments &a = c.ssd;
+    const int head = blockIdx.y * DECAY_WARPS + threadIdx.x / MIL_WARP;
+    const int64_t start = (int64_t)blockIdx.x * CHUNK;
+    mil_trigger();
+    mil_wait();
+    const mil_span span = share_span(a);
+    const int64_t total = span.before + span.count,
+                  folded = states.given ? span.after - span.boundary : total; /* tokens to be in the state */
+    if (head >= a.heads || span.count < a.least || start >= total) {
+        return;
+    }
+    float dt[2];
+    load_dt<T>(a, span, states.of[blockIdx.z].dt, head, start, dt);
+    fill_decays(dt, get_exponent(a, head), (int)max((int64_t)0, min((int64_t)CHUNK, folded - start)),
+                find_decays(c, head, blockIdx.x));
+}
+
+/* ---- chunks ------------------------------------------------------------------------------------------------------ */
 
 /* A chunk's inputs. */
 template <typename T, int P, int N>
@@ -87,6 +190,15 @@ ask_for_tile(T *tile, const T *rows, int64_t stride, const float *tail, int64_t 
             bool there = token >= before && token < total;
             copy_unit(to, there ? rows + (token - before) * stride + unit * 8 : rows, there);
         }
+    }
+}
+
+static __device__ __forceinline__ void
+ask_for_decays(const chunk_decays *from, chunk_decays *to)
+{
+    static_assert(sizeof *to / 16 <= CHUNK_THREADS, "at once");
+    if (threadIdx.x < sizeof *to / 16) {
+        copy_unit((uint4 *)to + threadIdx.x, (const uint4 *)from + threadIdx.x, true);
     }
 }
 
@@ -358,16 +470,16 @@ __launch_bounds__(CHUNK_THREADS, N > 128 ? 1 : 2)
     p.x_column = (int64_t)(p.head / (a.heads / a.x_heads)) * a.head_dim + p.column;
     p.B_column = (int64_t)(p.head / (a.heads / a.B_groups)) * a.state_dim;
     p.C_column = (int64_t)(p.head / (a.heads / a.C_groups)) * a.state_dim;
-    const float exponent = get_exponent(a, p.head), bias = a.dt_bias[p.head], D = a.D[p.head];
+    const float D = a.D[p.head];
     mil_wait();
-    const mil_span span = mil_span_of(a.rows, a.first + blockIdx.z);
+    const mil_span span = share_span(a);
     const int64_t total = span.before + span.count, chunks = (total + CHUNK - 1) / CHUNK;
     const int64_t folded = given ? span.after - span.boundary : total; /* tokens to be in the state */
     const int64_t first = (int64_t)segment * c.segment_chunks, end = min(chunks, first + c.segment_chunks);
     if (span.count < a.least || first >= chunks || (!OUTPUT && end == chunks)) {
         return; /* nothing follows the last segment's own state */
     }
-    const int64_t index = ((int64_t)blockIdx.z * a.heads + p.head) * c.segments + segment;
+    const int64_t index = find_segment(c, p.head, segment);
     const int64_t size = (int64_t)N * a.head_dim;
     float *state = given ? tails.state + p.head * size + p.column : NULL;
     const float *from = !OUTPUT ? NULL : c.segments == 1 ? state : c.segment_states + index * size + p.column;
@@ -376,6 +488,7 @@ __launch_bounds__(CHUNK_THREADS, N > 128 ? 1 : 2)
         if (chunk < end) {
             chunk_inputs<T, P, N> &in = m.inputs[chunk % 2];
             const int64_t start = chunk * CHUNK;
+            ask_for_decays(find_decays(c, p.head, chunk), &in.decays);
             ask_for_tile<T, P>(in.x, (const T *)a.x + span.row * a.x_stride + p.x_column, a.x_stride,
                                given ? tails.x + p.x_column : NULL, (int64_t)a.x_heads * a.head_dim, start,
                                span.before, total);
@@ -389,36 +502,17 @@ __launch_bounds__(CHUNK_THREADS, N > 128 ? 1 : 2)
         }
         asm volatile("cp.async.commit_group;");
     };
-    auto folded_of = [&](int64_t chunk) {
-        return (int)max((int64_t)0, min((int64_t)CHUNK, folded - chunk * CHUNK));
-    };
-
-    chunk_times<T> dt;
-    double log_decay = 0.0; /* of the segment; in warp 0 */
     ask(first);
     ask(first + 1);
-    if (warp == 0) {
-        ask_for_dt<T>(a, span, tails.dt, p.head, first * CHUNK, total, dt);
-        fill_decays(a, span, first * CHUNK, total, folded_of(first), exponent, bias, dt,
-                    m.inputs[first % 2].decays);
-        ask_for_dt<T>(a, span, tails.dt, p.head, (first + 1) * CHUNK, total, dt);
-    }
+    float decay = 1.0f; /* of the segment */
     float H[M_TILES][N / 8][4];
     each_of_H<N>(a.head_dim, row, H, [&](int64_t at, float &h) { h = from == NULL ? 0.0f : from[at]; });
     for (int64_t chunk = first; chunk < end; chunk++) {
         chunk_inputs<T, P, N> &in = m.inputs[chunk % 2];
-        const bool folds = folded_of(chunk) > 0;
+        const bool folds = folded > chunk * CHUNK;
         asm volatile("cp.async.wait_group 1;");
         __syncthreads();
-        if (warp == 0) { /* the next chunk's decays; its dt were asked for a chunk ago */
-            if constexpr (!OUTPUT) {
-                int at = folded_of(chunk) - 1;
-                log_decay += (double)in.decays.sum[at].x + (double)in.decays.sum[at].y;
-            }
-            fill_decays(a, span, (chunk + 1) * CHUNK, total, folded_of(chunk + 1), exponent, bias, dt,
-                        m.inputs[(chunk + 1) % 2].decays);
-            ask_for_dt<T>(a, span, tails.dt, p.head, (chunk + 2) * CHUNK, total, dt);
-        }
+        decay *= in.decays.last;
         uint32_t Y[2][M_TILES][PART / 8][2]; /* of Y^T, rounded */
         if constexpr (OUTPUT) {
             fill_scores<T, P, N>(in, score_row, m.scores);
@@ -447,44 +541,53 @@ __launch_bounds__(CHUNK_THREADS, N > 128 ? 1 : 2)
         float *to = c.segment_states + index * size + p.column;
         each_of_H<N>(a.head_dim, row, H, [&](int64_t at, float &h) { to[at] = h; });
         if (threadIdx.x == 0) {
-            c.segment_decays[index] = (float)exp2(log_decay);
+            c.segment_decays[index] = decay;
         }
     }
     else if (state != NULL && segment == 0) {
-        move_tails<T>(a, p, span, tails, come_for_tails(a, p, tails, a.slices), bias);
+        move_tails<T>(a, p, span, tails, come_for_tails(a, p, tails, a.slices), a.dt_bias[p.head]);
     }
 }
 
-/* Turns what each segment adds into what each starts from. Grid: parts of N * P, heads, sequences. */
+/* Turns what each segment adds into what each starts from, four values a thread. Grid: parts of N * P, heads, sequences. */
 static __global__ void
-ssd_segments_kernel(const __grid_constant__ chunk_arguments c, const __grid_constant__ mil_states states)
+__launch_bounds__(SEGMENT_THREADS)
+    ssd_segments_kernel(const __grid_constant__ chunk_arguments c, const __grid_constant__ mil_states states)
 {
     const ssd_arguments &a = c.ssd;
     const int64_t size = (int64_t)a.state_dim * a.head_dim,
-                  i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+                  i = ((int64_t)blockIdx.x * SEGMENT_THREADS + threadIdx.x) * 4;
+    mil_trigger();
     mil_wait();
-    const mil_span span = mil_span_of(a.rows, a.first + blockIdx.z);
-    if (i >= size || span.count < a.least) {
+    const mil_span span = share_span(a);
+    if (span.count < a.least) {
         return;
     }
-    const int64_t chunks = (span.before + span.count + CHUNK - 1) / CHUNK;
-    const int64_t first = ((int64_t)blockIdx.z * a.heads + blockIdx.y) * c.segments;
-    const int segments = (int)((chunks + c.segment_chunks - 1) / c.segment_chunks);
+    const int chunks = (int)((span.before + span.count + CHUNK - 1) / CHUNK);
+    const int segments = (chunks + c.segment_chunks - 1) / c.segment_chunks;
+    const int64_t first = find_segment(c, blockIdx.y, 0);
     constexpr int AT_ONCE = 4; /* loads under way */
-    float H = states.given ? states.of[blockIdx.z].state[blockIdx.y * size + i] : 0.0f;
+    float H[4] = {};
+    if (states.given) {
+        mil_load<4>(states.of[blockIdx.z].state + blockIdx.y * size + i, H);
+    }
     for (int segment = 0; segment < segments; segment += AT_ONCE) {
-        float added[AT_ONCE], decay[AT_ONCE];
+        float added[AT_ONCE][4] = {}, decay[AT_ONCE] = {};
 #pragma unroll
-        for (int k = 0; k < AT_ONCE; k++) { /* the last segment's are nobody's */
-            const bool there = segment + k + 1 < segments;
-            added[k] = there ? c.segment_states[(first + segment + k) * size + i] : 0.0f;
-            decay[k] = there ? c.segment_decays[first + segment + k] : 0.0f;
+        for (int k = 0; k < AT_ONCE; k++) {
+            if (segment + k + 1 < segments) { /* the last segment's are nobody's */
+                mil_load<4>(c.segment_states + (first + segment + k) * size + i, added[k]);
+                decay[k] = c.segment_decays[first + segment + k];
+            }
         }
 #pragma unroll
         for (int k = 0; k < AT_ONCE; k++) {
             if (segment + k < segments) {
-                c.segment_states[(first + segment + k) * size + i] = H;
-                H = fmaf(decay[k], H, added[k]);
+                mil_store<4>(c.segment_states + (first + segment + k) * size + i, H);
+            }
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                H[e] = fmaf(decay[k], H[e], added[k][e]);
             }
         }
     }
@@ -531,20 +634,28 @@ takes_chunks(const mil_context *context, const ssd_arguments &a)
            mil_is_aligned<T>(a.C, a.C_stride) && mil_is_aligned<T>(a.y, a.y_stride);
 }
 
-/* Where there are segments: what each adds, what each starts from, and then the outputs. */
+/* Decays; where there are segments, what each adds and what each starts from; and then the outputs. */
+template <typename T>
 static mil_status
 run_segments(mil_context *context, chunk_arguments *c, const mil_states &states, int64_t sequences,
              chunk_launcher launch)
 {
     const ssd_arguments &a = c->ssd;
+    const int64_t chunks = (int64_t)c->segments * c->segment_chunks;
+    MIL_TRY(MIL_PUSH(context->scratch, sequences * a.heads * chunks, chunk_decays, &c->decays));
+    MIL_TRY(
+        mil_launch(context, "ssd", ssd_decays_kernel<T>,
+                   dim3((unsigned)chunks, (unsigned)mil_ceil_div(a.heads, DECAY_WARPS), (unsigned)sequences),
+                   dim3(DECAY_WARPS * MIL_WARP), 0, *c, states));
     if (c->segments > 1) {
         const int64_t count = sequences * a.heads * c->segments, size = (int64_t)a.state_dim * a.head_dim;
         MIL_TRY(MIL_PUSH(context->scratch, count * size, float, &c->segment_states));
         MIL_TRY(MIL_PUSH(context->scratch, count, float, &c->segment_decays));
         MIL_TRY(launch(context, c, &states, sequences, false));
-        MIL_TRY(mil_launch(context, "ssd", ssd_segments_kernel,
-                           dim3((unsigned)mil_ceil_div(size, 256), (unsigned)a.heads, (unsigned)sequences),
-                           dim3(256), 0, *c, states));
+        MIL_TRY(
+            mil_launch(context, "ssd", ssd_segments_kernel,
+                       dim3((unsigned)(size / (4 * SEGMENT_THREADS)), (unsigned)a.heads, (unsigned)sequences),
+                       dim3(SEGMENT_THREADS), 0, *c, states));
     }
     return launch(context, c, &states, sequences, true);
 }
@@ -569,7 +680,7 @@ run_chunks(mil_context *context, const ssd_arguments &a, const mil_states &state
     c.ssd.slices = blocks.slices;
     cut_segments(&c, sequences * a.heads * blocks.slices / (blocks.pairs ? 2 : 1), blocks.enough, longest);
     mil_arena_mark mark = mil_arena_get_mark(context->scratch);
-    mil_status status = run_segments(context, &c, states, sequences, launch);
+    mil_status status = run_segments<T>(context, &c, states, sequences, launch);
     mil_arena_rewind(context->scratch, mark);
     return status;
 }

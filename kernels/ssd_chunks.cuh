@@ -5,6 +5,7 @@
 #include "ssd.cuh"
 
 #define CHUNK 64
+#define BLOCK 16 /* tokens of it whose decays to each other are exponents of their own, in scores */
 
 /* What a chunk's dt give. */
 struct alignas(16) chunk_decays {
@@ -12,12 +13,23 @@ struct alignas(16) chunk_decays {
     float dt[CHUNK];
     float from_start[CHUNK]; /* h_i */
     float to_end[CHUNK];     /* W[last, s] dt_s; 0 after the last token to be folded */
-    float last;              /* h_last */
+    float from_block[CHUNK]; /* W[i, b - 1] with b the first token of i's block */
+    float to_block[3 * BLOCK * (CHUNK / BLOCK) /
+                   2]; /* W[b - 1, s] dt_s of s < b, for each block but the first */
+    float last;        /* h_last of the tokens to be folded; 1 where there are none */
 };
+
+/* Where the weights to the block of `number` begin in to_block. */
+static __host__ __device__ constexpr int
+find_to_block(int number)
+{
+    return BLOCK * number * (number - 1) / 2;
+}
 
 struct chunk_arguments {
     ssd_arguments ssd;
     int segments, segment_chunks;
+    chunk_decays *decays; /* [sequences, heads, segments * segment_chunks] */
     float *
         segment_states; /* [sequences, heads, segments, N, P]: what each adds from 0; then what each starts from */
     float *segment_decays; /* [sequences, heads, segments] */
@@ -30,10 +42,45 @@ find_segment(const chunk_arguments &c, int head, int segment)
     return ((int64_t)blockIdx.z * c.ssd.heads + head) * c.segments + segment;
 }
 
+/* The span of the block's sequence, by one thread for all: its numbers are in one line of memory, and the second-level
+ * cache serves those who ask for a line one after another, 0.4 ns each, over the whole device. */
+static __device__ __forceinline__ mil_span
+share_span(const ssd_arguments &a)
+{
+    __shared__ mil_span span;
+    if (threadIdx.x == 0) {
+        span = mil_span_of(a.rows, a.first + blockIdx.z);
+    }
+    __syncthreads();
+    return span;
+}
+
+/* What a chunk's dt give a head, as ssd_decays_kernel left it. */
+static __device__ __forceinline__ chunk_decays *
+find_decays(const chunk_arguments &c, int head, int64_t chunk)
+{
+    return c.decays + find_segment(c, head, 0) * c.segment_chunks + chunk;
+}
+
 static __device__ __forceinline__ unsigned
 shared_address(const void *pointer)
 {
     return (unsigned)__cvta_generic_to_shared(pointer);
+}
+
+static __device__ __forceinline__ float
+fast_power(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* Decay after a token of sum `from` up to one of sum `to`. */
+static __device__ __forceinline__ float
+decay_between(float2 from, float2 to)
+{
+    return fast_power((to.x - from.x) + (to.y - from.y));
 }
 
 /* 16 bytes on their way from memory, or zeros. */
@@ -82,82 +129,6 @@ unpack(uint32_t bits)
 {
     mil_vector<T, 2> v = *reinterpret_cast<mil_vector<T, 2> *>(&bits);
     return make_float2(mil_float(v.at[0]), mil_float(v.at[1]));
-}
-
-static __device__ __forceinline__ float
-fast_power(float x)
-{
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-/* dt of two tokens a lane, done from the tail or raw from the activations, as they lie in memory: whoever widened them here
- * would wait for them here. */
-template <typename T>
-struct chunk_times {
-    float old[2];
-    T fresh[2];
-};
-
-template <typename T>
-static __device__ __forceinline__ void
-ask_for_dt(const ssd_arguments &a, const mil_span &span, const float *tail, int head, int64_t start,
-           int64_t total, chunk_times<T> &dt)
-{
-#pragma unroll
-    for (int k = 0; k < 2; k++) {
-        int64_t token = start + 2 * (threadIdx.x % MIL_WARP) + k;
-        if (token < span.before) {
-            dt.old[k] = tail[token * a.heads + head];
-        }
-        if (token >= span.before && token < total) {
-            dt.fresh[k] = ((const T *)a.dt)[(span.row + token - span.before) * a.dt_stride + head];
-        }
-    }
-}
-
-/* Sums, decays and weights of a chunk from its dt, by one warp. `folded`: tokens of the chunk that a fold takes. */
-template <typename T>
-static __device__ __forceinline__ void
-fill_decays(const ssd_arguments &a, const mil_span &span, int64_t start, int64_t total, int folded,
-            float exponent, float bias, const chunk_times<T> &raw, chunk_decays &out)
-{
-    const int lane = threadIdx.x % MIL_WARP;
-    const double least = -1e4; /* 2^least is 0, and sums of it are far from overflow */
-    float dt[2];
-    double sum[2];
-#pragma unroll
-    for (int k = 0; k < 2; k++) {
-        int64_t token = start + 2 * lane + k;
-        dt[k] = token < span.before ? raw.old[k]
-                : token < total     ? mil_time_step(mil_float(raw.fresh[k]) + bias, a.dt_min, a.dt_max)
-                                    : 0.0f;
-        sum[k] = fmax((double)(dt[k] * exponent), least);
-    }
-    sum[1] += sum[0];
-    double running = sum[1];
-#pragma unroll
-    for (int step = 1; step < MIL_WARP; step *= 2) {
-        double below = __shfl_up_sync(MIL_ALL_LANES, running, step);
-        running += lane >= step ? below : 0.0;
-    }
-    double before = running - sum[1];
-    sum[0] += before;
-    sum[1] += before;
-    double end = __shfl_sync(MIL_ALL_LANES, folded % 2 == 0 ? sum[1] : sum[0], max(0, (folded - 1) / 2));
-#pragma unroll
-    for (int k = 0; k < 2; k++) {
-        int s = 2 * lane + k;
-        float high = (float)sum[k];
-        out.sum[s] = make_float2(high, (float)(sum[k] - (double)high));
-        out.dt[s] = dt[k];
-        out.from_start[s] = fast_power(high);
-        out.to_end[s] = s < folded ? fast_power((float)(end - sum[k])) * dt[k] : 0.0f;
-    }
-    if (lane == 0) {
-        out.last = fast_power((float)end);
-    }
 }
 
 /* ssd_hopper.cu: heads of 64 by twos, or 128 columns of a head, a block. */

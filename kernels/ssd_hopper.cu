@@ -4,11 +4,14 @@
  * halves of 128 columns of one head, or two heads of 64 that read the same B and C.  The third prepares what they share,
  * and runs a chunk of 64 tokens ahead of them:
  *
- *   third    x, B and C into shared memory (tensor copies, two or three chunks ahead), decays, and scores C B^T [64, 64], weighted
- *            and rounded, into shared memory
+ *   third    x, B, C and decays into shared memory (copies in the background, two or three chunks ahead), and scores
+ *            C B^T [64, 64], weighted and rounded
  *   others   Y^T = h (H^T C^T) + D x^T + x^T S^T, left operands from registers: H^T as it is, rounded, x^T by ldmatrix;
  *            H^T = h_last H^T + (to_end x)^T B right behind the first product, so that it runs while Y^T is scaled; and
  *            Y^T goes out through x's place
+ *
+ * Where folds alone are asked for, two groups weigh x in its place, and two multiply, H^T = H^T + x^T B.
+ * Chunks come last first: the decay to the segment's end is in the weights then, and H^T waits for no factor.
  *
  * What a chunk needs passes from the third group to the others and back by barriers in shared memory, so the two
  * holders are apart from each other: one computes while the other's products run.  A block has a multiprocessor of its own:
@@ -21,16 +24,18 @@
 
 #define HOLDERS 2
 #define GROUP_THREADS 128
-#define THREADS ((HOLDERS + 1) * GROUP_THREADS)
+#define OUTPUT_THREADS ((HOLDERS + 1) * GROUP_THREADS)
+#define WEIGHERS 2 /* groups, of chunks in turns, where folds are alone */
+#define FOLD_THREADS ((HOLDERS + WEIGHERS) * GROUP_THREADS + MIL_WARP) /* and a warp to copy */
 #define PANEL (CHUNK * 64) /* elements of a panel: 64 tokens by 64 columns */
 #define SCORES 3           /* chunks whose scores are in shared memory */
 
 /* Registers a thread: a third of 504 each, as the kernel begins and ends, and between. */
 #define REGISTERS 168
-#define REGISTERS_TO_PREPARE 104
-#define REGISTERS_TO_HOLD 200
+#define REGISTERS_TO_PREPARE 88
+#define REGISTERS_TO_HOLD 208
 
-/* ---- an instruction that wgmma.cuh does not have ----------------------------------------------------------------- */
+/* ---- instructions that wgmma.cuh does not have -------------------------------------------------------------------- */
 
 #define STRAIGHT_32(TYPE)                                                              \
     asm volatile(                                                                      \
@@ -58,25 +63,122 @@ multiply_straight(float (&c)[CHUNK / 2], const uint32_t (&a)[4], uint64_t b, int
 #endif
 }
 
+#define WGMMA_TURNED(COUNT, N, TYPE, A, B)                                                              \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" WGMMA_TEXT_##COUNT \
+                 "}, %" A ", %" B ", 1, 1, 1, 1, 1;"                                                    \
+                 : WGMMA_##COUNT(c)                                                                     \
+                 : "l"(a), "l"(b)                                                                       \
+                 : "memory")
+
+/* c [64, N] += a [16, 64]^T b [16, N], both in shared memory. */
+template <typename T, int COUNT>
+static __device__ __forceinline__ void
+multiply_turned(float (&c)[COUNT], uint64_t a, uint64_t b)
+{
+#if MIL_HAS_WGMMA
+    static_assert(COUNT == 32 || COUNT == 64, "64 or 128 columns");
+    if constexpr (COUNT == 32 && wgmma_is_half<T>) {
+        WGMMA_TURNED(32, "64", "f16", "32", "33");
+    }
+    else if constexpr (COUNT == 32) {
+        WGMMA_TURNED(32, "64", "bf16", "32", "33");
+    }
+    else if constexpr (wgmma_is_half<T>) {
+        WGMMA_TURNED(64, "128", "f16", "64", "65");
+    }
+    else {
+        WGMMA_TURNED(64, "128", "bf16", "64", "65");
+    }
+#else
+    (void)c, (void)a, (void)b;
+#endif
+}
+
+/* Until at most GROUPS committed groups are under way; their accumulators stay where they are. */
+template <int GROUPS>
+static __device__ __forceinline__ void
+let_run()
+{
+#if MIL_HAS_WGMMA
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(GROUPS) : "memory");
+#endif
+}
+
+/* Four 8 x 8 matrices, as accumulators hold them or turned; lane l gives the address of row l % 8 of matrix l / 8. */
+template <bool TURNED>
+static __device__ __forceinline__ void
+store_matrices(uint32_t row, const uint32_t (&from)[4])
+{
+#if MIL_HAS_WGMMA
+    if constexpr (TURNED) {
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+                     "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3])
+                     : "memory");
+    }
+    else {
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+                     "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3])
+                     : "memory");
+    }
+#else
+    (void)row, (void)from;
+#endif
+}
+
+/* A panel to the array that `map` describes, from (row, column) on, in the background; by one thread. */
+[[maybe_unused]] static __device__ __forceinline__ void
+give_panel(const CUtensorMap *map, int column, int row, uint32_t from)
+{
+#if MIL_HAS_WGMMA
+    asm volatile(
+        "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map),
+        "r"(column), "r"(row), "r"(from)
+        : "memory");
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+#else
+    (void)map, (void)column, (void)row, (void)from;
+#endif
+}
+
+/* Until what this thread has given has left shared memory. */
+[[maybe_unused]] static __device__ __forceinline__ void
+wait_for_given()
+{
+#if MIL_HAS_WGMMA
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+#endif
+}
+
 /* ---- shared memory ------------------------------------------------------------------------------------------------ */
 
 /* Tiles are panels as wgmma reads them. Panel g of x is holder g's. */
-template <typename T, int N, bool PAIRS>
+template <typename T, int N, bool PAIRS, bool OUTPUT>
 struct hopper_memory {
-    static constexpr int STAGES = PAIRS && N == 128 ? 3 : 4; /* chunks */
-    static constexpr int DECAYS = STAGES + 1; /* theirs, which are made before the inputs are there */
+    static constexpr int HEADS = PAIRS ? HOLDERS : 1;
+    static constexpr int STAGES = !OUTPUT ? 6 : PAIRS && N == 128 ? 3 : 4; /* chunks */
     alignas(1024) T x[STAGES][HOLDERS][PANEL];
     alignas(1024) T B[STAGES][CHUNK * N];
-    alignas(1024) T C[STAGES][CHUNK * N];
-    alignas(1024) T scores[SCORES][PAIRS ? HOLDERS : 1][PANEL];
-    chunk_decays decays[DECAYS][PAIRS ? HOLDERS : 1];
+    alignas(1024) T C[OUTPUT ? STAGES : 1][OUTPUT ? CHUNK * N : 1];
+    alignas(1024) T scores[OUTPUT ? SCORES : 1][HEADS][OUTPUT ? PANEL : 1];
+    chunk_decays decays[STAGES][HEADS];
     uint64_t full[STAGES], ready[STAGES]; /* inputs are here; and scores */
     uint64_t free[STAGES];                /* the holders are done with both */
+
+    /* Where the n-th chunk is, and the parity of its phases. */
+    static __device__ __forceinline__ int stage_of(int n)
+    {
+        return (unsigned)n % STAGES;
+    }
+
+    static __device__ __forceinline__ int parity_of(int n)
+    {
+        return (unsigned)n / STAGES % 2;
+    }
 };
 
-/* Descriptions of x, B and C of all rows, for copies of a panel. */
+/* Descriptions of x, B, C and y of all rows, for copies of a panel. */
 struct hopper_maps {
-    CUtensorMap x, B, C;
+    CUtensorMap x, B, C, y;
 };
 
 /* What earlier calls left of the first chunk: its first `before` tokens. */
@@ -107,6 +209,13 @@ clear_rows(T *tile, int from)
     }
 }
 
+/* The threads of the own group meet. */
+[[maybe_unused]] static __device__ __forceinline__ void
+meet_group()
+{
+    barrier_meet(1 + (int)threadIdx.x / GROUP_THREADS, GROUP_THREADS);
+}
+
 /* ---- what every group knows of the block ------------------------------------------------------------------------- */
 
 struct hopper_place {
@@ -117,210 +226,328 @@ struct hopper_place {
     int first, end;    /* chunks of the segment */
     int64_t row;       /* first of the call */
 
-    __device__ __forceinline__ int folded_of(int chunk) const
+    /* The n-th chunk to be done. */
+    template <bool OUTPUT>
+    __device__ __forceinline__ int chunk(int n) const
     {
-        return max(0, min(CHUNK, folded - chunk * CHUNK));
+        return OUTPUT ? first + n : end - 1 - n;
     }
 };
 
 /* ---- the third group ----------------------------------------------------------------------------------------------- */
 
-/* Weighted and rounded scores of the warp's 16 rows into the tile, up to the diagonal; beyond, the tile is 0.  Left of the
- * warp's diagonal tiles a decay is two factors: from the token to the warp's first row, and from there. */
-template <typename T>
-static __device__ __forceinline__ void
-place_scores(const float (&s)[CHUNK / 2], const chunk_decays &decays, T *tile)
+/* Columns of a block's panels in the rows of x, B and C. */
+struct hopper_columns {
+    int x[HOLDERS], B, C;
+};
+
+template <int N, bool PAIRS>
+static __device__ __forceinline__ hopper_columns
+find_columns(const ssd_arguments &a, const hopper_place &p)
 {
-    const int lane = threadIdx.x % MIL_WARP, warp = threadIdx.x % GROUP_THREADS / MIL_WARP;
-    const int row = warp * 16 + lane / 4;
-    const float2 top = decays.sum[row], bottom = decays.sum[row + 8];
-    const float2 before = decays.sum[max(warp * 16 - 1, 0)];
-    const float from_top = fast_power((top.x - before.x) + (top.y - before.y));
-    const float from_bottom = fast_power((bottom.x - before.x) + (bottom.y - before.y));
+    const int of_x = a.heads / a.x_heads, first = p.head / of_x * a.head_dim;
+    return {{first + p.slice * (PAIRS ? 64 : 128),
+             PAIRS ? (p.head + 1) / of_x * a.head_dim + p.slice * 64 : first + p.slice * 128 + 64},
+            p.head / (a.heads / a.B_groups) * N,
+            p.head / (a.heads / a.C_groups) * N};
+}
+
+/* The n-th chunk of the block, on its way; by one thread. */
+template <typename T, int N, bool PAIRS, bool OUTPUT>
+static __device__ __forceinline__ void
+ask_for_chunk(const chunk_arguments &c, const hopper_maps &maps, const hopper_columns &columns,
+              const hopper_place &p, int n, hopper_memory<T, N, PAIRS, OUTPUT> &m)
+{
+    const int stage = m.stage_of(n), chunk = p.chunk<OUTPUT>(n), row = (int)p.row + chunk * CHUNK - p.before;
+    phase_expect(&m.full[stage],
+                 (HOLDERS + N / 64 * (OUTPUT ? 2 : 1)) * (int)sizeof m.x[0][0] + (int)sizeof m.decays[0]);
 #pragma unroll
-    for (int j = 0; j < CHUNK / 8; j++) {
-        if (j >= 2 * warp + 2) {
-            continue;
-        }
-        const int at = 8 * j + lane % 4 * 2;
-        const float4 others = *(const float4 *)(decays.sum + at);
-        const float2 dt = *(const float2 *)(decays.dt + at);
-        float value[4];
-        if (j < 2 * warp) {
-            const float left = fast_power((before.x - others.x) + (before.y - others.y)) * dt.x;
-            const float right = fast_power((before.x - others.z) + (before.y - others.w)) * dt.y;
-            value[0] = from_top * left * s[4 * j];
-            value[1] = from_top * right * s[4 * j + 1];
-            value[2] = from_bottom * left * s[4 * j + 2];
-            value[3] = from_bottom * right * s[4 * j + 3];
-        }
-        else {
+    for (int i = 0; i < m.HEADS; i++) {
+        copy_bulk(&m.decays[stage][i], find_decays(c, p.head + i, chunk), sizeof(chunk_decays),
+                  &m.full[stage]);
+    }
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                const float2 own = e < 2 ? top : bottom;
-                const float high = e % 2 == 0 ? others.x : others.z, low = e % 2 == 0 ? others.y : others.w;
-                const float weight = fast_power((own.x - high) + (own.y - low)) * (e % 2 == 0 ? dt.x : dt.y);
-                value[e] = at + e % 2 <= row + e / 2 * 8 ? weight * s[4 * j + e] : 0.0f;
-            }
+    for (int i = 0; i < HOLDERS; i++) {
+        copy_panel(m.x[stage][i], &maps.x, columns.x[i], row, &m.full[stage]);
+    }
+#pragma unroll
+    for (int i = 0; i < N / 64; i++) {
+        copy_panel(m.B[stage] + i * PANEL, &maps.B, columns.B + i * 64, row, &m.full[stage]);
+        if constexpr (OUTPUT) {
+            copy_panel(m.C[stage] + i * PANEL, &maps.C, columns.C + i * 64, row, &m.full[stage]);
         }
-        *(uint32_t *)((char *)tile + panel_place<CHUNK>(row, j) + lane % 4 * 4) = pack<T>(value[0], value[1]);
-        *(uint32_t *)((char *)tile + panel_place<CHUNK>(row + 8, j) + lane % 4 * 4) =
-            pack<T>(value[2], value[3]);
     }
 }
 
+/* Waits for the n-th chunk, and completes it by what no copy brings. */
 template <typename T, int N, bool PAIRS, bool OUTPUT>
 static __device__ __forceinline__ void
-prepare(const chunk_arguments &c, const hopper_maps &maps, const mil_tails &tails, const mil_span &span,
-        const hopper_place &p, hopper_memory<T, N, PAIRS> &m)
+complete_chunk(const ssd_arguments &a, const mil_tails &tails, const hopper_columns &columns,
+               const hopper_place &p, int n, hopper_memory<T, N, PAIRS, OUTPUT> &m)
 {
-    constexpr int STAGES = hopper_memory<T, N, PAIRS>::STAGES, DECAYS = hopper_memory<T, N, PAIRS>::DECAYS;
-    constexpr int HEADS = PAIRS ? HOLDERS : 1, UNITS = N / 8 /* of a token's B or C */;
-    constexpr int COPIER = 2 * MIL_WARP; /* a thread of a warp that makes no decays */
-    const ssd_arguments &a = c.ssd;
-    const int thread = threadIdx.x % GROUP_THREADS, warp = thread / MIL_WARP, of_x = a.heads / a.x_heads;
-    const int x_columns[HOLDERS] = {
-        p.head / of_x * a.head_dim + p.slice * (PAIRS ? 64 : 128),
-        PAIRS ? (p.head + 1) / of_x * a.head_dim + p.slice * 64
-              : p.head / of_x * a.head_dim + p.slice * 128 + 64,
-    };
-    const int B_column = p.head / (a.heads / a.B_groups) * N, C_column = p.head / (a.heads / a.C_groups) * N;
-    const int total = p.before + p.count, decay_head = p.head + (warp < HEADS ? warp : 0);
-    const float exponent = get_exponent(a, decay_head), bias = a.dt_bias[decay_head];
-    auto ask = [&](int n) {
-        const int stage = n % STAGES, row = (int)p.row + (p.first + n) * CHUNK - p.before;
-        if (p.first + n >= p.end) {
-            return;
-        }
-        phase_expect(&m.full[stage], (HOLDERS + N / 64 * (OUTPUT ? 2 : 1)) * (int)sizeof m.x[0][0]);
+    constexpr int UNITS = N / 8; /* of a token's B */
+    const int stage = m.stage_of(n), chunk = p.chunk<OUTPUT>(n), there = p.before + p.count - chunk * CHUNK;
+    phase_wait(&m.full[stage], m.parity_of(n));
+    if (chunk > 0 && there >= CHUNK) {
+        return;
+    }
+    if (chunk == 0 && tails.x != NULL) {
 #pragma unroll
         for (int i = 0; i < HOLDERS; i++) {
-            copy_panel(m.x[stage][i], &maps.x, x_columns[i], row, &m.full[stage]);
+            take_tail<T, 8>(m.x[stage][i], tails.x + columns.x[i], (int64_t)a.x_heads * a.head_dim, p.before);
         }
+        take_tail<T, UNITS>(m.B[stage], tails.B + columns.B, (int64_t)a.B_groups * N, p.before);
+    }
 #pragma unroll
-        for (int i = 0; i < N / 64; i++) {
-            copy_panel(m.B[stage] + i * PANEL, &maps.B, B_column + i * 64, row, &m.full[stage]);
-            if (OUTPUT) {
-                copy_panel(m.C[stage] + i * PANEL, &maps.C, C_column + i * 64, row, &m.full[stage]);
-            }
-        }
-    };
-    chunk_times<T> even, odd; /* of chunks, two chunks ahead */
-    /* The decays of a chunk. */
-    auto decide = [&](int n, chunk_times<T> &dt) {
-        const int chunk = p.first + n;
-        const chunk_times<T> raw = dt;
-        ask_for_dt<T>(a, span, tails.dt, decay_head, (chunk + 2) * CHUNK, total, dt);
-        fill_decays(a, span, chunk * CHUNK, total, p.folded_of(chunk), exponent, bias, raw,
-                    m.decays[n % DECAYS][warp]);
-    };
+    for (int i = 0; i < HOLDERS; i++) {
+        clear_rows<T, 8>(m.x[stage][i], there);
+    }
+    clear_rows<T, UNITS>(m.B[stage], there);
+    wgmma_publish();
+    meet_group();
+}
 
-    double log_decay = 0.0; /* of the segment */
-    if (thread == COPIER) {
+/* The n-th chunk, once the holders have left its place; by one thread. */
+template <typename T, int N, bool PAIRS, bool OUTPUT>
+static __device__ __forceinline__ void
+feed_chunk(const chunk_arguments &c, const hopper_maps &maps, const hopper_columns &columns,
+           const hopper_place &p, int n, hopper_memory<T, N, PAIRS, OUTPUT> &m)
+{
+    if (n >= p.end - p.first) {
+        return;
+    }
+    if (n >= m.STAGES) {
+        phase_wait(&m.free[m.stage_of(n)], m.parity_of(n - m.STAGES));
+    }
+    ask_for_chunk(c, maps, columns, p, n, m);
+}
+
+/* `work` for the thread's warp of its group, whose number it is told as a constant. */
+template <int WARP>
+struct warp_number {
+    static constexpr int value = WARP;
+};
+
+template <typename Work>
+static __device__ __forceinline__ void
+for_own_warp(Work work)
+{
+    switch (threadIdx.x % GROUP_THREADS / MIL_WARP) {
+        case 0:
+            work(warp_number<0>());
+            break;
+        case 1:
+            work(warp_number<1>());
+            break;
+        case 2:
+            work(warp_number<2>());
+            break;
+        default:
+            work(warp_number<3>());
+            break;
+    }
+}
+
+/* What the scores of a thread are multiplied by.  Its warp has the rows of block WARP of the chunk, of which the thread has two;
+ * left of the diagonal tiles a decay is two factors: from the token to the block, and from there. */
+struct score_weights {
+    float from_block[2];                    /* to each row */
+    float to_block[(CHUNK - BLOCK) / 8][2]; /* of two columns a tile, times dt */
+    float diagonal[2][2], last_tile[2]; /* of the first diagonal tile; and the lower row's of the second */
+};
+
+template <int WARP>
+static __device__ __forceinline__ void
+weigh_scores(const chunk_decays &decays, score_weights &w)
+{
+    const int lane = threadIdx.x % MIL_WARP, row = BLOCK * WARP + lane / 4, column = lane % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < 2 * WARP; j++) {
+        const float2 weight = *(const float2 *)(decays.to_block + find_to_block(WARP) + 8 * j + column);
+        w.to_block[j][0] = weight.x;
+        w.to_block[j][1] = weight.y;
+    }
+    const float2 top = decays.sum[row], bottom = decays.sum[row + 8];
+    w.from_block[0] = decays.from_block[row];
+    w.from_block[1] = decays.from_block[row + 8];
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        const int first = BLOCK * WARP + column + k, second = first + 8;
+        w.diagonal[0][k] = decay_between(decays.sum[first], top) * decays.dt[first];
+        w.diagonal[1][k] = decay_between(decays.sum[first], bottom) * decays.dt[first];
+        w.last_tile[k] = decay_between(decays.sum[second], bottom) * decays.dt[second];
+    }
+}
+
+/* Weighted and rounded scores of the warp's rows into the tile, up to the diagonal; beyond, the tile is 0. */
+template <typename T, int WARP>
+static __device__ __forceinline__ void
+place_scores(const float (&s)[CHUNK / 2], const score_weights &w, T *tile)
+{
+    const int lane = threadIdx.x % MIL_WARP;
+    auto row_of = [&](int tile_column) { /* the lane's, of four matrices of two tiles */
+                                         return shared_address(tile) +
+                                                panel_place<CHUNK>(16 * WARP + lane % 16,
+                                                                   tile_column + lane / 16);
+    };
+#pragma unroll
+    for (int j = 0; j < 2 * WARP; j += 2) {
+        uint32_t rounded[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) { /* top and bottom of a tile, and of the next */
+            const int t = j + i / 2, e = 4 * t + i % 2 * 2;
+            rounded[i] = pack<T>(w.from_block[i % 2] * w.to_block[t][0] * s[e],
+                                 w.from_block[i % 2] * w.to_block[t][1] * s[e + 1]);
+        }
+        store_matrices<false>(row_of(j), rounded);
+    }
+    constexpr int E = 8 * WARP; /* its diagonal tiles */
+    float value[2][3];
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        const bool after = lane % 4 * 2 + k > lane / 4; /* the row */
+        value[k][0] = after ? 0.0f : w.diagonal[0][k] * s[E + k];
+        value[k][1] = w.diagonal[1][k] * s[E + 2 + k];
+        value[k][2] = after ? 0.0f : w.last_tile[k] * s[E + 6 + k];
+    }
+    const uint32_t rounded[4] = {pack<T>(value[0][0], value[1][0]), pack<T>(value[0][1], value[1][1]), 0,
+                                 pack<T>(value[0][2], value[1][2])};
+    store_matrices<false>(row_of(2 * WARP), rounded);
+}
+
+/* s = C B^T of a chunk's tiles, in the background. */
+template <typename T, int N>
+static __device__ __forceinline__ void
+multiply_scores(uint32_t C, uint32_t B, float (&s)[CHUNK / 2])
+{
+    wgmma_begin();
+#pragma unroll
+    for (int k = 0; k < N / 16; k++) {
+        const uint32_t at = k / 4 * PANEL * 2 + k % 4 * 32;
+        wgmma_shared<T>(s, wgmma_factor(C + at, 16), wgmma_factor(B + at, 16), k > 0);
+    }
+    wgmma_commit();
+}
+
+template <typename T, int N, bool PAIRS>
+static __device__ __forceinline__ void
+prepare_scores(const chunk_arguments &c, const hopper_maps &maps, const mil_tails &tails,
+               const hopper_columns &columns, const hopper_place &p, hopper_memory<T, N, PAIRS, true> &m)
+{
+    uint4 *scores = (uint4 *)m.scores;
+    const bool feeds = threadIdx.x % GROUP_THREADS == 0;
+    for (int n = 0; n < m.STAGES && feeds; n++) {
+        feed_chunk(c, maps, columns, p, n, m);
+    }
+    for (int i = threadIdx.x % GROUP_THREADS; i < (int)(sizeof m.scores / sizeof *scores);
+         i += GROUP_THREADS) {
+        scores[i] = make_uint4(0, 0, 0, 0);
+    }
+    meet_group();
+    float s[CHUNK / 2];
+    auto begin = [&](int n) {
+        complete_chunk(c.ssd, tails, columns, p, n, m);
+        multiply_scores<T, N>(shared_address(m.C[m.stage_of(n)]), shared_address(m.B[m.stage_of(n)]), s);
+    };
+    begin(0);
 #pragma unroll 1
-        for (int n = 0; n < STAGES; n++) {
-            ask(n);
-        }
-    }
-    if (OUTPUT) {
-        uint4 *scores = (uint4 *)m.scores;
-        for (int i = thread; i < (int)(sizeof m.scores / sizeof *scores); i += GROUP_THREADS) {
-            scores[i] = make_uint4(0, 0, 0, 0);
-        }
-    }
-    if (warp < HEADS) {
-        ask_for_dt<T>(a, span, tails.dt, decay_head, p.first * CHUNK, total, even);
-        ask_for_dt<T>(a, span, tails.dt, decay_head, (p.first + 1) * CHUNK, total, odd);
-        decide(0, even);
-    }
-#pragma unroll 1
-    for (int n = 0; p.first + n < p.end; n++) {
-        const int stage = n % STAGES, chunk = p.first + n, there = total - chunk * CHUNK;
-        phase_wait(&m.full[stage], n / STAGES % 2);
-        if (chunk == 0 && p.before > 0 && tails.x != NULL) {
-            const int64_t x_stride = (int64_t)a.x_heads * a.head_dim;
+    for (int n = 0; n < p.end - p.first; n++) {
+        const int stage = m.stage_of(n),
+                  before = n - SCORES; /* the chunk that had this one's scores' place */
+        score_weights weights;
 #pragma unroll
-            for (int i = 0; i < HOLDERS; i++) {
-                take_tail<T, 8>(m.x[0][i], tails.x + x_columns[i], x_stride, p.before);
+        for (int i = 0; i < m.HEADS; i++) {
+            for_own_warp([&](auto warp) { weigh_scores<warp.value>(m.decays[stage][i], weights); });
+            if (i == 0) {
+                wgmma_wait<0>(s);
+                if (before >= 0) {
+                    phase_wait(&m.free[m.stage_of(before)], m.parity_of(before));
+                }
             }
-            take_tail<T, UNITS>(m.B[0], tails.B + B_column, (int64_t)a.B_groups * N, p.before);
+            for_own_warp(
+                [&](auto warp) { place_scores<T, warp.value>(s, weights, m.scores[n % SCORES][i]); });
         }
-        if (there < CHUNK) {
-#pragma unroll
-            for (int i = 0; i < HOLDERS; i++) {
-                clear_rows<T, 8>(m.x[stage][i], there);
-            }
-            clear_rows<T, UNITS>(m.B[stage], there);
-        }
-        if (chunk == 0 || there < CHUNK) {
-            wgmma_publish();
-        }
-        barrier_meet(1, GROUP_THREADS); /* the chunk is here, and its decays */
-        float s[CHUNK / 2];
-        if constexpr (OUTPUT) {
-            const uint32_t B_tile = shared_address(m.B[stage]), C_tile = shared_address(m.C[stage]);
-            wgmma_begin();
-#pragma unroll
-            for (int k = 0; k < N / 16; k++) {
-                const uint32_t at = k / 4 * PANEL * 2 + k % 4 * 32;
-                wgmma_shared<T>(s, wgmma_factor(C_tile + at, 16), wgmma_factor(B_tile + at, 16), k > 0);
-            }
-            wgmma_commit();
-        }
-        if (warp < HEADS) {
-            if constexpr (!OUTPUT) {
-                const float2 last = m.decays[n % DECAYS][warp].sum[p.folded_of(chunk) - 1];
-                log_decay += (double)last.x + (double)last.y;
-            }
-            /* The next chunk's, where the chunk that left this one's place had its own. */
-            if (n % 2 == 0) {
-                decide(n + 1, odd);
-            }
-            else {
-                decide(n + 1, even);
-            }
-        }
-        if constexpr (OUTPUT) {
-            wgmma_wait<0>(s);
-            if (n >= SCORES) {
-                phase_wait(&m.free[(n - SCORES) % STAGES], (n - SCORES) / STAGES % 2);
-            }
-#pragma unroll
-            for (int i = 0; i < HEADS; i++) {
-                place_scores<T>(s, m.decays[n % DECAYS][i], m.scores[n % SCORES][i]);
-            }
-            wgmma_publish();
-        }
+        /* While the scores are on their way to where they are shown; the last chunk is begun twice, as registers of products
+         * must not depend on a condition. */
+        begin(min(n + 1, p.end - p.first - 1));
+        wgmma_publish();
         phase_arrive(&m.ready[stage]);
-        if (thread == COPIER && n > 0 && chunk + STAGES - 1 < p.end) {
-            phase_wait(&m.free[(n - 1) % STAGES], (n - 1) / STAGES % 2);
-            ask(n + STAGES - 1);
+        if (feeds && n > 0) {
+            feed_chunk(c, maps, columns, p, n - 1 + m.STAGES, m);
         }
         __syncwarp();
     }
-    if (!OUTPUT && warp < HEADS && thread % MIL_WARP == 0) {
-        c.segment_decays[find_segment(c, decay_head, p.segment)] = (float)exp2(log_decay);
+    wgmma_wait<0>(s);
+}
+
+/* x times `after` to_end, rounded, in its place: all of a chunk is read before any is written, so that it is waited for once. */
+template <typename T, int N, bool PAIRS>
+static __device__ __forceinline__ void
+weigh_chunk(int stage, const float (&after)[HOLDERS], hopper_memory<T, N, PAIRS, false> &m)
+{
+    constexpr int UNITS = CHUNK * 8 / GROUP_THREADS; /* of a panel */
+    const int row = threadIdx.x % GROUP_THREADS / 8, unit = threadIdx.x % 8;
+    uint4 units[HOLDERS * UNITS];
+    float weight[HOLDERS * UNITS];
+    auto unit_of = [&](int i) {
+        return (uint4 *)((char *)m.x[stage][i / UNITS] +
+                         panel_place<CHUNK>(row + i % UNITS * (GROUP_THREADS / 8), unit));
+    };
+#pragma unroll
+    for (int i = 0; i < HOLDERS * UNITS; i++) {
+        units[i] = *unit_of(i);
+        weight[i] = after[i / UNITS] *
+                    m.decays[stage][PAIRS ? i / UNITS : 0].to_end[row + i % UNITS * (GROUP_THREADS / 8)];
+    }
+#pragma unroll
+    for (int i = 0; i < HOLDERS * UNITS; i++) {
+        uint32_t *pairs = (uint32_t *)&units[i];
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            const float2 value = unpack<T>(pairs[k]);
+            pairs[k] = pack<T>(weight[i] * value.x, weight[i] * value.y);
+        }
+        *unit_of(i) = units[i];
+    }
+}
+
+template <typename T, int N, bool PAIRS>
+static __device__ __forceinline__ void
+prepare_folds(const chunk_arguments &c, const mil_tails &tails, const hopper_columns &columns,
+              const hopper_place &p, hopper_memory<T, N, PAIRS, false> &m)
+{
+    const int count = p.end - p.first, which = threadIdx.x / GROUP_THREADS - HOLDERS;
+    float after[HOLDERS] = {1.0f, 1.0f}; /* decays of the chunks done, by all groups */
+    auto pass = [&](int n) {
+        phase_wait(&m.full[m.stage_of(n)], m.parity_of(n));
+#pragma unroll
+        for (int i = 0; i < HOLDERS; i++) {
+            after[i] *= m.decays[m.stage_of(n)][PAIRS ? i : 0].last;
+        }
+    };
+    for (int n = 0; n < min(which, count); n++) {
+        pass(n);
+    }
+#pragma unroll 1
+    for (int n = which; n < count; n += WEIGHERS) {
+        complete_chunk(c.ssd, tails, columns, p, n, m);
+        weigh_chunk(m.stage_of(n), after, m);
+        for (int next = n; next < min(n + WEIGHERS, count);
+             next++) { /* while they are there: none leaves before this one */
+            pass(next);
+        }
+        wgmma_publish();
+        phase_arrive(&m.ready[m.stage_of(n)]);
+    }
+    if (p.slice == 0 && threadIdx.x == HOLDERS * GROUP_THREADS) {
+#pragma unroll
+        for (int i = 0; i < m.HEADS; i++) {
+            c.segment_decays[find_segment(c, p.head + i, p.segment)] = after[i];
+        }
     }
 }
 
 /* ---- the holders ----------------------------------------------------------------------------------------------------- */
-
-/* Y^T = h Y^T + D x^T. */
-template <typename T>
-static __device__ __forceinline__ void
-scale_output(const chunk_decays &decays, float D, const uint32_t (&x)[4][4], float (&Y)[CHUNK / 2])
-{
-#pragma unroll
-    for (int j = 0; j < CHUNK / 8; j++) {
-        const float2 h = *(const float2 *)(decays.from_start + 8 * j + threadIdx.x % 4 * 2);
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const float2 value = unpack<T>(x[j / 2][j % 2 * 2 + half]);
-            Y[4 * j + 2 * half] = fmaf(D, value.x, h.x * Y[4 * j + 2 * half]);
-            Y[4 * j + 2 * half + 1] = fmaf(D, value.y, h.y * Y[4 * j + 2 * half + 1]);
-        }
-    }
-}
 
 /* x^T of the warp's 16 columns: four left operands of 16 tokens. */
 template <typename T>
@@ -341,46 +568,68 @@ static __device__ __forceinline__ void
 weigh_x(const chunk_decays &decays, const uint32_t (&x)[4][4], uint32_t (&weighed)[4][4])
 {
 #pragma unroll
-    for (int k = 0; k < 4; k++) {
-#pragma unroll
-        for (int q = 0; q < 4; q++) {
-            const float2 weight = *(const float2 *)(decays.to_end + 16 * k + q / 2 * 8 + threadIdx.x % 4 * 2);
-            const float2 value = unpack<T>(x[k][q]);
-            weighed[k][q] = pack<T>(weight.x * value.x, weight.y * value.y);
-        }
+    for (int i = 0; i < CHUNK / 4; i++) {
+        const float2 weight = *(const float2 *)(decays.to_end + i / 2 * 8 + threadIdx.x % 4 * 2);
+        const float2 value = unpack<T>(x[i / 4][i % 4]);
+        weighed[i / 4][i % 4] = pack<T>(weight.x * value.x, weight.y * value.y);
     }
 }
 
-/* Y^T, rounded, into the warp's columns of x's panel, and from there to y, 16 bytes at a time. `y`: of the call's first
- * row, at the warp's columns; `token`: of the call, the chunk's first. */
+/* Y^T = D x^T. */
 template <typename T>
 static __device__ __forceinline__ void
-store_output(const float (&Y)[CHUNK / 2], void *panel, T *y, int64_t stride, int token, int count)
+begin_output(float D, const uint32_t (&x)[4][4], float (&Y)[CHUNK / 2])
+{
+#pragma unroll
+    for (int i = 0; i < CHUNK / 4; i++) {
+        const float2 value = unpack<T>(x[i / 4][i % 4]);
+        Y[2 * i] = D * value.x;
+        Y[2 * i + 1] = D * value.y;
+    }
+}
+
+/* Y^T = Y^T + h (H^T C^T), rounded, into the warp's columns of x's panel. */
+template <typename T>
+static __device__ __forceinline__ void
+finish_output(const chunk_decays &decays, const float (&of_H)[CHUNK / 2], const float (&Y)[CHUNK / 2],
+              void *panel)
 {
     const int lane = threadIdx.x % MIL_WARP, first = threadIdx.x % GROUP_THREADS / MIL_WARP * 2;
+    float2 h[CHUNK / 8];
+#pragma unroll
+    for (int j = 0; j < CHUNK / 8; j++) {
+        h[j] = *(const float2 *)(decays.from_start + 8 * j + lane % 4 * 2);
+    }
     __syncwarp(); /* the warp alone has read these columns of x, and is done with them */
 #pragma unroll
     for (int t = 0; t < CHUNK / 16; t++) {
-        uint32_t to = shared_address(panel) +
-                      panel_place<CHUNK>(16 * t + lane % 8 + lane / 16 * 8, first + lane / 8 % 2);
-#if MIL_HAS_WGMMA
-        asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
-                     "r"(pack<T>(Y[8 * t], Y[8 * t + 1])), "r"(pack<T>(Y[8 * t + 2], Y[8 * t + 3])),
-                     "r"(pack<T>(Y[8 * t + 4], Y[8 * t + 5])), "r"(pack<T>(Y[8 * t + 6], Y[8 * t + 7]))
-                     : "memory");
-#else
-        (void)to;
-#endif
-    }
-    __syncwarp();
-    y += (token + lane / 2) * stride + lane % 2 * 8;
+        uint32_t rounded[4];
 #pragma unroll
-    for (int s = 0; s < CHUNK; s += MIL_WARP / 2) {
-        const int row = s + lane / 2;
-        if ((unsigned)(token + row) < (unsigned)count) {
-            *(uint4 *)y = *(const uint4 *)((const char *)panel + panel_place<CHUNK>(row, first + lane % 2));
+        for (int i = 0; i < 4; i++) {
+            const int at = 8 * t + 2 * i;
+            rounded[i] =
+                pack<T>(fmaf(h[at / 4].x, of_H[at], Y[at]), fmaf(h[at / 4].y, of_H[at + 1], Y[at + 1]));
         }
-        y += MIL_WARP / 2 * stride;
+        store_matrices<true>(shared_address(panel) +
+                                 panel_place<CHUNK>(16 * t + lane % 8 + lane / 16 * 8, first + lane / 8 % 2),
+                             rounded);
+    }
+}
+
+/* The rows of the warp's columns of a panel that are the call's, 16 bytes at a time. `token`: of the call, the panel's first;
+ * `y`: of the call's first row, at the group's first column. */
+template <typename T>
+static __device__ __forceinline__ void
+store_rows(const void *panel, T *y, int64_t stride, int token, int count)
+{
+    const int lane = threadIdx.x % MIL_WARP, unit = threadIdx.x % GROUP_THREADS / MIL_WARP * 2 + lane % 2;
+    __syncwarp();
+#pragma unroll 1
+    for (int row = lane / 2; row < CHUNK; row += MIL_WARP / 2) {
+        if ((unsigned)(token + row) < (unsigned)count) {
+            *(uint4 *)(y + (token + row) * stride + unit * 8) =
+                *(const uint4 *)((const char *)panel + panel_place<CHUNK>(row, unit));
+        }
     }
 }
 
@@ -396,55 +645,66 @@ each_of_H(int head_dim, float (&H)[N / 2], Move move)
     }
 }
 
-template <typename T, int N, bool PAIRS, bool OUTPUT>
-static __device__ __forceinline__ void
-hold(const chunk_arguments &c, const mil_tails &tails, bool given, const hopper_place &p,
-     hopper_memory<T, N, PAIRS> &m)
+/* A holder's head, and its first column there. */
+template <bool PAIRS>
+static __device__ __forceinline__ int
+find_head(const hopper_place &p)
 {
-    constexpr int STAGES = hopper_memory<T, N, PAIRS>::STAGES, DECAYS = hopper_memory<T, N, PAIRS>::DECAYS;
+    return PAIRS ? p.head + (int)threadIdx.x / GROUP_THREADS : p.head;
+}
+
+template <bool PAIRS>
+static __device__ __forceinline__ int
+find_column(const hopper_place &p)
+{
+    return PAIRS ? p.slice * 64 : p.slice * 128 + (int)threadIdx.x / GROUP_THREADS * 64;
+}
+
+template <typename T, int N, bool PAIRS>
+static __device__ __forceinline__ void
+hold_outputs(const chunk_arguments &c, const CUtensorMap *y_map, const mil_tails &tails, bool given,
+             const hopper_place &p, hopper_memory<T, N, PAIRS, true> &m)
+{
     const ssd_arguments &a = c.ssd;
-    const int group = threadIdx.x / GROUP_THREADS, warp = threadIdx.x % GROUP_THREADS / MIL_WARP;
-    const int head = PAIRS ? p.head + group : p.head;
-    const int column = PAIRS ? p.slice * 64 : p.slice * 128 + group * 64; /* the group's first in its head */
+    const int group = threadIdx.x / GROUP_THREADS, thread = threadIdx.x % GROUP_THREADS;
+    const int head = find_head<PAIRS>(p), column = find_column<PAIRS>(p);
     const int64_t size = (int64_t)N * a.head_dim;
     float *state = given ? tails.state + head * size + column : NULL;
-    float *segment_state = c.segment_states + find_segment(c, head, p.segment) * size + column;
     const float D = a.D[head];
-    T *y = (T *)a.y + p.row * a.y_stride + head * a.head_dim + column + warp * 16;
     float H[N / 2];
     {
-        const float *from = !OUTPUT ? NULL : c.segments == 1 ? state : segment_state;
+        const float *from =
+            c.segments == 1 ? state : c.segment_states + find_segment(c, head, p.segment) * size + column;
         each_of_H<N>(a.head_dim, H, [&](int at, float &h) { h = from == NULL ? 0.0f : from[at]; });
     }
 #pragma unroll 1
     for (int n = 0; p.first + n < p.end; n++) {
-        const int stage = n % STAGES, chunk = p.first + n;
-        const chunk_decays &decays = m.decays[n % DECAYS][PAIRS ? group : 0];
+        const int stage = m.stage_of(n), token = (p.first + n) * CHUNK - p.before;
+        const bool whole = token >= 0 && token + CHUNK <= p.count; /* all of the chunk is this call's */
+        const chunk_decays &decays = m.decays[stage][PAIRS ? group : 0];
         T *x_panel = m.x[stage][group];
         const uint32_t B = shared_address(m.B[stage]), C = shared_address(m.C[stage]),
                        scores = shared_address(m.scores[n % SCORES][PAIRS ? group : 0]);
-        float Y[CHUNK / 2];
+        float Y[CHUNK / 2], of_H[CHUNK / 2];
         uint32_t left[N / 16][4], x[4][4], weighed[4][4];
-        if constexpr (OUTPUT) {
 #pragma unroll
-            for (int i = 0; i < N / 4; i++) {
-                left[i / 4][i % 4] = pack<T>(H[2 * i], H[2 * i + 1]);
-            }
+        for (int i = 0; i < N / 4; i++) {
+            left[i / 4][i % 4] = pack<T>(H[2 * i], H[2 * i + 1]);
         }
-        phase_wait(&m.full[stage], n / STAGES % 2); /* long since; but it is what shows the copies */
-        phase_wait(&m.ready[stage], n / STAGES % 2);
+        phase_wait(&m.full[stage], m.parity_of(n));
         const float last = decays.last;
 #pragma unroll
         for (int i = 0; i < N / 2; i++) {
             H[i] *= last;
         }
-        if constexpr (OUTPUT) {
-            wgmma_begin();
+        wgmma_begin();
 #pragma unroll
-            for (int k = 0; k < N / 16; k++) {
-                multiply_straight<T>(Y, left[k], wgmma_factor(C + k / 4 * PANEL * 2 + k % 4 * 32, 16), k > 0);
-            }
-            wgmma_commit();
+        for (int k = 0; k < N / 16; k++) {
+            multiply_straight<T>(of_H, left[k], wgmma_factor(C + k / 4 * PANEL * 2 + k % 4 * 32, 16), k > 0);
+        }
+        wgmma_commit();
+        if (!whole) {
+            phase_wait(&m.ready[stage], m.parity_of(n)); /* what no copy brings */
         }
         load_x(x_panel, x);
         weigh_x<T>(decays, x, weighed);
@@ -454,81 +714,173 @@ hold(const chunk_arguments &c, const mil_tails &tails, bool given, const hopper_
         for (int k = 0; k < CHUNK / 16; k++) {
             wgmma_registers<T>(H, weighed[k], wgmma_factor(B + k * 16 * 128, PANEL * 2));
         }
-        wgmma_commit(); /* where nothing of the chunk folds, it is the last and H is not used again */
-        if constexpr (OUTPUT) {
-            wgmma_wait<1>(Y);
-            scale_output<T>(decays, D, x, Y);
-            wgmma_hold(Y);
-            wgmma_begin();
-#pragma unroll
-            for (int k = 0; k < CHUNK / 16; k++) {
-                multiply_straight<T>(Y, x[k], wgmma_factor(scores + k * 32, 16), 1);
-            }
-            wgmma_commit();
-            wgmma_wait<0>(Y);
-            store_output<T>(Y, x_panel, y, a.y_stride, chunk * CHUNK - p.before, p.count);
+        wgmma_commit();
+        if (thread == 0 && n > 0) { /* its warp's part of the chunk before, which has left by now */
+            wait_for_given();
+            phase_arrive(&m.free[m.stage_of(n - 1)]);
         }
-        wgmma_wait<0>(H);
+        begin_output<T>(D, x, Y);
+        wgmma_wait<1>(of_H);
+        phase_wait(&m.ready[stage], m.parity_of(n));
+        wgmma_hold(Y);
+        wgmma_begin();
+#pragma unroll
+        for (int k = 0; k < CHUNK / 16; k++) {
+            multiply_straight<T>(Y, x[k], wgmma_factor(scores + k * 32, 16), 1);
+        }
+        wgmma_commit();
+        wgmma_wait<0>(Y);
+        wgmma_hold(H);
+        finish_output<T>(decays, of_H, Y, x_panel);
+        if (whole) {
+            wgmma_publish();
+            meet_group();
+            if (thread == 0) {
+                give_panel(y_map, head * a.head_dim + column, (int)p.row + token, shared_address(x_panel));
+            }
+        }
+        else {
+            store_rows(x_panel, (T *)a.y + p.row * a.y_stride + head * a.head_dim + column, a.y_stride, token,
+                       p.count);
+        }
         __syncwarp();
-        if (threadIdx.x % MIL_WARP == 0) {
+        if (thread % MIL_WARP == 0 && thread > 0) {
             phase_arrive(&m.free[stage]);
         }
-        if (OUTPUT && state != NULL && chunk == (p.folded - 1) / CHUNK && p.folded > 0) {
-            each_of_H<N>(a.head_dim, H, [&](int at, float &h) { state[at] = h; });
-        }
     }
-    if constexpr (!OUTPUT) {
-        each_of_H<N>(a.head_dim, H, [&](int at, float &h) { segment_state[at] = h; });
+    if (thread == 0) {
+        wait_for_given();
+    }
+    if (state != NULL && p.folded > p.first * CHUNK && p.folded <= p.end * CHUNK) {
+        each_of_H<N>(a.head_dim, H, [&](int at, float &h) { state[at] = h; });
     }
 }
 
-/* Grid: (segments, slices of a head), heads or pairs of heads, sequences. */
-template <typename T, int N, bool PAIRS, bool OUTPUT>
-static __global__ void
-__launch_bounds__(THREADS, 1)
-    ssd_hopper_kernel(const __grid_constant__ chunk_arguments c, const __grid_constant__ mil_states states,
-                      const __grid_constant__ hopper_maps maps)
+/* What the segment adds to a state: while a chunk's products are under way, the next one's are asked for. */
+template <typename T, int N, bool PAIRS>
+static __device__ __forceinline__ void
+hold_folds(const chunk_arguments &c, const hopper_place &p, hopper_memory<T, N, PAIRS, false> &m)
 {
-#if MIL_HAS_WGMMA
-    extern __shared__ __align__(1024) char shared[];
-    auto &m = *reinterpret_cast<hopper_memory<T, N, PAIRS> *>(shared);
-    const ssd_arguments &a = c.ssd;
-    const mil_tails &tails = states.of[blockIdx.z];
-    hopper_place p;
-    p.slice = blockIdx.x % a.slices;
-    p.segment = blockIdx.x / a.slices;
-    p.head = PAIRS ? 2 * blockIdx.y : blockIdx.y;
-    if (threadIdx.x < hopper_memory<T, N, PAIRS>::STAGES) {
+    const int group = threadIdx.x / GROUP_THREADS, head = find_head<PAIRS>(p);
+    float H[N / 2] = {};
+    wgmma_hold(H);
+#pragma unroll 1
+    for (int n = 0; n < p.end - p.first; n++) {
+        const int stage = m.stage_of(n);
+        const uint32_t x = shared_address(m.x[stage][group]), B = shared_address(m.B[stage]);
+        phase_wait(&m.full[stage], m.parity_of(n));
+        phase_wait(&m.ready[stage], m.parity_of(n));
+        wgmma_begin();
+#pragma unroll
+        for (int k = 0; k < CHUNK / 16; k++) {
+            multiply_turned<T>(H, wgmma_factor(x + k * 16 * 128, 16),
+                               wgmma_factor(B + k * 16 * 128, PANEL * 2));
+        }
+        wgmma_commit();
+        let_run<1>();
+        if (n > 0 && threadIdx.x % MIL_WARP == 0) {
+            phase_arrive(&m.free[m.stage_of(n - 1)]);
+        }
+    }
+    wgmma_wait<0>(H);
+    const int64_t size = (int64_t)N * c.ssd.head_dim;
+    float *state = c.segment_states + find_segment(c, head, p.segment) * size + find_column<PAIRS>(p);
+    each_of_H<N>(c.ssd.head_dim, H, [&](int at, float &h) { state[at] = h; });
+}
+
+/* ---- kernels ------------------------------------------------------------------------------------------------------- */
+
+/* What the block is to do; false if nothing. */
+template <typename T, int N, bool PAIRS, bool OUTPUT>
+static __device__ __forceinline__ bool
+begin_block(const chunk_arguments &c, bool given, hopper_memory<T, N, PAIRS, OUTPUT> &m, mil_span &span,
+            hopper_place &p)
+{
+    if (threadIdx.x < m.STAGES) {
         phase_init(&m.full[threadIdx.x], 1);
         phase_init(&m.ready[threadIdx.x], GROUP_THREADS);
         phase_init(&m.free[threadIdx.x], HOLDERS * GROUP_THREADS / MIL_WARP);
         wgmma_publish();
     }
-    __syncthreads();
     mil_wait();
-    const mil_span span = mil_span_of(a.rows, a.first + blockIdx.z);
+    span = share_span(c.ssd);
     const int total = span.before + (int)span.count, chunks = (total + CHUNK - 1) / CHUNK;
+    p.slice = blockIdx.x % c.ssd.slices;
+    p.segment = blockIdx.x / c.ssd.slices;
+    p.head = PAIRS ? 2 * blockIdx.y : blockIdx.y;
     p.before = span.before;
     p.count = (int)span.count;
-    p.folded = states.given ? (int)(span.after - span.boundary) : total;
+    p.folded = given ? (int)(span.after - span.boundary) : total;
     p.first = p.segment * c.segment_chunks;
     p.end = min(chunks, p.first + c.segment_chunks);
     p.row = span.row;
-    if (span.count < a.least || p.first >= chunks || (!OUTPUT && p.end == chunks)) {
-        return; /* nothing follows the last segment's own state */
+    return span.count >= c.ssd.least && p.first < chunks &&
+           (OUTPUT || p.end < chunks); /* nothing follows the last segment's own state */
+}
+
+/* The folds of each segment alone. Grid: (segments, slices of a head), heads or pairs of heads, sequences. */
+template <typename T, int N, bool PAIRS>
+static __global__ void
+__launch_bounds__(FOLD_THREADS, 1) ssd_hopper_folds_kernel(const __grid_constant__ chunk_arguments c,
+                                                           const __grid_constant__ mil_states states,
+                                                           const __grid_constant__ hopper_maps maps)
+{
+#if MIL_HAS_WGMMA
+    extern __shared__ __align__(1024) char shared[];
+    auto &m = *reinterpret_cast<hopper_memory<T, N, PAIRS, false> *>(shared);
+    mil_span span;
+    hopper_place p;
+    if (!begin_block(c, states.given, m, span, p)) {
+        return;
+    }
+    const hopper_columns columns = find_columns<N, PAIRS>(c.ssd, p);
+    if (threadIdx.x == FOLD_THREADS - MIL_WARP) {
+#pragma unroll 1
+        for (int n = 0; n < p.end - p.first; n++) {
+            feed_chunk(c, maps, columns, p, n, m);
+        }
+    }
+    else if (threadIdx.x < HOLDERS * GROUP_THREADS) {
+        hold_folds(c, p, m);
+    }
+    else if (threadIdx.x < FOLD_THREADS - MIL_WARP) {
+        prepare_folds(c, states.of[blockIdx.z], columns, p, m);
+    }
+    mil_trigger();
+#else
+    __trap(); /* the launcher asks for the architecture; setup.py and make build it as sm_90a */
+#endif
+}
+
+/* Folds and outputs. The same grid. */
+template <typename T, int N, bool PAIRS>
+static __global__ void
+__launch_bounds__(OUTPUT_THREADS, 1)
+    ssd_hopper_kernel(const __grid_constant__ chunk_arguments c, const __grid_constant__ mil_states states,
+                      const __grid_constant__ hopper_maps maps)
+{
+#if MIL_HAS_WGMMA
+    extern __shared__ __align__(1024) char shared[];
+    auto &m = *reinterpret_cast<hopper_memory<T, N, PAIRS, true> *>(shared);
+    const ssd_arguments &a = c.ssd;
+    const mil_tails &tails = states.of[blockIdx.z];
+    mil_span span;
+    hopper_place p;
+    if (!begin_block(c, states.given, m, span, p)) {
+        return;
     }
     if (threadIdx.x >= HOLDERS * GROUP_THREADS) {
         group_give_registers<REGISTERS_TO_PREPARE>();
-        prepare<T, N, PAIRS, OUTPUT>(c, maps, tails, span, p, m);
+        prepare_scores(c, maps, tails, find_columns<N, PAIRS>(a, p), p, m);
         group_take_registers<REGISTERS>();
     }
     else {
         group_take_registers<REGISTERS_TO_HOLD>();
-        hold<T, N, PAIRS, OUTPUT>(c, tails, states.given, p, m);
+        hold_outputs(c, &maps.y, tails, states.given, p, m);
         group_give_registers<REGISTERS>();
     }
     mil_trigger();
-    if (OUTPUT && states.given && p.segment == 0) {
+    if (states.given && p.segment == 0) {
 #pragma unroll 1
         for (int i = 0; i < (PAIRS ? 2 : 1); i++) {
             window_place w = {};
@@ -541,7 +893,7 @@ __launch_bounds__(THREADS, 1)
         }
     }
 #else
-    __trap(); /* the launcher asks for the architecture; setup.py and make build it as sm_90a */
+    __trap(); /* as above */
 #endif
 }
 
@@ -560,11 +912,16 @@ launch(mil_context *context, const chunk_arguments *c, const mil_states *states,
                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, &maps.B));
     MIL_TRY(mil_map_panels(context, a.C, a.rows_count, (int64_t)a.C_groups * N, a.C_stride, CHUNK,
                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, &maps.C));
+    MIL_TRY(mil_map_panels(context, a.y, a.rows_count, (int64_t)a.heads * a.head_dim, a.y_stride, CHUNK,
+                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, &maps.y));
     const dim3 grid((unsigned)(c->segments * c->ssd.slices), (unsigned)(c->ssd.heads / (PAIRS ? 2 : 1)),
                     (unsigned)sequences);
-    return mil_launch(context, "ssd",
-                      outputs ? ssd_hopper_kernel<T, N, PAIRS, true> : ssd_hopper_kernel<T, N, PAIRS, false>,
-                      grid, dim3(THREADS), sizeof(hopper_memory<T, N, PAIRS>), *c, *states, maps);
+    if (!outputs) {
+        return mil_launch(context, "ssd", ssd_hopper_folds_kernel<T, N, PAIRS>, grid, dim3(FOLD_THREADS),
+                          sizeof(hopper_memory<T, N, PAIRS, false>), *c, *states, maps);
+    }
+    return mil_launch(context, "ssd", ssd_hopper_kernel<T, N, PAIRS>, grid, dim3(OUTPUT_THREADS),
+                      sizeof(hopper_memory<T, N, PAIRS, true>), *c, *states, maps);
 }
 
 bool

@@ -54,6 +54,20 @@ make_case(harness *h, const ssd_case *given, ssd_parameters *p)
     return c;
 }
 
+/* Prompts of several segments, and one of one; behind states with tails, and alone. */
+static void
+test_segments(harness *h, const mixer_case *c)
+{
+    if (!harness_turn(h)) {
+        return;
+    }
+    static const int64_t streams[] = {1, 2, 3};
+    static const mixer_call calls[] = {{{5, 1, 0}, {}}, {{1100, 1400, 500}, {}}, {{3, 4, 1}, {}}};
+    mixer_session(h, c, 3, streams, calls, sizeof calls / sizeof *calls, false, true, NULL);
+    mixer_session(h, c, 3, streams, calls + 1, 1, true, true, NULL);
+    harness_reset(h);
+}
+
 int
 main(void)
 {
@@ -74,6 +88,10 @@ main(void)
             mixer_test_parity(&h, &c);
             c = make_case(&h, &cases[i], &p);
             mixer_test_bits(&h, &c);
+            if (types[t] != MIL_F32) {
+                c = make_case(&h, &cases[i], &p);
+                test_segments(&h, &c);
+            }
         }
         harness_close(&h);
     }
