@@ -178,6 +178,35 @@ add(attention_case *c, int64_t count, int64_t past)
     c->past[c->sequences++] = past;
 }
 
+/* So many texts that a block serves a whole key head; check_bits has clusters do them again. */
+static void
+test_many(harness *h)
+{
+    static const struct {
+        const char *name;
+        int64_t heads, kv_heads, head_dim, window, count, longest;
+    } cases[] = {
+        {"140 texts of up to 1200 tokens", 16, 8, 64, 0, 1, 1200},
+        {"140 texts of up to 300 tokens", 32, 8, 128, 0, 1, 300},
+        {"140 texts of up to 60 tokens", 8, 8, 128, 0, 1, 60},
+        {"140 texts, 4 rows", 32, 8, 128, 0, 4, 300},
+        {"140 texts, 5 rows", 32, 8, 128, 0, 5, 300},
+        {"140 texts, 4 rows, group 8", 64, 8, 64, 0, 4, 300},
+        {"140 texts, 2 rows, group 8", 64, 8, 64, 0, 2, 300},
+        {"140 texts, window of 100", 16, 8, 64, 100, 1, 500},
+        {"140 texts, 5 rows, window of 50", 32, 8, 64, 50, 5, 300},
+        {"140 texts, 3 rows, window of 400", 32, 8, 64, 400, 3, 1200},
+        {"140 texts, head_dim 80", 16, 8, 80, 0, 1, 300},
+    };
+    for (const auto &of : cases) {
+        attention_case c = make_case(of.name, of.heads, of.kv_heads, of.head_dim, of.window, true);
+        for (int i = 0; i < 140; i++) {
+            add(&c, i % 5 == 4 ? 1 : of.count, (i * 101 + 100) % 140 * of.longest / 140);
+        }
+        test_case(h, &c);
+    }
+}
+
 static void
 test_decoding(harness *h)
 {
@@ -240,6 +269,9 @@ test_decoding(harness *h)
         add(&c, 1, i * 7 % 200);
     }
     test_case(h, &c);
+    if (h->act != MIL_F32) { /* whose kernel knows no difference */
+        test_many(h);
+    }
     c = make_case("odd head_dim", 4, 2, 33, 0, true);
     add(&c, 3, 200);
     test_case(h, &c);
