@@ -264,6 +264,11 @@ test_decoding(harness *h)
         add(&c, 1 + i % 3, i * 13 % 400);
     }
     test_case(h, &c);
+    c = make_case("70 sequences, one far longer", 4, 2, 64, 0, true);
+    for (int i = 0; i < 70; i++) {
+        add(&c, 1 + i % 3, i == 40 ? 2500 : i * 13 % 400);
+    }
+    test_case(h, &c);
     c = make_case("256 sequences", 4, 1, 32, 0, true);
     for (int i = 0; i < 256; i++) {
         add(&c, 1, i * 7 % 200);
