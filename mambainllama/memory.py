@@ -45,8 +45,8 @@ _FEWER_ROWS = (4096, 2048, 1024, 512, 256, 128, 64, 16)
 _ROWS_WORTH_TEXTS = 1024
 #: A device hands out larger blocks in multiples of this.
 _PAGE = 2 * MiB
-#: Operators' own workspace on CUDA: cuBLASLt's 32 MiB, the segments of a long SSD.
-_OPERATORS = 64 * MiB
+#: Operators' own workspace on CUDA: cuBLASLt's 32 MiB, decays and segments of a long SSD.
+_OPERATORS = 96 * MiB
 #: Instantiated graphs of recorded steps and the kernels that a first call loads.
 _RECORDINGS = 96 * MiB
 #: What a plan leaves alone on a GPU (at most a sixteenth of it).
