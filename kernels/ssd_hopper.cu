@@ -6,16 +6,16 @@
  *
  *   third    x, B, C and decays into shared memory (copies in the background, two or three chunks ahead), and scores
  *            C B^T [64, 64], weighted and rounded
- *   others   Y^T = h (H^T C^T) + D x^T + x^T S^T, left operands from registers: H^T as it is, rounded, x^T by ldmatrix;
- *            H^T = h_last H^T + (to_end x)^T B right behind the first product, so that it runs while Y^T is scaled; and
- *            Y^T goes out through x's place
+ *   others   h (H^T C^T), H^T = h_last H^T + (to_end x)^T B, and Y^T = D x^T + x^T S^T, products right behind each other,
+ *            left operands from registers: H^T as it is, rounded, x^T by ldmatrix.  The scores are needed last.  Y^T goes
+ *            out through x's place
  *
  * Where folds alone are asked for, two groups weigh x in its place, and two multiply, H^T = H^T + x^T B.
  * Chunks come last first: the decay to the segment's end is in the weights then, and H^T waits for no factor.
  *
  * What a chunk needs passes from the third group to the others and back by barriers in shared memory, so the two
  * holders are apart from each other: one computes while the other's products run.  A block has a multiprocessor of its own:
- * H^T, Y^T and their operands are 160 registers a thread, of which the third group gives some of its own.
+ * H^T, Y^T and their operands are 190 registers a thread, of which the third group gives some of its own.
  */
 
 #include "panel_map.cuh"
@@ -348,8 +348,8 @@ for_own_warp(Work work)
     }
 }
 
-/* What the scores of a thread are multiplied by.  Its warp has the rows of block WARP of the chunk, of which the thread has two;
- * left of the diagonal tiles a decay is two factors: from the token to the block, and from there. */
+/* What the scores of a thread are multiplied by.  Its warp has the rows of a block of the chunk, of which the thread has two.
+ * Left of the block's diagonal tiles a decay is two factors: from the token to the block, and from there. */
 struct score_weights {
     float from_block[2];                    /* to each row */
     float to_block[(CHUNK - BLOCK) / 8][2]; /* of two columns a tile, times dt */
@@ -385,10 +385,9 @@ static __device__ __forceinline__ void
 place_scores(const float (&s)[CHUNK / 2], const score_weights &w, T *tile)
 {
     const int lane = threadIdx.x % MIL_WARP;
-    auto row_of = [&](int tile_column) { /* the lane's, of four matrices of two tiles */
-                                         return shared_address(tile) +
-                                                panel_place<CHUNK>(16 * WARP + lane % 16,
-                                                                   tile_column + lane / 16);
+    /* The lane's row of the four matrices of two tiles. */
+    auto row_of = [&](int tile_column) {
+        return shared_address(tile) + panel_place<CHUNK>(BLOCK * WARP + lane % 16, tile_column + lane / 16);
     };
 #pragma unroll
     for (int j = 0; j < 2 * WARP; j += 2) {
@@ -452,8 +451,8 @@ prepare_scores(const chunk_arguments &c, const hopper_maps &maps, const mil_tail
     begin(0);
 #pragma unroll 1
     for (int n = 0; n < p.end - p.first; n++) {
-        const int stage = m.stage_of(n),
-                  before = n - SCORES; /* the chunk that had this one's scores' place */
+        const int stage = m.stage_of(n);
+        const int before = n - SCORES; /* the chunk that had the place of this one's scores */
         score_weights weights;
 #pragma unroll
         for (int i = 0; i < m.HEADS; i++) {
@@ -532,9 +531,8 @@ prepare_folds(const chunk_arguments &c, const mil_tails &tails, const hopper_col
     for (int n = which; n < count; n += WEIGHERS) {
         complete_chunk(c.ssd, tails, columns, p, n, m);
         weigh_chunk(m.stage_of(n), after, m);
-        for (int next = n; next < min(n + WEIGHERS, count);
-             next++) { /* while they are there: none leaves before this one */
-            pass(next);
+        for (int next = n; next < min(n + WEIGHERS, count); next++) {
+            pass(next); /* before this one is announced: none of them leaves its place before it */
         }
         wgmma_publish();
         phase_arrive(&m.ready[m.stage_of(n)]);
