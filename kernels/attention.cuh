@@ -90,6 +90,13 @@ mil_status
 mil_attention_list_caches(mil_context *context, const mil_kv_cache *caches, int64_t sequences,
                           cache_list *out);
 
+/* attention_decode.cu: the sequences of at most MIL_WINDOW rows, `longest` the most of one, with caches, where
+ * types and places are as below and the GPU has clusters (*done).  `texts`: how many of the longest cache they
+ * would be. */
+mil_status
+mil_attention_decode(mil_context *context, const attention_arguments *a, int64_t longest, int64_t texts,
+                     bool *done);
+
 /* attention_prefill.cu: the sequences of more than MIL_WINDOW rows, `longest` the most of one, where 16-bit
  * keys and queries are of the activation type, lie at multiples of 16 bytes, and head_dim is a multiple of
  * 8. */
