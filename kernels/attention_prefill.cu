@@ -1,5 +1,5 @@
-/* Attention of many rows a sequence: prompts, in one piece or in chunks upon a cache (kernels/attention.cu:
- * decoding; kernels/attention_hopper.cu: the same on Hopper's tensor cores, in other units).
+/* Attention of many rows a sequence: prompts, in one piece or in chunks upon a cache (attention_decode.cu:
+ * decoding; attention_hopper.cu: the same on Hopper's tensor cores, in other units).
  *
  * Flash attention (Dao 2023): a block owns 64 or 128 query positions of one head and walks the tiles of
  * keys that they see with a running maximum and sum a row, so that scores never leave registers.
