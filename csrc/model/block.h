@@ -30,8 +30,7 @@ typedef struct mil_mixer_saved {
     void *x_normed;      /* the same after the RMS norms */
     void *dt_low, *dt;   /* Mamba-1: [rows, dt_rank], [rows, inner] */
     void *scanned;       /* Mamba-2 [rows, inner] before the gated norm */
-    mil_norm last_norm; /* Mamba-2, where it has one: of scanned, into features; done by the output product */
-    void *features;     /* [rows, inner] what the output product reads */
+    void *features;      /* [rows, inner] what the output product reads */
 } mil_mixer_saved;
 
 typedef struct mil_mlp_saved {

@@ -69,15 +69,14 @@ mil_project(const mil_pass *pass, const mil_norm *norm, const mil_linear *produc
     return gate == NULL ? MIL_OK : ops->glu_forward(pass->context, gate);
 }
 
-/* The output product of a mixer or MLP: y (+)= x W^T + bias into the residual stream.  `norm`: what makes x, or NULL. */
+/* The output product of a mixer or MLP: y (+)= x W^T + bias into the residual stream. */
 static mil_status
-output_product(const mil_pass *pass, const mil_norm *norm, const mil_parameter *weight,
-               const mil_parameter *bias, const void *x, void *y, bool accumulate)
+output_product(const mil_pass *pass, const mil_parameter *weight, const mil_parameter *bias, const void *x,
+               void *y, bool accumulate)
 {
     mil_linear out = product(pass, weight, bias, x, weight->shape[1], y);
     out.accumulate = accumulate;
-    return norm == NULL ? pass->context->ops->linear_forward(pass->context, &out, 1)
-                        : mil_project(pass, norm, &out, 1, NULL);
+    return pass->context->ops->linear_forward(pass->context, &out, 1);
 }
 
 /* Backward of product(): parameter gradients added, grad_x (NULL: not wanted) written or added to. */
@@ -498,8 +497,8 @@ mamba2_mixer_forward(mil_pass *pass, int64_t layer, mil_mixer_saved *saved)
         mil_glu gate = mamba2_gate(pass, l, saved);
         return context->ops->glu_forward(context, &gate);
     }
-    saved->last_norm = mamba2_norm(pass, l, saved);
-    return MIL_OK;
+    mil_norm norm = mamba2_norm(pass, l, saved);
+    return context->ops->norm_forward(context, &norm);
 }
 
 static mil_status
@@ -921,8 +920,7 @@ mil_mixer_forward(mil_pass *pass, int64_t layer, const void *x, void *y, bool ac
     }
     const mil_parameter *weight, *bias;
     output_parameters(l, &weight, &bias);
-    const mil_norm *norm = saved->last_norm.y != NULL ? &saved->last_norm : NULL;
-    return output_product(pass, norm, weight, bias, saved->features, y, accumulate);
+    return output_product(pass, weight, bias, saved->features, y, accumulate);
 }
 
 mil_status
@@ -995,7 +993,7 @@ mil_mlp_forward(mil_pass *pass, int64_t layer, const void *x, void *y, bool accu
     }
     mil_glu glu = mlp_glu(pass, c, saved);
     MIL_TRY(mil_project(pass, &norm, products, c->gated ? 2 : 1, &glu));
-    return output_product(pass, NULL, l->p[MIL_P_DOWN], l->p[MIL_P_DOWN_BIAS], saved->product, y, accumulate);
+    return output_product(pass, l->p[MIL_P_DOWN], l->p[MIL_P_DOWN_BIAS], saved->product, y, accumulate);
 }
 
 mil_status
