@@ -122,7 +122,8 @@ __launch_bounds__(THREADS, GROUPS == 1 ? 3 : 2) thin_kernel(const __grid_constan
     using sums_type = tile_sums<T, W, GROUPS, UNROLL>;
     __shared__ float partial[MATRICES][WARPS][TILE][GROUPS * 8];
     extern __shared__ uint4 normed_rows[]; /* the rows, then the norm's weights */
-    const thin_output &o = GATED ? a.outputs[0] : output_of(a, (int)blockIdx.x);
+    const int product = GATED ? 0 : product_of(a, (int)blockIdx.x);
+    const thin_output &o = a.outputs[product];
     int warp = (int)threadIdx.x / MIL_WARP, lane = (int)threadIdx.x % MIL_WARP, g = lane / 4, t = lane % 4;
     int first = ((int)blockIdx.x - o.first_tile) * TILE;
     int k = warp * CHUNK<W> + PER_LOAD<W> * t;
@@ -138,6 +139,9 @@ __launch_bounds__(THREADS, GROUPS == 1 ? 3 : 2) thin_kernel(const __grid_constan
     }
     mil_trigger();
     mil_wait();
+    place<T, W, GATED> written;
+    const int out = first + written.column();
+    written.find(a, product, out, out < o.out);
     const T *x = (const T *)a.x;
     int64_t x_stride = a.x_stride;
     if constexpr (NORMED) {
@@ -171,12 +175,7 @@ __launch_bounds__(THREADS, GROUPS == 1 ? 3 : 2) thin_kernel(const __grid_constan
         sums[m].end(partial[m][warp], g, t);
     }
     __syncthreads();
-    if constexpr (GATED) {
-        write_gated<T>(a, first, partial[0], partial[1]);
-    }
-    else {
-        write_tile<T>(a, o, first, partial[0]);
-    }
+    written.write(a, &partial[0][0][0][0], GROUPS * 8);
 }
 
 /* float32: a warp takes inputs of its chunks for all outputs of the tile; lane (j, t) sums outputs j and j + 8 over every
@@ -185,12 +184,16 @@ static __global__ void
 __launch_bounds__(THREADS) thin_kernel_float(const __grid_constant__ thin_arguments a)
 {
     __shared__ float partial[WARPS][TILE][MIL_THIN_ROWS];
-    const thin_output &o = output_of(a, (int)blockIdx.x);
+    const int product = product_of(a, (int)blockIdx.x);
+    const thin_output &o = a.outputs[product];
     int warp = (int)threadIdx.x / MIL_WARP, lane = (int)threadIdx.x % MIL_WARP;
     int first = ((int)blockIdx.x - o.first_tile) * TILE;
     const float *x = (const float *)a.x;
     mil_trigger();
     mil_wait();
+    place<float, float, false> written;
+    const int out = first + written.column();
+    written.find(a, product, out, out < o.out);
     for (int row = 0; row < a.rows; row++) {
         for (int j = 0; j < TILE; j++) {
             const float *w = (const float *)o.weight + (int64_t)min(first + j, o.out - 1) * a.in;
@@ -205,7 +208,7 @@ __launch_bounds__(THREADS) thin_kernel_float(const __grid_constant__ thin_argume
         }
     }
     __syncthreads();
-    write_tile<float>(a, o, first, partial);
+    written.write(a, &partial[0][0][0], MIL_THIN_ROWS);
 }
 
 bool

@@ -356,62 +356,6 @@ put_sums(const float (&c)[CHAINS<W>][GROUPS][4], int rows, float *partial)
     }
 }
 
-/* The warps' partial sums of one output and row, in order. */
-static __device__ __forceinline__ float
-add_partial(const thin_output &o, int out, const float *partial, int pitch)
-{
-    float sum = 0.0f;
-#pragma unroll
-    for (int warp = 0; warp < WARPS; warp++) {
-        sum += partial[warp * TILE * pitch];
-    }
-    sum *= o.scale == NULL ? 1.0f : o.scale[out];
-    return sum + (o.bias == NULL ? 0.0f : o.bias[out]);
-}
-
-/* What this thread writes of a tile: an output of a row. */
-template <typename T, bool GATED>
-struct place {
-    int product, out; /* out: -1 if nothing */
-    T before;         /* the sum it is added to, read in time; as float32 it would be waited for there */
-
-    __device__ __forceinline__ void find(const thin_arguments &a, const share &mine, int tile)
-    {
-        const int column = (int)threadIdx.x % TILE, row = (int)threadIdx.x / TILE;
-        const int output = mine.first + tile * mine.size + column;
-        product = GATED ? 0 : product_of(a, output);
-        const thin_output &o = a.outputs[product];
-        out = column < mine.in_tile(tile) && row < a.rows ? output - o.first_tile : -1;
-        if (!GATED && out >= 0 && o.accumulate) {
-            before = ((const T *)o.y)[row * o.y_stride + out];
-        }
-    }
-
-    /* partial: of the first matrix, and of the second one `matrix` floats on. */
-    __device__ __forceinline__ void write(const thin_arguments &a, const float *partial, int matrix) const
-    {
-        if (out < 0) {
-            return;
-        }
-        const int row = (int)threadIdx.x / TILE, pitch = sums_pitch(a.rows);
-        const thin_output &o = a.outputs[product];
-        partial += (int)threadIdx.x % TILE * pitch + row;
-        const float sum = add_partial(o, out, partial, pitch);
-        if constexpr (GATED) {
-            const float up = mil_float(mil_round<T>(sum));
-            const float gate =
-                mil_float(mil_round<T>(add_partial(a.outputs[1], out, partial + matrix, pitch)));
-            ((T *)a.gated)[row * a.gated_stride + out] = mil_round<T>(mil_activate(a.activation, gate) * up);
-        }
-        else if (o.float_output) {
-            ((float *)o.y)[row * o.y_stride + out] = sum;
-        }
-        else {
-            ((T *)o.y)[row * o.y_stride + out] = mil_round<T>(o.accumulate ? mil_float(before) + sum : sum);
-        }
-    }
-};
-
 /* A lane's part of a segment of GROUPS * 8 rows of x, from its first row on; zeros beyond `rows` and beyond `units` chunks. */
 template <typename T, typename W, int GROUPS>
 struct x_segment {
@@ -484,6 +428,13 @@ struct multiplier {
         return (int)threadIdx.x % MIL_WARP;
     }
 
+    /* Whether there is such a tile.  One tile at a time is not asked for: weights' addresses are then known before the wait
+     * for them. */
+    __device__ __forceinline__ bool has(int tile) const
+    {
+        return TILES == 1 || tile < mine.tiles;
+    }
+
     /* The lane's units of a segment. */
     __device__ __forceinline__ int units_of(int segment) const
     {
@@ -514,7 +465,7 @@ struct multiplier {
             }
             const int units = units_of(segment);
 #pragma unroll
-            for (int i = 0; i < SETS && first + i / MATRICES < mine.tiles; i++) {
+            for (int i = 0; i < SETS && has(first + i / MATRICES); i++) {
                 phase_wait(&r.full[r.stage], r.parity);
                 consume<T, W, GROUPS>(r.row(lane() / 4) + weight, r.row_bytes, units, s.units, inputs, c[i]);
                 __syncwarp();
@@ -532,22 +483,25 @@ struct multiplier {
         const thin_arguments &a = s.thin;
         const int matrix = WARPS * TILE * sums_pitch(a.rows);
         for (int first = 0; first < mine.tiles; first += TILES) {
-            place<T, GATED> places[TILES];
+            place<T, W, GATED> places[TILES];
 #pragma unroll
-            for (int i = 0; i < TILES && first + i < mine.tiles; i++) {
-                places[i].find(a, mine, first + i);
+            for (int i = 0; i < TILES && has(first + i); i++) {
+                const int column = places[i].column(), output = mine.first + (first + i) * mine.size + column;
+                const int product = GATED ? 0 : product_of(a, output);
+                places[i].find(a, product, output - a.outputs[product].first_tile,
+                               column < mine.in_tile(first + i));
             }
             float c[SETS][CHAINS<W>][GROUPS][4] = {};
             multiply(first, c);
 #pragma unroll
-            for (int i = 0; i < TILES && first + i < mine.tiles; i++) {
+            for (int i = 0; i < TILES && has(first + i); i++) {
                 float *const partial = partials + (first + i) % 2 * MATRICES * matrix;
 #pragma unroll
                 for (int m = 0; m < MATRICES; m++) {
                     put_sums<W, GROUPS>(c[i * MATRICES + m], a.rows, partial + m * matrix);
                 }
                 meet(); /* once a tile: who still reads a buffer has not come to the next meeting */
-                places[i].write(a, partial, matrix);
+                places[i].write(a, partial, sums_pitch(a.rows));
             }
         }
     }

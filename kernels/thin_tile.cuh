@@ -116,58 +116,82 @@ add_chains(const float (&c)[CHAINS<W>][GROUPS][4], int group, int i)
     return CHAINS<W> == 1 ? c[0][group][i] : c[0][group][i] + c[CHAINS<W> - 1][group][i];
 }
 
-/* The warps' partial sums of one output, in order. */
-template <int ROWS>
-static __device__ __forceinline__ float
-add_partial(const thin_output &o, int out, const float (&partial)[WARPS][TILE][ROWS], int column, int row)
-{
-    float sum = 0.0f;
-#pragma unroll
-    for (int warp = 0; warp < WARPS; warp++) {
-        sum += partial[warp][column][row];
-    }
-    sum *= o.scale == NULL ? 1.0f : o.scale[out];
-    return sum + (o.bias == NULL ? 0.0f : o.bias[out]);
-}
+/* What a thread writes of a tile: one output of one row, whose sums the warps leave in partial[WARPS][TILE][pitch].  All that
+ * it takes besides is read by find(), which comes before the products: after them it would be waited for, by everybody. */
+template <typename T, typename W, bool GATED>
+struct place {
+    static constexpr int MATRICES = GATED ? 2 : 1;
+    static constexpr bool SCALED = sizeof(W) == 1;
 
-template <typename T, int ROWS>
-static __device__ __forceinline__ void
-write_tile(const thin_arguments &a, const thin_output &o, int first,
-           const float (&partial)[WARPS][TILE][ROWS])
-{
-    for (int i = (int)threadIdx.x; i < TILE * a.rows; i += THREADS) {
-        int column = i % TILE, row = i / TILE, out = first + column;
-        if (out >= o.out) {
-            continue;
+    int product, out; /* out: -1 if nothing */
+    float scale[MATRICES], bias[MATRICES];
+    T before; /* the sum it is added to */
+
+    static __device__ __forceinline__ int column()
+    {
+        return (int)threadIdx.x % TILE;
+    }
+
+    static __device__ __forceinline__ int row()
+    {
+        static_assert(TILE * MIL_THIN_ROWS <= THREADS, "a thread has one output");
+        return (int)threadIdx.x / TILE;
+    }
+
+    /* The thread's column of the tile is output `at` of a product, if it is `there`. */
+    __device__ __forceinline__ void find(const thin_arguments &a, int of, int at, bool there)
+    {
+        product = of;
+        out = there && row() < a.rows ? at : -1;
+        if (out < 0) {
+            return;
         }
-        float sum = add_partial(o, out, partial, column, row);
-        int64_t at = row * o.y_stride + out;
-        if (o.float_output) {
-            ((float *)o.y)[at] = sum;
+#pragma unroll
+        for (int m = 0; m < MATRICES; m++) {
+            const thin_output &o = a.outputs[product + m];
+            scale[m] = SCALED ? o.scale[out] : 1.0f;
+            bias[m] = o.bias == NULL ? 0.0f : o.bias[out];
+        }
+        const thin_output &o = a.outputs[product];
+        if (!GATED && o.accumulate) {
+            before = ((const T *)o.y)[row() * o.y_stride + out];
+        }
+    }
+
+    /* The warps' partial sums of matrix m, in order. */
+    __device__ __forceinline__ float add(const float *partial, int pitch, int m) const
+    {
+        const float *of_mine = partial + column() * pitch + row();
+        float sum = 0.0f;
+#pragma unroll
+        for (int warp = 0; warp < WARPS; warp++) {
+            sum += of_mine[warp * TILE * pitch];
+        }
+        return sum * scale[m] + bias[m];
+    }
+
+    /* Of a gated pair, the second matrix's partial sums stand behind the first's. */
+    __device__ __forceinline__ void write(const thin_arguments &a, const float *partial, int pitch) const
+    {
+        if (out < 0) {
+            return;
+        }
+        const thin_output &o = a.outputs[product];
+        const float sum = add(partial, pitch, 0);
+        if constexpr (GATED) { /* of both products as they would have been stored */
+            const float up = mil_float(mil_round<T>(sum));
+            const float gate = mil_float(mil_round<T>(add(partial + WARPS * TILE * pitch, pitch, 1)));
+            ((T *)a.gated)[row() * a.gated_stride + out] =
+                mil_round<T>(mil_activate(a.activation, gate) * up);
+        }
+        else if (o.float_output) {
+            ((float *)o.y)[row() * o.y_stride + out] = sum;
         }
         else {
-            T *y = (T *)o.y + at;
-            *y = mil_round<T>(o.accumulate ? sum + mil_float(*y) : sum);
+            ((T *)o.y)[row() * o.y_stride + out] = mil_round<T>(o.accumulate ? mil_float(before) + sum : sum);
         }
     }
-}
-
-/* act(gate) * up of both products as they would have been stored. */
-template <typename T, int ROWS>
-static __device__ __forceinline__ void
-write_gated(const thin_arguments &a, int first, const float (&up)[WARPS][TILE][ROWS],
-            const float (&gate)[WARPS][TILE][ROWS])
-{
-    const thin_output &o = a.outputs[0];
-    for (int i = (int)threadIdx.x; i < TILE * a.rows; i += THREADS) {
-        int column = i % TILE, row = i / TILE, out = first + column;
-        if (out < o.out) {
-            float u = mil_float(mil_round<T>(add_partial(o, out, up, column, row)));
-            float v = mil_float(mil_round<T>(add_partial(a.outputs[1], out, gate, column, row)));
-            ((T *)a.gated)[row * a.gated_stride + out] = mil_round<T>(mil_activate(a.activation, v) * u);
-        }
-    }
-}
+};
 
 /* The same by thin_stream.cu, where that is possible (*done): x is in place, or the norm is to come first. */
 mil_status
