@@ -82,6 +82,7 @@ COMPANION_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+_COMPANION_FOLDER = "additional_chat_templates"  # of named templates, NAME.jinja
 
 
 # ---- JSON ----------------------------------------------------------------------------------------
@@ -513,8 +514,8 @@ def write_folder(
         os.chmod(temporary, 0o777 & ~_umask())
         _write_weights(temporary, tensors, shard_bytes)
         for name, content in (companions or {}).items():
-            with open(temporary / os.path.basename(name), "wb") as file:
-                file.write(content)
+            (temporary / name).parent.mkdir(exist_ok=True)
+            (temporary / name).write_bytes(content)
         if mamba_config is not None:
             _write_json(temporary / "mamba_config.json", mamba_config)
         _write_json(temporary / "config.json", config)
@@ -564,26 +565,34 @@ def _move_into_place(temporary: Path, folder: Path) -> None:
     except OSError:
         if not folder.is_dir():
             raise
-    fresh = sorted(path.name for path in temporary.iterdir())
+    fresh = {str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file()}
     # Weights come before the configuration that describes them; other people's files stay.
-    for name in sorted(fresh, key=lambda name: name.endswith(".json")):
+    for name in sorted(fresh, key=lambda name: (name.endswith(".json"), name)):
+        (folder / name).parent.mkdir(exist_ok=True)
         os.replace(temporary / name, folder / name)
     # What the old checkpoint had and the new one has not would be read along with it.
     stale = {_SINGLE, _INDEX, "mamba_config.json"} | {
         path.name for path in folder.glob("model-*-of-*.safetensors")
     }
-    if set(COMPANION_FILES) & set(fresh):  # one model's chat template is not another's
-        stale.update(COMPANION_FILES)
-    for name in stale - set(fresh):
+    if set(COMPANION_FILES) & fresh:  # one model's chat template is not another's
+        stale.update(COMPANION_FILES, _named_templates(folder))
+    for name in stale - fresh:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(folder / name)
     _sync_folder(folder)
 
 
+def _named_templates(folder: Path) -> list[str]:
+    """Names of a folder's further chat templates, as seen from it."""
+    return sorted(
+        str(path.relative_to(folder)) for path in (folder / _COMPANION_FOLDER).glob("*.jinja")
+    )
+
+
 def read_companions(folder: Path) -> dict[str, bytes]:
-    """The tokenizer files, chat template and generation settings of a checkpoint folder."""
+    """The tokenizer files, chat templates and generation settings of a checkpoint folder."""
     found = {}
-    for name in COMPANION_FILES:
+    for name in (*COMPANION_FILES, *_named_templates(folder)):
         with contextlib.suppress(NotFoundError):
             found[name] = read_file(folder / name)
     return found

@@ -93,13 +93,18 @@ class Tokenizer:
 
     def files(self) -> dict[str, bytes]:
         """The files that `load` reads, by name: for a model whose checkpoint came without them."""
-        config = {name: getattr(self, name) for name in _SPECIAL_NAMES if getattr(self, name)}
-        files = {
-            "tokenizer.json": self.backend.to_str(pretty=True).encode(),
-            "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False).encode(),
+        config: dict[str, Any] = {
+            name: getattr(self, name) for name in _SPECIAL_NAMES if getattr(self, name)
         }
-        if self.chat_template is not None and "default" in self.chat_template.templates:
-            files["chat_template.jinja"] = self.chat_template.templates["default"].encode()
+        files = {"tokenizer.json": self.backend.to_str(pretty=True).encode()}
+        templates = {} if self.chat_template is None else self.chat_template.templates
+        if set(templates) == {"default"}:
+            files["chat_template.jinja"] = templates["default"].encode()
+        elif templates:  # in the other place for them: their names need not be those of files
+            config["chat_template"] = [
+                {"name": name, "template": text} for name, text in templates.items()
+            ]
+        files["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode()
         return files
 
     # ---- ids of special tokens

@@ -186,6 +186,27 @@ def test_save_over_a_model_with_another_chat_template(shared, tmp_path):
     assert mil.load(model.save(target)).tokenizer.chat_template is None
 
 
+@pytest.mark.parametrize("over", [False, True], ids=["anew", "over another"])
+def test_named_chat_templates_are_saved(shared, tmp_path, over):
+    source = mil.load(shared / "models" / "story-llama").save(tmp_path / "source")
+    (source / "chat_template.jinja").write_text("default")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    target = tmp_path / "saved"
+    if over:
+        mil.load(shared / "models" / "story-llama").save(target)
+        (target / "additional_chat_templates").mkdir()
+        (target / "additional_chat_templates" / "rag.jinja").write_text("another model's")
+    templates = {"default": "default", "tool_use": "tools"}
+    saved = mil.load(mil.load(source).save(target))
+    assert saved.tokenizer.chat_template.templates == templates
+    tokenizer = saved.tokenizer  # given to a model that came without any
+    bare = mil.load(tiny(tmp_path / "bare", "llama"))
+    bare.tokenizer = tokenizer
+    again = mil.load(bare.save(tmp_path / "again")).tokenizer
+    assert again.chat_template.templates == templates
+
+
 def test_save_over_an_older_model(tmp_path, rng):
     """The new model is whole, the rest of the old one is gone, other files stay."""
     target = tiny_hybrid(tmp_path / "target", "mamba2", shards=3)
