@@ -561,11 +561,9 @@ def run_distill(options: argparse.Namespace) -> None:
     from .recipe import read_recipe
 
     overrides = list(options.set)
-    if options.seed:
-        overrides.append(f"training.seed={options.seed}")
     if options.skip_bad:
         overrides.append("training.skip_bad=true")
-    recipe = read_recipe(options.recipe, overrides)
+    recipe = read_recipe(options.recipe, overrides, options.seed or None)
     if options.check:
         facts = check_recipe(recipe, options.device, options.dtype)
         facts["output"] = options.output or facts["output"]

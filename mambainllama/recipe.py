@@ -158,8 +158,12 @@ class Recipe:
 # ---- reading -----------------------------------------------------------------------------------
 
 
-def read_recipe(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Recipe:
+def read_recipe(
+    path: str | os.PathLike, overrides: Iterable[str] = (), seed: int | None = None
+) -> Recipe:
     """Reads and checks a recipe; `overrides` are "section.key=value" with TOML values.
+
+    `seed` takes the place of all seeds: of the conversion, of training, of any section.
 
     Raises
     ------
@@ -170,11 +174,16 @@ def read_recipe(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Recip
     content = read_content(path, ())
     for text in overrides:
         section, key, value = parse_override(text)
-        said = {key: value} if section == "" else {section: {key: value}}
-        check_keys(said, "--set")
-        merge(content, absolute(said, Path("--set")))  # paths as seen from where we are
+        setting = {key: value} if section == "" else {section: {key: value}}
+        check_keys(setting, "--set")
+        merge(content, absolute(setting, Path("--set")))  # paths as seen from where we are
     where = str(path)
     sections = {name: dict(content.get(name, {})) for name in KEYS}
+    if seed is not None:
+        for name, said in sections.items():
+            converted = name == "student" and "trained" not in said
+            if converted or name == "training" or "seed" in said:
+                said["seed"] = seed
     check_student(sections["student"], where)
     for name in ("student", "output"):
         check_values(name, sections[name], where)

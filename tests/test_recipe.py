@@ -515,6 +515,18 @@ def test_extending_and_overriding(tmp_path):
         read_recipe(path)
 
 
+def test_one_seed_for_everything(tmp_path):
+    path = tmp_path / "recipe.toml"
+    head = "[teacher]\nmodel = 'llama'\n[data]\nfiles = 'stories.jsonl'\n[distill]\n"
+    path.write_text(head + "[student]\nseed = 3\n[sft]\nfiles = 'chats.jsonl'\nseed = 4\n")
+    for seed, expected in ((None, [3, 0, 4]), (7, [7, 7, 7])):
+        recipe = read_recipe(path, seed=seed)
+        seeds = [recipe[name].config.seed for name in ("distill", "sft")]
+        assert [recipe.student["seed"], *seeds] == expected
+    path.write_text(head + "[student]\ntrained = 'student'\n")
+    assert "seed" not in read_recipe(path, seed=7).student
+
+
 def test_an_editors_mark_before_a_recipe(tmp_path):
     path = tmp_path / "r.toml"
     path.write_bytes(b'\xef\xbb\xbf[teacher]\nmodel = "a/b"\n[data]\nfiles = "x.npy"\n')
