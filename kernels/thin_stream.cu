@@ -33,7 +33,7 @@
 #define MOST_UNITS 5      /* of a segment */
 #define RING_BYTES (172 << 10)
 #define FEWEST_BYTES (6 << 20) /* of the weights of a launch */
-#define SHORTEST_ROW 2048      /* bytes */
+#define SHORTEST_ROW 1536      /* bytes */
 #define MOST_STAGES 8
 #define ROWS_OF_GROUP 8 /* of x, which the tensor cores' instruction takes at a time */
 #define ROW_GAP 64      /* bytes between rows of a stage */

@@ -126,6 +126,7 @@ test_projects(harness *h)
     static const int64_t counts[] = {1, 2, 5, 8, 9, 16};
     for (int64_t rows : counts) {
         test_project(h, rows, 2048, 4300, false);
+        test_project(h, rows, 768, 4300, false);
         test_project(h, rows, 1040, 4300, true);
         test_project(h, rows, 4096, 1100, true);
     }
