@@ -118,6 +118,7 @@ def main() -> None:
     parser.add_argument("--acceptance", type=float, default=0.6)
     parser.add_argument("--draft-tokens", type=int, default=4)
     parser.add_argument("--most", type=int, default=8, help="draft_tokens where K adapts")
+    parser.add_argument("--draft-weights", help="float8 or int8; else as the model's")
     parser.add_argument("--batch", default="1")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=1025)
@@ -137,7 +138,11 @@ def main() -> None:
             model = None  # one target at a time
             model, model_name, plain = build(name), name, {}
         vocab = model.config.vocab_size
-        draft = "ngram" if draft_name == "ngram" else build(draft_name, vocab=vocab)
+        draft = (
+            "ngram"
+            if draft_name == "ngram"
+            else build(draft_name, vocab=vocab, weights=options.draft_weights)
+        )
         for batch in map(int, options.batch.split(",")):
             random = np.random.default_rng(1)
             prompts = [random.integers(0, vocab, options.context) for _ in range(batch)]

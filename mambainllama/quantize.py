@@ -28,6 +28,10 @@ KINDS = ("float8", "int8")
 
 _LEAST_SCALE = np.float32(2.0**-126)
 
+# Small products within a Mamba-1 mixer, some hundredth of its weights: time steps stand in
+# exponents, and kernels take both along with the scan.
+_KEPT = (".x_proj.weight", ".dt_proj.weight")
+
 
 def check_kind(weights: object, device: str) -> str | None:
     """ "float8", "int8" or None; ArgumentError for anything else, UnsupportedError on the CPU."""
@@ -51,8 +55,9 @@ def coded(
 ) -> dict[str, str]:
     """Name -> "float8" or "int8" for those parameters that become that; empty without `weights`.
 
-    They are the matrices of `names`. The embedding table is among them only where it is the output
-    product as well (there is no "lm_head.weight"): else one row of it is read a token.
+    They are the matrices of `names`, but x_proj and dt_proj of Mamba-1. The embedding table is
+    among them only where it is the output product as well (there is no "lm_head.weight"): else one
+    row of it is read a token.
     """
     if weights is None:
         return {}
@@ -60,7 +65,10 @@ def coded(
     return {
         name: weights
         for name, _, is_matrix, _ in specs
-        if is_matrix and name in names and (tied or name != "model.embed_tokens.weight")
+        if is_matrix
+        and name in names
+        and not name.endswith(_KEPT)
+        and (tied or name != "model.embed_tokens.weight")
     }
 
 
