@@ -9,10 +9,11 @@
  *
  *   project   a block has 16 outputs and an eighth of the channels, whose convolution it computes for itself; eight partial
  *             sums an output go to memory
- *   scan      a block has 32 channels of one sequence.  Its first four warps hold the state and go through the tail.  Then
- *             all add up the partial sums; the other four convolve, and multiply by the block's 32 rows of W_dt; and the
- *             first four take the rows of this call.  The last block to read what several share (B; inputs of repeated
- *             channels) moves it where a window is folded; all else is the block's own.
+ *   scan      a block has 32 channels of one sequence: a lane has a channel, a warp two of every sixteen states and one of
+ *             every eight rows.  All go through the tail.  Then they add up the partial sums and convolve; multiply by the
+ *             block's 32 rows of W_dt, a chain of thin_product.cu's a warp; take the rows of this call; and finish y.  What
+ *             the tails keep of these rows leaves as soon as it is known.  The last block to have read what several share
+ *             (B; inputs of repeated channels) moves it where a window is folded; all else is the block's own.
  *
  * Weights, and states and tails where they are settled (mil_rows), are read, and the tail is gone through, before the kernel
  * before has ended.
@@ -26,14 +27,17 @@
 #include "scan_step.cuh"
 #include "thin_product.cuh"
 
-#define V 4 /* channels of a thread */
-#define COLUMNS (V * QUADS)
-#define BLOCK (2 * THREADS)
+#define V 4              /* columns that move at once */
+#define COLUMNS MIL_WARP /* channels of a block: a lane has one */
+#define BLOCK_WARPS 8
+#define BLOCK (BLOCK_WARPS * MIL_WARP)
+#define PAIR 2 /* states of sixteen that a warp has */
 #define ROWS MIL_THIN_ROWS
 #define CHUNK 32   /* inputs of two tensor products */
 #define OUTPUTS 16 /* of a tensor product */
 #define CHAINS 8   /* of thin_product.cu: partial sums of W_dt */
-#define SLICES 8   /* of W_x's inputs */
+#define CHAIN_PITCH (COLUMNS + 4)
+#define SLICES 8 /* of W_x's inputs */
 #define MOST_TAPS 4
 #define MOST_BYTES ((size_t)160 << 10) /* of shared memory */
 
@@ -71,11 +75,21 @@ load_weight(const void *from)
     return v;
 }
 
-/* A barrier of the scan's warps. */
+/* mil_wait() once `known` is: the assembler else puts arithmetic that could be done before behind the wait, where everybody
+ * waits for it. */
 static __device__ __forceinline__ void
-meet()
+wait_knowing(int known)
 {
-    asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{\n"
+        ".reg .pred even;\n"
+        "setp.eq.s32 even, %0, 0;\n"
+        "@even griddepcontrol.wait;\n"
+        "@!even griddepcontrol.wait;\n"
+        "}" ::"r"(known)
+        : "memory");
+#endif
 }
 
 /* ---- W_x -------------------------------------------------------------------------------------------------------- */
@@ -288,19 +302,20 @@ __launch_bounds__(THREADS, 3)
 /* What a block of the scan keeps in shared memory. */
 struct mixer_memory {
     float *tail_x, *tail_dt; /* [MIL_TAIL, COLUMNS] */
+    float *x, *dt;           /* [8 GROUPS, COLUMNS] of this call's rows */
+    float *chains;           /* [chains of W_dt low, 8 GROUPS, CHAIN_PITCH], and when they are added up */
+    float *sums;             /* [rows, BLOCK_WARPS, COLUMNS] of C . H, in the same place */
     float *tail_B;           /* [MIL_TAIL, B_width] */
-    float *x, *dt;           /* [rows, COLUMNS] of this call */
     float *B, *C;            /* [rows, width] */
-    float *sums;             /* [rows, WARPS, COLUMNS] of C . H */
-    float *chains;           /* [CHAINS, COLUMNS, 8 GROUPS] of W_dt low */
-    void *low;               /* [8 GROUPS, low_stride]: low, or [low | B | C] */
-    int low_stride;
+    void *low;               /* [rows, low_stride]: low, or [low | B | C] */
+    int low_stride, chain_count;
     size_t bytes;
 };
 
 static __host__ __device__ __forceinline__ mixer_memory
 cut_mixer_memory(const mixer_arguments &m, char *memory, int groups)
 {
+    const int chunks = (m.rank + CHUNK - 1) / CHUNK, width = m.x_weight != NULL ? m.x_width : m.rank;
     mixer_memory s;
     float *at = (float *)memory;
     auto take = [&](int floats) {
@@ -308,42 +323,114 @@ cut_mixer_memory(const mixer_arguments &m, char *memory, int groups)
         at += floats;
         return from;
     };
+    s.chain_count = chunks < CHAINS ? chunks : CHAINS; /* those that have inputs */
     s.tail_x = take(MIL_TAIL * COLUMNS);
     s.tail_dt = take(MIL_TAIL * COLUMNS);
+    s.x = take(8 * groups * COLUMNS);
+    s.dt = take(8 * groups * COLUMNS);
+    const int chains = s.chain_count * 8 * groups * CHAIN_PITCH, sums = m.total * BLOCK_WARPS * COLUMNS;
+    s.sums = s.chains = take(chains > sums ? chains : sums);
     s.tail_B = take(MIL_TAIL * m.scan.B_width);
-    s.x = take(m.total * COLUMNS);
-    s.dt = take(m.total * COLUMNS);
     s.B = take(m.total * m.scan.B_width);
     s.C = take(m.total * m.scan.C_width);
-    s.sums = take(m.total * WARPS * COLUMNS);
-    s.chains = take(CHAINS * COLUMNS * 8 * groups);
     s.low = at;
-    s.low_stride = (m.x_weight != NULL ? (m.x_width + 7) / 8 * 8 : m.rank) + 8;
-    s.bytes = (char *)at - memory + (size_t)8 * groups * s.low_stride * 2;
+    s.low_stride = (width + 31) / 64 * 64 + 32; /* neighbouring rows in the two halves of the banks */
+    s.bytes = (char *)at - memory + (size_t)m.total * s.low_stride * 2;
     return s;
 }
 
-/* Where a block is. */
+/* Where a block is, and a thread in it: a lane has a channel, a warp two of every sixteen states, and one of every eight
+ * rows of this call. */
 struct mixer_place {
-    int channel, B_at, C_at; /* first channel; first columns of B and C that it may need */
+    int channel, B_at, C_at;  /* the block's first channel; first columns of B and C that it may need */
+    int warp, lane, own;      /* the lane's channel */
+    int B_own, C_own;         /* its first columns of B and C, from B_at and C_at on */
+    int first, count, before; /* rows of the sequence in this call; tokens in its tail */
 };
 
-/* The tails into shared memory, by the scan's warps. */
-static __device__ __forceinline__ void
-fetch_tails(const scan_arguments &a, const mixer_place &p, int before, const mil_tails &tails,
-            const mixer_memory &s)
+static __device__ __forceinline__ mixer_place
+place_thread(const mixer_arguments &m)
 {
-    const int B_columns = a.B_groups * a.state_dim, column = threadIdx.x % QUADS * V;
-#pragma unroll 1
-    for (int token = threadIdx.x / QUADS; token < before; token += LANES_N) {
-        const int at = token * a.inner + p.channel + column;
-        mil_copy_16(s.tail_x + token * COLUMNS + column, tails.x + at);
-        mil_copy_16(s.tail_dt + token * COLUMNS + column, tails.dt + at);
-#pragma unroll 1
-        for (int n = column; n < a.B_width; n += COLUMNS) {
-            if (p.B_at + n < B_columns) {
-                mil_copy_16(s.tail_B + token * a.B_width + n, tails.B + token * B_columns + p.B_at + n);
+    mixer_place p;
+    p.channel = (int)blockIdx.x * COLUMNS;
+    p.warp = (int)threadIdx.x / MIL_WARP;
+    p.lane = (int)threadIdx.x % MIL_WARP;
+    p.own = p.channel + p.lane;
+    p.B_at = p.channel / m.B_run * m.scan.state_dim;
+    p.C_at = p.channel / m.C_run * m.scan.state_dim;
+    p.B_own = p.own / m.B_run * m.scan.state_dim - p.B_at;
+    p.C_own = p.own / m.C_run * m.scan.state_dim - p.C_at;
+    p.first = m.begin[blockIdx.y];
+    p.count = m.begin[blockIdx.y + 1] - p.first;
+    return p;
+}
+
+/* ---- the state */
+
+/* The first of the two states j of a thread. */
+static __device__ __forceinline__ int
+state_of(const mixer_place &p, int j)
+{
+    return p.warp * PAIR + j * LANES_N;
+}
+
+/* A log2(e) of a thread's states, finite so that 0 * A is 0; 0 where there is no state. */
+template <int J>
+static __device__ __forceinline__ void
+load_exponents(const scan_arguments &a, const mixer_place &p, float (&exponent)[J][PAIR])
+{
+#pragma unroll
+    for (int j = 0; j < J; j++) {
+#pragma unroll
+        for (int i = 0; i < PAIR; i++) {
+            const int n = state_of(p, j) + i;
+            exponent[j][i] =
+                n < a.state_dim ? -log2_e * fminf(expf(a.A_log[p.own * a.state_dim + n]), 1e30f) : 0.0f;
+        }
+    }
+}
+
+template <int J>
+static __device__ __forceinline__ void
+load_states(const scan_arguments &a, const mixer_place &p, const float *state, float (&H)[J][PAIR])
+{
+#pragma unroll
+    for (int j = 0; j < J; j++) {
+#pragma unroll
+        for (int i = 0; i < PAIR; i++) {
+            const int n = state_of(p, j) + i;
+            H[j][i] = n < a.state_dim ? __ldcg(state + n * a.inner + p.own) : 0.0f;
+        }
+    }
+}
+
+template <int J>
+static __device__ __forceinline__ void
+store_states(const scan_arguments &a, const mixer_place &p, const float (&H)[J][PAIR], float *state)
+{
+#pragma unroll
+    for (int j = 0; j < J; j++) {
+#pragma unroll
+        for (int i = 0; i < PAIR; i++) {
+            const int n = state_of(p, j) + i;
+            if (n < a.state_dim) {
+                state[n * a.inner + p.own] = H[j][i];
             }
+        }
+    }
+}
+
+/* A thread's columns of a row of B or C. */
+template <int J>
+static __device__ __forceinline__ void
+load_pairs(const scan_arguments &a, const mixer_place &p, const float *row, float (&value)[J][PAIR])
+{
+#pragma unroll
+    for (int j = 0; j < J; j++) {
+        const int n = state_of(p, j);
+        value[j][0] = value[j][1] = 0.0f;
+        if (n < a.state_dim) {
+            mil_load<PAIR>(row + n, value[j]);
         }
     }
 }
@@ -352,31 +439,25 @@ fetch_tails(const scan_arguments &a, const mixer_place &p, int before, const mil
 template <int J>
 constexpr int AT_ONCE = J == 1 ? 4 : 1;
 
-/* R tokens of a stretch from `token` on, of which those from `end` on do not exist and leave H as it is: H moves on, and
- * `then` is told after each.  B is the stretch's. */
+/* R tokens from `token` on, of which x and dt have rows of COLUMNS, and B of B_width: H moves on, and `then` is told after
+ * each. */
 template <int J, int R, typename Then>
 static __device__ __forceinline__ void
-take_tokens(const scan_arguments &a, const float *x, const float *dt, const float *B, int token, int end,
-            int B_own, const float (&exponent)[J][V], float (&H)[J][V], Then then)
+take_tokens(const scan_arguments &a, const mixer_place &p, const float *x, const float *dt, const float *B,
+            int token, const float (&exponent)[J][PAIR], float (&H)[J][PAIR], Then then)
 {
-    const int column = threadIdx.x % QUADS * V, lane_n = threadIdx.x / QUADS;
-    float power[R][J][V], input[R][J][V];
+    float power[R][J][PAIR], input[R][J][PAIR];
 #pragma unroll
     for (int r = 0; r < R; r++) {
-        const bool there = token + r < end;
-        const int at = there ? token + r : token;
-        float dt_own[V], x_own[V];
-        mil_load<V>(dt + at * COLUMNS + column, dt_own);
-        mil_load<V>(x + at * COLUMNS + column, x_own);
+        const float dt_own = dt[(token + r) * COLUMNS + p.lane];
+        const float taken = dt_own * x[(token + r) * COLUMNS + p.lane];
+        load_pairs<J>(a, p, B + (token + r) * a.B_width + p.B_own, input[r]);
 #pragma unroll
         for (int j = 0; j < J; j++) {
-            const int n = lane_n + j * LANES_N;
-            const float B_of = n < a.state_dim ? B[at * a.B_width + B_own + n] : 0.0f;
 #pragma unroll
-            for (int v = 0; v < V; v++) {
-                const float taken = dt_own[v] * x_own[v] * B_of;
-                power[r][j][v] = there ? fast_power(dt_own[v] * exponent[j][v]) : 1.0f;
-                input[r][j][v] = there ? taken : 0.0f;
+            for (int i = 0; i < PAIR; i++) {
+                power[r][j][i] = fast_power(dt_own * exponent[j][i]);
+                input[r][j][i] = taken * input[r][j][i];
             }
         }
     }
@@ -385,85 +466,144 @@ take_tokens(const scan_arguments &a, const float *x, const float *dt, const floa
 #pragma unroll
         for (int j = 0; j < J; j++) {
 #pragma unroll
-            for (int v = 0; v < V; v++) {
-                H[j][v] = fmaf(power[r][j][v], H[j][v], input[r][j][v]);
+            for (int i = 0; i < PAIR; i++) {
+                H[j][i] = fmaf(power[r][j][i], H[j][i], input[r][j][i]);
             }
         }
         then(r);
     }
 }
 
+/* The tails into shared memory. */
+static __device__ __forceinline__ void
+fetch_tails(const scan_arguments &a, const mixer_place &p, const mil_tails &tails, const mixer_memory &s)
+{
+    static_assert(BLOCK / (COLUMNS / V) >= MIL_TAIL, "a vector of each token and thread");
+    const int token = (int)threadIdx.x / (COLUMNS / V), column = (int)threadIdx.x % (COLUMNS / V) * V;
+    if (token < p.before) {
+        const int at = token * a.inner + p.channel + column;
+        mil_copy_16(s.tail_x + token * COLUMNS + column, tails.x + at);
+        mil_copy_16(s.tail_dt + token * COLUMNS + column, tails.dt + at);
+        const float *B = tails.B + token * a.B_groups * a.state_dim + p.B_at;
+#pragma unroll 1
+        for (int n = column; n < a.B_width; n += COLUMNS) {
+            mil_copy_16(s.tail_B + token * a.B_width + n, B + n);
+        }
+    }
+}
+
 /* The tail's tokens; the state after `shift` of them goes to memory. */
 template <int J>
 static __device__ __forceinline__ void
-walk_tail(const scan_arguments &a, const mixer_memory &s, int before, int shift, int B_own, int c, int lane_n,
-          const float (&exponent)[J][V], float *state, float (&H)[J][V])
+walk_tail(const scan_arguments &a, const mixer_place &p, const mixer_memory &s, int shift,
+          const float (&exponent)[J][PAIR], float *state, float (&H)[J][PAIR])
 {
+    static_assert(MIL_WINDOW % AT_ONCE<J> == 0, "a fold comes between two turns");
+    int token = 0;
 #pragma unroll 1
-    for (int token = 0; token < before; token += AT_ONCE<J>) {
-        take_tokens<J, AT_ONCE<J>>(a, s.tail_x, s.tail_dt, s.tail_B, token, before, B_own, exponent, H,
-                                   [](int) {});
-        static_assert(MIL_WINDOW % AT_ONCE<J> == 0, "a fold comes between two turns");
+    for (; token + AT_ONCE<J> <= p.before; token += AT_ONCE<J>) {
+        take_tokens<J, AT_ONCE<J>>(a, p, s.tail_x, s.tail_dt, s.tail_B, token, exponent, H, [](int) {});
         if (token + AT_ONCE<J> == shift) {
-            store_H<V, J>(a, H, c, lane_n, state);
+            store_states<J>(a, p, H, state);
         }
+    }
+#pragma unroll 1
+    for (; token < p.before; token++) {
+        take_tokens<J, 1>(a, p, s.tail_x, s.tail_dt, s.tail_B, token, exponent, H, [](int) {});
     }
 }
 
 /* This call's rows from `row` on, R of them: C . H into s.sums. */
 template <int J, int R>
 static __device__ __forceinline__ void
-scan_rows(const scan_arguments &a, const mixer_memory &s, int row, int count, int B_own, int C_own,
-          const float (&exponent)[J][V], float (&H)[J][V])
+scan_rows(const scan_arguments &a, const mixer_place &p, const mixer_memory &s, int row,
+          const float (&exponent)[J][PAIR], float (&H)[J][PAIR])
 {
-    const int lane_n = threadIdx.x / QUADS;
-    float sum[R][V];
-    take_tokens<J, R>(a, s.x, s.dt, s.B, row, count, B_own, exponent, H, [&](int r) {
-        const int at = min(row + r, count - 1);
+    float C[R][J][PAIR], sum[R];
 #pragma unroll
-        for (int v = 0; v < V; v++) {
-            sum[r][v] = 0.0f;
-        }
+    for (int r = 0; r < R; r++) {
+        load_pairs<J>(a, p, s.C + (row + r) * a.C_width + p.C_own, C[r]);
+    }
+    take_tokens<J, R>(a, p, s.x, s.dt, s.B, row, exponent, H, [&](int r) {
+        float part[PAIR] = {};
 #pragma unroll
         for (int j = 0; j < J; j++) {
-            const int n = lane_n + j * LANES_N;
-            const float C = n < a.state_dim ? s.C[at * a.C_width + C_own + n] : 0.0f;
 #pragma unroll
-            for (int v = 0; v < V; v++) {
-                sum[r][v] = fmaf(C, H[j][v], sum[r][v]);
+            for (int i = 0; i < PAIR; i++) {
+                part[i] = fmaf(C[r][j][i], H[j][i], part[i]);
             }
         }
+        sum[r] = part[0] + part[1];
     });
 #pragma unroll
     for (int r = 0; r < R; r++) {
-        add_lanes<V>(sum[r]);
-    }
-    if (threadIdx.x % MIL_WARP < QUADS) {
-#pragma unroll
-        for (int r = 0; r < R; r++) {
-            if (row + r < count) {
-                mil_store<V>(s.sums + (row + r) * WARPS * COLUMNS + threadIdx.x / MIL_WARP * COLUMNS +
-                                 threadIdx.x % QUADS * V,
-                             sum[r]);
-            }
-        }
+        s.sums[((row + r) * BLOCK_WARPS + p.warp) * COLUMNS + p.lane] = sum[r];
     }
 }
 
-/* Rows of [low | B | C]: sums of the partial sums, rounded as the product's output would be.  By the whole block. */
+/* ---- low, B and C */
+
+/* V columns of a row of [low | B | C]: their partial sums, and where they go in s.low, s.B and s.C; below 0: nowhere. */
+struct sum_place {
+    int from, low, B, C;
+};
+
+static __device__ __forceinline__ sum_place
+place_sum(const mixer_arguments &m, const mixer_place &p, int item, const mixer_memory &s)
+{
+    const int quads = m.x_width / V, row = item / quads, at = item % quads * V;
+    const int B = at - m.B_at - p.B_at, C = at - m.C_at - p.C_at;
+    sum_place place;
+    place.from = (p.first + row) * m.x_width + at;
+    place.low = row * s.low_stride + at;
+    place.B = B >= 0 && B < m.scan.B_width ? row * m.scan.B_width + B : -1;
+    place.C = C >= 0 && C < m.scan.C_width ? row * m.scan.C_width + C : -1;
+    return place;
+}
+
+static __device__ __forceinline__ __nv_bfloat162
+round_pair(float low, float high, __nv_bfloat16)
+{
+    return __floats2bfloat162_rn(low, high);
+}
+
+static __device__ __forceinline__ __half2
+round_pair(float low, float high, __half)
+{
+    return __floats2half2_rn(low, high);
+}
+
+/* A sum as the product's output would be rounded: into s.low, and as float32 where B and C are kept. */
 template <typename T>
 static __device__ __forceinline__ void
-add_slices(const mixer_arguments &m, int first, int count, const mixer_memory &s)
+keep_sum(const float (&sum)[V], const sum_place &place, const mixer_memory &s)
 {
-    const int quads = m.x_width / V, apart = m.total * m.x_width;
+    auto low = round_pair(sum[0], sum[1], T()), high = round_pair(sum[2], sum[3], T());
+    const float4 value = {mil_float(low.x), mil_float(low.y), mil_float(high.x), mil_float(high.y)};
+    *(uint2 *)((T *)s.low + place.low) = make_uint2(*(const uint32_t *)&low, *(const uint32_t *)&high);
+    if (place.B >= 0) {
+        *(float4 *)(s.B + place.B) = value;
+    }
+    if (place.C >= 0) {
+        *(float4 *)(s.C + place.C) = value;
+    }
+}
+
+/* Rows of [low | B | C]: sums of the partial sums, by the whole block.  `place` is that of the thread's first sum. */
+template <typename T>
+static __device__ __forceinline__ void
+add_slices(const mixer_arguments &m, const mixer_place &p, sum_place place, const mixer_memory &s)
+{
+    const int items = p.count * (m.x_width / V), apart = m.total * m.x_width;
 #pragma unroll 1
-    for (int item = threadIdx.x; item < count * quads; item += BLOCK) {
-        const int row = item / quads, at = item % quads * V;
-        const float *from = m.partial + (first + row) * m.x_width + at;
+    for (int item = threadIdx.x; item < items; item += BLOCK) {
+        if (item >= BLOCK) {
+            place = place_sum(m, p, item, s);
+        }
         float4 part[SLICES];
 #pragma unroll
         for (int slice = 0; slice < SLICES; slice++) {
-            part[slice] = *(const float4 *)(from + slice * apart);
+            part[slice] = *(const float4 *)(m.partial + place.from + slice * apart);
         }
         float sum[V] = {};
 #pragma unroll
@@ -473,49 +613,89 @@ add_slices(const mixer_arguments &m, int first, int count, const mixer_memory &s
             sum[2] += part[slice].z;
             sum[3] += part[slice].w;
         }
-        mil_store<V>((T *)s.low + row * s.low_stride + at, sum);
+        keep_sum<T>(sum, place, s);
     }
 }
 
-/* The norms of parts of those rows, in place: a warp each. */
+/* B and C of this call's rows into shared memory; `B` and `C` are where the block's first row and columns are.  Of a row's
+ * columns of both a lane has every 32nd, two of which are under way at once. */
+template <typename T, int TURNS>
+static __device__ __forceinline__ void
+take_B_and_C(const scan_arguments &a, const mixer_place &p, const T *B, int64_t B_stride, const T *C,
+             int64_t C_stride, const mixer_memory &s)
+{
+    const int width = a.B_width + min(a.C_width, a.C_groups * a.state_dim - p.C_at);
+    T value[TURNS][2];
+#pragma unroll 1
+    for (int at = p.lane; at < width; at += 2 * MIL_WARP) {
+#pragma unroll
+        for (int k = 0; k < 2 * TURNS; k++) {
+            const int row = p.warp + k / 2 * BLOCK_WARPS, column = at + k % 2 * MIL_WARP;
+            if (row < p.count && column < width) {
+                value[k / 2][k % 2] =
+                    column < a.B_width ? B[row * B_stride + column] : C[row * C_stride + column - a.B_width];
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < 2 * TURNS; k++) {
+            const int row = p.warp + k / 2 * BLOCK_WARPS, column = at + k % 2 * MIL_WARP;
+            if (row < p.count && column < width) {
+                float *to = column < a.B_width ? s.B + row * a.B_width + column
+                                               : s.C + row * a.C_width + column - a.B_width;
+                *to = mil_float(value[k / 2][k % 2]);
+            }
+        }
+    }
+}
+
+/* low of this call's rows, where it comes from the first products, on its way. */
 template <typename T>
-static __device__ __noinline__ void
-norm_parts(const mixer_arguments &m, int count, int thread, T *low, int low_stride)
+static __device__ __forceinline__ void
+fetch_low(const mixer_arguments &m, const mixer_place &p, const mixer_memory &s)
 {
 #pragma unroll 1
-    for (int row = thread / MIL_WARP; row < count; row += WARPS) {
+    for (int row = p.warp; row < p.count && m.dt_weight != NULL; row += BLOCK_WARPS) {
+#pragma unroll 1
+        for (int at = p.lane * 8; at < m.rank; at += MIL_WARP * 8) {
+            mil_copy_16((T *)s.low + row * s.low_stride + at,
+                        (const T *)m.low + (p.first + row) * m.low_stride + at);
+        }
+    }
+}
+
+/* The norms of parts of [low | B | C], in place, a warp a row; and B and C of what has come of it. */
+template <typename T, int TURNS>
+static __device__ __noinline__ void
+norm_parts(const mixer_arguments &m)
+{
+    extern __shared__ __align__(16) char shared[];
+    const mixer_memory s = cut_mixer_memory(m, shared, TURNS);
+    const mixer_place p = place_thread(m);
+    T *const low = (T *)s.low;
+#pragma unroll 1
+    for (int row = p.warp; row < p.count; row += BLOCK_WARPS) {
 #pragma unroll 1
         for (int part = 0; part < m.normed; part++) {
             norm_arguments n = {};
-            T *at = low + row * low_stride + m.norms[part].at;
+            T *at = low + row * s.low_stride + m.norms[part].at;
             n.group = m.norms[part].width;
             n.x = at;
             n.eps = m.norms[part].eps;
             auto sum = [](float value) { return mil_warp_sum(value); };
             if (m.norms[part].at % 8 == 0 && m.norms[part].width % 8 == 0) {
-                norm_group<T, 8>(n, 0, 0, m.norms[part].weight, at, thread % MIL_WARP, MIL_WARP, sum);
+                norm_group<T, 8>(n, 0, 0, m.norms[part].weight, at, p.lane, MIL_WARP, sum);
             }
             else {
-                norm_group<T, 1>(n, 0, 0, m.norms[part].weight, at, thread % MIL_WARP, MIL_WARP, sum);
+                norm_group<T, 1>(n, 0, 0, m.norms[part].weight, at, p.lane, MIL_WARP, sum);
             }
         }
     }
+    __syncthreads();
+    take_B_and_C<T, TURNS>(m.scan, p, low + m.B_at + p.B_at, s.low_stride, low + m.C_at + p.C_at,
+                           s.low_stride, s);
 }
 
-/* B or C of this call's rows into shared memory: columns [at, at + width) of `columns`. */
-template <typename T>
-static __device__ __forceinline__ void
-take_columns(const T *from, int64_t stride, int at, int width, int columns, int count, int thread, float *to)
-{
-    const int inside = min(width, columns - at);
-#pragma unroll 1
-    for (int row = thread / MIL_WARP; row < count; row += WARPS) {
-#pragma unroll 1
-        for (int column = thread % MIL_WARP; column < inside; column += MIL_WARP) {
-            to[row * width + column] = mil_float(from[row * stride + at + column]);
-        }
-    }
-}
+/* ---- rows of this call */
 
 /* Input of the convolution that channel c reads. */
 static __device__ __forceinline__ int
@@ -546,292 +726,309 @@ load_taps(const mixer_arguments &m, int channel)
     return w;
 }
 
-/* The inputs before this call's first row that a thread's channel needs, the oldest first. */
+/* A thread's rows of the lane's channel, number `warp` and `warp` + 8 of the call. */
+template <typename T, int TURNS>
+struct thread_rows {
+    int raw_at, z_at, y_at, tail_at, conv_at; /* where the first one is, and is to be */
+    float lead[MOST_TAPS - 1]; /* inputs of the first that were there before this call, the oldest first */
+    T raw[TURNS][MOST_TAPS], z[TURNS]; /* the inputs that a row needs, as far as they are of this call */
+    float x[TURNS], gate[TURNS];
+};
+
+template <typename T, int TURNS>
 static __device__ __forceinline__ void
-load_lead(const mixer_arguments &m, int before, const mil_tails &tails, const conv_taps &w,
-          float (&lead)[MOST_TAPS - 1])
+place_rows(const mixer_arguments &m, const mixer_place &p, const conv_taps &w, thread_rows<T, TURNS> &rows)
 {
-    const float *tail = tails.conv + (before + m.taps - 1) * m.inputs + w.input;
+    const int row = p.first + p.warp;
+    rows.raw_at = row * (int)m.raw_stride + w.input;
+    rows.z_at = row * (int)m.scan.z_stride + p.own;
+    rows.y_at = row * (int)m.scan.y_stride + p.own;
+    rows.tail_at = (p.before + p.warp) * m.scan.inner + p.own;
+    rows.conv_at = (p.before + m.taps - 1 + p.warp) * m.inputs + w.input;
+}
+
+/* The inputs before this call that a thread's first row needs. */
+template <typename T, int TURNS>
+static __device__ __forceinline__ void
+load_lead(const mixer_arguments &m, const mixer_place &p, const mil_tails &tails, thread_rows<T, TURNS> &rows)
+{
 #pragma unroll
     for (int j = 0; j < MOST_TAPS - 1; j++) {
-        const int missing = MOST_TAPS - m.taps;
-        lead[j] = j < missing ? 0.0f : __ldcg(tail + (j - (MOST_TAPS - 1)) * m.inputs);
+        const int back = j - (MOST_TAPS - 1);
+        const bool there = p.warp + back < 0 && j >= MOST_TAPS - m.taps;
+        rows.lead[j] = there ? __ldcg(tails.conv + rows.conv_at + back * m.inputs) : 0.0f;
     }
 }
 
-/* The convolution of the block's channels: a quarter of the rows of a thread's channel, all of whose inputs are on their way
- * at once. */
-template <typename T>
+/* What the first products have for the thread's rows, all under way at once. */
+template <typename T, int TURNS>
 static __device__ __forceinline__ void
-convolve_rows(const mixer_arguments &m, int first, int count, int thread, const conv_taps &w,
-              const float (&lead)[MOST_TAPS - 1], const mixer_memory &s)
+ask_for_rows(const mixer_arguments &m, const mixer_place &p, thread_rows<T, TURNS> &rows)
 {
-    constexpr int MOST = ROWS / WARPS; /* rows of a thread */
-    const T *rows = (const T *)m.raw + first * m.raw_stride + w.input;
-    const int each = (count + WARPS - 1) / WARPS, from = thread / COLUMNS * each,
-              end = min(from + each, count);
-    float input[MOST_TAPS - 1 + MOST];
 #pragma unroll
-    for (int j = 0; j < MOST_TAPS - 1 + MOST; j++) {
-        const int token = from + j - (MOST_TAPS - 1);
-        const bool wanted = j >= MOST_TAPS - m.taps && token < end;
-        input[j] = wanted && token >= 0 ? mil_float(rows[token * m.raw_stride]) : 0.0f;
+    for (int k = 0; k < TURNS; k++) {
+        const int row = k * BLOCK_WARPS;
+        if (p.warp + row < p.count) {
 #pragma unroll
-        for (int l = j; l < MOST_TAPS - 1; l++) { /* lead[l] is of token l - (MOST_TAPS - 1) */
-            input[j] = wanted && from + j == l ? lead[l] : input[j];
+            for (int j = 0; j < MOST_TAPS; j++) {
+                const int back = j - (MOST_TAPS - 1);
+                if (p.warp + row + back >= 0) {
+                    rows.raw[k][j] = ((const T *)m.raw)[rows.raw_at + (row + back) * (int)m.raw_stride];
+                }
+            }
+            if (m.scan.z != NULL) {
+                rows.z[k] = ((const T *)m.scan.z)[rows.z_at + row * (int)m.scan.z_stride];
+            }
         }
     }
+}
+
+/* x, which goes to shared memory too, and what y is multiplied with. */
+template <typename T, int TURNS>
+static __device__ __forceinline__ void
+convolve_rows(const mixer_arguments &m, const mixer_place &p, const conv_taps &w, const mixer_memory &s,
+              thread_rows<T, TURNS> &rows)
+{
 #pragma unroll
-    for (int k = 0; k < MOST; k++) {
-        if (from + k < end) {
+    for (int k = 0; k < TURNS; k++) {
+        const int row = p.warp + k * BLOCK_WARPS;
+        if (row < p.count) {
             float window[MOST_TAPS];
 #pragma unroll
             for (int j = 0; j < MOST_TAPS; j++) {
-                window[j] = j < MOST_TAPS - m.taps ? 0.0f : input[k + j];
+                const bool before = k == 0 && j < MOST_TAPS - 1 && row + j - (MOST_TAPS - 1) < 0;
+                window[j] = before ? rows.lead[j] : mil_float(rows.raw[k][j]);
             }
             const float y = mil_convolve<T, MOST_TAPS>(w.weight, window, w.bias, MOST_TAPS - m.taps, true);
-            s.x[(from + k) * COLUMNS + thread % COLUMNS] = mil_float(mil_round<T>(y));
+            const float z = mil_float(rows.z[k]);
+            rows.x[k] = mil_float(mil_round<T>(y));
+            rows.gate[k] = m.scan.z != NULL ? __fdividef(z, 1.0f + __expf(-z)) : 1.0f;
+            s.x[row * COLUMNS + p.lane] = rows.x[k];
         }
     }
 }
 
-/* A warp's part of W_dt: tile and chain of each of its tensor products, their first weights. */
+/* ---- W_dt */
+
+/* A warp's chain of W_dt for the block's tiles of outputs: the first weights. */
 struct dt_weights {
-    static constexpr int PAIRS = COLUMNS / OUTPUTS * CHAINS / WARPS;
-    uint4 low[PAIRS], high[PAIRS];
+    static constexpr int TILES = COLUMNS / OUTPUTS;
+    uint4 low[TILES], high[TILES];
 };
 
+/* `chunk`: of inputs. */
 template <typename T>
 static __device__ __forceinline__ void
-load_dt_weights(const mixer_arguments &m, int channel, int tile, int k, uint4 &low, uint4 &high)
+load_dt_weights(const mixer_arguments &m, const mixer_place &p, int chunk, dt_weights &weights)
 {
-    const int lane = threadIdx.x % MIL_WARP, at = k + lane % 4 * 8;
-    const T *from = (const T *)m.dt_weight + (channel + tile * OUTPUTS + lane / 4) * m.rank + at;
+    const int at = chunk * CHUNK + p.lane % 4 * 8;
     const bool there = m.dt_weight != NULL && at < m.rank;
-    low = there ? load_weight(from) : make_uint4(0, 0, 0, 0);
-    high = there ? load_weight(from + 8 * m.rank) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+    for (int tile = 0; tile < dt_weights::TILES; tile++) {
+        const T *from = (const T *)m.dt_weight + (p.channel + tile * OUTPUTS + p.lane / 4) * m.rank + at;
+        weights.low[tile] = there ? load_weight(from) : make_uint4(0, 0, 0, 0);
+        weights.high[tile] = there ? load_weight(from + 8 * m.rank) : make_uint4(0, 0, 0, 0);
+    }
 }
 
-/* A chunk of low, from input `k` on, times the weights of a warp's products that have such a chunk. */
+/* A chunk of low times the weights. */
 template <typename T, int GROUPS>
 static __device__ __forceinline__ void
-multiply_chunk(const mixer_arguments &m, int count, int k, const uint4 &l, const uint4 &h,
-               const mixer_memory &s, float (&c)[GROUPS][4])
+multiply_chunk(const mixer_arguments &m, const mixer_place &p, int chunk, const dt_weights &weights,
+               const mixer_memory &s, float (&c)[GROUPS][dt_weights::TILES][4])
 {
-    const int lane = threadIdx.x % MIL_WARP, g = lane / 4, t = lane % 4;
-    const T *low = (const T *)s.low + g * s.low_stride + k + 8 * t;
+    const int g = p.lane / 4, at = chunk * CHUNK + p.lane % 4 * 8;
+    const T *low = (const T *)s.low + g * s.low_stride + at;
 #pragma unroll
     for (int group = 0; group < GROUPS; group++) {
-        const bool real = group * 8 + g < count && k + 8 * t < m.rank;
+        const bool real = group * 8 + g < p.count && at < m.rank;
         const uint4 v = real ? *(const uint4 *)(low + group * 8 * s.low_stride) : make_uint4(0, 0, 0, 0);
-        mil_multiply_add<T>(c[group], l.x, h.x, l.y, h.y, v.x, v.y);
-        mil_multiply_add<T>(c[group], l.z, h.z, l.w, h.w, v.z, v.w);
+#pragma unroll
+        for (int tile = 0; tile < dt_weights::TILES; tile++) {
+            const uint4 &l = weights.low[tile], &h = weights.high[tile];
+            mil_multiply_add<T>(c[group][tile], l.x, h.x, l.y, h.y, v.x, v.y);
+            mil_multiply_add<T>(c[group][tile], l.z, h.z, l.w, h.w, v.z, v.w);
+        }
     }
 }
 
-/* W_dt low in the order of thin_product.cu: chain w takes chunks w, w + 8, ...  The first chunks, often the only ones, of all
- * of a warp's products are under way at once. */
+/* W_dt low in the order of thin_product.cu: chain w, which is warp w's, takes chunks w, w + 8, ...  There is rarely more than
+ * one. */
 template <typename T, int GROUPS>
 static __device__ __forceinline__ void
-multiply_dt(const mixer_arguments &m, const mixer_place &p, int count, int thread, const dt_weights &weights,
+multiply_dt(const mixer_arguments &m, const mixer_place &p, dt_weights &weights, const mixer_memory &s)
+{
+    static_assert(CHAINS == BLOCK_WARPS, "a chain a warp");
+    if (p.warp >= s.chain_count) {
+        return;
+    }
+    float c[GROUPS][dt_weights::TILES][4] = {};
+    multiply_chunk<T, GROUPS>(m, p, p.warp, weights, s, c);
+#pragma unroll 1
+    for (int chunk = p.warp + CHAINS; chunk * CHUNK < m.rank; chunk += CHAINS) {
+        load_dt_weights<T>(m, p, chunk, weights);
+        multiply_chunk<T, GROUPS>(m, p, chunk, weights, s, c);
+    }
+#pragma unroll
+    for (int group = 0; group < GROUPS; group++) {
+        const int row = (p.warp * GROUPS + group) * 8 + p.lane % 4 * 2;
+#pragma unroll
+        for (int tile = 0; tile < dt_weights::TILES; tile++) {
+            float *to = s.chains + row * CHAIN_PITCH + tile * OUTPUTS + p.lane / 4;
+            to[0] = c[group][tile][0];
+            to[CHAIN_PITCH] = c[group][tile][1];
+            to[8] = c[group][tile][2];
+            to[CHAIN_PITCH + 8] = c[group][tile][3];
+        }
+    }
+}
+
+/* dt of a row before its bias. */
+template <typename T, int GROUPS>
+static __device__ __forceinline__ float
+raw_dt(const mixer_arguments &m, const mixer_place &p, int row, const mixer_memory &s)
+{
+    if (m.dt_weight == NULL) {
+        return mil_float(((const T *)m.scan.dt)[(p.first + row) * m.scan.dt_stride + p.own]);
+    }
+    float value = 0.0f;
+#pragma unroll
+    for (int chain = 0; chain < CHAINS; chain++) { /* those without inputs are zeros */
+        if (chain < s.chain_count) {
+            value += s.chains[(chain * 8 * GROUPS + row) * CHAIN_PITCH + p.lane];
+        }
+    }
+    return mil_float(mil_round<T>(value));
+}
+
+/* dt after bias, softplus and clamp of the thread's rows, and where nothing is folded their places in the tails: behind those
+ * that are there, and inputs that several channels read by one of them. */
+template <typename T, int GROUPS>
+static __device__ __forceinline__ void
+finish_dt(const mixer_arguments &m, const mixer_place &p, float bias, bool appends, bool owns,
+          const mil_tails &tails, const thread_rows<T, GROUPS> &rows, const mixer_memory &s)
+{
+#pragma unroll
+    for (int k = 0; k < GROUPS; k++) {
+        const int row = p.warp + k * BLOCK_WARPS;
+        if (row < p.count) {
+            const float dt =
+                mil_time_step(raw_dt<T, GROUPS>(m, p, row, s) + bias, m.scan.dt_min, m.scan.dt_max);
+            s.dt[row * COLUMNS + p.lane] = dt;
+            if (appends) {
+                tails.x[rows.tail_at + k * BLOCK_WARPS * m.scan.inner] = rows.x[k];
+                tails.dt[rows.tail_at + k * BLOCK_WARPS * m.scan.inner] = dt;
+            }
+            if (appends && owns) {
+                tails.conv[rows.conv_at + k * BLOCK_WARPS * m.inputs] = mil_float(rows.raw[k][MOST_TAPS - 1]);
+            }
+        }
+    }
+}
+
+/* ---- what is left */
+
+/* y of the thread's rows: the sum over the states is a tree, as in selective_scan_step.cu. */
+template <typename T, int TURNS>
+static __device__ __forceinline__ void
+finish_rows(const scan_arguments &a, const mixer_place &p, float D, const thread_rows<T, TURNS> &rows,
             const mixer_memory &s)
 {
-    const int warp = thread / MIL_WARP, lane = thread % MIL_WARP, g = lane / 4, t = lane % 4;
-    float c[dt_weights::PAIRS][GROUPS][4] = {};
 #pragma unroll
-    for (int i = 0; i < dt_weights::PAIRS; i++) {
-        const int chain = (warp * dt_weights::PAIRS + i) % CHAINS;
-        multiply_chunk<T, GROUPS>(m, count, chain * CHUNK, weights.low[i], weights.high[i], s, c[i]);
-    }
+    for (int k = 0; k < TURNS; k++) {
+        const int row = p.warp + k * BLOCK_WARPS;
+        if (row < p.count) {
+            const float *sums = s.sums + row * BLOCK_WARPS * COLUMNS + p.lane;
+            float sum[BLOCK_WARPS];
 #pragma unroll
-    for (int i = 0; i < dt_weights::PAIRS; i++) {
-        const int pair = warp * dt_weights::PAIRS + i, tile = pair / CHAINS, chain = pair % CHAINS;
-#pragma unroll 1
-        for (int k = (chain + CHAINS) * CHUNK; k < m.rank; k += CHAINS * CHUNK) {
-            uint4 l, h;
-            load_dt_weights<T>(m, p.channel, tile, k, l, h);
-            multiply_chunk<T, GROUPS>(m, count, k, l, h, s, c[i]);
-        }
-        float *to = s.chains + (chain * COLUMNS + tile * OUTPUTS + g) * 8 * GROUPS + 2 * t;
-#pragma unroll
-        for (int group = 0; group < GROUPS; group++) {
-            to[group * 8] = c[i][group][0];
-            to[group * 8 + 1] = c[i][group][1];
-            to[8 * 8 * GROUPS + group * 8] = c[i][group][2];
-            to[8 * 8 * GROUPS + group * 8 + 1] = c[i][group][3];
-        }
-    }
-}
-
-/* dt after bias, softplus and clamp, by the whole block. */
-template <typename T, int GROUPS>
-static __device__ __forceinline__ void
-finish_dt(const mixer_arguments &m, const mixer_place &p, int first, int count, float bias,
-          const mixer_memory &s)
-{
-    const scan_arguments &a = m.scan;
-    const int column = threadIdx.x % COLUMNS;
-#pragma unroll 1
-    for (int row = threadIdx.x / COLUMNS; row < count; row += BLOCK / COLUMNS) {
-        float value = 0.0f;
-        if (m.dt_weight != NULL) {
-#pragma unroll
-            for (int chain = 0; chain < CHAINS; chain++) {
-                value += s.chains[(chain * COLUMNS + column) * 8 * GROUPS + row];
+            for (int i = 0; i < BLOCK_WARPS; i++) {
+                sum[i] = sums[i * COLUMNS];
             }
-            value = mil_float(mil_round<T>(value));
-        }
-        else {
-            value = mil_float(((const T *)a.dt)[(first + row) * a.dt_stride + p.channel + column]);
-        }
-        s.dt[row * COLUMNS + column] = mil_time_step(value + bias, a.dt_min, a.dt_max);
-    }
-}
-
-/* low of this call's rows, where it comes from the first products, on its way. */
-template <typename T>
-static __device__ __forceinline__ void
-fetch_low(const mixer_arguments &m, int first, int count, int thread, const mixer_memory &s)
-{
-#pragma unroll 1
-    for (int row = thread / MIL_WARP; row < count && m.dt_weight != NULL; row += WARPS) {
-#pragma unroll 1
-        for (int at = thread % MIL_WARP * 8; at < m.rank; at += MIL_WARP * 8) {
-            mil_copy_16((T *)s.low + row * s.low_stride + at,
-                        (const T *)m.low + (first + row) * m.low_stride + at);
+#pragma unroll
+            for (int apart = 1; apart < BLOCK_WARPS; apart *= 2) {
+#pragma unroll
+                for (int i = 0; i < BLOCK_WARPS; i += 2 * apart) {
+                    sum[i] += sum[i + apart];
+                }
+            }
+            ((T *)a.y)[rows.y_at + k * BLOCK_WARPS * (int)a.y_stride] =
+                mil_round<T>(fmaf(D, rows.x[k], sum[0]) * rows.gate[k]);
         }
     }
 }
 
-/* B and C of this call's rows, from the first products or from [low | B | C]. */
-template <typename T>
+/* The block's columns of B: what the tail keeps, where it is folded, and this call's rows, by warps that have the fewest rows of
+ * y. */
 static __device__ __forceinline__ void
-take_B_and_C(const mixer_arguments &m, const mixer_place &p, int first, int count, const mixer_memory &s)
+write_B(const scan_arguments &a, const mixer_place &p, const mil_tails &tails, int shift,
+        const mixer_memory &s)
 {
-    const scan_arguments &a = m.scan;
-    const int thread = threadIdx.x % THREADS, B_columns = a.B_groups * a.state_dim;
-    const int C_columns = a.C_groups * a.state_dim;
-    if (m.x_weight != NULL) {
-        const T *low = (const T *)s.low;
-        take_columns<T>(low + m.B_at, s.low_stride, p.B_at, a.B_width, B_columns, count, thread, s.B);
-        take_columns<T>(low + m.C_at, s.low_stride, p.C_at, a.C_width, C_columns, count, thread, s.C);
-    }
-    else {
-        take_columns<T>((const T *)a.B + first * a.B_stride, a.B_stride, p.B_at, a.B_width, B_columns, count,
-                        thread, s.B);
-        take_columns<T>((const T *)a.C + first * a.C_stride, a.C_stride, p.C_at, a.C_width, C_columns, count,
-                        thread, s.C);
-    }
-}
-
-/* One group's columns of B: what the tail keeps, where it is folded, and this call's rows. */
-static __device__ __forceinline__ void
-write_B(const scan_arguments &a, const mixer_place &p, int before, int count, const mil_tails &tails,
-        int group, int shift, const mixer_memory &s)
-{
-    const int B_columns = a.B_groups * a.state_dim, at = group * a.state_dim - p.B_at;
-    const int kept = shift > 0 ? before - shift : 0, base = before - shift;
+    const int kept = shift > 0 ? p.before - shift : 0, B_columns = a.B_groups * a.state_dim;
+    float *const to = tails.B + (p.before - shift - kept) * B_columns + p.B_at;
 #pragma unroll 1
-    for (int row = threadIdx.x / MIL_WARP; row < kept + count; row += BLOCK / MIL_WARP) {
+    for (int row = BLOCK_WARPS - 1 - p.warp; row < kept + p.count; row += BLOCK_WARPS) {
         const float *from =
             row < kept ? s.tail_B + (shift + row) * a.B_width : s.B + (row - kept) * a.B_width;
-        float *to = tails.B + (row < kept ? row : base + row - kept) * B_columns + group * a.state_dim;
 #pragma unroll 1
-        for (int n = threadIdx.x % MIL_WARP; n < a.state_dim; n += MIL_WARP) {
-            to[n] = from[at + n];
+        for (int n = p.lane; n < a.B_width; n += MIL_WARP) {
+            to[row * B_columns + n] = from[n];
         }
     }
 }
 
-/* Tails where nothing is folded: rows of this call behind those that are there, each by one block. */
-template <typename T>
-static __device__ __forceinline__ void
-append_tails(const mixer_arguments &m, const mixer_place &p, int first, int count, int before,
-             const mil_tails &tails, const conv_taps &taps, const mixer_memory &s)
+/* Inputs of the convolution that channels share with others, and channels that do. */
+static __device__ __forceinline__ int
+input_run(const mixer_arguments &m)
+{
+    return m.repeat > 1 ? m.repeat * m.repeat_group : 1;
+}
+
+/* Where a window is folded: whether this block is the last to have read what it shares, of B (1) and of the convolution's
+ * inputs (2). */
+static __device__ __noinline__ unsigned
+count_readers(const mixer_arguments &m, const mil_tails &tails)
 {
     const scan_arguments &a = m.scan;
-    const int column = threadIdx.x % COLUMNS;
-#pragma unroll 1
-    for (int row = threadIdx.x / COLUMNS; row < count; row += BLOCK / COLUMNS) {
-        const int at = (before + row) * a.inner + p.channel + column;
-        tails.x[at] = s.x[row * COLUMNS + column];
-        tails.dt[at] = s.dt[row * COLUMNS + column];
-        if (taps.owns) {
-            tails.conv[(before + m.taps - 1 + row) * m.inputs + taps.input] =
-                mil_float(((const T *)m.raw)[(first + row) * m.raw_stride + taps.input]);
-        }
-    }
-#pragma unroll 1
-    for (int group = p.B_at / a.state_dim; group * m.B_run < p.channel + COLUMNS; group++) {
-        if (group * m.B_run >= p.channel) {
-            write_B(a, p, before, count, tails, group, 0, s);
-        }
-    }
+    const int inputs = input_run(m), channel = (int)blockIdx.x * COLUMNS;
+    const mil_slots slots = {{mil_slot(tails.B, a.B_groups * a.state_dim, channel / m.B_run * a.state_dim),
+                              mil_slot(tails.x, a.inner, channel / inputs * inputs), NULL},
+                             {(unsigned)max(m.B_run / COLUMNS, 1), (unsigned)max(inputs / COLUMNS, 1), 0u}};
+    return mil_last_of(slots);
 }
 
-/* Tails where a window is folded: `shift` rows go, and what is left moves to the beginning. */
-template <typename T>
+/* Tails where a window is folded: `shift` rows go, and what is left moves to the beginning; what others share by the `last`
+ * to have read it. */
+template <typename T, int GROUPS>
 static __device__ __noinline__ void
-fold_tails(const mixer_arguments &m, const mil_tails &tails, int channel, int first, int count, int before,
-           int shift, int groups)
+fold_tails(const mixer_arguments &m, const mil_tails &tails, int before, int shift, unsigned last)
 {
     extern __shared__ __align__(16) char shared[];
+    const mixer_memory s = cut_mixer_memory(m, shared, GROUPS);
+    mixer_place p = place_thread(m);
+    p.before = before;
     const scan_arguments &a = m.scan;
-    const mixer_memory s = cut_mixer_memory(m, shared, groups);
-    const int input_run = m.repeat > 1 ? m.repeat * m.repeat_group : 1;
-    const int kept = before - shift, lead = m.taps - 1, column = threadIdx.x % COLUMNS;
-    const int B_group = channel / m.B_run, run = channel / input_run;
-    const mixer_place p = {channel, B_group * a.state_dim, 0};
-    const mil_slots slots = {{mil_slot(tails.B, a.B_groups * a.state_dim, p.B_at),
-                              mil_slot(tails.x, a.inner, run * input_run), NULL},
-                             {m.B_run > COLUMNS ? (unsigned)(m.B_run / COLUMNS) : 1u,
-                              input_run > COLUMNS ? (unsigned)(input_run / COLUMNS) : 1u, 0u}};
-    const unsigned last = mil_last_of(slots);
+    const int kept = p.before - shift, lead = m.taps - 1;
 #pragma unroll 1
-    for (int row = threadIdx.x / COLUMNS; row < kept + count; row += BLOCK / COLUMNS) {
-        const int at = row * a.inner + channel + column;
-        const int from = (row < kept ? shift + row : row - kept) * COLUMNS + column;
+    for (int row = p.warp; row < kept + p.count; row += BLOCK_WARPS) {
+        const int at = row * a.inner + p.own,
+                  from = (row < kept ? shift + row : row - kept) * COLUMNS + p.lane;
         tails.x[at] = row < kept ? s.tail_x[from] : s.x[from];
         tails.dt[at] = row < kept ? s.tail_dt[from] : s.dt[from];
     }
     if (last & 1) {
-#pragma unroll 1
-        for (int group = B_group; group * m.B_run < channel + COLUMNS; group++) {
-            write_B(a, p, before, count, tails, group, shift, s);
-        }
+        write_B(a, p, tails, shift, s);
     }
     if (last & 2) {
-        const int columns = max(input_run, COLUMNS) / m.repeat, input = input_of(m, run * input_run);
+        const int columns = max(input_run(m), COLUMNS) / m.repeat;
+        const int input = input_of(m, p.channel / input_run(m) * input_run(m));
         mil_tail_shift<BLOCK>(tails.conv + input, m.inputs, columns, shift, lead + kept);
 #pragma unroll 1
-        for (int row = threadIdx.x / COLUMNS; row < count; row += BLOCK / COLUMNS) {
+        for (int row = p.warp; row < p.count; row += BLOCK_WARPS) {
 #pragma unroll 1
-            for (int at = input + column; at < input + columns; at += COLUMNS) {
+            for (int at = input + p.lane; at < input + columns; at += COLUMNS) {
                 tails.conv[(kept + lead + row) * m.inputs + at] =
-                    mil_float(((const T *)m.raw)[(first + row) * m.raw_stride + at]);
+                    mil_float(((const T *)m.raw)[(p.first + row) * m.raw_stride + at]);
             }
-        }
-    }
-}
-
-/* y of all rows; D and z are those of the thread's column and rows. */
-template <typename T>
-static __device__ __forceinline__ void
-finish_rows(const scan_arguments &a, const mixer_place &p, int first, int count, float D, const float (&z)[2],
-            const mixer_memory &s)
-{
-    const int column = threadIdx.x % COLUMNS;
-#pragma unroll
-    for (int k = 0; k < ROWS / (BLOCK / COLUMNS); k++) {
-        const int row = threadIdx.x / COLUMNS + k * (BLOCK / COLUMNS);
-        if (row < count) {
-            const float *sums = s.sums + row * WARPS * COLUMNS + column;
-            float y = (sums[0] + sums[COLUMNS]) + (sums[2 * COLUMNS] + sums[3 * COLUMNS]);
-            y = fmaf(D, s.x[row * COLUMNS + column], y);
-            if (a.z != NULL) {
-                y *= __fdividef(z[k], 1.0f + __expf(-z[k]));
-            }
-            ((T *)a.y)[(first + row) * a.y_stride + p.channel + column] = mil_round<T>(y);
         }
     }
 }
@@ -847,93 +1044,68 @@ __launch_bounds__(BLOCK, 2)
     const scan_arguments &a = m.scan;
     const mixer_memory s = cut_mixer_memory(m, shared, GROUPS);
     const mil_tails tails = states.of[blockIdx.y];
-    const bool scans = threadIdx.x < THREADS;
-    const int thread = threadIdx.x % THREADS; /* of its role */
-    const int channel = blockIdx.x * COLUMNS, own = channel + (int)threadIdx.x % COLUMNS;
-    const mixer_place p = {channel, channel / m.B_run * a.state_dim, channel / m.C_run * a.state_dim};
-    const int c = channel + thread % QUADS * V, lane_n = thread / QUADS;
-    const int B_own = c / m.B_run * a.state_dim - p.B_at, C_own = c / m.C_run * a.state_dim - p.C_at;
-    const float D = a.D[own], bias = a.dt_bias_scale * a.dt_bias[own];
-    const conv_taps taps = load_taps(m, own);
-    const int first = m.begin[blockIdx.y], count = m.begin[blockIdx.y + 1] - first;
-    float H[J][V], exponent[J][V], lead[MOST_TAPS - 1];
+    mixer_place p = place_thread(m);
+    const float D = a.D[p.own], bias = a.dt_bias_scale * a.dt_bias[p.own];
+    const conv_taps taps = load_taps(m, p.own);
+    float H[J][PAIR], exponent[J][PAIR];
+    thread_rows<T, GROUPS> rows;
     dt_weights weights;
     mil_trigger();
-    if (!scans) {
-#pragma unroll
-        for (int i = 0; i < dt_weights::PAIRS; i++) {
-            const int pair = thread / MIL_WARP * dt_weights::PAIRS + i;
-            load_dt_weights<T>(m, channel, pair / CHAINS, pair % CHAINS * CHUNK, weights.low[i],
-                               weights.high[i]);
-        }
-    }
+    load_dt_weights<T>(m, p, p.warp, weights);
+    load_exponents<J>(a, p, exponent);
     mil_wait_for_states(a.rows);
-    const mil_span span = mil_span_from(first, first + count, __ldcg(a.rows.past + blockIdx.y),
-                                        __ldcg(a.rows.boundary + blockIdx.y));
-    const int before = span.before, shift = (int)(span.after - span.boundary);
-    if (scans) {
-        fetch_tails(a, p, before, tails, s);
-        load_H<V, J>(a, tails.state, c, lane_n, H);
-        load_exponent<V, J>(a, c, lane_n, exponent);
-        mil_await_copies();
-        meet();
-        walk_tail<J>(a, s, before, shift, B_own, c, lane_n, exponent, tails.state, H);
+    const mil_span span =
+        mil_span_from(0, p.count, __ldcg(a.rows.past + blockIdx.y), __ldcg(a.rows.boundary + blockIdx.y));
+    const int shift = (int)(span.after - span.boundary);
+    p.before = span.before;
+    fetch_tails(a, p, tails, s);
+    load_states<J>(a, p, tails.state, H);
+    place_rows(m, p, taps, rows);
+    load_lead(m, p, tails, rows);
+    mil_await_copies();
+    __syncthreads();
+    walk_tail<J>(a, p, s, shift, exponent, tails.state, H);
+    const unsigned last = shift > 0 ? count_readers(m, states.of[blockIdx.y]) : 0;
+    sum_place sums = place_sum(m, p, (int)threadIdx.x, s);
+    wait_knowing(sums.from ^ sums.low ^ sums.B ^ sums.C ^ rows.raw_at ^ rows.z_at ^ rows.y_at ^ rows.tail_at ^
+                 rows.conv_at);
+    ask_for_rows(m, p, rows);
+    if (m.x_weight != NULL) {
+        add_slices<T>(m, p, sums, s);
     }
     else {
-        load_lead(m, before, tails, taps, lead);
-    }
-    mil_wait();
-    float z[ROWS / (BLOCK / COLUMNS)];
-#pragma unroll
-    for (int k = 0; k < ROWS / (BLOCK / COLUMNS); k++) {
-        const int row = (int)threadIdx.x / COLUMNS + k * (BLOCK / COLUMNS);
-        z[k] =
-            a.z != NULL && row < count ? mil_float(((const T *)a.z)[(first + row) * a.z_stride + own]) : 0.0f;
-    }
-    if (m.x_weight != NULL) {
-        add_slices<T>(m, first, count, s);
-    }
-    else if (!scans) {
-        fetch_low<T>(m, first, count, thread, s);
-    }
-    if (!scans) {
-        convolve_rows<T>(m, first, count, thread, taps, lead, s);
+        fetch_low<T>(m, p, s);
+        take_B_and_C<T, GROUPS>(a, p, (const T *)a.B + p.first * a.B_stride + p.B_at, a.B_stride,
+                                (const T *)a.C + p.first * a.C_stride + p.C_at, a.C_stride, s);
         mil_await_copies();
     }
+    convolve_rows(m, p, taps, s, rows);
     __syncthreads();
     if (m.normed > 0) {
-        if (!scans) {
-            norm_parts<T>(m, count, thread, (T *)s.low, s.low_stride);
-        }
+        norm_parts<T, GROUPS>(m);
+    }
+    if (m.dt_weight != NULL) {
+        multiply_dt<T, GROUPS>(m, p, weights, s);
         __syncthreads();
     }
-    if (scans) {
-        take_B_and_C<T>(m, p, first, count, s);
-    }
-    else if (m.dt_weight != NULL) {
-        multiply_dt<T, GROUPS>(m, p, count, thread, weights, s);
-    }
+    finish_dt<T, GROUPS>(m, p, bias, shift == 0, taps.owns, tails, rows, s);
     __syncthreads();
-    finish_dt<T, GROUPS>(m, p, first, count, bias, s);
-    __syncthreads();
-    if (scans) {
-        int row = 0;
+    int row = 0;
 #pragma unroll 1
-        for (; row + AT_ONCE<J> <= count; row += AT_ONCE<J>) {
-            scan_rows<J, AT_ONCE<J>>(a, s, row, count, B_own, C_own, exponent, H);
-        }
+    for (; row + AT_ONCE<J> <= p.count; row += AT_ONCE<J>) {
+        scan_rows<J, AT_ONCE<J>>(a, p, s, row, exponent, H);
+    }
 #pragma unroll 1
-        for (; row < count; row++) {
-            scan_rows<J, 1>(a, s, row, count, B_own, C_own, exponent, H);
-        }
+    for (; row < p.count; row++) {
+        scan_rows<J, 1>(a, p, s, row, exponent, H);
     }
     __syncthreads();
-    finish_rows<T>(a, p, first, count, D, z, s);
-    if (shift == 0) {
-        append_tails<T>(m, p, first, count, before, tails, taps, s);
+    finish_rows(a, p, D, rows, s);
+    if (shift > 0) {
+        fold_tails<T, GROUPS>(m, states.of[blockIdx.y], p.before, shift, last);
     }
-    else {
-        fold_tails<T>(m, tails, channel, first, count, before, shift, GROUPS);
+    else if (p.channel % m.B_run == 0) {
+        write_B(a, p, tails, shift, s);
     }
 }
 
@@ -989,7 +1161,7 @@ find_parts(const mil_scan_mixer *m, mixer_arguments *a)
     const int64_t C_columns = m->scan.C_groups * m->scan.state_dim;
     if (B_at < 0 || B_at + B_columns > p->out || C_at < 0 || C_at + C_columns > p->out || m->dt.in > p->out ||
         m->dt.x_stride != p->y_stride || m->scan.B_stride != p->y_stride || m->scan.C_stride != p->y_stride ||
-        p->out % V != 0 || (m->norm_count == 0 && m->dt.x != p->y)) {
+        p->out % V != 0 || B_at % V != 0 || C_at % V != 0 || (m->norm_count == 0 && m->dt.x != p->y)) {
         return false;
     }
     a->B_at = (int)B_at;
