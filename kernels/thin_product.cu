@@ -22,7 +22,7 @@
  * while it drains.  float32 weights, which only comparisons with the CPU use, take plain multiply-adds in a
  * kernel of the same shape.
  */
-#include "thin_tile.cuh"
+#include "thin_norm.cuh"
 
 #define LOADS 8 /* 16-byte loads of weights that a thread has under way */
 #define NORMED_BYTES (64 << 10)
@@ -37,29 +37,6 @@ fetch_norm_weight(const thin_arguments &a, float *weight)
     for (int i = (int)threadIdx.x * 4; i < a.in; i += THREADS * 4) {
         mil_copy_16(weight + i, a.norm.weight + i);
     }
-}
-
-/* The normed rows of x into shared memory, by the whole block; the bits of norm.cu. */
-template <typename T>
-static __device__ __forceinline__ void
-norm_rows(const thin_arguments &a, const float *weight, T *normed, float *partial)
-{
-    mil_await_copies();
-    __syncthreads();
-    int warp = (int)threadIdx.x / MIL_WARP, lane = (int)threadIdx.x % MIL_WARP;
-    if (a.in <= MIL_NORM_WIDEST_FOR_WARP) {
-        for (int row = warp; row < a.rows; row += WARPS) {
-            norm_group<T, 8>(a.norm, row, 0, weight, normed + row * a.in, lane, MIL_WARP,
-                             [](float value) { return mil_warp_sum(value); });
-        }
-    }
-    else {
-        for (int row = 0; row < a.rows; row++) {
-            norm_group<T, 8>(a.norm, row, 0, weight, normed + row * a.in, (int)threadIdx.x, MIL_NORM_THREADS,
-                             [&](float value) { return mil_block_sum(value, partial); });
-        }
-    }
-    __syncthreads();
 }
 
 /* One matrix's share of a block: 16 rows of weights on their way, and their sums with GROUPS * 8 rows of x. */
@@ -138,16 +115,25 @@ __launch_bounds__(THREADS, GROUPS == 1 ? 3 : 2) thin_kernel(const __grid_constan
         fetch_norm_weight(a, norm_weights);
     }
     mil_trigger();
-    mil_wait();
     place<T, W, GATED> written;
     const int out = first + written.column();
     written.find(a, product, out, out < o.out);
     const T *x = (const T *)a.x;
     int64_t x_stride = a.x_stride;
     if constexpr (NORMED) {
-        norm_rows<T>(a, norm_weights, (T *)normed_rows, &partial[0][0][0][0]);
         x = (const T *)normed_rows;
         x_stride = a.in;
+        const norm_columns columns(a);
+        mil_await_copies();
+        meet();
+        mil_wait();
+        written.read(a);
+        norm_rows<T, 0, NORMED_ROWS>(a, columns, weights_beside{norm_weights}, (T *)normed_rows,
+                                     &partial[0][0][0][0]);
+    }
+    else {
+        mil_wait();
+        written.read(a);
     }
 
     /* The whole warp stays in the loop until its last chunk: products take all its threads. */
@@ -190,10 +176,11 @@ __launch_bounds__(THREADS) thin_kernel_float(const __grid_constant__ thin_argume
     int first = ((int)blockIdx.x - o.first_tile) * TILE;
     const float *x = (const float *)a.x;
     mil_trigger();
-    mil_wait();
     place<float, float, false> written;
     const int out = first + written.column();
     written.find(a, product, out, out < o.out);
+    mil_wait();
+    written.read(a);
     for (int row = 0; row < a.rows; row++) {
         for (int j = 0; j < TILE; j++) {
             const float *w = (const float *)o.weight + (int64_t)min(first + j, o.out - 1) * a.in;
@@ -303,6 +290,13 @@ norm_fits(const mil_norm *n, const mil_linear *products, int64_t count)
            (uintptr_t)n->weight % 16 == 0;
 }
 
+/* Rows that every block norms in about the time of one: as many as it has warps, where a row is a warp's. */
+static int64_t
+most_normed(const mil_norm *n)
+{
+    return n->width <= MIL_NORM_WIDEST_FOR_WARP ? WARPS : NORMED_ROWS;
+}
+
 mil_status
 mil_thin_project(mil_context *context, const mil_norm *norm, const mil_linear *products, int64_t count,
                  const mil_glu *gate)
@@ -322,8 +316,8 @@ mil_thin_project(mil_context *context, const mil_norm *norm, const mil_linear *p
     if (normed) {
         MIL_TRY(mil_thin_stream(context, weights, a, true, gated, &done));
     }
-    normed = normed && !done && a.tiles <= NORMED_TILES && norm->rows <= NORMED_ROWS &&
-             norm_bytes(norm) <= NORMED_BYTES;
+    normed = normed && !done && a.tiles <= NORMED_TILES && norm->rows <= most_normed(norm) &&
+             norm_bytes(norm) <= NORMED_BYTES && norm_is_short(a);
     if (!normed && !done) {
         MIL_TRY(context->ops->norm_forward(context, norm));
     }

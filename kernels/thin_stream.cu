@@ -25,7 +25,7 @@
  * weights of 8 bits.  Figures: docs/performance-log.md.
  */
 #include "phase.cuh"
-#include "thin_tile.cuh"
+#include "thin_norm.cuh"
 
 #define BLOCK (THREADS + MIL_WARP)
 #define UNIT (WARPS * 64) /* bytes of a row in a chunk of every warp */
@@ -37,9 +37,6 @@
 #define MOST_STAGES 8
 #define ROWS_OF_GROUP 8 /* of x, which the tensor cores' instruction takes at a time */
 #define ROW_GAP 64      /* bytes between rows of a stage */
-#define ROWS_AT_ONCE 5  /* of many that are copied or normed: a draft of four tokens and the one before */
-#define NORM_STEPS 4    /* columns of a normed row are at most this many vectors a thread, */
-#define NORM_STEPS_OF_MANY 2 /* of one of many this many */
 
 enum x_source { X_IN_PLACE, X_COPIED, X_NORMED };
 
@@ -59,28 +56,7 @@ struct stream_arguments {
     int units, stages;   /* of a segment; of the ring */
 };
 
-/* The multiplying warps meet. */
-static __device__ __forceinline__ void
-meet()
-{
-    asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
-}
-
 /* ---- rows of x ------------------------------------------------------------------------------------------------------ */
-
-/* A thread's vectors of ROWS rows: STEPS columns from `column` on, `step` apart; what lies beyond the ends is left as it is. */
-template <typename T, int ROWS, int STEPS>
-static __device__ __forceinline__ void
-load_rows(const T *x, int64_t stride, int rows, int column, int step, int end, uint4 (&to)[ROWS][STEPS])
-{
-#pragma unroll
-    for (int i = 0; i < ROWS * STEPS; i++) {
-        const int row = i / STEPS, at = column + i % STEPS * step;
-        if (row < rows && at < end) {
-            to[row][i % STEPS] = *(const uint4 *)(x + row * stride + at);
-        }
-    }
-}
 
 /* Rows `first` to at most `first` + ROWS - 1. */
 template <typename T, int PAD, int ROWS, int STEPS>
@@ -115,139 +91,6 @@ copy_rows(const thin_arguments &a, T *rows)
         for (int first = 0; first < a.rows; first += ROWS_AT_ONCE) {
             copy_some<T, PAD, ROWS_AT_ONCE, 3>(a, first, rows);
         }
-    }
-    meet();
-}
-
-/* A thread's columns of a normed row: narrow rows are a warp's, wide ones the block's. */
-struct norm_columns {
-    static_assert(THREADS == MIL_NORM_THREADS, "a wide row's columns");
-    int first, step, end;
-    float weight[NORM_STEPS][2][4]; /* by loads that the compiler leaves where they are, before mil_wait() */
-
-    __device__ __forceinline__ norm_columns(const thin_arguments &a, bool narrow)
-    {
-        first = (narrow ? (int)threadIdx.x % MIL_WARP : (int)threadIdx.x) * 8;
-        step = narrow ? MIL_WARP * 8 : MIL_NORM_THREADS * 8;
-        end = a.in;
-#pragma unroll
-        for (int i = 0; i < NORM_STEPS; i++) {
-            if (first + i * step < end) {
-                mil_load_settled<4>(a.norm.weight + first + i * step, weight[i][0]);
-                mil_load_settled<4>(a.norm.weight + first + i * step + 4, weight[i][1]);
-            }
-        }
-    }
-};
-
-/* Eight elements as float32, made here and not kept from where they were made before: they take twice the registers. */
-template <typename T>
-static __device__ __forceinline__ void
-widen_again(uint4 &raw, float (&value)[8])
-{
-    asm volatile("" : "+r"(raw.x), "+r"(raw.y), "+r"(raw.z), "+r"(raw.w));
-    mil_load<8>((const T *)&raw, value);
-}
-
-/* The warps' sums of one row, as mil_warp_sum adds eight of them and zeros. */
-static __device__ __forceinline__ float
-sum_of_warps(const float *sum)
-{
-    static_assert(WARPS == 8, "the tree of mil_warp_sum");
-    return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
-}
-
-static __device__ __forceinline__ float
-norm_scale(const norm_arguments &n, float squares)
-{
-    return 1.0f / sqrtf(squares / (float)n.group + n.eps);
-}
-
-/* What ROWS rows are to be multiplied by, of a thread's columns of them.  partial: [ROWS][WARPS], for wide rows. */
-template <typename T, int ROWS, int STEPS>
-static __device__ __forceinline__ void
-find_scales(const norm_arguments &n, const norm_columns &columns, bool narrow, uint4 (&raw)[ROWS][STEPS],
-            float *partial, float (&scale)[ROWS])
-{
-    const int warp = (int)threadIdx.x / MIL_WARP, lane = (int)threadIdx.x % MIL_WARP;
-    float sum[ROWS] = {};
-#pragma unroll
-    for (int i = 0; i < ROWS * STEPS; i++) {
-        if (columns.first + i % STEPS * columns.step < columns.end) {
-            float value[8];
-            widen_again<T>(raw[i / STEPS][i % STEPS], value);
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-                sum[i / STEPS] = fmaf(value[j], value[j], sum[i / STEPS]);
-            }
-        }
-    }
-#pragma unroll
-    for (int row = 0; row < ROWS; row++) {
-        sum[row] = mil_warp_sum(sum[row]);
-        if (!narrow && lane == 0) {
-            partial[row * WARPS + warp] = sum[row];
-        }
-    }
-    float squares = sum[0];
-    if (!narrow) {
-        meet();
-        squares = sum_of_warps(partial + min(lane, ROWS - 1) * WARPS);
-    }
-    /* A lane has a row: five roots one after another take longer than the loads. */
-    const float mine = norm_scale(n, squares);
-#pragma unroll
-    for (int row = 0; row < ROWS; row++) {
-        scale[row] = __shfl_sync(MIL_ALL_LANES, mine, row);
-    }
-}
-
-/* Rows `first` to at most `first` + ROWS - 1, all at once; the bits of norm.cu. */
-template <typename T, int PAD, int ROWS>
-static __device__ __forceinline__ void
-norm_some(const thin_arguments &a, int first, const norm_columns &columns, bool narrow, T *y, float *partial)
-{
-    constexpr int STEPS = ROWS == 1 ? NORM_STEPS : NORM_STEPS_OF_MANY;
-    const norm_arguments &n = a.norm;
-    uint4 raw[ROWS][STEPS];
-    load_rows((const T *)n.x + first * n.x_stride, n.x_stride, a.rows - first, columns.first, columns.step,
-              columns.end, raw);
-    float scale[ROWS];
-    find_scales<T>(n, columns, narrow, raw, partial, scale);
-#pragma unroll
-    for (int row = 0; row < ROWS && first + row < a.rows; row++) {
-#pragma unroll
-        for (int i = 0; i < STEPS; i++) {
-            const int column = columns.first + i * columns.step;
-            if (column < columns.end) {
-                float value[8];
-                widen_again<T>(raw[row][i], value);
-#pragma unroll
-                for (int j = 0; j < 8; j++) {
-                    value[j] *= scale[row];
-                    value[j] *= columns.weight[i][j / 4][j % 4];
-                }
-                mil_store<8>(y + (first + row) * (a.in + PAD) + column, value);
-            }
-        }
-    }
-}
-
-/* All rows of x, at most ROWS_AT_ONCE wide ones. */
-template <typename T, int PAD>
-static __device__ __forceinline__ void
-norm_rows(const thin_arguments &a, T *y, float *partial)
-{
-    const bool narrow = a.in <= MIL_NORM_WIDEST_FOR_WARP;
-    const norm_columns columns(a, narrow);
-    mil_wait();
-    if (narrow || a.rows == 1) {
-        for (int row = narrow ? (int)threadIdx.x / MIL_WARP : 0; row < a.rows; row += narrow ? WARPS : 1) {
-            norm_some<T, PAD, 1>(a, row, columns, narrow, y, partial);
-        }
-    }
-    else {
-        norm_some<T, PAD, ROWS_AT_ONCE>(a, 0, columns, false, y, partial);
     }
     meet();
 }
@@ -490,6 +333,7 @@ struct multiplier {
                 const int product = GATED ? 0 : product_of(a, output);
                 places[i].find(a, product, output - a.outputs[product].first_tile,
                                column < mine.in_tile(first + i));
+                places[i].read(a);
             }
             float c[SETS][CHAINS<W>][GROUPS][4] = {};
             multiply(first, c);
@@ -534,7 +378,10 @@ __launch_bounds__(BLOCK, 1) stream_kernel(const __grid_constant__ stream_argumen
     float *const partials = (float *)(memory + s.stages * TILE * r.row_bytes);
     T *const rows = (T *)(partials + 2 * MATRICES * WARPS * TILE * sums_pitch(a.rows));
     if constexpr (X == X_NORMED) {
-        norm_rows<T, X_PAD<W>>(a, rows, partials);
+        const norm_columns columns(a);
+        const weights_at_hand weights(a, columns);
+        mil_wait();
+        norm_rows<T, X_PAD<W>, ROWS_AT_ONCE>(a, columns, weights, rows, partials);
     }
     else if constexpr (X == X_COPIED) {
         copy_rows<T, X_PAD<W>>(a, rows);
@@ -596,8 +443,7 @@ plan_memory(stream_arguments *s, bool gated, bool normed, size_t most, x_source 
 static bool
 norm_fits(const thin_arguments &a)
 {
-    return (a.rows <= ROWS_AT_ONCE || a.in <= MIL_NORM_WIDEST_FOR_WARP) &&
-           a.in <= (a.rows == 1 ? NORM_STEPS : NORM_STEPS_OF_MANY) * MIL_NORM_THREADS * 8;
+    return (a.rows <= ROWS_AT_ONCE || a.in <= MIL_NORM_WIDEST_FOR_WARP) && norm_is_short(a);
 }
 
 template <typename T, typename W, bool GATED>

@@ -117,7 +117,8 @@ add_chains(const float (&c)[CHAINS<W>][GROUPS][4], int group, int i)
 }
 
 /* What a thread writes of a tile: one output of one row, whose sums the warps leave in partial[WARPS][TILE][pitch].  All that
- * it takes besides is read by find(), which comes before the products: after them it would be waited for, by everybody. */
+ * it takes besides is read by find() and read(), which come before the products: after them it would be waited for, by
+ * everybody. */
 template <typename T, typename W, bool GATED>
 struct place {
     static constexpr int MATRICES = GATED ? 2 : 1;
@@ -138,7 +139,7 @@ struct place {
         return (int)threadIdx.x / TILE;
     }
 
-    /* The thread's column of the tile is output `at` of a product, if it is `there`. */
+    /* The thread's column of the tile is output `at` of a product, if it is `there`.  Needs no mil_wait(). */
     __device__ __forceinline__ void find(const thin_arguments &a, int of, int at, bool there)
     {
         product = of;
@@ -152,8 +153,13 @@ struct place {
             scale[m] = SCALED ? o.scale[out] : 1.0f;
             bias[m] = o.bias == NULL ? 0.0f : o.bias[out];
         }
+    }
+
+    /* The sum that is added to. */
+    __device__ __forceinline__ void read(const thin_arguments &a)
+    {
         const thin_output &o = a.outputs[product];
-        if (!GATED && o.accumulate) {
+        if (!GATED && out >= 0 && o.accumulate) {
             before = ((const T *)o.y)[row() * o.y_stride + out];
         }
     }
