@@ -607,7 +607,7 @@ typedef struct mil_settle {
 
 /* ---- the table -------------------------------------------------------------------------------------- */
 
-#define MIL_OPS_VERSION 3
+#define MIL_OPS_VERSION 4
 #define MIL_OPS_CAPSULE "mambainllama.ops" /* name of a PyCapsule that holds a table */
 
 struct mil_ops {
@@ -695,10 +695,12 @@ struct mil_ops {
     mil_status (*settle)(mil_context *context, const mil_settle *arguments);
     /* Optional: operators called between record_begin and record_end run only when the recording is replayed, any
      * number of times, with the arguments that they had.  Their memory must then be there (no arena may grow while
-     * recording: run the same once before), and nothing may be copied to or from the host. record_end gives
-     * a recording even where an operator in between failed; *out is NULL where it fails itself. */
+     * recording: run the same once before), and nothing may be copied to or from the host. *recording is NULL or
+     * an earlier one, of whatever work, which is made over where that can be done and freed where not: its replays that
+     * were queued before stay what they were.  There is one even where an operator in between failed; it is NULL where
+     * record_end fails itself. */
     mil_status (*record_begin)(mil_context *context);
-    mil_status (*record_end)(mil_context *context, void **out);
+    mil_status (*record_end)(mil_context *context, void **recording);
     mil_status (*replay)(mil_context *context, void *recording);
     void (*record_free)(mil_context *context, void *recording);
 };

@@ -14,18 +14,34 @@ mil_cuda_record_begin(mil_context *context)
                            "beginning a recording");
 }
 
+/* The arguments of `graph` into a recording of the same kernels in the same order, as the steps of other texts are. */
+static bool
+make_over(cudaGraphExec_t recording, cudaGraph_t graph)
+{
+    cudaGraphExecUpdateResultInfo result;
+    bool done = recording != NULL && cudaGraphExecUpdate(recording, graph, &result) == cudaSuccess;
+    if (!done) {
+        (void)cudaGetLastError();
+    }
+    return done;
+}
+
 mil_status
-mil_cuda_record_end(mil_context *context, void **out)
+mil_cuda_record_end(mil_context *context, void **recording)
 {
     cudaGraph_t graph = NULL;
-    cudaGraphExec_t exec = NULL;
-    *out = NULL;
-    MIL_TRY(mil_cuda_status(cudaStreamEndCapture(mil_stream(context), &graph), "ending a recording"));
-    cudaError_t error = cudaGraphInstantiate(&exec, graph, 0);
-    (void)cudaGraphDestroy(graph);
-    MIL_TRY(mil_cuda_status(error, "preparing a recording"));
-    *out = exec;
-    return MIL_OK;
+    cudaGraphExec_t exec = (cudaGraphExec_t)*recording;
+    cudaError_t error = cudaStreamEndCapture(mil_stream(context), &graph);
+    if (error != cudaSuccess || !make_over(exec, graph)) {
+        mil_cuda_record_free(context, exec);
+        exec = NULL;
+        error = error == cudaSuccess ? cudaGraphInstantiate(&exec, graph, 0) : error;
+    }
+    if (graph != NULL) {
+        (void)cudaGraphDestroy(graph);
+    }
+    *recording = error == cudaSuccess ? exec : NULL;
+    return mil_cuda_status(error, "ending a recording");
 }
 
 mil_status

@@ -96,7 +96,7 @@ mil_cuda_settle(mil_context *context, const mil_settle *arguments);
 mil_status
 mil_cuda_record_begin(mil_context *context);
 mil_status
-mil_cuda_record_end(mil_context *context, void **out);
+mil_cuda_record_end(mil_context *context, void **recording);
 mil_status
 mil_cuda_replay(mil_context *context, void *recording);
 void

@@ -5,17 +5,12 @@
 
 #define RECORD_AFTER 2 /* bursts of one run with the same texts before it is worth recording */
 
-/* Forgets the recording; memory stays. */
+/* For other texts; memory stays, and the recording is kept to be made over. */
 static void
-forget(mil_recorder *recorder)
+begin_anew(mil_recorder *recorder)
 {
-    mil_context context = {.ops = recorder->ops};
-    if (recorder->recording != NULL) {
-        recorder->ops->record_free(&context, recorder->recording);
-        recorder->recording = NULL;
-    }
     mil_arena_rewind(&recorder->kept, (mil_arena_mark){0});
-    recorder->prepared = false;
+    recorder->prepared = recorder->recorded = false;
     recorder->repeats = 0;
 }
 
@@ -25,7 +20,8 @@ mil_recorder_release(mil_recorder *recorder)
     if (recorder->ops == NULL) {
         return;
     }
-    forget(recorder);
+    mil_context context = {.ops = recorder->ops};
+    recorder->ops->record_free(&context, recorder->recording);
     mil_arena_release(&recorder->scratch);
     mil_arena_release(&recorder->kept);
     mil_arena_release(&recorder->host);
@@ -91,21 +87,16 @@ matches(const mil_engine *engine, mil_recorder *recorder, int64_t drafts)
     return same;
 }
 
-/* Records the work, whose memory the direct runs before have made. */
+/* Records the work, whose memory a direct run has made. The device is still busy with that run, and with a large model for
+ * longer than this takes. */
 static mil_status
 record(const mil_engine *engine, mil_recorder *recorder, mil_context *context)
 {
-    void *recording = NULL;
-    MIL_TRY(context->ops->finish(context));
     MIL_TRY(context->ops->record_begin(context));
     mil_status status = recorder->work->run(engine, recorder, context);
-    mil_status ended = context->ops->record_end(context, &recording);
-    if (status != MIL_OK || ended != MIL_OK) {
-        context->ops->record_free(context, recording);
-        return status != MIL_OK ? status : ended;
-    }
-    recorder->recording = recording;
-    return MIL_OK;
+    mil_status ended = context->ops->record_end(context, &recorder->recording);
+    recorder->recorded = status == MIL_OK && ended == MIL_OK;
+    return status != MIL_OK ? status : ended;
 }
 
 static mil_status
@@ -119,11 +110,10 @@ run_times(mil_recorder *recorder, mil_engine *engine, mil_context *context, int6
     MIL_TRY(recorder->work->fill(engine, recorder, context));
     MIL_TRY(context->ops->copy(context, recorder->device, recorder->image, recorder->bytes));
     int64_t done = 0;
-    if (recorder->recording == NULL) {
+    if (!recorder->recorded) {
         mil_arena_mark kept = mil_arena_get_mark(&recorder->kept);
         MIL_TRY(recorder->work->run(engine, recorder, context));
-        MIL_TRY(context->ops->finish(context));
-        mil_arena_rewind(&recorder->kept, kept);
+        mil_arena_rewind(&recorder->kept, kept); /* a recording uploads the same bytes there again */
         done = 1;
         if (times > 1 || ++recorder->repeats > RECORD_AFTER) {
             MIL_TRY(record(engine, recorder, context));
@@ -141,7 +131,7 @@ mil_recorder_run(mil_recorder *recorder, mil_engine *engine, mil_context *contex
                  int64_t times)
 {
     if (!matches(engine, recorder, drafts)) {
-        forget(recorder);
+        begin_anew(recorder);
     }
     mil_context inner = {
         .ops = context->ops,

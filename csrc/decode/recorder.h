@@ -31,15 +31,15 @@ struct mil_recorder {
     const mil_recorded_work *work;
     mil_allocator allocator;
     mil_arena scratch, kept, host; /* of the recorded work */
-    void *recording;
-    mil_record_key *key; /* [max_batch] */
-    int64_t count;       /* texts of the key */
-    int64_t drafts;      /* drafts a round, likewise of the key */
+    void *recording;               /* of other texts until `recorded`, and then made over */
+    mil_record_key *key;           /* [max_batch] */
+    int64_t count;                 /* texts of the key */
+    int64_t drafts;                /* drafts a round, likewise of the key */
     int64_t repeats;
-    bool prepared;
-    size_t bytes, room; /* of the block, and of what the image has memory for */
-    char *device;       /* [bytes] the block */
-    char *image;        /* [bytes] the same in host memory */
+    bool prepared, recorded; /* for the texts of the key */
+    size_t bytes, room;      /* of the block, and of what the image has memory for */
+    char *device;            /* [bytes] the block */
+    char *image;             /* [bytes] the same in host memory */
 };
 
 /* On failure nothing is held. */

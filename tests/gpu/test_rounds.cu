@@ -1,5 +1,5 @@
-/* What carries speculative rounds on the device: n-gram drafts against csrc/decode/ngram.c, mil_settle against plain C, and
- * draws that are put into later rows. Everything is integers and must be equal. */
+/* What carries speculative rounds on the device: n-gram drafts against csrc/decode/ngram.c, mil_settle against plain C, draws
+ * that are put into later rows, and recordings that are made over. Everything is integers and must be equal. */
 #include "harness.h"
 
 #include "../c/settle.h" /* after device.h, which harness.h includes as C */
@@ -257,11 +257,55 @@ test_spread(harness *h, float temperature)
     harness_reset(h);
 }
 
+/* ---- recordings ------------------------------------------------------------------------------------------------------ */
+
+/* One recording of another work after another: `kernels` scalings of x each, by factors and into arrays of their own.  The
+ * replay of the one before is still queued when the next is made of it. */
+static void
+test_recordings(harness *h)
+{
+    if (!harness_turn(h)) {
+        return;
+    }
+    enum { WORKS = 5, MOST = 3, ROWS = 3, WIDTH = 70, COUNT = ROWS * WIDTH };
+    static const int kernels[WORKS] = {2, 2, 3, 1, 1};
+    mil_context *gpu = &h->gpu;
+    const mil_ops *ops = gpu->ops;
+    harness_array x = harness_random_of(h, COUNT, 1.0f, MIL_F32), y[WORKS][MOST];
+    void *recording = NULL;
+    for (int i = 0; i < WORKS; i++) {
+        for (int j = 0; j < kernels[i]; j++) {
+            y[i][j] = harness_empty_of(h, COUNT, MIL_F32);
+        }
+        const int64_t rows = i % 2 == 0 ? ROWS : 1; /* another grid, too */
+        harness_need(ops->record_begin(gpu));
+        for (int j = 0; j < kernels[i]; j++) {
+            harness_check(h, ops->widen(gpu, rows, COUNT / rows, MIL_F32, x.gpu, COUNT / rows,
+                                        (float)(10 * i + j), (float *)y[i][j].gpu));
+        }
+        harness_check(h, ops->record_end(gpu, &recording));
+        harness_check(h, ops->replay(gpu, recording));
+    }
+    for (int i = 0; i < WORKS; i++) {
+        for (int j = 0; j < kernels[i]; j++) {
+            float expected[COUNT], got[COUNT];
+            for (int e = 0; e < COUNT; e++) {
+                expected[e] = (float)(10 * i + j) * x.cpu[e];
+            }
+            harness_need(ops->copy(gpu, got, y[i][j].gpu, sizeof got));
+            expect_equal(h, "a replay's array", got, expected, sizeof got);
+        }
+    }
+    ops->record_free(gpu, recording);
+    harness_reset(h);
+}
+
 int
 main(void)
 {
     static harness h;
     harness_begin(&h, MIL_BF16);
+    test_recordings(&h);
     int64_t lengths[] = {1, 2, 5, 40, 600, 5000};
     for (int64_t length : lengths) {
         for (int64_t words = 2; words <= 200; words *= 10) {
