@@ -122,6 +122,37 @@ model_bytes(const mil_model *model, bool matrices)
     return bytes;
 }
 
+/* A step of `sequences` states that have read `past` tokens and a few, and its block of numbers.  Many are at different places
+ * of their windows, so that one in 16 folds, as in texts of any lengths. */
+static inline mil_step
+model_step_of(harness *h, const mil_model *model, int64_t sequences, int64_t past)
+{
+    const int64_t columns = sequences + 1;
+    int64_t *rows = (int64_t *)calloc((size_t)(3 * columns), sizeof *rows);
+    int32_t *tokens = (int32_t *)calloc((size_t)sequences, sizeof *tokens);
+    mil_step step = {};
+    mil_state **states = (mil_state **)calloc((size_t)sequences, sizeof *states);
+    for (int64_t i = 0; i < sequences; i++) {
+        states[i] = (mil_state *)calloc(1, sizeof **states);
+        harness_need(mil_state_init(states[i], model, past + 64));
+        states[i]->length = past;
+        states[i]->boundary = past - past % MIL_WINDOW - MIL_WINDOW;
+        rows[i] = i;
+        rows[columns + i] = past + 1 + (i + 6) % MIL_WINDOW;
+        rows[2 * columns + i] = past;
+        tokens[i] = (int32_t)(i + 1);
+    }
+    rows[sequences] = sequences;
+    step.sequences = sequences;
+    step.states = states;
+    step.tokens = (const int32_t *)harness_bytes(h, tokens, (size_t)sequences * sizeof *tokens);
+    step.rows = (const int64_t *)harness_bytes(h, rows, (size_t)(3 * columns) * sizeof *rows);
+    step.logits = (float *)timing_array(h, sequences * model->config.vocab, MIL_F32, 0.0f);
+    free(rows);
+    free(tokens);
+    return step;
+}
+
 /* Seconds of one replay of a recorded step, back to back as a burst has them: the best of some rounds of about
  * 0.1 s each, after a short one. */
 static inline double
@@ -130,7 +161,7 @@ model_step_seconds(mil_context *context, const mil_model *model, const mil_step 
     enum { ROUNDS = 4 };
     int replays = 5;
     cudaStream_t stream = mil_stream(context);
-    void *recording;
+    void *recording = NULL;
     harness_need(mil_model_step(context, model, step));
     harness_need(context->ops->finish(context));
     harness_need(context->ops->record_begin(context));

@@ -6,42 +6,10 @@
  *
  *   step [hidden layers heads kv_heads intermediate vocab [mixer: 0 attention, 1 Mamba-1, 2 Mamba-2
  *        [weights: 1 bfloat16, 3 float8, 4 int8 [1: the whole step alone [sequences [tokens before]]]]]]
- *
- * Many sequences are at different places of their windows, so that one in 16 folds, as in texts of any lengths.
  */
 #include "random_model.h"
 
 enum { NUMBERS = 11 };
-
-/* `sequences` states that have read `past` tokens and a few, and the step's block of numbers. */
-static mil_step
-step_of(harness *h, const mil_model *model, int64_t sequences, int64_t past)
-{
-    const int64_t columns = sequences + 1;
-    int64_t *rows = (int64_t *)calloc((size_t)(3 * columns), sizeof *rows);
-    int32_t *tokens = (int32_t *)calloc((size_t)sequences, sizeof *tokens);
-    mil_step step = {};
-    mil_state **states = (mil_state **)calloc((size_t)sequences, sizeof *states);
-    for (int64_t i = 0; i < sequences; i++) {
-        states[i] = (mil_state *)calloc(1, sizeof **states);
-        harness_need(mil_state_init(states[i], model, past + 64));
-        states[i]->length = past;
-        states[i]->boundary = past - past % MIL_WINDOW - MIL_WINDOW;
-        rows[i] = i;
-        rows[columns + i] = past + 1 + (i + 6) % MIL_WINDOW;
-        rows[2 * columns + i] = past;
-        tokens[i] = (int32_t)(i + 1);
-    }
-    rows[sequences] = sequences;
-    step.sequences = sequences;
-    step.states = states;
-    step.tokens = (const int32_t *)harness_bytes(h, tokens, (size_t)sequences * sizeof *tokens);
-    step.rows = (const int64_t *)harness_bytes(h, rows, (size_t)(3 * columns) * sizeof *rows);
-    step.logits = (float *)timing_array(h, sequences * model->config.vocab, MIL_F32, 0.0f);
-    free(rows);
-    free(tokens);
-    return step;
-}
 
 /* What a step must read of states: those of mixers, and keys and values. */
 static double
@@ -77,7 +45,7 @@ main(int argc, char **argv)
     kept.allocator = &h.allocator;
     mil_context context = h.gpu;
     context.kept = &kept;
-    const mil_step step = step_of(&h, model, n[9], n[10]);
+    const mil_step step = model_step_of(&h, model, n[9], n[10]);
     double whole = model_step_seconds(&context, model, &step);
     printf("%.2f GB of weights and states: %.1f us a step, %.2f TB/s, %.0f tokens/s\n", bytes * 1e-9,
            whole * 1e6, bytes / whole * 1e-12, (double)n[9] / whole);
