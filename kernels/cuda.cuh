@@ -17,7 +17,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#include <pthread.h>
 #include <stdint.h>
 
 extern "C" {
@@ -58,8 +57,9 @@ mil_ceil_div(int64_t a, int64_t b)
 /* Dynamic shared memory that any kernel here gets without asking: 48 KB are for static memory and it together. */
 #define MIL_SHARED_UNASKED ((size_t)24 << 10)
 
-/* What a kernel may have is one number for all threads: who sets it launches before another can lower it. */
-static pthread_mutex_t mil_limit = PTHREAD_MUTEX_INITIALIZER;
+/* Lets a kernel have so much of it on a device, if it may not yet; what it may have is never lowered (limits.cu). */
+cudaError_t
+mil_allow_shared(const void *kernel, int device, size_t bytes);
 
 /* Whether a block of this device can have so much shared memory, and a little that is static. */
 static inline bool
@@ -91,16 +91,13 @@ mil_launch(mil_context *context, const char *name, void (*kernel)(Parameters...)
     config.stream = mil_stream(context);
     config.attrs = &attribute;
     config.numAttrs = 1;
-    if (shared <= MIL_SHARED_UNASKED) {
-        return mil_cuda_status(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
+    cudaError_t error = cudaSuccess;
+    if (shared > MIL_SHARED_UNASKED) {
+        error = mil_allow_shared((const void *)kernel, context->ops->device, shared);
     }
-    pthread_mutex_lock(&mil_limit);
-    cudaError_t error =
-        cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
     if (error == cudaSuccess) {
         error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
     }
-    pthread_mutex_unlock(&mil_limit);
     return mil_cuda_status(error, name);
 }
 
