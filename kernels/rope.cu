@@ -56,6 +56,15 @@ struct rope_arguments {
     int64_t x_stride;
 };
 
+/* Entries i and i + half of a head turned by (cosine, sine): which product is rounded is said here and not left to the
+ * compiler, so that all kernels give the same bits. */
+static __device__ __forceinline__ float2
+turn_pair(float first, float second, float2 turn)
+{
+    return make_float2(fmaf(first, turn.x, -__fmul_rn(second, turn.y)),
+                       fmaf(second, turn.x, __fmul_rn(first, turn.y)));
+}
+
 template <typename T>
 static __global__ void
 rotate(rope_arguments a)
@@ -70,9 +79,10 @@ rotate(rope_arguments a)
         int64_t i = pair % a.half;
         T *low = x + pair / a.half * a.head_dim + i, *high = low + a.half;
         float2 turn = table[i];
-        float first = mil_float(*low), second = mil_float(*high), sine = a.direction * turn.y;
-        *low = mil_round<T>(first * turn.x - second * sine);
-        *high = mil_round<T>(second * turn.x + first * sine);
+        turn.y *= a.direction;
+        const float2 turned = turn_pair(mil_float(*low), mil_float(*high), turn);
+        *low = mil_round<T>(turned.x);
+        *high = mil_round<T>(turned.y);
     }
 }
 
@@ -122,9 +132,9 @@ rotate_pairs(const rope_append_arguments &a, int64_t row, const T *from, int i, 
     float turned_low[V], turned_high[V];
 #pragma unroll
     for (int j = 0; j < V; j++) {
-        const float2 turn = turns[j];
-        turned_low[j] = first[j] * turn.x - second[j] * turn.y;
-        turned_high[j] = second[j] * turn.x + first[j] * turn.y;
+        const float2 turned = turn_pair(first[j], second[j], turns[j]);
+        turned_low[j] = turned.x;
+        turned_high[j] = turned.y;
     }
     mil_store<V>(low, turned_low);
     mil_store<V>(high, turned_high);
