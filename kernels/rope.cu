@@ -153,10 +153,15 @@ static __global__ void
 rope_append_kernel(const __grid_constant__ rope_append_arguments a)
 {
     mil_trigger();
-    mil_wait();
+    if (a.rows.each > 0) {
+        mil_wait_for_states(a.rows);
+    }
+    else {
+        mil_wait();
+    }
     int64_t row = blockIdx.x;
     int sequence = mil_sequence_of(a.rows, row);
-    int64_t position = a.rows.past[sequence] + row - a.rows.offsets[sequence];
+    int64_t position = mil_load_number(a.rows.past + sequence) + row - mil_row_of(a.rows, sequence);
     int width = a.kv_heads * a.head_dim, half = a.half / V, rest = a.head_dim / V - 2 * half;
     T *k_cache = (T *)a.caches.k[sequence % CACHES_INLINE],
       *v_cache = (T *)a.caches.v[sequence % CACHES_INLINE];
@@ -166,6 +171,7 @@ rope_append_kernel(const __grid_constant__ rope_append_arguments a)
     }
     k_cache += position * width;
     v_cache += position * width;
+    mil_wait();
     const T *k = (const T *)a.k + row * a.k_stride, *v = (const T *)a.v + row * a.v_stride;
     int item = (int)blockIdx.y * THREADS + (int)threadIdx.x;
     if (item < a.heads * half) {

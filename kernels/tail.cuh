@@ -87,20 +87,11 @@ mil_span_from(int64_t row, int64_t end, int64_t past, int64_t boundary)
     return span;
 }
 
-/* One of the numbers of mil_rows, past the first-level cache, and where it stands in the code. */
-static __device__ __forceinline__ int64_t
-mil_load_number(const int64_t *from)
-{
-    long long value;
-    asm volatile("ld.global.cg.s64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
-    return value;
-}
-
 /* Sequence `index` of the whole call, after mil_wait_for_states. */
 static __device__ __forceinline__ mil_span
 mil_span_of(const mil_device_rows &rows, int64_t index)
 {
-    return mil_span_from(mil_load_number(rows.offsets + index), mil_load_number(rows.offsets + index + 1),
+    return mil_span_from(mil_row_of(rows, index), mil_row_of(rows, index + 1),
                          mil_load_number(rows.past + index), mil_load_number(rows.boundary + index));
 }
 

@@ -467,14 +467,16 @@ test_rope(harness *h)
     harness_reset(h);
 }
 
-/* Rotations and append in one launch, and one after another: the same bits. */
+/* Rotations and append in one launch, and one after another: the same bits.  `alike`: sequences of as many rows each. */
 static void
-test_rope_append(harness *h, int64_t head_dim, int64_t rotary)
+test_rope_append(harness *h, int64_t head_dim, int64_t rotary, bool alike)
 {
     enum { HEADS = 4, KV_HEADS = 2, ROWS = 9, CAPACITY = 24 };
-    static const int64_t offsets[4] = {0, 1, 6, 9}, past[3] = {0, 11, 20}, boundary[3] = {0, 0, 16};
+    static const int64_t different[4] = {0, 1, 6, 9}, same[4] = {0, 3, 6, 9}, past[3] = {0, 11, 20},
+                         boundary[3] = {0, 0, 16};
     const int64_t width = KV_HEADS * head_dim;
-    mil_rows rows = harness_rows(h, 3, offsets, past, boundary);
+    mil_rows rows = harness_rows(h, 3, alike ? same : different, past, boundary);
+    rows.settled = alike;
     harness_array table = harness_random_of(h, ROWS * rotary, 1, MIL_F32),
                   v = harness_random(h, ROWS * width, 1), caches[2][6], q[2], k[2];
     uint64_t random = h->random;
@@ -593,9 +595,11 @@ main(void)
         }
         if (harness_turn(&h)) {
             test_rope(&h);
-            test_rope_append(&h, 128, 128);
-            test_rope_append(&h, 64, 32);
-            test_rope_append(&h, 20, 12);
+            for (int alike = 0; alike < 2; alike++) {
+                test_rope_append(&h, 128, 128, alike != 0);
+                test_rope_append(&h, 64, 32, alike != 0);
+                test_rope_append(&h, 20, 12, alike != 0);
+            }
         }
         if (harness_turn(&h)) {
             test_glu(&h, 3, 64, true);
