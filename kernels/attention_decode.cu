@@ -22,6 +22,8 @@
 #include "attention.cuh"
 #include "cluster.cuh"
 
+#include <limits.h>
+
 #define PARTS 8      /* of the keys of one head: as many as the portable most of a cluster's blocks */
 #define LANES 4      /* warps that share a tile's keys */
 #define LANE_KEYS 16 /* the depth of one product */
@@ -85,15 +87,15 @@ struct decode_place {
     int sequence, past, kv_head, first_slot, slots, rows, quads; /* quads: of a row's values */
 };
 
-/* Whether this block has any. */
+/* Whether this block has any; after mil_wait_for_states. */
 template <int MT>
 static __device__ __forceinline__ bool
 find_place(const attention_arguments &a, decode_place &p)
 {
     p.sequence = blockIdx.z;
-    p.first_row = a.rows.offsets[p.sequence];
-    int count = (int)(a.rows.offsets[p.sequence + 1] - p.first_row);
-    p.past = (int)a.rows.past[p.sequence];
+    p.first_row = mil_row_of(a.rows, p.sequence);
+    int count = (int)(mil_row_of(a.rows, p.sequence + 1) - p.first_row);
+    p.past = (int)mil_load_number(a.rows.past + p.sequence);
     p.kv_head = blockIdx.y % a.kv_heads;
     p.first_slot = blockIdx.y / a.kv_heads * MT * 16;
     p.slots = count * a.group;
@@ -237,15 +239,21 @@ struct pair_ring {
         ahead.settle();
     }
 
-    /* The pair's keys or values. */
-    __device__ __forceinline__ void load(const T *from, uint32_t to)
+    /* The pair's keys or values, of those of its tiles that are among low .. high - 1. */
+    __device__ __forceinline__ void copy(const T *from, uint32_t to, int low, int high) const
     {
-        if (ahead.tile < ahead.tiles) {
-            copier.copy(from, ahead.tile * TILE, ahead.end, to);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int tile = ahead.tile + i * PARTS;
+            if (tile >= low && tile < high) {
+                copier.copy(from, tile * TILE, ahead.end, to + i * TILE_BYTES);
+            }
         }
-        if (ahead.tile + PARTS < ahead.tiles) {
-            copier.copy(from, (ahead.tile + PARTS) * TILE, ahead.end, to + TILE_BYTES);
-        }
+    }
+
+    __device__ __forceinline__ void load(const T *from, uint32_t to, int low = INT_MIN)
+    {
+        copy(from, to, low, ahead.tiles);
         copies_commit();
     }
 
@@ -261,12 +269,25 @@ struct pair_ring {
         return steps + step * PAIR_BYTES;
     }
 
-    __device__ __forceinline__ void begin()
+    /* The first pairs, as far as their tiles are before `settled`; they stay the next to be copied. */
+    __device__ __forceinline__ void begin_settled(int settled) const
+    {
+        pair_ring first = *this;
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            first.copy(copier.k, first.at(), INT_MIN, settled);
+            first.copy(copier.v, first.at() + 2 * TILE_BYTES, INT_MIN, settled);
+            first.turn();
+        }
+    }
+
+    /* The rest of them. */
+    __device__ __forceinline__ void begin(int settled)
     {
 #pragma unroll
         for (int i = 0; i < STEPS; i++) {
-            load(copier.k, at());
-            load(copier.v, at() + 2 * TILE_BYTES);
+            load(copier.k, at(), settled);
+            load(copier.v, at() + 2 * TILE_BYTES, settled);
             turn();
         }
     }
@@ -529,9 +550,10 @@ decode_head(const attention_arguments &a)
     memory_type *memory = reinterpret_cast<memory_type *>(raw);
     /* No mil_trigger(): blocks of the next kernels would take places unevenly while this one holds a part of
      * the chip. */
-    mil_wait();
+    mil_wait_for_states(a.rows);
     decode_place p;
     if (!find_place<MT>(a, p)) {
+        mil_wait();
         return; /* with the whole cluster */
     }
     if constexpr (BLOCKS > 1) {
@@ -544,9 +566,13 @@ decode_head(const attention_arguments &a)
     pair_walk<BLOCKS> walk(a, p);
     uint32_t q = shared_address(memory->q);
     pair_ring<T, D, MT, STEPS, BLOCKS> ring(a, p, w, walk, shared_address(memory->tiles.step));
+    /* Keys and values of earlier passes are on their way while the kernel that adds this one's is still at work. */
+    const int settled = a.rows.settled ? p.past / TILE : 0; /* tiles */
+    ring.begin_settled(settled);
+    mil_wait();
     load_queries<T, D, MT>(a, p, q);
     copies_commit();
-    ring.begin();
+    ring.begin(settled);
     see_keys(a, p, w);
     copies_wait<2 * STEPS>();
     __syncthreads();
