@@ -154,12 +154,11 @@ convolve(const conv_arguments &a, const mil_span &span, const float (&lead)[TAPS
 }
 
 /* Where V columns of the tail fold, by `shift` rows: the `kept` rows of earlier calls that stay, to the beginning. */
-template <int V>
+template <int V, int GROUP>
 static __device__ __forceinline__ void
 keep_rows(const conv_arguments &a, int64_t shift, int64_t kept, float *tail, int64_t input)
 {
-    constexpr int GROUP = 8; /* rows on their way at once; a fold moves rows by 16 or more */
-    float x[GROUP][V];
+    float x[GROUP][V]; /* rows on their way at once; a fold moves rows by 16 or more */
     for (int64_t i = 0; shift > 0 && i < kept; i += GROUP) {
 #pragma unroll
         for (int k = 0; k < GROUP; k++) {
@@ -214,7 +213,7 @@ __launch_bounds__(THREADS, TAPS > 4 ? 3 : 4)
     if (row == 0) {
         load_lead<T, V, TAPS>(a, span, tail, input, row, lead);
         if (tail != NULL) {
-            keep_rows<V>(a, span.after - span.boundary, span.past - span.after + a.width - 1, tail, input);
+            keep_rows<V, 8>(a, span.after - span.boundary, span.past - span.after + a.width - 1, tail, input);
         }
     }
     mil_wait();
@@ -285,7 +284,8 @@ __launch_bounds__(THREADS, 5)
 #pragma unroll
     for (int k = 0; k < TOGETHER; k++) {
         if (k < count) {
-            keep_rows<V>(a, shift[k], kept[k], tails.of[first + k], input);
+            keep_rows<V, 4>(a, shift[k], kept[k], tails.of[first + k],
+                            input); /* 3, if each call brings a row */
         }
     }
     load_taps<V, TAPS>(a, channel, weight, bias);
