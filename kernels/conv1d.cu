@@ -200,13 +200,15 @@ __launch_bounds__(THREADS, TAPS > 4 ? 3 : 4)
     const int64_t run = a.repeat > 1 ? a.repeat_group : a.inputs;
     int64_t channel = input / run * run * a.repeat + input % run;
     float weight[TAPS][V], bias[V], lead[TAPS - 1][V];
+    if (input < a.inputs) {
+        load_taps<V, TAPS>(a, channel, weight, bias);
+    }
+    mil_wait_for_states(a.rows);
+    const mil_span span = mil_share_span(a.rows, a.first + blockIdx.z);
     if (input >= a.inputs) {
         mil_wait();
         return;
     }
-    load_taps<V, TAPS>(a, channel, weight, bias);
-    mil_wait_for_states(a.rows);
-    const mil_span span = mil_span_of(a.rows, a.first + blockIdx.z);
     const int64_t row = (int64_t)blockIdx.y * CHUNK,
                   end = row + CHUNK < span.count ? row + CHUNK : span.count;
     float *tail = tails.given ? tails.of[blockIdx.z] : NULL;
@@ -260,6 +262,9 @@ __launch_bounds__(THREADS, 5)
     mil_trigger();
     const int64_t input = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * V;
     const int first = (int)blockIdx.y * TOGETHER, count = min(TOGETHER, a.count - first);
+    mil_span span[TOGETHER];
+    mil_wait_for_states(a.rows);
+    mil_share_spans(a.rows, a.first + first, a.first + first + count - 1, span);
     if (input >= a.inputs) {
         mil_wait();
         return;
@@ -268,12 +273,6 @@ __launch_bounds__(THREADS, 5)
     int64_t channel = input / run * run * a.repeat + input % run;
     float weight[TAPS][V], bias[V], lead[TOGETHER][TAPS - 1][V], x[TOGETHER][V];
     int row[TOGETHER], shift[TOGETHER], kept[TOGETHER];
-    mil_span span[TOGETHER];
-    mil_wait_for_states(a.rows);
-#pragma unroll
-    for (int k = 0; k < TOGETHER; k++) { /* all at once: loads stay in their order */
-        span[k] = mil_span_of(a.rows, a.first + first + min(k, count - 1));
-    }
 #pragma unroll
     for (int k = 0; k < TOGETHER; k++) {
         row[k] = (int)span[k].row;

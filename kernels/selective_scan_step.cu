@@ -318,7 +318,7 @@ __launch_bounds__(THREADS)
     const float D = a.D[min(channel + (int)threadIdx.x % COLUMNS, a.inner - 1)];
     mil_wait_for_states(a.rows);
     load_H<V, J>(a, states.given ? tails.state : NULL, c, lane_n, H);
-    const mil_span span = mil_span_of(a.rows, a.first + blockIdx.y);
+    const mil_span span = mil_share_span(a.rows, a.first + blockIdx.y);
     if (span.count < a.least || span.count > a.most) {
         mil_wait();
         return;

@@ -140,7 +140,7 @@ __launch_bounds__(DECAY_WARPS *MIL_WARP)
     const int64_t start = (int64_t)blockIdx.x * CHUNK;
     mil_trigger();
     mil_wait();
-    const mil_span span = share_span(a);
+    const mil_span span = mil_share_span(a.rows, a.first + blockIdx.z);
     const int64_t total = span.before + span.count,
                   folded = states.given ? span.after - span.boundary : total; /* tokens to be in the state */
     if (head >= a.heads || span.count < a.least || start >= total) {
@@ -472,7 +472,7 @@ __launch_bounds__(CHUNK_THREADS, N > 128 ? 1 : 2)
     p.C_column = (int64_t)(p.head / (a.heads / a.C_groups)) * a.state_dim;
     const float D = a.D[p.head];
     mil_wait();
-    const mil_span span = share_span(a);
+    const mil_span span = mil_share_span(a.rows, a.first + blockIdx.z);
     const int64_t total = span.before + span.count, chunks = (total + CHUNK - 1) / CHUNK;
     const int64_t folded = given ? span.after - span.boundary : total; /* tokens to be in the state */
     const int64_t first = (int64_t)segment * c.segment_chunks, end = min(chunks, first + c.segment_chunks);
@@ -559,7 +559,7 @@ __launch_bounds__(SEGMENT_THREADS)
                   i = ((int64_t)blockIdx.x * SEGMENT_THREADS + threadIdx.x) * 4;
     mil_trigger();
     mil_wait();
-    const mil_span span = share_span(a);
+    const mil_span span = mil_share_span(a.rows, a.first + blockIdx.z);
     if (span.count < a.least) {
         return;
     }

@@ -422,7 +422,7 @@ __launch_bounds__(ROWS_R *WIDTH / 4, WIDTH == 128 ? 2 : 3)
     if (threadIdx.x == 0) {
         begin_ring(state, a.heads, m);
     }
-    const mil_span span = mil_span_of(a.ssd.rows, a.ssd.first + blockIdx.y);
+    const mil_span span = mil_share_span(a.ssd.rows, a.ssd.first + blockIdx.y);
     p.before = span.before;
     p.first = span.before >= WINDOW ? WINDOW : 0;
     p.i = p.before - p.first;

@@ -42,19 +42,6 @@ find_segment(const chunk_arguments &c, int head, int segment)
     return ((int64_t)blockIdx.z * c.ssd.heads + head) * c.segments + segment;
 }
 
-/* The span of the block's sequence, by one thread for all: its numbers are in one line of memory, and the second-level
- * cache serves those who ask for a line one after another, 0.4 ns each, over the whole device. */
-static __device__ __forceinline__ mil_span
-share_span(const ssd_arguments &a)
-{
-    __shared__ mil_span span;
-    if (threadIdx.x == 0) {
-        span = mil_span_of(a.rows, a.first + blockIdx.z);
-    }
-    __syncthreads();
-    return span;
-}
-
 /* What a chunk's dt give a head, as ssd_decays_kernel left it. */
 static __device__ __forceinline__ chunk_decays *
 find_decays(const chunk_arguments &c, int head, int64_t chunk)

@@ -801,7 +801,7 @@ begin_block(const chunk_arguments &c, bool given, hopper_memory<T, N, PAIRS, OUT
         wgmma_publish();
     }
     mil_wait();
-    span = share_span(c.ssd);
+    span = mil_share_span(c.ssd.rows, c.ssd.first + blockIdx.z);
     const int total = span.before + (int)span.count, chunks = (total + CHUNK - 1) / CHUNK;
     p.slice = blockIdx.x % c.ssd.slices;
     p.segment = blockIdx.x / c.ssd.slices;

@@ -547,7 +547,7 @@ __launch_bounds__(THREADS, J <= 4 ? 2 : 1)
     float *state = states.given ? tails.state + (int64_t)p.head * a.state_dim * a.head_dim : NULL;
     const float exponent = get_exponent(a, p.head), bias = a.dt_bias[p.head], D = a.D[p.head];
     mil_wait_for_states(a.rows);
-    const mil_span span = mil_span_of(a.rows, a.first + blockIdx.z);
+    const mil_span span = mil_share_span(a.rows, a.first + blockIdx.z);
     if (span.count < a.least || span.count > a.most) {
         mil_wait();
         return;
