@@ -40,6 +40,8 @@
 #define SLICES 8 /* of W_x's inputs */
 #define MOST_TAPS 4
 #define MOST_BYTES ((size_t)160 << 10) /* of shared memory */
+#define RARE(condition) \
+    __builtin_expect(condition, 0) /* its code stands apart: the kernels run through theirs once */
 
 struct mixer_arguments {
     scan_arguments scan; /* its x is not read, its dt where dt_weight is NULL */
@@ -299,23 +301,37 @@ __launch_bounds__(THREADS, 3)
 
 /* ---- the scan ----------------------------------------------------------------------------------------------------- */
 
+/* What the kernel needs of a channel: its taps, the oldest first, behind those that do not exist, and more. */
+enum channel_part { TAPS_PART, CONV_BIAS_PART = MOST_TAPS, DT_BIAS_PART, D_PART, CHANNEL_PARTS };
+
 /* What a block of the scan keeps in shared memory. */
 struct mixer_memory {
+    int *numbers;            /* tokens in the tail, and of them those that are folded */
     float *tail_x, *tail_dt; /* [MIL_TAIL, COLUMNS] */
     float *x, *dt;           /* [8 GROUPS, COLUMNS] of this call's rows */
-    float *chains;           /* [chains of W_dt low, 8 GROUPS, CHAIN_PITCH], and when they are added up */
-    float *sums;             /* [rows, BLOCK_WARPS, COLUMNS] of C . H, in the same place */
+    float *channels;         /* [CHANNEL_PARTS, COLUMNS]: what the kernel needs of each channel */
+    void *weights;           /* [chunks, COLUMNS, CHUNK] of W_dt, chunk_floats apart; in the place of */
+    float *chains;           /* a chain's first chunk its sums [8 GROUPS, CHAIN_PITCH]; and in that of all */
+    float *sums;             /* [rows, BLOCK_WARPS, COLUMNS] of C . H */
     float *tail_B;           /* [MIL_TAIL, B_width] */
     float *B, *C;            /* [rows, width] */
     void *low;               /* [rows, low_stride]: low, or [low | B | C] */
-    int low_stride, chain_count;
+    int low_stride, chunks;
     size_t bytes;
 };
+
+/* Floats from chunk to chunk of W_dt. */
+static __host__ __device__ __forceinline__ int
+chunk_floats(int groups)
+{
+    const int weights = COLUMNS * CHUNK / 2, sums = 8 * groups * CHAIN_PITCH;
+    return weights > sums ? weights : sums;
+}
 
 static __host__ __device__ __forceinline__ mixer_memory
 cut_mixer_memory(const mixer_arguments &m, char *memory, int groups)
 {
-    const int chunks = (m.rank + CHUNK - 1) / CHUNK, width = m.x_weight != NULL ? m.x_width : m.rank;
+    const int width = m.x_weight != NULL ? m.x_width : m.rank;
     mixer_memory s;
     float *at = (float *)memory;
     auto take = [&](int floats) {
@@ -323,13 +339,15 @@ cut_mixer_memory(const mixer_arguments &m, char *memory, int groups)
         at += floats;
         return from;
     };
-    s.chain_count = chunks < CHAINS ? chunks : CHAINS; /* those that have inputs */
+    s.chunks = (m.rank + CHUNK - 1) / CHUNK;
+    s.numbers = (int *)take(4);
     s.tail_x = take(MIL_TAIL * COLUMNS);
     s.tail_dt = take(MIL_TAIL * COLUMNS);
     s.x = take(8 * groups * COLUMNS);
     s.dt = take(8 * groups * COLUMNS);
-    const int chains = s.chain_count * 8 * groups * CHAIN_PITCH, sums = m.total * BLOCK_WARPS * COLUMNS;
-    s.sums = s.chains = take(chains > sums ? chains : sums);
+    s.channels = take(CHANNEL_PARTS * COLUMNS);
+    const int weights = s.chunks * chunk_floats(groups), sums = m.total * BLOCK_WARPS * COLUMNS;
+    s.weights = s.chains = s.sums = take(weights > sums ? weights : sums);
     s.tail_B = take(MIL_TAIL * m.scan.B_width);
     s.B = take(m.total * m.scan.B_width);
     s.C = take(m.total * m.scan.C_width);
@@ -346,6 +364,7 @@ struct mixer_place {
     int warp, lane, own;      /* the lane's channel */
     int B_own, C_own;         /* its first columns of B and C, from B_at and C_at on */
     int first, count, before; /* rows of the sequence in this call; tokens in its tail */
+    bool owns_B;              /* the block appends those columns of B to the tail */
 };
 
 static __device__ __forceinline__ mixer_place
@@ -362,6 +381,7 @@ place_thread(const mixer_arguments &m)
     p.C_own = p.own / m.C_run * m.scan.state_dim - p.C_at;
     p.first = m.begin[blockIdx.y];
     p.count = m.begin[blockIdx.y + 1] - p.first;
+    p.owns_B = p.channel % m.B_run == 0;
     return p;
 }
 
@@ -374,7 +394,7 @@ state_of(const mixer_place &p, int j)
     return p.warp * PAIR + j * LANES_N;
 }
 
-/* A log2(e) of a thread's states, finite so that 0 * A is 0; 0 where there is no state. */
+/* A log2(e) of a thread's states, finite so that 0 * A is 0; 0 where there is no state.  First A_log is on its way. */
 template <int J>
 static __device__ __forceinline__ void
 load_exponents(const scan_arguments &a, const mixer_place &p, float (&exponent)[J][PAIR])
@@ -384,8 +404,21 @@ load_exponents(const scan_arguments &a, const mixer_place &p, float (&exponent)[
 #pragma unroll
         for (int i = 0; i < PAIR; i++) {
             const int n = state_of(p, j) + i;
-            exponent[j][i] =
-                n < a.state_dim ? -log2_e * fminf(expf(a.A_log[p.own * a.state_dim + n]), 1e30f) : 0.0f;
+            exponent[j][i] = n < a.state_dim ? a.A_log[p.own * a.state_dim + n] : 0.0f;
+        }
+    }
+}
+
+template <int J>
+static __device__ __forceinline__ void
+finish_exponents(const scan_arguments &a, const mixer_place &p, float (&exponent)[J][PAIR])
+{
+#pragma unroll
+    for (int j = 0; j < J; j++) {
+#pragma unroll
+        for (int i = 0; i < PAIR; i++) {
+            const bool there = state_of(p, j) + i < a.state_dim;
+            exponent[j][i] = there ? -log2_e * fminf(expf(exponent[j][i]), 1e30f) : 0.0f;
         }
     }
 }
@@ -474,6 +507,26 @@ take_tokens(const scan_arguments &a, const mixer_place &p, const float *x, const
     }
 }
 
+/* The sequence's numbers, as one warp asks for them: all blocks read the same line. Lane 0 has `past`, lane 1 the boundary. */
+static __device__ __forceinline__ int64_t
+ask_for_numbers(const scan_arguments &a)
+{
+    const int64_t *from = threadIdx.x == 0 ? a.rows.past : a.rows.boundary;
+    return threadIdx.x < 2 ? mil_load_number(from + blockIdx.y) : 0;
+}
+
+static __device__ __forceinline__ void
+share_numbers(int64_t number, const mixer_place &p, const mixer_memory &s)
+{
+    if (p.warp == 0) {
+        const int64_t past = __shfl_sync(MIL_ALL_LANES, number, 0),
+                      boundary = __shfl_sync(MIL_ALL_LANES, number, 1);
+        const mil_span span = mil_span_from(0, p.count, past, boundary);
+        s.numbers[0] = span.before;
+        s.numbers[1] = (int)(span.after - span.boundary);
+    }
+}
+
 /* The tails into shared memory. */
 static __device__ __forceinline__ void
 fetch_tails(const scan_arguments &a, const mixer_place &p, const mil_tails &tails, const mixer_memory &s)
@@ -551,7 +604,8 @@ struct sum_place {
 static __device__ __forceinline__ sum_place
 place_sum(const mixer_arguments &m, const mixer_place &p, int item, const mixer_memory &s)
 {
-    const int quads = m.x_width / V, row = item / quads, at = item % quads * V;
+    const int quads = max(m.x_width / V, 1); /* there may be no W_x */
+    const int row = item / quads, at = item % quads * V;
     const int B = at - m.B_at - p.B_at, C = at - m.C_at - p.C_at;
     sum_place place;
     place.from = (p.first + row) * m.x_width + at;
@@ -597,7 +651,7 @@ add_slices(const mixer_arguments &m, const mixer_place &p, sum_place place, cons
     const int items = p.count * (m.x_width / V), apart = m.total * m.x_width;
 #pragma unroll 1
     for (int item = threadIdx.x; item < items; item += BLOCK) {
-        if (item >= BLOCK) {
+        if (RARE(item >= BLOCK)) {
             place = place_sum(m, p, item, s);
         }
         float4 part[SLICES];
@@ -704,32 +758,26 @@ input_of(const mixer_arguments &m, int c)
     return m.repeat > 1 ? c / (m.repeat_group * m.repeat) * m.repeat_group + c % m.repeat_group : c;
 }
 
-/* A channel's taps, the oldest first, behind those that do not exist, and its input. */
-struct conv_taps {
-    float weight[MOST_TAPS], bias;
-    int input;
-    bool owns; /* appends it to the tail */
-};
-
-static __device__ __forceinline__ conv_taps
-load_taps(const mixer_arguments &m, int channel)
+/* A warp's part of the lane's channel. */
+static __device__ __forceinline__ float
+load_channel(const mixer_arguments &m, const mixer_place &p)
 {
-    conv_taps w;
-#pragma unroll
-    for (int j = 0; j < MOST_TAPS; j++) {
-        const int missing = MOST_TAPS - m.taps;
-        w.weight[j] = j < missing ? 0.0f : m.conv_weight[channel * m.taps + j - missing];
-    }
-    w.bias = m.conv_bias == NULL ? 0.0f : m.conv_bias[channel];
-    w.input = input_of(m, channel);
-    w.owns = m.repeat == 1 || channel / m.repeat_group % m.repeat == 0;
-    return w;
+    const int tap = p.warp - (MOST_TAPS - m.taps);
+    const float *from = p.warp == DT_BIAS_PART     ? m.scan.dt_bias + p.own
+                        : p.warp == D_PART         ? m.scan.D + p.own
+                        : p.warp == CONV_BIAS_PART ? m.conv_bias + (m.conv_bias == NULL ? 0 : p.own)
+                                                   : m.conv_weight + p.own * m.taps + tap;
+    const bool there = p.warp < MOST_TAPS         ? tap >= 0
+                       : p.warp == CONV_BIAS_PART ? m.conv_bias != NULL
+                                                  : p.warp < CHANNEL_PARTS;
+    return there ? *from : 0.0f;
 }
 
 /* A thread's rows of the lane's channel, number `warp` and `warp` + 8 of the call. */
 template <typename T, int TURNS>
 struct thread_rows {
     int raw_at, z_at, y_at, tail_at, conv_at; /* where the first one is, and is to be */
+    bool owns;                                /* its input, and so appends it to the tail */
     float lead[MOST_TAPS - 1]; /* inputs of the first that were there before this call, the oldest first */
     T raw[TURNS][MOST_TAPS], z[TURNS]; /* the inputs that a row needs, as far as they are of this call */
     float x[TURNS], gate[TURNS];
@@ -737,14 +785,15 @@ struct thread_rows {
 
 template <typename T, int TURNS>
 static __device__ __forceinline__ void
-place_rows(const mixer_arguments &m, const mixer_place &p, const conv_taps &w, thread_rows<T, TURNS> &rows)
+place_rows(const mixer_arguments &m, const mixer_place &p, thread_rows<T, TURNS> &rows)
 {
-    const int row = p.first + p.warp;
-    rows.raw_at = row * (int)m.raw_stride + w.input;
+    const int row = p.first + p.warp, input = input_of(m, p.own);
+    rows.owns = m.repeat == 1 || p.own / m.repeat_group % m.repeat == 0;
+    rows.raw_at = row * (int)m.raw_stride + input;
     rows.z_at = row * (int)m.scan.z_stride + p.own;
     rows.y_at = row * (int)m.scan.y_stride + p.own;
     rows.tail_at = (p.before + p.warp) * m.scan.inner + p.own;
-    rows.conv_at = (p.before + m.taps - 1 + p.warp) * m.inputs + w.input;
+    rows.conv_at = (p.before + m.taps - 1 + p.warp) * m.inputs + input;
 }
 
 /* The inputs before this call that a thread's first row needs. */
@@ -756,7 +805,11 @@ load_lead(const mixer_arguments &m, const mixer_place &p, const mil_tails &tails
     for (int j = 0; j < MOST_TAPS - 1; j++) {
         const int back = j - (MOST_TAPS - 1);
         const bool there = p.warp + back < 0 && j >= MOST_TAPS - m.taps;
-        rows.lead[j] = there ? __ldcg(tails.conv + rows.conv_at + back * m.inputs) : 0.0f;
+        float value[1] = {0.0f};
+        if (there) {
+            mil_load_settled<1>(tails.conv + rows.conv_at + back * m.inputs, value);
+        }
+        rows.lead[j] = value[0];
     }
 }
 
@@ -786,20 +839,23 @@ ask_for_rows(const mixer_arguments &m, const mixer_place &p, thread_rows<T, TURN
 /* x, which goes to shared memory too, and what y is multiplied with. */
 template <typename T, int TURNS>
 static __device__ __forceinline__ void
-convolve_rows(const mixer_arguments &m, const mixer_place &p, const conv_taps &w, const mixer_memory &s,
+convolve_rows(const mixer_arguments &m, const mixer_place &p, const mixer_memory &s,
               thread_rows<T, TURNS> &rows)
 {
+    const float *channel = s.channels + p.lane;
 #pragma unroll
     for (int k = 0; k < TURNS; k++) {
         const int row = p.warp + k * BLOCK_WARPS;
         if (row < p.count) {
-            float window[MOST_TAPS];
+            float taps[MOST_TAPS], window[MOST_TAPS];
 #pragma unroll
             for (int j = 0; j < MOST_TAPS; j++) {
                 const bool before = k == 0 && j < MOST_TAPS - 1 && row + j - (MOST_TAPS - 1) < 0;
+                taps[j] = channel[(TAPS_PART + j) * COLUMNS];
                 window[j] = before ? rows.lead[j] : mil_float(rows.raw[k][j]);
             }
-            const float y = mil_convolve<T, MOST_TAPS>(w.weight, window, w.bias, MOST_TAPS - m.taps, true);
+            const float y = mil_convolve<T, MOST_TAPS>(taps, window, channel[CONV_BIAS_PART * COLUMNS],
+                                                       MOST_TAPS - m.taps, true);
             const float z = mil_float(rows.z[k]);
             rows.x[k] = mil_float(mil_round<T>(y));
             rows.gate[k] = m.scan.z != NULL ? __fdividef(z, 1.0f + __expf(-z)) : 1.0f;
@@ -810,75 +866,65 @@ convolve_rows(const mixer_arguments &m, const mixer_place &p, const conv_taps &w
 
 /* ---- W_dt */
 
-/* A warp's chain of W_dt for the block's tiles of outputs: the first weights. */
-struct dt_weights {
-    static constexpr int TILES = COLUMNS / OUTPUTS;
-    uint4 low[TILES], high[TILES];
-};
-
-/* `chunk`: of inputs. */
-template <typename T>
-static __device__ __forceinline__ void
-load_dt_weights(const mixer_arguments &m, const mixer_place &p, int chunk, dt_weights &weights)
-{
-    const int at = chunk * CHUNK + p.lane % 4 * 8;
-    const bool there = m.dt_weight != NULL && at < m.rank;
-#pragma unroll
-    for (int tile = 0; tile < dt_weights::TILES; tile++) {
-        const T *from = (const T *)m.dt_weight + (p.channel + tile * OUTPUTS + p.lane / 4) * m.rank + at;
-        weights.low[tile] = there ? load_weight(from) : make_uint4(0, 0, 0, 0);
-        weights.high[tile] = there ? load_weight(from + 8 * m.rank) : make_uint4(0, 0, 0, 0);
-    }
-}
-
-/* A chunk of low times the weights. */
+/* The block's rows of W_dt, on their way into shared memory chunk by chunk; zeros behind the last input. */
 template <typename T, int GROUPS>
 static __device__ __forceinline__ void
-multiply_chunk(const mixer_arguments &m, const mixer_place &p, int chunk, const dt_weights &weights,
-               const mixer_memory &s, float (&c)[GROUPS][dt_weights::TILES][4])
+fetch_dt_weights(const mixer_arguments &m, const mixer_place &p, const mixer_memory &s)
 {
-    const int g = p.lane / 4, at = chunk * CHUNK + p.lane % 4 * 8;
-    const T *low = (const T *)s.low + g * s.low_stride + at;
-#pragma unroll
-    for (int group = 0; group < GROUPS; group++) {
-        const bool real = group * 8 + g < p.count && at < m.rank;
-        const uint4 v = real ? *(const uint4 *)(low + group * 8 * s.low_stride) : make_uint4(0, 0, 0, 0);
-#pragma unroll
-        for (int tile = 0; tile < dt_weights::TILES; tile++) {
-            const uint4 &l = weights.low[tile], &h = weights.high[tile];
-            mil_multiply_add<T>(c[group][tile], l.x, h.x, l.y, h.y, v.x, v.y);
-            mil_multiply_add<T>(c[group][tile], l.z, h.z, l.w, h.w, v.z, v.w);
+    const int row = (int)threadIdx.x / BLOCK_WARPS, first = (int)threadIdx.x % BLOCK_WARPS;
+    const T *from = (const T *)m.dt_weight + (p.channel + row) * m.rank;
+#pragma unroll 1
+    for (int vector = first; vector < s.chunks * 4 && m.dt_weight != NULL; vector += BLOCK / COLUMNS) {
+        T *to = (T *)(s.chains + vector / 4 * chunk_floats(GROUPS)) + row * CHUNK + vector % 4 * 8;
+        if (vector * 8 < m.rank) {
+            mil_copy_16(to, from + vector * 8);
+        }
+        else {
+            *(uint4 *)to = make_uint4(0, 0, 0, 0);
         }
     }
 }
 
-/* W_dt low in the order of thin_product.cu: chain w, which is warp w's, takes chunks w, w + 8, ...  There is rarely more than
+/* W_dt low in the order of thin_product.cu: chain w, which is warp w's, takes chunks w, w + 8, ...; there is rarely more than
  * one. */
 template <typename T, int GROUPS>
 static __device__ __forceinline__ void
-multiply_dt(const mixer_arguments &m, const mixer_place &p, dt_weights &weights, const mixer_memory &s)
+multiply_dt(const mixer_arguments &m, const mixer_place &p, const mixer_memory &s)
 {
     static_assert(CHAINS == BLOCK_WARPS, "a chain a warp");
-    if (p.warp >= s.chain_count) {
+    constexpr int TILES = COLUMNS / OUTPUTS;
+    const int g = p.lane / 4, t = p.lane % 4;
+    float c[GROUPS][TILES][4] = {};
+    if (p.warp >= s.chunks) {
         return;
     }
-    float c[GROUPS][dt_weights::TILES][4] = {};
-    multiply_chunk<T, GROUPS>(m, p, p.warp, weights, s, c);
 #pragma unroll 1
-    for (int chunk = p.warp + CHAINS; chunk * CHUNK < m.rank; chunk += CHAINS) {
-        load_dt_weights<T>(m, p, chunk, weights);
-        multiply_chunk<T, GROUPS>(m, p, chunk, weights, s, c);
+    for (int chunk = p.warp; chunk < s.chunks; chunk += CHAINS) {
+        const T *weights = (const T *)(s.chains + chunk * chunk_floats(GROUPS)) + g * CHUNK + 8 * t;
+        const T *low = (const T *)s.low + g * s.low_stride + chunk * CHUNK + 8 * t;
+#pragma unroll
+        for (int group = 0; group < GROUPS; group++) {
+            const bool real = group * 8 + g < p.count && chunk * CHUNK + 8 * t < m.rank;
+            const uint4 v = real ? *(const uint4 *)(low + group * 8 * s.low_stride) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+            for (int tile = 0; tile < TILES; tile++) {
+                const uint4 l = *(const uint4 *)(weights + tile * OUTPUTS * CHUNK);
+                const uint4 h = *(const uint4 *)(weights + (tile * OUTPUTS + 8) * CHUNK);
+                mil_multiply_add<T>(c[group][tile], l.x, h.x, l.y, h.y, v.x, v.y);
+                mil_multiply_add<T>(c[group][tile], l.z, h.z, l.w, h.w, v.z, v.w);
+            }
+        }
     }
+    float *const to = s.chains + p.warp * chunk_floats(GROUPS) + 2 * t * CHAIN_PITCH + g;
 #pragma unroll
     for (int group = 0; group < GROUPS; group++) {
-        const int row = (p.warp * GROUPS + group) * 8 + p.lane % 4 * 2;
 #pragma unroll
-        for (int tile = 0; tile < dt_weights::TILES; tile++) {
-            float *to = s.chains + row * CHAIN_PITCH + tile * OUTPUTS + p.lane / 4;
-            to[0] = c[group][tile][0];
-            to[CHAIN_PITCH] = c[group][tile][1];
-            to[8] = c[group][tile][2];
-            to[CHAIN_PITCH + 8] = c[group][tile][3];
+        for (int tile = 0; tile < TILES; tile++) {
+            float *at = to + group * 8 * CHAIN_PITCH + tile * OUTPUTS;
+            at[0] = c[group][tile][0];
+            at[CHAIN_PITCH] = c[group][tile][1];
+            at[8] = c[group][tile][2];
+            at[CHAIN_PITCH + 8] = c[group][tile][3];
         }
     }
 }
@@ -888,14 +934,14 @@ template <typename T, int GROUPS>
 static __device__ __forceinline__ float
 raw_dt(const mixer_arguments &m, const mixer_place &p, int row, const mixer_memory &s)
 {
-    if (m.dt_weight == NULL) {
+    if (RARE(m.dt_weight == NULL)) {
         return mil_float(((const T *)m.scan.dt)[(p.first + row) * m.scan.dt_stride + p.own]);
     }
     float value = 0.0f;
 #pragma unroll
     for (int chain = 0; chain < CHAINS; chain++) { /* those without inputs are zeros */
-        if (chain < s.chain_count) {
-            value += s.chains[(chain * 8 * GROUPS + row) * CHAIN_PITCH + p.lane];
+        if (chain < s.chunks) {
+            value += s.chains[chain * chunk_floats(GROUPS) + row * CHAIN_PITCH + p.lane];
         }
     }
     return mil_float(mil_round<T>(value));
@@ -905,21 +951,22 @@ raw_dt(const mixer_arguments &m, const mixer_place &p, int row, const mixer_memo
  * that are there, and inputs that several channels read by one of them. */
 template <typename T, int GROUPS>
 static __device__ __forceinline__ void
-finish_dt(const mixer_arguments &m, const mixer_place &p, float bias, bool appends, bool owns,
-          const mil_tails &tails, const thread_rows<T, GROUPS> &rows, const mixer_memory &s)
+finish_dt(const mixer_arguments &m, const mixer_place &p, bool appends, const mil_tails &tails,
+          const thread_rows<T, GROUPS> &rows, const mixer_memory &s)
 {
 #pragma unroll
     for (int k = 0; k < GROUPS; k++) {
         const int row = p.warp + k * BLOCK_WARPS;
         if (row < p.count) {
             const float dt =
-                mil_time_step(raw_dt<T, GROUPS>(m, p, row, s) + bias, m.scan.dt_min, m.scan.dt_max);
+                mil_time_step(raw_dt<T, GROUPS>(m, p, row, s) + s.channels[DT_BIAS_PART * COLUMNS + p.lane],
+                              m.scan.dt_min, m.scan.dt_max);
             s.dt[row * COLUMNS + p.lane] = dt;
             if (appends) {
                 tails.x[rows.tail_at + k * BLOCK_WARPS * m.scan.inner] = rows.x[k];
                 tails.dt[rows.tail_at + k * BLOCK_WARPS * m.scan.inner] = dt;
             }
-            if (appends && owns) {
+            if (appends && rows.owns) {
                 tails.conv[rows.conv_at + k * BLOCK_WARPS * m.inputs] = mil_float(rows.raw[k][MOST_TAPS - 1]);
             }
         }
@@ -931,7 +978,7 @@ finish_dt(const mixer_arguments &m, const mixer_place &p, float bias, bool appen
 /* y of the thread's rows: the sum over the states is a tree, as in selective_scan_step.cu. */
 template <typename T, int TURNS>
 static __device__ __forceinline__ void
-finish_rows(const scan_arguments &a, const mixer_place &p, float D, const thread_rows<T, TURNS> &rows,
+finish_rows(const scan_arguments &a, const mixer_place &p, const thread_rows<T, TURNS> &rows,
             const mixer_memory &s)
 {
 #pragma unroll
@@ -952,7 +999,7 @@ finish_rows(const scan_arguments &a, const mixer_place &p, float D, const thread
                 }
             }
             ((T *)a.y)[rows.y_at + k * BLOCK_WARPS * (int)a.y_stride] =
-                mil_round<T>(fmaf(D, rows.x[k], sum[0]) * rows.gate[k]);
+                mil_round<T>(fmaf(s.channels[D_PART * COLUMNS + p.lane], rows.x[k], sum[0]) * rows.gate[k]);
         }
     }
 }
@@ -985,7 +1032,7 @@ input_run(const mixer_arguments &m)
 
 /* Where a window is folded: whether this block is the last to have read what it shares, of B (1) and of the convolution's
  * inputs (2). */
-static __device__ __noinline__ unsigned
+static __device__ __forceinline__ unsigned
 count_readers(const mixer_arguments &m, const mil_tails &tails)
 {
     const scan_arguments &a = m.scan;
@@ -1033,78 +1080,92 @@ fold_tails(const mixer_arguments &m, const mil_tails &tails, int before, int shi
     }
 }
 
+/* The rows of this call, from x, dt, B and C in shared memory. */
+template <int J>
+static __device__ __forceinline__ void
+scan_call(const scan_arguments &a, const mixer_place &p, const mixer_memory &s,
+          const float (&exponent)[J][PAIR], float (&H)[J][PAIR])
+{
+    const int alone = p.count % AT_ONCE<J>;
+#pragma unroll 1
+    for (int row = 0; row < alone; row++) {
+        scan_rows<J, 1>(a, p, s, row, exponent, H);
+    }
+#pragma unroll 1
+    for (int row = alone; row < p.count; row += AT_ONCE<J>) {
+        scan_rows<J, AT_ONCE<J>>(a, p, s, row, exponent, H);
+    }
+}
+
 /* Grid: blocks of COLUMNS channels, sequences.  What depends on the state and its tail alone is done before the kernel
- * before has ended (mil_rows.settled). */
-template <typename T, int J, int GROUPS>
+ * before has ended (mil_rows.settled): numbers of the sequence, which one warp asks for, as all blocks read one line, then the
+ * tail. */
+template <typename T, int J, int GROUPS, bool NORMED>
 static __global__ void
 __launch_bounds__(BLOCK, 2)
     mixer_scan_kernel(const __grid_constant__ mixer_arguments m, const __grid_constant__ mil_states states)
 {
     extern __shared__ __align__(16) char shared[];
     const scan_arguments &a = m.scan;
+    mil_trigger();
+    mil_wait_for_states(a.rows);
+    const int64_t number = ask_for_numbers(a);
     const mixer_memory s = cut_mixer_memory(m, shared, GROUPS);
     const mil_tails tails = states.of[blockIdx.y];
     mixer_place p = place_thread(m);
-    const float D = a.D[p.own], bias = a.dt_bias_scale * a.dt_bias[p.own];
-    const conv_taps taps = load_taps(m, p.own);
     float H[J][PAIR], exponent[J][PAIR];
     thread_rows<T, GROUPS> rows;
-    dt_weights weights;
-    mil_trigger();
-    load_dt_weights<T>(m, p, p.warp, weights);
-    load_exponents<J>(a, p, exponent);
-    mil_wait_for_states(a.rows);
-    const mil_span span =
-        mil_span_from(0, p.count, __ldcg(a.rows.past + blockIdx.y), __ldcg(a.rows.boundary + blockIdx.y));
-    const int shift = (int)(span.after - span.boundary);
-    p.before = span.before;
-    fetch_tails(a, p, tails, s);
     load_states<J>(a, p, tails.state, H);
-    place_rows(m, p, taps, rows);
+    load_exponents<J>(a, p, exponent);
+    const float channel_part = load_channel(m, p);
+    fetch_dt_weights<T, GROUPS>(m, p, s);
+    const sum_place sums = place_sum(m, p, (int)threadIdx.x, s);
+    share_numbers(number, p, s);
+    __syncthreads();
+    p.before = s.numbers[0];
+    const int shift = s.numbers[1];
+    fetch_tails(a, p, tails, s);
+    place_rows(m, p, rows);
     load_lead(m, p, tails, rows);
+    finish_exponents<J>(a, p, exponent);
+    if (p.warp < CHANNEL_PARTS) {
+        s.channels[p.warp * COLUMNS + p.lane] =
+            channel_part * (p.warp == DT_BIAS_PART ? a.dt_bias_scale : 1.0f);
+    }
     mil_await_copies();
     __syncthreads();
     walk_tail<J>(a, p, s, shift, exponent, tails.state, H);
-    const unsigned last = shift > 0 ? count_readers(m, states.of[blockIdx.y]) : 0;
-    sum_place sums = place_sum(m, p, (int)threadIdx.x, s);
+    const unsigned last = RARE(shift > 0) ? count_readers(m, states.of[blockIdx.y]) : 0;
     wait_knowing(sums.from ^ sums.low ^ sums.B ^ sums.C ^ rows.raw_at ^ rows.z_at ^ rows.y_at ^ rows.tail_at ^
                  rows.conv_at);
     ask_for_rows(m, p, rows);
-    if (m.x_weight != NULL) {
-        add_slices<T>(m, p, sums, s);
-    }
-    else {
+    if (RARE(m.x_weight == NULL)) {
         fetch_low<T>(m, p, s);
         take_B_and_C<T, GROUPS>(a, p, (const T *)a.B + p.first * a.B_stride + p.B_at, a.B_stride,
                                 (const T *)a.C + p.first * a.C_stride + p.C_at, a.C_stride, s);
         mil_await_copies();
     }
-    convolve_rows(m, p, taps, s, rows);
+    else {
+        add_slices<T>(m, p, sums, s);
+    }
+    convolve_rows(m, p, s, rows);
     __syncthreads();
-    if (m.normed > 0) {
+    if constexpr (NORMED) {
         norm_parts<T, GROUPS>(m);
     }
     if (m.dt_weight != NULL) {
-        multiply_dt<T, GROUPS>(m, p, weights, s);
+        multiply_dt<T, GROUPS>(m, p, s);
         __syncthreads();
     }
-    finish_dt<T, GROUPS>(m, p, bias, shift == 0, taps.owns, tails, rows, s);
+    finish_dt<T, GROUPS>(m, p, shift == 0, tails, rows, s);
     __syncthreads();
-    int row = 0;
-#pragma unroll 1
-    for (; row + AT_ONCE<J> <= p.count; row += AT_ONCE<J>) {
-        scan_rows<J, AT_ONCE<J>>(a, p, s, row, exponent, H);
-    }
-#pragma unroll 1
-    for (; row < p.count; row++) {
-        scan_rows<J, 1>(a, p, s, row, exponent, H);
-    }
+    scan_call<J>(a, p, s, exponent, H);
     __syncthreads();
-    finish_rows(a, p, D, rows, s);
-    if (shift > 0) {
+    finish_rows(a, p, rows, s);
+    if (RARE(shift > 0)) {
         fold_tails<T, GROUPS>(m, states.of[blockIdx.y], p.before, shift, last);
     }
-    else if (p.channel % m.B_run == 0) {
+    else if (p.owns_B) {
         write_B(a, p, tails, shift, s);
     }
 }
@@ -1184,7 +1245,9 @@ static mil_status
 launch_scan(mil_context *context, const mixer_arguments &a, const mil_states &states)
 {
     const dim3 grid((unsigned)(a.scan.inner / COLUMNS), (unsigned)a.scan.rows.sequences);
-    return mil_launch(context, "scan mixer", mixer_scan_kernel<T, J, GROUPS>, grid, dim3(BLOCK),
+    auto kernel =
+        a.normed > 0 ? mixer_scan_kernel<T, J, GROUPS, true> : mixer_scan_kernel<T, J, GROUPS, false>;
+    return mil_launch(context, "scan mixer", kernel, grid, dim3(BLOCK),
                       cut_mixer_memory(a, NULL, GROUPS).bytes, a, states);
 }
 
