@@ -13,8 +13,8 @@
  * in its way.  So it takes what earlier calls left, and moves it on after a fold, before the kernel before has ended
  * (mil_rows.settled); this call's rows are added when it has computed.
  *
- * Where many sequences bring one row each, a thread takes its inputs of TOGETHER sequences, all of whose rows are on their way
- * at once, and reads the taps for them once.
+ * Where every sequence brings one row, a kernel without loops over rows does it.  Of many sequences a thread takes two
+ * (TOGETHER), all of whose rows are on their way at once, and reads the taps for them once.
  */
 #include "conv1d.cuh"
 
@@ -25,7 +25,6 @@
 #define CHUNK 64
 #define MOST_TAPS 8
 #define SEQUENCES 256   /* of one launch, whose tails travel as kernel parameters */
-#define TOGETHER 2      /* sequences of a thread, where each brings one row */
 #define MANY_BLOCKS 264 /* two for each of 132 multiprocessors */
 
 struct conv_arguments {
@@ -254,9 +253,9 @@ convolve_row(const conv_arguments &a, const float (&lead)[TAPS - 1][V], const fl
 }
 
 /* Grid: inputs, sequences by TOGETHER; each brings one row, and there are TAPS taps. */
-template <typename T, int V, int TAPS>
+template <typename T, int V, int TAPS, int TOGETHER>
 static __global__ void
-__launch_bounds__(THREADS, 5)
+__launch_bounds__(THREADS, TOGETHER == 1 ? 8 : 5)
     conv1d_rows_kernel(const __grid_constant__ conv_arguments a, const __grid_constant__ conv_tails tails)
 {
     mil_trigger();
@@ -314,26 +313,40 @@ __launch_bounds__(THREADS, 5)
     }
 }
 
-/* Those of many sequences that bring one row each, as most models have them (*done). */
+template <typename T, int V, int TOGETHER>
+static mil_status
+launch_rows(mil_context *context, const conv_arguments &a, const conv_tails &tails)
+{
+    const dim3 grid((unsigned)mil_ceil_div(a.inputs, THREADS * V), (unsigned)mil_ceil_div(a.count, TOGETHER));
+    return mil_launch(context, "conv1d", conv1d_rows_kernel<T, V, 4, TOGETHER>, grid, dim3(THREADS), 0, a,
+                      tails);
+}
+
+/* One row of each sequence, `vector` inputs a thread. */
 template <typename T>
 static mil_status
-launch_rows(mil_context *context, const conv_arguments &a, const conv_tails &tails, int vector, bool *done)
+choose_rows(mil_context *context, const conv_arguments &a, const conv_tails &tails, int vector)
 {
-    const dim3 grid((unsigned)mil_ceil_div(a.inputs, THREADS * 4), (unsigned)mil_ceil_div(a.count, TOGETHER));
-    *done = tails.given && vector == 4 && a.width == 4 && mil_is_aligned<float>(a.weight, 0) &&
-            grid.x * grid.y >= MANY_BLOCKS;
-    return *done
-               ? mil_launch(context, "conv1d", conv1d_rows_kernel<T, 4, 4>, grid, dim3(THREADS), 0, a, tails)
-               : MIL_OK;
+    const bool many = mil_ceil_div(a.inputs, THREADS * 4) * mil_ceil_div(a.count, 2) >= MANY_BLOCKS;
+    return (vector == 4 && many ? launch_rows<T, 4, 2>
+            : vector == 4       ? launch_rows<T, 4, 1>
+            : vector == 2       ? launch_rows<T, 2, 1>
+                                : launch_rows<T, 1, 1>)(context, a, tails);
+}
+
+/* Whether there are the four taps that most models have, to be read at once. */
+static bool
+takes_four(const conv_arguments &a)
+{
+    return a.width == 4 && mil_is_aligned<float>(a.weight, 0);
 }
 
 template <typename T, int V>
 static mil_status
 launch(mil_context *context, const conv_arguments &a, const conv_tails &tails, dim3 grid)
 {
-    const bool four = a.width == 4 && mil_is_aligned<float>(a.weight, 0);
-    return four ? mil_launch(context, "conv1d", conv1d_forward_kernel<T, V, 4>, grid, dim3(THREADS), 0, a,
-                             tails)
+    return takes_four(a) ? mil_launch(context, "conv1d", conv1d_forward_kernel<T, V, 4>, grid, dim3(THREADS),
+                                      0, a, tails)
            : a.width < 4 ? mil_launch(context, "conv1d", conv1d_forward_kernel<T, V, 3>, grid, dim3(THREADS),
                                       0, a, tails)
                          : mil_launch(context, "conv1d", conv1d_forward_kernel<T, V, MOST_TAPS>, grid,
@@ -373,11 +386,8 @@ conv1d(mil_context *context, const mil_conv1d *a)
         }
         int vector = inputs_a_thread<T>(a, mil_ceil_div(longest, CHUNK) * count);
         k.count = (int)count;
-        bool done = false;
-        if (longest == 1 && mil_shortest(a->rows, k.first, count) == 1) {
-            MIL_TRY(launch_rows<T>(context, k, tails, vector, &done));
-        }
-        if (done) {
+        if (longest == 1 && mil_shortest(a->rows, k.first, count) == 1 && tails.given && takes_four(k)) {
+            MIL_TRY(choose_rows<T>(context, k, tails, vector));
             continue;
         }
         dim3 grid((unsigned)mil_ceil_div(inputs, THREADS * vector),
