@@ -5,6 +5,14 @@
 
 #define RECORD_AFTER 2 /* bursts of one run with the same texts before it is worth recording */
 
+static void
+forget(mil_recorder *recorder)
+{
+    mil_context context = {.ops = recorder->ops};
+    recorder->ops->record_free(&context, recorder->recording);
+    recorder->recording = NULL;
+}
+
 /* For other texts; memory stays, and the recording is kept to be made over. */
 static void
 begin_anew(mil_recorder *recorder)
@@ -20,8 +28,7 @@ mil_recorder_release(mil_recorder *recorder)
     if (recorder->ops == NULL) {
         return;
     }
-    mil_context context = {.ops = recorder->ops};
-    recorder->ops->record_free(&context, recorder->recording);
+    forget(recorder);
     mil_arena_release(&recorder->scratch);
     mil_arena_release(&recorder->kept);
     mil_arena_release(&recorder->host);
@@ -88,10 +95,16 @@ matches(const mil_engine *engine, mil_recorder *recorder, int64_t drafts)
 }
 
 /* Records the work, whose memory a direct run has made. The device is still busy with that run, and with a large model for
- * longer than this takes. */
+ * longer than this takes.  Only a recording of as many texts is made over: steps of one made over for a text less took
+ * 1.4 % longer than those of one made anew (8B on an H200; why is not known). */
 static mil_status
 record(const mil_engine *engine, mil_recorder *recorder, mil_context *context)
 {
+    if (recorder->recorded_count != recorder->count || recorder->recorded_drafts != recorder->drafts) {
+        forget(recorder);
+    }
+    recorder->recorded_count = recorder->count;
+    recorder->recorded_drafts = recorder->drafts;
     MIL_TRY(context->ops->record_begin(context));
     mil_status status = recorder->work->run(engine, recorder, context);
     mil_status ended = context->ops->record_end(context, &recorder->recording);

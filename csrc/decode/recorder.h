@@ -30,11 +30,12 @@ struct mil_recorder {
     const mil_ops *ops;
     const mil_recorded_work *work;
     mil_allocator allocator;
-    mil_arena scratch, kept, host; /* of the recorded work */
-    void *recording;               /* of other texts until `recorded`, and then made over */
-    mil_record_key *key;           /* [max_batch] */
-    int64_t count;                 /* texts of the key */
-    int64_t drafts;                /* drafts a round, likewise of the key */
+    mil_arena scratch, kept, host;           /* of the recorded work */
+    void *recording;                         /* of other texts until `recorded`, and then made over */
+    int64_t recorded_count, recorded_drafts; /* its texts, and drafts a round */
+    mil_record_key *key;                     /* [max_batch] */
+    int64_t count;                           /* texts of the key */
+    int64_t drafts;                          /* drafts a round, likewise of the key */
     int64_t repeats;
     bool prepared, recorded; /* for the texts of the key */
     size_t bytes, room;      /* of the block, and of what the image has memory for */

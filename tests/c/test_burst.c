@@ -487,7 +487,8 @@ test_burst_is_rounds(void)
                 m.model.ops = &ops;
                 CHECK_OK(run_all(&m.model, batch, stop, lent, &bursts));
                 compare(&plain, &bursts);
-                CHECK(played.made == played.freed && played.made <= 1);
+                CHECK(played.made == played.freed);
+                CHECK(batch > 1 || played.made <= 1); /* one text after another: made over */
                 CHECK(stop >= 0 || played.replays > played.recordings);
                 release(&plain);
                 release(&bursts);
@@ -519,7 +520,7 @@ test_bursts_of_many(void)
             m.model.ops = &ops;
             CHECK_OK(run_texts(&m.model, &with, &bursts));
             compare(&plain, &bursts);
-            CHECK(played.made == played.freed && played.made <= 1);
+            CHECK(played.made == played.freed);
             CHECK(played.replays > NEW_TOKENS / 2 * (MANY_TEXTS / batch));
             release(&plain);
             release(&bursts);
