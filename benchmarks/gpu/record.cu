@@ -1,5 +1,6 @@
 /* What a change of the batch costs the host: a decoding step of an 8B hybrid is run, recorded, and recorded anew for other
- * texts, by the same calls as csrc/decode/recorder.c makes.  Microseconds, medians of several turns.
+ * texts, by the same calls as csrc/decode/recorder.c makes.  Microseconds: whole times are medians of several turns, their parts of the
+ * last one.
  *
  *   record [sequences [tokens before [layers]]]
  */
@@ -65,13 +66,12 @@ replay(mil_context *context, void *recording, int count)
     return now() - begin;
 }
 
-/* The parts of a recording, one after another. */
+/* What is done without a recording, and what makes one. */
 static void
-time_parts(mil_context *context, const mil_model *model, const mil_step *steps)
+time_making(mil_context *context, const mil_model *model, const mil_step *steps)
 {
-    double taken, host = 0, whole = 0, instantiated = 0, first = 0, steady = 0, updated = 0, again = 0,
-                  destroyed = 0;
-    whole = median(context, [&](int i) {
+    double host = 0, taken;
+    double whole = median(context, [&](int i) {
         double begin = now();
         run_step(context, model, &steps[i % 2]);
         host = now() - begin;
@@ -82,40 +82,41 @@ time_parts(mil_context *context, const mil_model *model, const mil_step *steps)
         timing_need(cudaGraphDestroy(capture(context, model, &steps[i % 2], &taken)));
         return taken;
     });
+    printf("run directly %.0f, of which the host %.0f; captured %.0f\n", whole, host, captured);
+}
+
+/* An executable graph made, made over for other texts, and deleted; the replay after each, and one more. */
+static void
+time_graphs(mil_context *context, const mil_model *model, const mil_step *steps)
+{
+    double made = 0, over = 0, deleted = 0, first = 0, again = 0, taken;
+    size_t nodes;
     cudaGraph_t graphs[2];
     for (int i = 0; i < 2; i++) {
         graphs[i] = capture(context, model, &steps[i], &taken);
     }
-    size_t nodes;
     timing_need(cudaGraphGetNodes(graphs[0], NULL, &nodes));
-    first = median(context, [&](int i) {
+    double after_update = median(context, [&](int) {
         cudaGraphExec_t exec;
-        double begin = now();
-        timing_need(cudaGraphInstantiate(&exec, graphs[i % 2], 0));
-        instantiated = now() - begin;
-        double one = replay(context, exec, 1);
-        steady = replay(context, exec, 1);
-        begin = now();
-        timing_need(cudaGraphExecDestroy(exec));
-        destroyed = now() - begin;
-        return one;
-    });
-    cudaGraphExec_t exec;
-    timing_need(cudaGraphInstantiate(&exec, graphs[0], 0));
-    again = median(context, [&](int i) {
         cudaGraphExecUpdateResultInfo result;
         double begin = now();
-        timing_need(cudaGraphExecUpdate(exec, graphs[1 - i % 2], &result));
-        updated = now() - begin;
-        return replay(context, exec, 1);
+        timing_need(cudaGraphInstantiate(&exec, graphs[0], 0));
+        made = now() - begin;
+        first = replay(context, exec, 1);
+        again = replay(context, exec, 1);
+        begin = now();
+        timing_need(cudaGraphExecUpdate(exec, graphs[1], &result));
+        over = now() - begin;
+        double last = replay(context, exec, 1);
+        begin = now();
+        timing_need(cudaGraphExecDestroy(exec));
+        deleted = now() - begin;
+        return last;
     });
-    timing_need(cudaGraphExecDestroy(exec));
+    printf("%zu kernels: a graph made %.0f, made over %.0f, deleted %.0f; ", nodes, made, over, deleted);
+    printf("replayed first %.0f, again %.0f, made over %.0f\n", first, again, after_update);
     timing_need(cudaGraphDestroy(graphs[0]));
     timing_need(cudaGraphDestroy(graphs[1]));
-    printf(
-        "%zu kernels: run directly %.0f (host %.0f), captured %.0f, instantiated %.0f, updated %.0f, "
-        "destroyed %.0f; replayed first %.0f, after an update %.0f, again %.0f\n",
-        nodes, whole, host, captured, instantiated, updated, destroyed, first, again, steady);
 }
 
 /* How a change of texts is taken. */
@@ -157,6 +158,28 @@ time_changes(mil_context *context, const mil_model *model, const mil_step *steps
         printf("%s %.0f %s (a step %.0f)", &way == ways ? ":" : ",", changed - same, way.name, same / BURST);
     }
     printf("\n");
+}
+
+/* Steps of a text less: by a recording of the texts before made over once and once more, and by one made anew. */
+static void
+time_fewer(mil_context *context, const mil_model *model, const mil_step *step, void *recording)
+{
+    cudaGraphExecUpdateResultInfo result;
+    cudaGraphExec_t fresh;
+    double over[2], taken;
+    run_step(context, model, step);
+    cudaGraph_t graph = capture(context, model, step, &taken);
+    for (int i = 0; i < 2; i++) {
+        timing_need(cudaGraphExecUpdate((cudaGraphExec_t)recording, graph, &result));
+        over[i] = median(context, [&](int) { return replay(context, recording, BURST); });
+    }
+    timing_need(cudaGraphInstantiate(&fresh, graph, 0));
+    double anew = median(context, [&](int) { return replay(context, fresh, BURST); });
+    double again = median(context, [&](int) { return replay(context, recording, BURST); });
+    printf("a step of one text less: made over %.1f, once more %.1f, anew %.1f, made over %.1f\n",
+           over[0] / BURST, over[1] / BURST, anew / BURST, again / BURST);
+    timing_need(cudaGraphExecDestroy(fresh));
+    timing_need(cudaGraphDestroy(graph));
 }
 
 /* The memory of a text that ends and of one that joins. */
@@ -239,7 +262,7 @@ main(int argc, char **argv)
     mil_context context = h.gpu;
     context.ops = &ops;
     context.kept = &kept;
-    mil_step steps[2], fewer;
+    mil_step steps[2];
     for (int i = 0; i < 2; i++) {
         steps[i] = model_step_of(&h, model, sequences, past);
     }
@@ -247,20 +270,14 @@ main(int argc, char **argv)
     run_step(&context, model, &steps[0]);
     harness_need(ops.finish(&context));
     printf("%lld sequences: the first step of the process %.0f\n", (long long)sequences, now() - begin);
-    time_parts(&context, model, steps);
+    time_making(&context, model, steps);
+    time_graphs(&context, model, steps);
     void *recording = NULL;
     time_changes(&context, model, steps, &recording);
     time_states(&context, model);
     if (sequences > 1) {
-        cudaGraphExecUpdateResultInfo result;
-        double taken;
-        fewer = model_step_of(&h, model, sequences - 1, past);
-        run_step(&context, model, &fewer);
-        cudaGraph_t graph = capture(&context, model, &fewer, &taken);
-        cudaError_t error = cudaGraphExecUpdate((cudaGraphExec_t)recording, graph, &result);
-        printf("made over for one sequence less: %s (%d)\n", cudaGetErrorString(error), result.result);
-        timing_need(cudaGraphDestroy(graph));
-        (void)cudaGetLastError();
+        const mil_step fewer = model_step_of(&h, model, sequences - 1, past);
+        time_fewer(&context, model, &fewer, recording);
     }
     ops.record_free(&context, recording);
     time_calls(&context);
