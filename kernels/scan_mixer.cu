@@ -40,8 +40,6 @@
 #define SLICES 8 /* of W_x's inputs */
 #define MOST_TAPS 4
 #define MOST_BYTES ((size_t)160 << 10) /* of shared memory */
-#define RARE(condition) \
-    __builtin_expect(condition, 0) /* its code stands apart: the kernels run through theirs once */
 
 struct mixer_arguments {
     scan_arguments scan; /* its x is not read, its dt where dt_weight is NULL */
@@ -566,6 +564,46 @@ walk_tail(const scan_arguments &a, const mixer_place &p, const mixer_memory &s, 
     }
 }
 
+/* Inputs of the convolution that channels share with others, and channels that do. */
+static __device__ __forceinline__ int
+input_run(const mixer_arguments &m)
+{
+    return m.repeat > 1 ? m.repeat * m.repeat_group : 1;
+}
+
+/* Whether this block is the last to have read what it shares, of B (1) and of the convolution's inputs (2). */
+static __device__ __forceinline__ unsigned
+count_readers(const mixer_arguments &m, const mixer_place &p, const mil_tails &tails)
+{
+    const scan_arguments &a = m.scan;
+    const int inputs = input_run(m);
+    const mil_slots slots = {{mil_slot(tails.B, a.B_groups * a.state_dim, p.B_at),
+                              mil_slot(tails.x, a.inner, p.channel / inputs * inputs), NULL},
+                             {(unsigned)max(m.B_run / COLUMNS, 1), (unsigned)max(inputs / COLUMNS, 1), 0u}};
+    return mil_last_of(slots);
+}
+
+/* Where a window is folded: rows of x, dt and B that the tails keep move to their beginning, those of B by the last block to
+ * have read them.  The convolution's are still being read by the kernel before. */
+static __device__ __forceinline__ unsigned
+keep_tails(const mixer_arguments &m, const mixer_place &p, const mil_tails &tails, int shift,
+           const mixer_memory &s)
+{
+    const scan_arguments &a = m.scan;
+    const unsigned last = count_readers(m, p, tails);
+#pragma unroll 1
+    for (int row = p.warp; row < p.before - shift; row += BLOCK_WARPS) {
+        const int from = (shift + row) * COLUMNS + p.lane;
+        tails.x[row * a.inner + p.own] = s.tail_x[from];
+        tails.dt[row * a.inner + p.own] = s.tail_dt[from];
+#pragma unroll 1
+        for (int n = p.lane; n < a.B_width && last & 1; n += MIL_WARP) {
+            tails.B[row * a.B_groups * a.state_dim + p.B_at + n] = s.tail_B[(shift + row) * a.B_width + n];
+        }
+    }
+    return last;
+}
+
 /* This call's rows from `row` on, R of them: C . H into s.sums. */
 template <int J, int R>
 static __device__ __forceinline__ void
@@ -651,7 +689,7 @@ add_slices(const mixer_arguments &m, const mixer_place &p, sum_place place, cons
     const int items = p.count * (m.x_width / V), apart = m.total * m.x_width;
 #pragma unroll 1
     for (int item = threadIdx.x; item < items; item += BLOCK) {
-        if (RARE(item >= BLOCK)) {
+        if (item >= BLOCK) {
             place = place_sum(m, p, item, s);
         }
         float4 part[SLICES];
@@ -785,14 +823,14 @@ struct thread_rows {
 
 template <typename T, int TURNS>
 static __device__ __forceinline__ void
-place_rows(const mixer_arguments &m, const mixer_place &p, thread_rows<T, TURNS> &rows)
+place_rows(const mixer_arguments &m, const mixer_place &p, int shift, thread_rows<T, TURNS> &rows)
 {
     const int row = p.first + p.warp, input = input_of(m, p.own);
     rows.owns = m.repeat == 1 || p.own / m.repeat_group % m.repeat == 0;
     rows.raw_at = row * (int)m.raw_stride + input;
     rows.z_at = row * (int)m.scan.z_stride + p.own;
     rows.y_at = row * (int)m.scan.y_stride + p.own;
-    rows.tail_at = (p.before + p.warp) * m.scan.inner + p.own;
+    rows.tail_at = (p.before - shift + p.warp) * m.scan.inner + p.own;
     rows.conv_at = (p.before + m.taps - 1 + p.warp) * m.inputs + input;
 }
 
@@ -934,7 +972,7 @@ template <typename T, int GROUPS>
 static __device__ __forceinline__ float
 raw_dt(const mixer_arguments &m, const mixer_place &p, int row, const mixer_memory &s)
 {
-    if (RARE(m.dt_weight == NULL)) {
+    if (m.dt_weight == NULL) {
         return mil_float(((const T *)m.scan.dt)[(p.first + row) * m.scan.dt_stride + p.own]);
     }
     float value = 0.0f;
@@ -947,26 +985,24 @@ raw_dt(const mixer_arguments &m, const mixer_place &p, int row, const mixer_memo
     return mil_float(mil_round<T>(value));
 }
 
-/* dt after bias, softplus and clamp of the thread's rows, and where nothing is folded their places in the tails: behind those
- * that are there, and inputs that several channels read by one of them. */
+/* dt after bias, softplus and clamp of the thread's rows.  They go to the tails, and inputs too where nothing is folded; those
+ * that several channels read by one of them. */
 template <typename T, int GROUPS>
 static __device__ __forceinline__ void
-finish_dt(const mixer_arguments &m, const mixer_place &p, bool appends, const mil_tails &tails,
+finish_dt(const mixer_arguments &m, const mixer_place &p, bool folds, const mil_tails &tails,
           const thread_rows<T, GROUPS> &rows, const mixer_memory &s)
 {
 #pragma unroll
     for (int k = 0; k < GROUPS; k++) {
         const int row = p.warp + k * BLOCK_WARPS;
         if (row < p.count) {
-            const float dt =
-                mil_time_step(raw_dt<T, GROUPS>(m, p, row, s) + s.channels[DT_BIAS_PART * COLUMNS + p.lane],
-                              m.scan.dt_min, m.scan.dt_max);
+            const float raw = raw_dt<T, GROUPS>(m, p, row, s),
+                        bias = s.channels[DT_BIAS_PART * COLUMNS + p.lane];
+            const float dt = mil_time_step(raw + bias, m.scan.dt_min, m.scan.dt_max);
             s.dt[row * COLUMNS + p.lane] = dt;
-            if (appends) {
-                tails.x[rows.tail_at + k * BLOCK_WARPS * m.scan.inner] = rows.x[k];
-                tails.dt[rows.tail_at + k * BLOCK_WARPS * m.scan.inner] = dt;
-            }
-            if (appends && rows.owns) {
+            tails.x[rows.tail_at + k * BLOCK_WARPS * m.scan.inner] = rows.x[k];
+            tails.dt[rows.tail_at + k * BLOCK_WARPS * m.scan.inner] = dt;
+            if (rows.owns && !folds) {
                 tails.conv[rows.conv_at + k * BLOCK_WARPS * m.inputs] = mil_float(rows.raw[k][MOST_TAPS - 1]);
             }
         }
@@ -1004,78 +1040,37 @@ finish_rows(const scan_arguments &a, const mixer_place &p, const thread_rows<T, 
     }
 }
 
-/* The block's columns of B: what the tail keeps, where it is folded, and this call's rows, by warps that have the fewest rows of
- * y. */
+/* The block's columns of B of this call's rows, by warps that have the fewest rows of y, into the tail from row `at` on. */
 static __device__ __forceinline__ void
-write_B(const scan_arguments &a, const mixer_place &p, const mil_tails &tails, int shift,
-        const mixer_memory &s)
+append_B(const scan_arguments &a, const mixer_place &p, const mil_tails &tails, int at, const mixer_memory &s)
 {
-    const int kept = shift > 0 ? p.before - shift : 0, B_columns = a.B_groups * a.state_dim;
-    float *const to = tails.B + (p.before - shift - kept) * B_columns + p.B_at;
+    const int B_columns = a.B_groups * a.state_dim;
+    float *const to = tails.B + at * B_columns + p.B_at;
 #pragma unroll 1
-    for (int row = BLOCK_WARPS - 1 - p.warp; row < kept + p.count; row += BLOCK_WARPS) {
-        const float *from =
-            row < kept ? s.tail_B + (shift + row) * a.B_width : s.B + (row - kept) * a.B_width;
+    for (int row = BLOCK_WARPS - 1 - p.warp; row < p.count; row += BLOCK_WARPS) {
 #pragma unroll 1
         for (int n = p.lane; n < a.B_width; n += MIL_WARP) {
-            to[row * B_columns + n] = from[n];
+            to[row * B_columns + n] = s.B[row * a.B_width + n];
         }
     }
 }
 
-/* Inputs of the convolution that channels share with others, and channels that do. */
-static __device__ __forceinline__ int
-input_run(const mixer_arguments &m)
-{
-    return m.repeat > 1 ? m.repeat * m.repeat_group : 1;
-}
-
-/* Where a window is folded: whether this block is the last to have read what it shares, of B (1) and of the convolution's
- * inputs (2). */
-static __device__ __forceinline__ unsigned
-count_readers(const mixer_arguments &m, const mil_tails &tails)
-{
-    const scan_arguments &a = m.scan;
-    const int inputs = input_run(m), channel = (int)blockIdx.x * COLUMNS;
-    const mil_slots slots = {{mil_slot(tails.B, a.B_groups * a.state_dim, channel / m.B_run * a.state_dim),
-                              mil_slot(tails.x, a.inner, channel / inputs * inputs), NULL},
-                             {(unsigned)max(m.B_run / COLUMNS, 1), (unsigned)max(inputs / COLUMNS, 1), 0u}};
-    return mil_last_of(slots);
-}
-
-/* Tails where a window is folded: `shift` rows go, and what is left moves to the beginning; what others share by the `last`
- * to have read it. */
-template <typename T, int GROUPS>
+/* Tails of the convolution's inputs where a window is folded: `shift` rows go, what is left moves to the beginning, and this
+ * call's rows come behind it. */
+template <typename T>
 static __device__ __noinline__ void
-fold_tails(const mixer_arguments &m, const mil_tails &tails, int before, int shift, unsigned last)
+fold_inputs(const mixer_arguments &m, const mil_tails &tails, int before, int shift)
 {
-    extern __shared__ __align__(16) char shared[];
-    const mixer_memory s = cut_mixer_memory(m, shared, GROUPS);
-    mixer_place p = place_thread(m);
-    p.before = before;
-    const scan_arguments &a = m.scan;
-    const int kept = p.before - shift, lead = m.taps - 1;
+    const mixer_place p = place_thread(m);
+    const int columns = max(input_run(m), COLUMNS) / m.repeat, kept = before - shift + m.taps - 1;
+    const int input = input_of(m, p.channel / input_run(m) * input_run(m));
+    mil_tail_shift<BLOCK>(tails.conv + input, m.inputs, columns, shift, kept);
 #pragma unroll 1
-    for (int row = p.warp; row < kept + p.count; row += BLOCK_WARPS) {
-        const int at = row * a.inner + p.own,
-                  from = (row < kept ? shift + row : row - kept) * COLUMNS + p.lane;
-        tails.x[at] = row < kept ? s.tail_x[from] : s.x[from];
-        tails.dt[at] = row < kept ? s.tail_dt[from] : s.dt[from];
-    }
-    if (last & 1) {
-        write_B(a, p, tails, shift, s);
-    }
-    if (last & 2) {
-        const int columns = max(input_run(m), COLUMNS) / m.repeat;
-        const int input = input_of(m, p.channel / input_run(m) * input_run(m));
-        mil_tail_shift<BLOCK>(tails.conv + input, m.inputs, columns, shift, lead + kept);
+    for (int row = p.warp; row < p.count; row += BLOCK_WARPS) {
 #pragma unroll 1
-        for (int row = p.warp; row < p.count; row += BLOCK_WARPS) {
-#pragma unroll 1
-            for (int at = input + p.lane; at < input + columns; at += COLUMNS) {
-                tails.conv[(kept + lead + row) * m.inputs + at] =
-                    mil_float(((const T *)m.raw)[(p.first + row) * m.raw_stride + at]);
-            }
+        for (int at = input + p.lane; at < input + columns; at += COLUMNS) {
+            tails.conv[(kept + row) * m.inputs + at] =
+                mil_float(((const T *)m.raw)[(p.first + row) * m.raw_stride + at]);
         }
     }
 }
@@ -1125,7 +1120,7 @@ __launch_bounds__(BLOCK, 2)
     p.before = s.numbers[0];
     const int shift = s.numbers[1];
     fetch_tails(a, p, tails, s);
-    place_rows(m, p, rows);
+    place_rows(m, p, shift, rows);
     load_lead(m, p, tails, rows);
     finish_exponents<J>(a, p, exponent);
     if (p.warp < CHANNEL_PARTS) {
@@ -1135,11 +1130,15 @@ __launch_bounds__(BLOCK, 2)
     mil_await_copies();
     __syncthreads();
     walk_tail<J>(a, p, s, shift, exponent, tails.state, H);
-    const unsigned last = RARE(shift > 0) ? count_readers(m, states.of[blockIdx.y]) : 0;
+    unsigned last = 0;
+    if (shift > 0) {
+        last = keep_tails(m, p, tails, shift, s);
+        p.owns_B = last & 1;
+    }
     wait_knowing(sums.from ^ sums.low ^ sums.B ^ sums.C ^ rows.raw_at ^ rows.z_at ^ rows.y_at ^ rows.tail_at ^
                  rows.conv_at);
     ask_for_rows(m, p, rows);
-    if (RARE(m.x_weight == NULL)) {
+    if (m.x_weight == NULL) {
         fetch_low<T>(m, p, s);
         take_B_and_C<T, GROUPS>(a, p, (const T *)a.B + p.first * a.B_stride + p.B_at, a.B_stride,
                                 (const T *)a.C + p.first * a.C_stride + p.C_at, a.C_stride, s);
@@ -1157,16 +1156,16 @@ __launch_bounds__(BLOCK, 2)
         multiply_dt<T, GROUPS>(m, p, s);
         __syncthreads();
     }
-    finish_dt<T, GROUPS>(m, p, shift == 0, tails, rows, s);
+    finish_dt<T, GROUPS>(m, p, shift > 0, tails, rows, s);
     __syncthreads();
     scan_call<J>(a, p, s, exponent, H);
     __syncthreads();
     finish_rows(a, p, rows, s);
-    if (RARE(shift > 0)) {
-        fold_tails<T, GROUPS>(m, states.of[blockIdx.y], p.before, shift, last);
+    if (p.owns_B) {
+        append_B(a, p, tails, p.before - shift, s);
     }
-    else if (p.owns_B) {
-        write_B(a, p, tails, shift, s);
+    if (last & 2) {
+        fold_inputs<T>(m, states.of[blockIdx.y], p.before, shift);
     }
 }
 
