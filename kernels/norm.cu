@@ -99,27 +99,67 @@ __launch_bounds__(MIL_NORM_THREADS) norm_rows(norm_arguments a)
     }
 }
 
-/* LANES lanes a group: the sum of a whole warp, the rest of which would add zeros. */
+/* LANES lanes a group, a vector of it each: one trip to memory, with the weights there before.  The sum is that of a whole
+ * warp, the rest of which would add zeros. */
 template <typename T, int V, int LANES>
 static __global__ void
 norm_by_lanes(norm_arguments a)
 {
-    const int lane = threadIdx.x % LANES;
+    const int lane = threadIdx.x % LANES, column = lane * V;
     const unsigned own = (LANES == 32 ? ~0u : (1u << LANES % 32) - 1)
                          << threadIdx.x % MIL_WARP / LANES * LANES;
-    int64_t item = ((int64_t)blockIdx.x * WARPS * MIL_WARP + threadIdx.x) / LANES;
+    const int64_t item = ((int64_t)blockIdx.x * WARPS * MIL_WARP + threadIdx.x) / LANES;
+    const int64_t row = item / a.groups, group = item % a.groups;
+    const bool real = row < a.rows, there = real && column < a.group;
+    const float *weights = norm_weight(a, group);
+    float weight[V], value[V] = {}, gate[V], squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < V; i++) {
+        weight[i] = there && weights != NULL ? weights[column + i] : 1.0f;
+    }
+    const T *x = (const T *)a.x + row * a.x_stride + group * a.group;
+    const T *z = a.z == NULL ? NULL : (const T *)a.z + row * a.z_stride + group * a.group;
+    mil_trigger();
+    mil_wait();
+    if (!real) {
+        return;
+    }
+    if (there) {
+        load_input<T, V>(a, x, z, column, value, gate);
+    }
+#pragma unroll
+    for (int i = 0; i < V; i++) {
+        squares = fmaf(value[i], value[i], squares);
+    }
+#pragma unroll
+    for (int step = LANES / 2; step > 0; step /= 2) {
+        squares += __shfl_xor_sync(own, squares, step);
+    }
+    const float scale = 1.0f / sqrtf(squares / (float)a.group + a.eps);
+#pragma unroll
+    for (int i = 0; i < V; i++) {
+        value[i] *= scale;
+        value[i] *= weight[i];
+        value[i] *= z != NULL && a.norm_before_gate ? gate[i] : 1.0f;
+    }
+    if (there) {
+        mil_store<V>(group_output<T>(a, row, group) + column, value);
+    }
+}
+
+/* A group of more vectors than a warp has lanes. */
+template <typename T, int V>
+static __global__ void
+norm_by_warp(norm_arguments a)
+{
+    const int64_t item = (int64_t)blockIdx.x * WARPS + threadIdx.x / MIL_WARP;
     mil_trigger();
     mil_wait();
     if (item < a.rows * a.groups) {
-        int64_t row = item / a.groups, group = item % a.groups;
-        norm_group<T, V>(a, row, group, norm_weight(a, group), group_output<T>(a, row, group), lane, LANES,
-                         [=](float value) {
-#pragma unroll
-                             for (int step = LANES / 2; step > 0; step /= 2) {
-                                 value += __shfl_xor_sync(own, value, step);
-                             }
-                             return value;
-                         });
+        const int64_t row = item / a.groups, group = item % a.groups;
+        norm_group<T, V>(a, row, group, norm_weight(a, group), group_output<T>(a, row, group),
+                         (int)threadIdx.x % MIL_WARP, MIL_WARP,
+                         [](float value) { return mil_warp_sum(value); });
     }
 }
 
@@ -132,9 +172,10 @@ launch(mil_context *context, const norm_arguments &a)
     if (a.group <= MIL_NORM_WIDEST_FOR_WARP) {
         const int lanes = a.group <= 8 * V ? 8 : a.group <= 16 * V ? 16 : 32;
         return mil_launch(context, "norm",
-                          lanes == 8    ? norm_by_lanes<T, V, 8>
-                          : lanes == 16 ? norm_by_lanes<T, V, 16>
-                                        : norm_by_lanes<T, V, 32>,
+                          lanes == 8                ? norm_by_lanes<T, V, 8>
+                          : lanes == 16             ? norm_by_lanes<T, V, 16>
+                          : a.group <= MIL_WARP * V ? norm_by_lanes<T, V, 32>
+                                                    : norm_by_warp<T, V>,
                           dim3((unsigned)mil_ceil_div(items * lanes, WARPS * MIL_WARP)),
                           dim3(WARPS * MIL_WARP), 0, a);
     }
