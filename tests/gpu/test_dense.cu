@@ -123,7 +123,7 @@ test_projects(harness *h)
         test_project(h, sizes[i][0], sizes[i][1], sizes[i][2], false);
         test_project(h, sizes[i][0], sizes[i][1], sizes[i][2], true);
     }
-    static const int64_t counts[] = {1, 2, 5, 8, 9, 16};
+    static const int64_t counts[] = {1, 2, 5, 6, 8, 9, 10, 11, 16};
     for (int64_t rows : counts) {
         test_project(h, rows, 2048, 4300, false);
         test_project(h, rows, 768, 4300, false);
