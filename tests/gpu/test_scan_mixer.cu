@@ -227,6 +227,8 @@ main(void)
         {64, 16, 1, 1, 1, 4, 48, true, true, true, true},
         {512, 8, 1, 1, 1, 2, 32, true, false, true, false},
         {96, 32, 1, 1, 1, 3, 24, true, true, false, true},
+        {64, 64, 1, 1, 1, 4, 16, true, true, true, true},
+        {288, 20, 1, 1, 1, 3, 296, true, false, true, true},
         {5120, 16, 1, 1, 1, 4, 160, true, false, true, true},
         {256, 16, 4, 16, 4, 4, 256, false, false, true, true},
         {128, 16, 2, 8, 4, 4, 64, false, false, true, false},
