@@ -24,14 +24,15 @@
 #include "conv1d.cuh"
 #include "mma.cuh"
 #include "norm.cuh"
-#include "scan_step.cuh"
+#include "selective_scan.cuh"
 #include "thin_product.cuh"
 
 #define V 4              /* columns that move at once */
 #define COLUMNS MIL_WARP /* channels of a block: a lane has one */
 #define BLOCK_WARPS 8
 #define BLOCK (BLOCK_WARPS * MIL_WARP)
-#define PAIR 2 /* states of sixteen that a warp has */
+#define LANES_N 16 /* states from one of a thread's to its next but one */
+#define PAIR 2     /* states of each sixteen that a warp has */
 #define ROWS MIL_THIN_ROWS
 #define CHUNK 32   /* inputs of two tensor products */
 #define OUTPUTS 16 /* of a tensor product */
@@ -94,6 +95,8 @@ wait_knowing(int known)
 
 /* ---- W_x -------------------------------------------------------------------------------------------------------- */
 
+#define THREADS 128
+#define WARPS (THREADS / MIL_WARP)
 #define MOST_CHUNKS 8 /* of a warp at a time */
 
 /* A warp's inputs in shared memory, of `chunks` chunks. */
@@ -308,12 +311,12 @@ struct mixer_memory {
     float *tail_x, *tail_dt; /* [MIL_TAIL, COLUMNS] */
     float *x, *dt;           /* [8 GROUPS, COLUMNS] of this call's rows */
     float *channels;         /* [CHANNEL_PARTS, COLUMNS]: what the kernel needs of each channel */
-    void *weights;           /* [chunks, COLUMNS, CHUNK] of W_dt, chunk_floats apart; in the place of */
-    float *chains;           /* a chain's first chunk its sums [8 GROUPS, CHAIN_PITCH]; and in that of all */
-    float *sums;             /* [rows, BLOCK_WARPS, COLUMNS] of C . H */
-    float *tail_B;           /* [MIL_TAIL, B_width] */
-    float *B, *C;            /* [rows, width] */
-    void *low;               /* [rows, low_stride]: low, or [low | B | C] */
+    float *chains; /* chunks of W_dt, [COLUMNS, CHUNK] each, chunk_floats apart; in the place of a chain's
+                                first chunk its sums [8 GROUPS, CHAIN_PITCH], and in that of all */
+    float *sums;   /* [rows, BLOCK_WARPS, COLUMNS] of C . H */
+    float *tail_B; /* [MIL_TAIL, B_width] */
+    float *B, *C;  /* [rows, width] */
+    void *low;     /* [rows, low_stride]: low, or [low | B | C] */
     int low_stride, chunks;
     size_t bytes;
 };
@@ -345,7 +348,7 @@ cut_mixer_memory(const mixer_arguments &m, char *memory, int groups)
     s.dt = take(8 * groups * COLUMNS);
     s.channels = take(CHANNEL_PARTS * COLUMNS);
     const int weights = s.chunks * chunk_floats(groups), sums = m.total * BLOCK_WARPS * COLUMNS;
-    s.weights = s.chains = s.sums = take(weights > sums ? weights : sums);
+    s.chains = s.sums = take(weights > sums ? weights : sums);
     s.tail_B = take(MIL_TAIL * m.scan.B_width);
     s.B = take(m.total * m.scan.B_width);
     s.C = take(m.total * m.scan.C_width);
