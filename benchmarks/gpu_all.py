@@ -43,7 +43,7 @@ NAMES = {
 PEER, STRONGER = "torch + mamba-ssm", "torch + mamba-ssm + fla"
 TRANSFORMERS = "transformers, static cache, CUDA graph"
 SPECULATION = (
-    (4, ("mamba-2.8b:mamba-130m", "mamba-2.8b:ngram", "8b-mamba2:mamba2-130m", "8b-mamba2:ngram")),
+    (4, ("mamba-2.8b:mamba-130m", "mamba-2.8b:ngram", "8b-mamba2:mamba-130m", "8b-mamba2:ngram")),
     (8, ("mamba-2.8b:ngram",)),
 )
 BATCHES = ((32, 4096, 129), (256, 1024, 129))
@@ -370,7 +370,7 @@ def speculation_rows(figures: Figures) -> Iterator[Row]:
         yield row
     for case, label, required, aim in (
         ("mamba-2.8b:mamba-130m", "Mamba 2.8B with a 130M draft", 1.5, 1.75),
-        ("8b-mamba2:mamba2-130m", "8B hybrid with a 130M draft", 1.75, 1.95),
+        ("8b-mamba2:mamba-130m", "8B hybrid with a 130M draft", 1.75, 1.95),
         ("8b-mamba2:ngram", "8B hybrid with n-gram drafts", 1.95, 2.2),
     ):
         found = figures.get(f"speculation/{case}, K = 4, batch 1/ours", {})

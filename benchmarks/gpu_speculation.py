@@ -31,7 +31,7 @@ from mambainllama.devices import cuda_devices
 
 USELESS = 0.01
 WARM_UP = 20  # tokens
-CASES = "mamba-2.8b:mamba-130m,8b-mamba2:mamba2-130m,8b-mamba2:ngram"
+CASES = "mamba-2.8b:mamba-130m,8b-mamba2:mamba-130m,8b-mamba2:ngram"
 
 
 def run(model, draft, prompts, tokens, rounds, *, drafts=0, adapt=False, acceptance=0.0) -> dict:
