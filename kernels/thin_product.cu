@@ -26,7 +26,6 @@
 
 #define LOADS 8 /* 16-byte loads of weights that a thread has under way */
 #define NORMED_BYTES (64 << 10)
-#define COPIED_BYTES (16 << 10)
 #define NORMED_ROWS 2
 #define NORMED_TILES \
     396 /* three for each of 132 multiprocessors: blocks that come later would norm again, for nothing */
@@ -90,29 +89,16 @@ struct tile_sums {
     }
 };
 
-/* The rows of x into shared memory, by the whole block: all in one trip, where a warp's loop would make several. */
-template <typename T, int PAD>
-static __device__ __forceinline__ void
-copy_rows(const thin_arguments &a, T *to)
-{
-    for (int i = (int)threadIdx.x * 8; i < a.rows * a.in; i += THREADS * 8) {
-        const int row = i / a.in, column = i - row * a.in;
-        mil_copy_16(to + row * (a.in + PAD) + column, (const T *)a.x + row * a.x_stride + column);
-    }
-    mil_await_copies();
-    meet();
-}
-
-/* W: of the weights, T or 8 bits; GROUPS of 8 rows; X_NORMED: x is the norm of a.norm.x; GATED: outputs[0] is up, outputs[1]
+/* W: of the weights, T or 8 bits; GROUPS of 8 rows; NORMED: x is the norm of a.norm.x; GATED: outputs[0] is up, outputs[1]
  * the gate, and only their gated activation is written. */
-template <typename T, typename W, int GROUPS, x_source X, bool GATED>
+template <typename T, typename W, int GROUPS, bool NORMED, bool GATED>
 static __global__ void
 __launch_bounds__(THREADS, GROUPS == 1 ? 3 : 2) thin_kernel(const __grid_constant__ thin_arguments a)
 {
     constexpr int MATRICES = GATED ? 2 : 1, UNROLL = LOADS / 2 / MATRICES;
     using sums_type = tile_sums<T, W, GROUPS, UNROLL>;
     __shared__ float partial[MATRICES][WARPS][TILE][GROUPS * 8];
-    extern __shared__ uint4 rows[]; /* those of x, then the norm's weights */
+    extern __shared__ uint4 normed_rows[]; /* the rows, then the norm's weights */
     const int product = GATED ? 0 : product_of(a, (int)blockIdx.x);
     const thin_output &o = a.outputs[product];
     int warp = (int)threadIdx.x / MIL_WARP, lane = (int)threadIdx.x % MIL_WARP, g = lane / 4, t = lane % 4;
@@ -124,31 +110,30 @@ __launch_bounds__(THREADS, GROUPS == 1 ? 3 : 2) thin_kernel(const __grid_constan
     for (int m = 0; m < MATRICES; m++) {
         sums[m].begin(m == 0 ? o.weight : a.outputs[1].weight, first, o.out, a.in, g, k);
     }
-    float *norm_weights = (float *)((T *)rows + a.rows * (a.in + X_PAD<W>));
-    if constexpr (X == X_NORMED) {
+    float *norm_weights = (float *)((T *)normed_rows + a.rows * a.in);
+    if constexpr (NORMED) {
         fetch_norm_weight(a, norm_weights);
     }
     mil_trigger();
     place<T, W, GATED> written;
     const int out = first + written.column();
     written.find(a, product, out, out < o.out);
-    const T *const x = X == X_IN_PLACE ? (const T *)a.x : (const T *)rows;
-    const int64_t x_stride = X == X_IN_PLACE ? a.x_stride : a.in + X_PAD<W>;
-    if constexpr (X == X_NORMED) {
+    const T *x = (const T *)a.x;
+    int64_t x_stride = a.x_stride;
+    if constexpr (NORMED) {
+        x = (const T *)normed_rows;
+        x_stride = a.in;
         const norm_columns columns(a);
         mil_await_copies();
         meet();
         mil_wait();
         written.read(a);
-        norm_rows<T, X_PAD<W>, NORMED_ROWS>(a, columns, weights_beside{norm_weights}, (T *)rows,
-                                            &partial[0][0][0][0]);
+        norm_rows<T, 0, NORMED_ROWS>(a, columns, weights_beside{norm_weights}, (T *)normed_rows,
+                                     &partial[0][0][0][0]);
     }
     else {
         mil_wait();
         written.read(a);
-        if constexpr (X == X_COPIED) {
-            copy_rows<T, X_PAD<W>>(a, (T *)rows);
-        }
     }
 
     /* The whole warp stays in the loop until its last chunk: products take all its threads. */
@@ -240,49 +225,33 @@ arguments_of(const mil_linear *products, int64_t count)
         products, count, TILE, [](const mil_linear *p, int first_tile) { return output_of(p, first_tile); });
 }
 
-template <typename T, typename W, x_source X, bool GATED>
+template <typename T, typename W, bool NORMED, bool GATED>
 static mil_status
 launch_rows(mil_context *context, const thin_arguments &a, size_t shared)
 {
-    auto kernel = a.rows <= 8 ? thin_kernel<T, W, 1, X, GATED> : thin_kernel<T, W, 2, X, GATED>;
-    return mil_launch(context, "thin product", kernel, dim3((unsigned)a.tiles), dim3(THREADS), shared, a);
+    dim3 grid((unsigned)a.tiles), block(THREADS);
+    return a.rows <= 8 ? mil_launch(context, "thin product", thin_kernel<T, W, 1, NORMED, GATED>, grid, block,
+                                    shared, a)
+                       : mil_launch(context, "thin product", thin_kernel<T, W, 2, NORMED, GATED>, grid, block,
+                                    shared, a);
 }
 
-template <typename T, x_source X, bool GATED>
+template <typename T, bool NORMED, bool GATED>
 static mil_status
 launch_weights(mil_context *context, mil_dtype weights, const thin_arguments &a, size_t shared)
 {
-    return weights == MIL_F8   ? launch_rows<T, mil_f8, X, GATED>(context, a, shared)
-           : weights == MIL_I8 ? launch_rows<T, mil_i8, X, GATED>(context, a, shared)
-                               : launch_rows<T, T, X, GATED>(context, a, shared);
+    return weights == MIL_F8   ? launch_rows<T, mil_f8, NORMED, GATED>(context, a, shared)
+           : weights == MIL_I8 ? launch_rows<T, mil_i8, NORMED, GATED>(context, a, shared)
+                               : launch_rows<T, T, NORMED, GATED>(context, a, shared);
 }
 
-template <x_source X, bool GATED>
+template <bool NORMED, bool GATED>
 static mil_status
 launch(mil_context *context, mil_dtype weights, const thin_arguments &a, size_t shared)
 {
     return context->ops->activation_dtype == MIL_BF16
-               ? launch_weights<__nv_bfloat16, X, GATED>(context, weights, a, shared)
-               : launch_weights<__half, X, GATED>(context, weights, a, shared);
-}
-
-/* Shared memory for rows of x. */
-static int64_t
-rows_bytes(int64_t rows, int64_t in)
-{
-    return rows * (in + X_PAD<uint16_t>)*2;
-}
-
-/* Without a norm: rows are copied where few blocks would go through them in several steps. */
-template <bool GATED>
-static mil_status
-launch_plain(mil_context *context, mil_dtype weights, const thin_arguments &a)
-{
-    const int64_t bytes = rows_bytes(a.rows, a.in);
-    const int step = LOADS / 2 / (GATED ? 2 : 1) * WARPS * 64 / (int)mil_dtype_size(weights);
-    return a.in > step && bytes <= COPIED_BYTES && a.tiles <= NORMED_TILES
-               ? launch<X_COPIED, GATED>(context, weights, a, (size_t)bytes)
-               : launch<X_IN_PLACE, GATED>(context, weights, a, 0);
+               ? launch_weights<__nv_bfloat16, NORMED, GATED>(context, weights, a, shared)
+               : launch_weights<__half, NORMED, GATED>(context, weights, a, shared);
 }
 
 mil_status
@@ -295,7 +264,7 @@ mil_thin_product(mil_context *context, const mil_linear *products, int64_t count
     }
     bool done;
     MIL_TRY(mil_thin_stream(context, products->dtype, a, false, false, &done));
-    return done ? MIL_OK : launch_plain<false>(context, products->dtype, a);
+    return done ? MIL_OK : launch<false, false>(context, products->dtype, a, 0);
 }
 
 /* ---- with the norm before and the gate after ------------------------------------------------------------------- */
@@ -304,7 +273,7 @@ mil_thin_product(mil_context *context, const mil_linear *products, int64_t count
 static size_t
 norm_bytes(const mil_norm *n)
 {
-    return (size_t)rows_bytes(n->rows, n->width) + (size_t)n->width * sizeof(float);
+    return (size_t)(n->rows * n->width) * 2 + (size_t)n->width * sizeof(float);
 }
 
 /* Whether a norm can go along: in blocks of which three share a multiprocessor. */
@@ -357,9 +326,9 @@ mil_thin_project(mil_context *context, const mil_norm *norm, const mil_linear *p
     }
     if (!done) {
         size_t shared = normed ? norm_bytes(norm) : 0;
-        mil_status status = normed && gated ? launch<X_NORMED, true>(context, weights, a, shared)
-                            : normed        ? launch<X_NORMED, false>(context, weights, a, shared)
-                            : gated         ? launch_plain<true>(context, weights, a)
+        mil_status status = normed && gated ? launch<true, true>(context, weights, a, shared)
+                            : normed        ? launch<true, false>(context, weights, a, shared)
+                            : gated         ? launch<false, true>(context, weights, a, 0)
                                             : mil_thin_product(context, products, count);
         MIL_TRY(status);
     }

@@ -36,10 +36,15 @@
 #define SHORTEST_ROW 1536      /* bytes */
 #define MOST_STAGES 8
 #define ROWS_OF_GROUP 8 /* of x, which the tensor cores' instruction takes at a time */
-#define ROW_GAP 64      /* bytes between rows of a stage */
+#define MOST_NORMED \
+    (2 * ROWS_AT_ONCE) /* wide rows: a trip for every ROWS_AT_ONCE, and a norm's own kernel takes four */
+#define ROW_GAP 64     /* bytes between rows of a stage */
 
-/* Wide rows that are normed here: a trip for every ROWS_AT_ONCE, where a norm's own kernel takes the time of four. */
-#define MOST_NORMED (2 * ROWS_AT_ONCE)
+enum x_source { X_IN_PLACE, X_COPIED, X_NORMED };
+
+/* Elements between rows of x in shared memory, so that what goes with a load of W of each row does not share banks. */
+template <typename W>
+constexpr int X_PAD = sizeof(W) == 1 ? 8 : 32;
 
 /* Tiles that are multiplied with the same loads of x. */
 template <x_source X, bool GATED>

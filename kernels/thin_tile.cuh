@@ -19,13 +19,6 @@ constexpr int PER_LOAD = 16 / (int)sizeof(W);
 template <typename W>
 constexpr int CHUNK = 4 * PER_LOAD<W>;
 
-/* Where rows of x are read from: memory, or shared memory that holds them, or them normed. */
-enum x_source { X_IN_PLACE, X_COPIED, X_NORMED };
-
-/* Elements between rows of x in shared memory, so that what goes with a load of W of each row does not share banks. */
-template <typename W>
-constexpr int X_PAD = sizeof(W) == 1 ? 8 : 32;
-
 struct thin_output {
     const void *weight;
     const float *scale, *bias;
