@@ -186,7 +186,7 @@ norm_some(const thin_arguments &a, int first, const norm_columns &columns, const
     }
 }
 
-/* All rows of x, of wide ones MANY at a time; all warps have met at the end.  partial: [2][MANY][WARPS]. */
+/* All rows of x, of wide ones at most MANY; all warps have met at the end. */
 template <typename T, int PAD, int MANY, typename Weights>
 static __device__ __forceinline__ void
 norm_rows(const thin_arguments &a, const norm_columns &columns, const Weights &weights, T *y, float *partial)
@@ -198,10 +198,7 @@ norm_rows(const thin_arguments &a, const norm_columns &columns, const Weights &w
         }
     }
     else {
-        for (int first = 0; first < a.rows;
-             first += MANY) { /* whose sums others may still be reading is left alone */
-            norm_some<T, PAD, MANY>(a, first, columns, weights, y, partial + first / MANY % 2 * MANY * WARPS);
-        }
+        norm_some<T, PAD, MANY>(a, 0, columns, weights, y, partial);
     }
     meet();
 }

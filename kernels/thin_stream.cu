@@ -36,9 +36,7 @@
 #define SHORTEST_ROW 1536      /* bytes */
 #define MOST_STAGES 8
 #define ROWS_OF_GROUP 8 /* of x, which the tensor cores' instruction takes at a time */
-#define MOST_NORMED \
-    (2 * ROWS_AT_ONCE) /* wide rows: a trip for every ROWS_AT_ONCE, and a norm's own kernel takes four */
-#define ROW_GAP 64     /* bytes between rows of a stage */
+#define ROW_GAP 64      /* bytes between rows of a stage */
 
 enum x_source { X_IN_PLACE, X_COPIED, X_NORMED };
 
@@ -428,7 +426,7 @@ stages_beside(const stream_arguments &s, size_t others, size_t shared)
 }
 
 /* Where rows of x are to be, and the ring beside them; shared memory in all.  They go there where the ring does not lose a
- * stage by it, and more than 8 that need no norm stay where they are: little of the next kernel would fit beside so many. */
+ * stage by it, and leave more than 8 where they are: little of the next kernel would fit beside so many. */
 static size_t
 plan_memory(stream_arguments *s, bool gated, bool normed, size_t most, x_source *x)
 {
@@ -436,8 +434,7 @@ plan_memory(stream_arguments *s, bool gated, bool normed, size_t most, x_source 
     const size_t sums = 2 * (gated ? 2 : 1) * WARPS * TILE * (size_t)sums_pitch(a.rows) * sizeof(float);
     const size_t rows = sizeof(uint16_t) * (size_t)a.rows * (size_t)(a.in + X_PAD<uint16_t>);
     s->stages = stages_beside(*s, sums, most);
-    const bool room =
-        (normed || a.rows <= ROWS_OF_GROUP) && stages_beside(*s, sums + rows, most) == s->stages;
+    const bool room = a.rows <= ROWS_OF_GROUP && stages_beside(*s, sums + rows, most) == s->stages;
     *x = !room ? X_IN_PLACE : normed ? X_NORMED : X_COPIED;
     return (size_t)s->stages * stage_bytes(*s) + sums + (room ? rows : 0);
 }
@@ -446,7 +443,7 @@ plan_memory(stream_arguments *s, bool gated, bool normed, size_t most, x_source 
 static bool
 norm_fits(const thin_arguments &a)
 {
-    return (a.rows <= MOST_NORMED || a.in <= MIL_NORM_WIDEST_FOR_WARP) && norm_is_short(a);
+    return (a.rows <= ROWS_AT_ONCE || a.in <= MIL_NORM_WIDEST_FOR_WARP) && norm_is_short(a);
 }
 
 template <typename T, typename W, bool GATED>
@@ -465,9 +462,8 @@ launch(mil_context *context, mil_dtype weights, const stream_arguments &s, x_sou
        size_t shared)
 {
     if (s.thin.rows > ROWS_OF_GROUP) {
-        auto kernel = x == X_NORMED ? stream_kernel<T, T, X_NORMED, GATED, 2>
-                                    : stream_kernel<T, T, X_IN_PLACE, GATED, 2>;
-        return mil_launch(context, "thin product", kernel, grid, dim3(BLOCK), shared, s);
+        return mil_launch(context, "thin product", stream_kernel<T, T, X_IN_PLACE, GATED, 2>, grid,
+                          dim3(BLOCK), shared, s);
     }
     auto function = weights == MIL_F8   ? launch_rows<T, mil_f8, GATED>
                     : weights == MIL_I8 ? launch_rows<T, mil_i8, GATED>
