@@ -102,9 +102,9 @@ endef
 $(foreach kind,plain asan tsan,$(eval $(call C_TEST_RULES,$(kind))))
 
 .PHONY: test-c
-test-c: ## the C tests alone
+test-c: ## the C tests alone, on memory full of large numbers where nobody has written
 	@$(MAKE) --no-print-directory --silent -j$(JOBS) build/c-plain/test
-	build/c-plain/test
+	MALLOC_PERTURB_=128 build/c-plain/test
 
 .PHONY: asan
 asan: ## the C tests under AddressSanitizer, UndefinedBehaviorSanitizer and LeakSanitizer

@@ -92,11 +92,13 @@ played_sample(mil_context *context, const mil_sample *a)
     for (int64_t i = 0; i < a->rows; i++) {
         mil_distribution p;
         float weight[VOCAB];
-        MIL_TRY(fill(&p, weight, a->logits + i * a->logits_stride, &a->options[i], a->vocab));
-        a->bad[i] = played.bad_after == 0;
+        const mil_status status =
+            fill(&p, weight, a->logits + i * a->logits_stride, &a->options[i], a->vocab);
+        /* Drafts of a text that the draft model cannot read come of a cache that nobody wrote. */
+        a->bad[i] = played.bad_after == 0 || status != MIL_OK;
         if (a->token != NULL) {
             double uniform = mil_uniform(a->options[i].seed, (uint64_t)a->position[i], (mil_stream)a->stream);
-            a->token[i] = mil_distribution_draw(&p, a->vocab, uniform);
+            a->token[i] = status == MIL_OK ? mil_distribution_draw(&p, a->vocab, uniform) : 0;
             if (a->placed != NULL) {
                 a->placed[i * a->spread] = a->token[i];
             }
