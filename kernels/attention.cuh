@@ -109,14 +109,6 @@ mil_attention_prefill_hopper(mil_context *context, const attention_arguments *a,
 
 /* ---- softmax ----------------------------------------------------------------------------------------- */
 
-static __device__ __forceinline__ float
-exp2_fast(float x)
-{
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 /* A row's softmax over some keys; the sum of its values is kept apart. */
 struct softmax_row {
     float maximum, sum;
@@ -128,8 +120,8 @@ static __device__ __forceinline__ void
 merge_rows(softmax_row &to, const softmax_row &from, float &earlier, float &later)
 {
     float maximum = fmaxf(to.maximum, from.maximum);
-    earlier = exp2_fast(__fsub_rn(to.maximum, maximum));
-    later = exp2_fast(__fsub_rn(from.maximum, maximum));
+    earlier = mil_exp2(__fsub_rn(to.maximum, maximum));
+    later = mil_exp2(__fsub_rn(from.maximum, maximum));
     to.sum = __fmaf_rn(from.sum, later, __fmul_rn(to.sum, earlier));
     to.maximum = maximum;
 }
@@ -163,12 +155,12 @@ soften(float (&s)[N / 2], float scale, softmax_pair &rows, float (&factor)[2])
         maximum = fmaxf(maximum, __shfl_xor_sync(MIL_ALL_LANES, maximum, 2));
         /* A row that has seen nothing yet: exp2(-inf - 0) and not exp2(-inf + inf). */
         float shift = maximum == -INFINITY ? 0.0f : maximum * scale, sum = 0.0f;
-        factor[row] = exp2_fast(rows.maximum[row] * scale - shift);
+        factor[row] = mil_exp2(rows.maximum[row] * scale - shift);
 #pragma unroll
         for (int i = 0; i < N / 8; i++) {
             float &even = s[i * 4 + row * 2], &odd = s[i * 4 + row * 2 + 1];
-            even = exp2_fast(fmaf(even, scale, -shift));
-            odd = exp2_fast(fmaf(odd, scale, -shift));
+            even = mil_exp2(fmaf(even, scale, -shift));
+            odd = mil_exp2(fmaf(odd, scale, -shift));
             sum += even + odd;
         }
         rows.sum[row] = rows.sum[row] * factor[row] + sum;

@@ -332,10 +332,10 @@ weigh_keys(const attention_arguments &a, const decode_warp &w, uint32_t q, uint3
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             float &score = s[i / 2][row * 2 + i % 2];
-            score = exp2_fast(__fsub_rn(score, maximum));
+            score = mil_exp2(__fsub_rn(score, maximum));
             sum = __fadd_rn(sum, score);
         }
-        factor[row] = exp2_fast(__fsub_rn(state[row].maximum, maximum));
+        factor[row] = mil_exp2(__fsub_rn(state[row].maximum, maximum));
         state[row].sum = __fmaf_rn(state[row].sum, factor[row], sum);
         state[row].maximum = maximum;
     }

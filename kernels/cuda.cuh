@@ -158,6 +158,15 @@ mil_block_sum(float value, float *partial)
     return value;
 }
 
+/* 2^x by one instruction; below 2^-126 it is 0. */
+static __device__ __forceinline__ float
+mil_exp2(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 static __device__ __forceinline__ float
 mil_sigmoid(float x)
 {

@@ -490,7 +490,7 @@ take_tokens(const scan_arguments &a, const mixer_place &p, const float *x, const
         for (int j = 0; j < J; j++) {
 #pragma unroll
             for (int i = 0; i < PAIR; i++) {
-                power[r][j][i] = fast_power(dt_own * exponent[j][i]);
+                power[r][j][i] = mil_exp2(dt_own * exponent[j][i]);
                 input[r][j][i] = taken * input[r][j][i];
             }
         }

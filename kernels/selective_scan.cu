@@ -43,7 +43,7 @@ static __device__ __forceinline__ float
 fast_silu(float x)
 {
     float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1.0f + fast_power(-log2_e * x)));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1.0f + mil_exp2(-log2_e * x)));
     return x * y;
 }
 
@@ -51,12 +51,12 @@ fast_silu(float x)
 static __device__ __forceinline__ float
 fast_softplus(float x)
 {
-    float e = fast_power(log2_e * x), series = e * fmaf(e, fmaf(e, 1.0f / 3, -0.5f), 1.0f);
+    float e = mil_exp2(log2_e * x), series = e * fmaf(e, fmaf(e, 1.0f / 3, -0.5f), 1.0f);
     float value = e < 0x1p-6f ? series : 0.6931471806f * fast_log2(1.0f + e);
     return x > 20.0f ? x : value;
 }
 
-/* fast_power in its place among other such and mma: batches of it are under way while something else is done. */
+/* mil_exp2 in its place among other such and mma: batches of it are under way while something else is done. */
 static __device__ __forceinline__ float
 ordered_power(float x)
 {
@@ -410,7 +410,7 @@ replay_tail(const scan_arguments &a, const mil_span &span, const mil_tails &tail
 #pragma unroll
             for (int i = 0; i < OWN * K; i++) {
                 s.H[h][i] =
-                    fmaf(fast_power(dt * s.exponent[h][i]), s.H[h][i], dt * x * B[i / OWN * TILE + i % OWN]);
+                    fmaf(mil_exp2(dt * s.exponent[h][i]), s.H[h][i], dt * x * B[i / OWN * TILE + i % OWN]);
             }
         }
     }

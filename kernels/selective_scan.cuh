@@ -72,15 +72,6 @@ get_time_step(const scan_arguments &a, int64_t row, int channel, float bias)
                          a.dt_max);
 }
 
-/* 2^x; below 2^-126 it is 0. */
-static __device__ __forceinline__ float
-fast_power(float x)
-{
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 /* The block's share of the tails where rows of them move, or where several blocks read the same x. x and dt are its own;
  * B, and x that several channels read, are everybody's. */
 template <typename T, int COLUMNS>

@@ -32,7 +32,7 @@ step(const float (&dt)[V], const float (&input)[V], const float (&exponent)[J][V
     for (int j = 0; j < J; j++) {
 #pragma unroll
         for (int v = 0; v < V; v++) {
-            H[j][v] = fmaf(fast_power(dt[v] * exponent[j][v]), H[j][v], input[v] * B[j]);
+            H[j][v] = fmaf(mil_exp2(dt[v] * exponent[j][v]), H[j][v], input[v] * B[j]);
         }
     }
 }

@@ -117,15 +117,15 @@ fill_decays(const float (&dt)[2], float exponent, int folded, chunk_decays *out)
     for (int k = 0; k < 2; k++) {
         high[k] = (float)sum[k];
         low[k] = (float)(sum[k] - (double)high[k]);
-        to_end[k] = 2 * lane + k < folded ? fast_power((float)(end - sum[k])) * dt[k] : 0.0f;
+        to_end[k] = 2 * lane + k < folded ? mil_exp2((float)(end - sum[k])) * dt[k] : 0.0f;
     }
     ((float4 *)out->sum)[lane] = make_float4(high[0], low[0], high[1], low[1]);
     ((float2 *)out->dt)[lane] = make_float2(dt[0], dt[1]);
-    ((float2 *)out->from_start)[lane] = make_float2(fast_power(high[0]), fast_power(high[1]));
+    ((float2 *)out->from_start)[lane] = make_float2(mil_exp2(high[0]), mil_exp2(high[1]));
     ((float2 *)out->to_end)[lane] = make_float2(to_end[0], to_end[1]);
     fill_blocks(dt, make_float4(high[0], low[0], high[1], low[1]), out);
     if (lane == 0) {
-        out->last = folded > 0 ? fast_power((float)end) : 1.0f;
+        out->last = folded > 0 ? mil_exp2((float)end) : 1.0f;
     }
 }
 
@@ -233,7 +233,7 @@ fill_scores(const chunk_inputs<T, P, N> &in, int row, T *scores)
             for (int e = 0; e < 4; e++) {
                 int i = row + lane / 4 + e / 2 * 8, s = 8 * t + lane % 4 * 2 + e % 2;
                 float2 own = e < 2 ? top : bottom, other = in.decays.sum[s];
-                float decay = fast_power((own.x - other.x) + (own.y - other.y));
+                float decay = mil_exp2((own.x - other.x) + (own.y - other.y));
                 value[e] = s <= i ? decay * in.decays.dt[s] * sum[t][e] : 0.0f;
             }
             *(uint32_t *)(unit_at(scores, CHUNK / 8, row + lane / 4, t) + lane % 4 * 2) =

@@ -55,19 +55,11 @@ shared_address(const void *pointer)
     return (unsigned)__cvta_generic_to_shared(pointer);
 }
 
-static __device__ __forceinline__ float
-fast_power(float x)
-{
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 /* Decay after a token of sum `from` up to one of sum `to`. */
 static __device__ __forceinline__ float
 decay_between(float2 from, float2 to)
 {
-    return fast_power((to.x - from.x) + (to.y - from.y));
+    return mil_exp2((to.x - from.x) + (to.y - from.y));
 }
 
 /* 16 bytes on their way from memory, or zeros. */
