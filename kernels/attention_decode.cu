@@ -548,9 +548,9 @@ decode_head(const attention_arguments &a)
     extern __shared__ __align__(128) unsigned char raw[];
     typedef decode_memory<D, MT, STEPS, BLOCKS> memory_type;
     memory_type *memory = reinterpret_cast<memory_type *>(raw);
-    /* Where the clusters leave multiprocessors free, the product behind fills its ring on those meanwhile: 4,043 us a step
-     * of one text become 4,005 (8B on an H200).  Else its blocks take places unevenly while this kernel holds a part of
-     * the chip: 6,046 of 32 texts become 6,215. */
+    /* Where the clusters leave multiprocessors free (several steps under way: decode_width), the product behind fills its
+     * ring on those meanwhile: 4,043 us a step of one text become 4,005 (8B on an H200).  Else its blocks take places
+     * unevenly while this kernel holds a part of the chip: 6,046 of 32 texts become 6,215. */
     if constexpr (STEPS > 1) {
         mil_trigger();
     }

@@ -2,10 +2,11 @@
  *
  *   y = n(x) weight,   n(x silu(z)) weight   or   n(x) weight silu(z),   n(v) = v / sqrt(mean(v^2) + eps)
  *
- * Bytes: x (and z) are read twice, the second time from the first-level cache; y is written once.  Groups up to
- * a thousand columns (heads) take a warp or a part of one each, wider ones (the residual stream) a block each.  Of many
- * such rows a block does several, with the weights in registers: 4 bytes a column from the second-level cache would
- * be as much as the rows themselves.  Sums go thread by thread over a fixed stride and then up a fixed tree, so a row's bits
+ * Bytes: x (and z) are read once where a thread's columns fit its registers, else a second time from the first-level
+ * cache; y is written once.  Groups up to a thousand columns (heads) take a warp or a part of one each, wider ones (the
+ * residual stream) a block each.  Of many such rows a block does several, with the weights in registers: 4 bytes a column
+ * from the second-level cache would be as much as the rows themselves.  Sums go thread by thread over a fixed stride and
+ * then up a fixed tree, so a row's bits
  * depend on nothing but the row.
  */
 #include "norm.cuh"

@@ -57,7 +57,7 @@ struct norm_columns {
 
 /* The norm's weights of a thread's columns in registers, where there are enough. */
 struct weights_at_hand {
-    float value[NORM_STEPS][8]; /* by loads that the compiler leaves where they are, before mil_wait() */
+    float value[NORM_STEPS][2][4]; /* by loads that the compiler leaves where they are, before mil_wait() */
 
     __device__ __forceinline__ weights_at_hand(const thin_arguments &a, const norm_columns &columns)
     {
@@ -76,7 +76,7 @@ struct weights_at_hand {
     {
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-            weight[j] = value[i][j];
+            weight[j] = value[i][j / 4][j % 4];
         }
     }
 };

@@ -37,7 +37,7 @@
 #define TRIAL_DRAFTS 2
 #define VERIFY_COST 0.12 /* of a pass, each row beyond the first: 0.05 to 0.2 on CPUs, by dtype and mixer */
 
-/* Of devices, fitted to an H100 and an H200 (docs/performance-log.md); only ratios matter. */
+/* Of devices, fitted to an H200 (docs/performance-log.md); only ratios matter. */
 #define DEVICE_RATE 3.5e12      /* bytes a second */
 #define DEVICE_ROW 0.005        /* more of a product's time with each row, of all texts */
 #define DEVICE_LAYER 8e-6       /* seconds of a layer's launches and small operators */
