@@ -112,6 +112,23 @@ mil_wait()
 #endif
 }
 
+/* mil_wait() once `known` is: the assembler else puts arithmetic that could be done before behind the wait, where everybody
+ * waits for it. */
+static __device__ __forceinline__ void
+mil_wait_knowing(int known)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{\n"
+        ".reg .pred even;\n"
+        "setp.eq.s32 even, %0, 0;\n"
+        "@even griddepcontrol.wait;\n"
+        "@!even griddepcontrol.wait;\n"
+        "}" ::"r"(known)
+        : "memory");
+#endif
+}
+
 /* Lets the next kernel's blocks start where there is room. They still wait for this grid to end. */
 static __device__ __forceinline__ void
 mil_trigger()

@@ -84,7 +84,7 @@ __launch_bounds__(MIL_NORM_THREADS) norm_rows(norm_arguments a)
                 }
             }
         }
-        float scale = 1.0f / sqrtf(mil_block_sum(squares, partial) / (float)a.group + a.eps);
+        float scale = mil_norm_factor(a, mil_block_sum(squares, partial));
 #pragma unroll
         for (int s = 0; s < STEPS; s++) {
             int64_t column = ((int64_t)s * MIL_NORM_THREADS + threadIdx.x) * V;
@@ -136,7 +136,7 @@ norm_by_lanes(norm_arguments a)
     for (int step = LANES / 2; step > 0; step /= 2) {
         squares += __shfl_xor_sync(own, squares, step);
     }
-    const float scale = 1.0f / sqrtf(squares / (float)a.group + a.eps);
+    const float scale = mil_norm_factor(a, squares);
 #pragma unroll
     for (int i = 0; i < V; i++) {
         value[i] *= scale;

@@ -24,13 +24,14 @@
  */
 #include "thin_norm.cuh"
 
-#define LOADS 8 /* 16-byte loads of weights that a thread has under way */
+#define LOADS 8       /* 16-byte loads of weights that a thread has under way; more, */
+#define MOST_LOADS 16 /* where these are all that it has, so that they are on their way before mil_wait() */
 #define NORMED_BYTES (64 << 10)
 #define NORMED_ROWS 2
 #define NORMED_TILES \
     396 /* three for each of 132 multiprocessors: blocks that come later would norm again, for nothing */
 
-/* Starts copying the norm's weights, which nobody writes, into shared memory. */
+/* Starts copying the weights of wide rows' norm, which nobody writes, into shared memory. */
 static __device__ __forceinline__ void
 fetch_norm_weight(const thin_arguments &a, float *weight)
 {
@@ -39,8 +40,9 @@ fetch_norm_weight(const thin_arguments &a, float *weight)
     }
 }
 
-/* One matrix's share of a block: 16 rows of weights on their way, and their sums with GROUPS * 8 rows of x. */
-template <typename T, typename W, int GROUPS, int UNROLL>
+/* One matrix's share of a block: 16 rows of weights on their way, and their sums with GROUPS * 8 rows of x.  ONCE: nothing
+ * comes after the first loads. */
+template <typename T, typename W, int GROUPS, int UNROLL, bool ONCE>
 struct tile_sums {
     static constexpr int STEP = UNROLL * WARPS * CHUNK<W>;
     const W *low, *high;
@@ -72,7 +74,9 @@ struct tile_sums {
     __device__ __forceinline__ void take(int u, int next, int in, const uint4 (&x)[GROUPS][X_LOADS<T, W>])
     {
         uint4 l = wl[u], h = wh[u];
-        fetch(u, next, in);
+        if constexpr (!ONCE) {
+            fetch(u, next, in);
+        }
         multiply_load<T, W, GROUPS>(c, l, h, x);
     }
 
@@ -89,16 +93,20 @@ struct tile_sums {
     }
 };
 
-/* W: of the weights, T or 8 bits; GROUPS of 8 rows; NORMED: x is the norm of a.norm.x; GATED: outputs[0] is up, outputs[1]
- * the gate, and only their gated activation is written. */
-template <typename T, typename W, int GROUPS, bool NORMED, bool GATED>
+/* Whether x is the norm of a.norm.x, and of which kind (thin_norm.cuh). */
+enum x_norm { AS_IT_IS, NORMED_NARROW, NORMED_WIDE };
+
+/* W: of the weights, T or 8 bits; GROUPS of 8 rows; GATED: outputs[0] is up, outputs[1] the gate, and only their gated
+ * activation is written; AT_ONCE loads of W are under way, and ONCE: those are all. */
+template <typename T, typename W, int GROUPS, x_norm NORM, bool GATED, int AT_ONCE, bool ONCE>
 static __global__ void
-__launch_bounds__(THREADS, GROUPS == 1 ? 3 : 2) thin_kernel(const __grid_constant__ thin_arguments a)
+__launch_bounds__(THREADS, GROUPS == 1 && AT_ONCE == LOADS ? 3 : 2)
+    thin_kernel(const __grid_constant__ thin_arguments a)
 {
-    constexpr int MATRICES = GATED ? 2 : 1, UNROLL = LOADS / 2 / MATRICES;
-    using sums_type = tile_sums<T, W, GROUPS, UNROLL>;
+    constexpr int MATRICES = GATED ? 2 : 1, UNROLL = AT_ONCE / 2 / MATRICES;
+    using sums_type = tile_sums<T, W, GROUPS, UNROLL, ONCE>;
     __shared__ float partial[MATRICES][WARPS][TILE][GROUPS * 8];
-    extern __shared__ uint4 normed_rows[]; /* the rows, then the norm's weights */
+    extern __shared__ uint4 normed_rows[]; /* the rows, then the norm's weights where they are wide */
     const int product = GATED ? 0 : product_of(a, (int)blockIdx.x);
     const thin_output &o = a.outputs[product];
     int warp = (int)threadIdx.x / MIL_WARP, lane = (int)threadIdx.x % MIL_WARP, g = lane / 4, t = lane % 4;
@@ -111,7 +119,7 @@ __launch_bounds__(THREADS, GROUPS == 1 ? 3 : 2) thin_kernel(const __grid_constan
         sums[m].begin(m == 0 ? o.weight : a.outputs[1].weight, first, o.out, a.in, g, k);
     }
     float *norm_weights = (float *)((T *)normed_rows + a.rows * a.in);
-    if constexpr (NORMED) {
+    if constexpr (NORM == NORMED_WIDE) {
         fetch_norm_weight(a, norm_weights);
     }
     mil_trigger();
@@ -120,20 +128,28 @@ __launch_bounds__(THREADS, GROUPS == 1 ? 3 : 2) thin_kernel(const __grid_constan
     written.find(a, product, out, out < o.out);
     const T *x = (const T *)a.x;
     int64_t x_stride = a.x_stride;
-    if constexpr (NORMED) {
+    if constexpr (NORM != AS_IT_IS) {
         x = (const T *)normed_rows;
         x_stride = a.in;
+    }
+    if constexpr (NORM == NORMED_NARROW) {
+        const narrow_columns<T> columns(a);
+        mil_wait_knowing(columns.known());
+        written.read();
+        norm_narrow<T, 0>(a, columns, (T *)normed_rows, &partial[0][0][0][0]);
+    }
+    else if constexpr (NORM == NORMED_WIDE) {
         const norm_columns columns(a);
         mil_await_copies();
         meet();
         mil_wait();
-        written.read(a);
-        norm_rows<T, 0, NORMED_ROWS>(a, columns, weights_beside{norm_weights}, (T *)normed_rows,
+        written.read();
+        norm_wide<T, 0, NORMED_ROWS>(a, columns, weights_beside{norm_weights}, (T *)normed_rows,
                                      &partial[0][0][0][0]);
     }
     else {
         mil_wait();
-        written.read(a);
+        written.read();
     }
 
     /* The whole warp stays in the loop until its last chunk: products take all its threads. */
@@ -155,6 +171,9 @@ __launch_bounds__(THREADS, GROUPS == 1 ? 3 : 2) thin_kernel(const __grid_constan
             }
         }
         k += sums_type::STEP;
+        if constexpr (ONCE) {
+            break;
+        }
     }
 #pragma unroll
     for (int m = 0; m < MATRICES; m++) {
@@ -180,7 +199,7 @@ __launch_bounds__(THREADS) thin_kernel_float(const __grid_constant__ thin_argume
     const int out = first + written.column();
     written.find(a, product, out, out < o.out);
     mil_wait();
-    written.read(a);
+    written.read();
     for (int row = 0; row < a.rows; row++) {
         for (int j = 0; j < TILE; j++) {
             const float *w = (const float *)o.weight + (int64_t)min(first + j, o.out - 1) * a.in;
@@ -225,33 +244,52 @@ arguments_of(const mil_linear *products, int64_t count)
         products, count, TILE, [](const mil_linear *p, int first_tile) { return output_of(p, first_tile); });
 }
 
-template <typename T, typename W, bool NORMED, bool GATED>
+template <typename T, typename W, x_norm NORM, bool GATED, int AT_ONCE, bool ONCE>
 static mil_status
 launch_rows(mil_context *context, const thin_arguments &a, size_t shared)
 {
-    dim3 grid((unsigned)a.tiles), block(THREADS);
-    return a.rows <= 8 ? mil_launch(context, "thin product", thin_kernel<T, W, 1, NORMED, GATED>, grid, block,
-                                    shared, a)
-                       : mil_launch(context, "thin product", thin_kernel<T, W, 2, NORMED, GATED>, grid, block,
-                                    shared, a);
+    auto kernel = a.rows <= 8 ? thin_kernel<T, W, 1, NORM, GATED, AT_ONCE, ONCE>
+                              : thin_kernel<T, W, 2, NORM, GATED, AT_ONCE, ONCE>;
+    return mil_launch(context, "thin product", kernel, dim3((unsigned)a.tiles), dim3(THREADS), shared, a);
 }
 
-template <typename T, bool NORMED, bool GATED>
+/* All of a thread's loads of W at once, where they are few. */
+template <typename T, typename W, x_norm NORM, bool GATED>
+static mil_status
+launch_loads(mil_context *context, const thin_arguments &a, size_t shared)
+{
+    if constexpr (NORM == NORMED_NARROW && !GATED) {
+        static_assert(LOADS / 2 * WARPS * CHUNK<W> >= MIL_NORM_WIDEST_FOR_WARP, "they are always few");
+        return launch_rows<T, W, NORM, GATED, LOADS, true>(context, a, shared);
+    }
+    else if constexpr (NORM == AS_IT_IS && !GATED && sizeof(W) == 2) {
+        const int64_t loads = 2 * mil_ceil_div(a.in, WARPS * CHUNK<W>);
+        return loads <= LOADS        ? launch_rows<T, W, NORM, GATED, LOADS, true>(context, a, shared)
+               : loads <= 12         ? launch_rows<T, W, NORM, GATED, 12, true>(context, a, shared)
+               : loads <= MOST_LOADS ? launch_rows<T, W, NORM, GATED, MOST_LOADS, true>(context, a, shared)
+                                     : launch_rows<T, W, NORM, GATED, LOADS, false>(context, a, shared);
+    }
+    else {
+        return launch_rows<T, W, NORM, GATED, LOADS, false>(context, a, shared);
+    }
+}
+
+template <typename T, x_norm NORM, bool GATED>
 static mil_status
 launch_weights(mil_context *context, mil_dtype weights, const thin_arguments &a, size_t shared)
 {
-    return weights == MIL_F8   ? launch_rows<T, mil_f8, NORMED, GATED>(context, a, shared)
-           : weights == MIL_I8 ? launch_rows<T, mil_i8, NORMED, GATED>(context, a, shared)
-                               : launch_rows<T, T, NORMED, GATED>(context, a, shared);
+    return weights == MIL_F8   ? launch_loads<T, mil_f8, NORM, GATED>(context, a, shared)
+           : weights == MIL_I8 ? launch_loads<T, mil_i8, NORM, GATED>(context, a, shared)
+                               : launch_loads<T, T, NORM, GATED>(context, a, shared);
 }
 
-template <bool NORMED, bool GATED>
+template <x_norm NORM, bool GATED>
 static mil_status
 launch(mil_context *context, mil_dtype weights, const thin_arguments &a, size_t shared)
 {
     return context->ops->activation_dtype == MIL_BF16
-               ? launch_weights<__nv_bfloat16, NORMED, GATED>(context, weights, a, shared)
-               : launch_weights<__half, NORMED, GATED>(context, weights, a, shared);
+               ? launch_weights<__nv_bfloat16, NORM, GATED>(context, weights, a, shared)
+               : launch_weights<__half, NORM, GATED>(context, weights, a, shared);
 }
 
 mil_status
@@ -264,7 +302,7 @@ mil_thin_product(mil_context *context, const mil_linear *products, int64_t count
     }
     bool done;
     MIL_TRY(mil_thin_stream(context, products->dtype, a, false, false, &done));
-    return done ? MIL_OK : launch<false, false>(context, products->dtype, a, 0);
+    return done ? MIL_OK : launch<AS_IT_IS, false>(context, products->dtype, a, 0);
 }
 
 /* ---- with the norm before and the gate after ------------------------------------------------------------------- */
@@ -326,9 +364,12 @@ mil_thin_project(mil_context *context, const mil_norm *norm, const mil_linear *p
     }
     if (!done) {
         size_t shared = normed ? norm_bytes(norm) : 0;
-        mil_status status = normed && gated ? launch<true, true>(context, weights, a, shared)
-                            : normed        ? launch<true, false>(context, weights, a, shared)
-                            : gated         ? launch<false, true>(context, weights, a, 0)
+        const bool narrow = is_narrow(a);
+        auto function = !normed  ? launch<AS_IT_IS, true>
+                        : gated  ? narrow ? launch<NORMED_NARROW, true> : launch<NORMED_WIDE, true>
+                        : narrow ? launch<NORMED_NARROW, false>
+                                 : launch<NORMED_WIDE, false>;
+        mil_status status = normed || gated ? function(context, weights, a, shared)
                                             : mil_thin_product(context, products, count);
         MIL_TRY(status);
     }

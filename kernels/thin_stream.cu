@@ -333,7 +333,7 @@ struct multiplier {
                 const int product = GATED ? 0 : product_of(a, output);
                 places[i].find(a, product, output - a.outputs[product].first_tile,
                                column < mine.in_tile(first + i));
-                places[i].read(a);
+                places[i].read();
             }
             float c[SETS][CHAINS<W>][GROUPS][4] = {};
             multiply(first, c);
@@ -378,10 +378,17 @@ __launch_bounds__(BLOCK, 1) stream_kernel(const __grid_constant__ stream_argumen
     float *const partials = (float *)(memory + s.stages * TILE * r.row_bytes);
     T *const rows = (T *)(partials + 2 * MATRICES * WARPS * TILE * sums_pitch(a.rows));
     if constexpr (X == X_NORMED) {
-        const norm_columns columns(a);
-        const weights_at_hand weights(a, columns);
-        mil_wait();
-        norm_rows<T, X_PAD<W>, ROWS_AT_ONCE>(a, columns, weights, rows, partials);
+        if (is_narrow(a)) {
+            const narrow_columns<T> columns(a);
+            mil_wait_knowing(columns.known());
+            norm_narrow<T, X_PAD<W>>(a, columns, rows, partials);
+        }
+        else {
+            const norm_columns columns(a);
+            const weights_at_hand weights(a, columns);
+            mil_wait();
+            norm_wide<T, X_PAD<W>, ROWS_AT_ONCE>(a, columns, weights, rows, partials);
+        }
     }
     else if constexpr (X == X_COPIED) {
         copy_rows<T, X_PAD<W>>(a, rows);

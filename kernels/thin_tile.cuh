@@ -124,9 +124,12 @@ struct place {
     static constexpr int MATRICES = GATED ? 2 : 1;
     static constexpr bool SCALED = sizeof(W) == 1;
 
-    int product, out; /* out: -1 if nothing */
+    void *to; /* NULL if nothing */
+    uint32_t
+        kept; /* what the sum is added to, of type T, and until read() whether it ADDS; or FLOAT_OUTPUT */
     float scale[MATRICES], bias[MATRICES];
-    T before; /* the sum it is added to */
+
+    static constexpr uint32_t FLOAT_OUTPUT = 1 << 16, ADDS = 1 << 17; /* beyond any 16 bits */
 
     static __device__ __forceinline__ int column()
     {
@@ -139,28 +142,31 @@ struct place {
         return (int)threadIdx.x / TILE;
     }
 
-    /* The thread's column of the tile is output `at` of a product, if it is `there`.  Needs no mil_wait(). */
-    __device__ __forceinline__ void find(const thin_arguments &a, int of, int at, bool there)
+    /* The thread's column of the tile is output `out` of a product, if it is `there`.  Needs no mil_wait(). */
+    __device__ __forceinline__ void find(const thin_arguments &a, int product, int out, bool there)
     {
-        product = of;
-        out = there && row() < a.rows ? at : -1;
-        if (out < 0) {
+        to = NULL;
+        if (!there || row() >= a.rows) {
             return;
         }
+        const thin_output &o = a.outputs[product];
+        const bool as_float = sizeof(T) == 2 && !GATED && o.float_output;
+        const int64_t at = row() * (GATED ? a.gated_stride : o.y_stride) + out;
+        to = (char *)(GATED ? a.gated : o.y) + at * (as_float ? sizeof(float) : sizeof(T));
+        kept = as_float ? FLOAT_OUTPUT : !GATED && o.accumulate ? ADDS : 0;
 #pragma unroll
         for (int m = 0; m < MATRICES; m++) {
-            const thin_output &o = a.outputs[product + m];
-            scale[m] = SCALED ? o.scale[out] : 1.0f;
-            bias[m] = o.bias == NULL ? 0.0f : o.bias[out];
+            const thin_output &of = a.outputs[product + m];
+            scale[m] = SCALED ? of.scale[out] : 1.0f;
+            bias[m] = of.bias == NULL ? 0.0f : of.bias[out];
         }
     }
 
     /* The sum that is added to. */
-    __device__ __forceinline__ void read(const thin_arguments &a)
+    __device__ __forceinline__ void read()
     {
-        const thin_output &o = a.outputs[product];
-        if (!GATED && out >= 0 && o.accumulate) {
-            before = ((const T *)o.y)[row() * o.y_stride + out];
+        if (to != NULL && kept == ADDS) {
+            kept = sizeof(T) == 2 ? *(const uint16_t *)to : *(const uint32_t *)to;
         }
     }
 
@@ -179,22 +185,19 @@ struct place {
     /* Of a gated pair, the second matrix's partial sums stand behind the first's. */
     __device__ __forceinline__ void write(const thin_arguments &a, const float *partial, int pitch) const
     {
-        if (out < 0) {
+        if (to == NULL) {
             return;
         }
-        const thin_output &o = a.outputs[product];
-        const float sum = add(partial, pitch, 0);
+        float sum = add(partial, pitch, 0);
         if constexpr (GATED) { /* of both products as they would have been stored */
-            const float up = mil_float(mil_round<T>(sum));
             const float gate = mil_float(mil_round<T>(add(partial + WARPS * TILE * pitch, pitch, 1)));
-            ((T *)a.gated)[row() * a.gated_stride + out] =
-                mil_round<T>(mil_activate(a.activation, gate) * up);
+            sum = mil_activate(a.activation, gate) * mil_float(mil_round<T>(sum));
         }
-        else if (o.float_output) {
-            ((float *)o.y)[row() * o.y_stride + out] = sum;
+        if (sizeof(T) == 2 && kept == FLOAT_OUTPUT) {
+            *(float *)to = sum;
         }
         else {
-            ((T *)o.y)[row() * o.y_stride + out] = mil_round<T>(o.accumulate ? mil_float(before) + sum : sum);
+            *(T *)to = mil_round<T>(mil_float(*(const T *)&kept) + sum);
         }
     }
 };

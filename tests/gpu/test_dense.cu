@@ -92,7 +92,12 @@ test_products(harness *h)
                                        {8, 6152, 700},
                                        {9, 2056, 1700},
                                        {13, 2056, 4500},
-                                       {16, 6152, 700}};
+                                       {16, 6152, 700},
+                                       /* small matrices, all of whose weights are on their way before x */
+                                       {1, 1536, 768},
+                                       {5, 1288, 100},
+                                       {16, 1032, 70},
+                                       {9, 2048, 50}};
     for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
         for (int flags = 0; flags < 4; flags++) {
             test_product(h, sizes[i][0], sizes[i][1], sizes[i][2], flags & 1, (flags & 2) != 0, false);
@@ -101,6 +106,8 @@ test_products(harness *h)
     }
     test_product_bits(h, 4096, 40);
     test_product_bits(h, 96, 33);
+    test_product_bits(h, 1536, 80);
+    test_product_bits(h, 2040, 40);
     /* Products that stream through shared memory, by one tile a block and by several. */
     test_product(h, 1, 2048, 2300, true, false, false);
     test_product(h, 2, 1032, 4300, false, true, false);
@@ -127,6 +134,9 @@ test_projects(harness *h)
     for (int64_t rows : counts) {
         test_project(h, rows, 2048, 4300, false);
         test_project(h, rows, 768, 4300, false);
+        test_project(h, rows, 768, 200, false);
+        test_project(h, rows, 1024, 130, true);
+        test_project(h, rows, 1000, 33, false);
         test_project(h, rows, 1040, 4300, true);
         test_project(h, rows, 4096, 1100, true);
     }
