@@ -76,21 +76,17 @@ load_weight(const void *from)
     return v;
 }
 
-/* mil_wait() once `known` is: the assembler else puts arithmetic that could be done before behind the wait, where everybody
- * waits for it. */
-static __device__ __forceinline__ void
-wait_knowing(int known)
+/* For mil_wait_knowing(). */
+template <int N>
+static __device__ __forceinline__ int
+bits_of(const float (&value)[N])
 {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile(
-        "{\n"
-        ".reg .pred even;\n"
-        "setp.eq.s32 even, %0, 0;\n"
-        "@even griddepcontrol.wait;\n"
-        "@!even griddepcontrol.wait;\n"
-        "}" ::"r"(known)
-        : "memory");
-#endif
+    int bits = 0;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        bits ^= __float_as_int(value[i]);
+    }
+    return bits;
 }
 
 /* ---- W_x -------------------------------------------------------------------------------------------------------- */
@@ -214,6 +210,50 @@ convolve_chunks(const mixer_arguments &m, const chunk_taps<CHUNKS> &taps, const 
     }
 }
 
+/* The same of one row alone, out of registers: all but the newest inputs, before mil_wait(), */
+template <int CHUNKS>
+static __device__ __forceinline__ void
+convolve_older(const mixer_arguments &m, const mil_states &states, const warp_chunks &own,
+               const chunk_taps<CHUNKS> &taps, float (&y)[CHUNKS])
+{
+    const int lane = threadIdx.x % MIL_WARP, missing = MOST_TAPS - m.taps;
+    const int64_t past = __ldcg(m.scan.rows.past), boundary = __ldcg(m.scan.rows.boundary);
+    const int before = mil_span_from(0, 0, past, boundary).before;
+    const float *tail = states.of[0].conv + before * m.inputs + lane;
+    float window[CHUNKS][MOST_TAPS];
+#pragma unroll
+    for (int i = 0; i < CHUNKS; i++) {
+#pragma unroll
+        for (int j = 0; j + 1 < MOST_TAPS; j++) {
+            const bool there = own.at(i) < own.end && j >= missing;
+            window[i][j] = there ? __ldcg(tail + (j - missing) * m.inputs + own.at(i) * CHUNK) : 0.0f;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < CHUNKS; i++) {
+        y[i] = mil_convolve_older(taps.weight[i], window[i], taps.bias[i], missing);
+    }
+}
+
+/* and those. */
+template <typename T, int CHUNKS>
+static __device__ __forceinline__ void
+convolve_newest(const mixer_arguments &m, const warp_chunks &own, const chunk_taps<CHUNKS> &taps,
+                const float (&older)[CHUNKS], const project_memory &memory)
+{
+    const int lane = threadIdx.x % MIL_WARP;
+    T raw[CHUNKS];
+#pragma unroll
+    for (int i = 0; i < CHUNKS; i++) {
+        raw[i] = own.at(i) < own.end ? ((const T *)m.raw)[own.at(i) * CHUNK + lane] : mil_round<T>(0.0f);
+    }
+#pragma unroll
+    for (int i = 0; i < CHUNKS; i++) {
+        ((T *)memory.x)[i * CHUNK + lane] = mil_round<T>(
+            mil_convolve_newest<T>(taps.weight[i][MOST_TAPS - 1], mil_float(raw[i]), older[i], true));
+    }
+}
+
 /* Grid: tiles of OUTPUTS, SLICES. GROUPS of 8 rows; CHUNKS of a warp at a time. */
 template <typename T, int GROUPS, int CHUNKS>
 static __global__ void
@@ -256,14 +296,20 @@ __launch_bounds__(THREADS, 3)
             mil_trigger();
             mil_wait_for_states(m.scan.rows);
         }
-        fetch_input_tails(m, states, own, CHUNKS, memory);
-        if (first == 0) {
-            mil_wait();
+        if (m.total == 1) {
+            float older[CHUNKS];
+            convolve_older<CHUNKS>(m, states, own, taps, older);
+            mil_wait_knowing(bits_of(older));
+            convolve_newest<T, CHUNKS>(m, own, taps, older, memory);
         }
-        fetch_inputs<T>(m, own, CHUNKS, memory);
-        mil_await_copies();
-        __syncwarp();
-        convolve_chunks<T, CHUNKS>(m, taps, memory);
+        else {
+            fetch_input_tails(m, states, own, CHUNKS, memory);
+            mil_wait();
+            fetch_inputs<T>(m, own, CHUNKS, memory);
+            mil_await_copies();
+            __syncwarp();
+            convolve_chunks<T, CHUNKS>(m, taps, memory);
+        }
         __syncwarp();
 #pragma unroll
         for (int group = 0; group < GROUPS; group++) {
@@ -684,6 +730,13 @@ keep_sum(const float (&sum)[V], const sum_place &place, const mixer_memory &s)
     }
 }
 
+/* A thread's first sum of a row of [low | B | C]: the last warps begin, as the first ones have the first rows' convolution. */
+static __device__ __forceinline__ int
+first_sum()
+{
+    return BLOCK - 1 - (int)threadIdx.x;
+}
+
 /* Rows of [low | B | C]: sums of the partial sums, by the whole block.  `place` is that of the thread's first sum. */
 template <typename T>
 static __device__ __forceinline__ void
@@ -691,7 +744,7 @@ add_slices(const mixer_arguments &m, const mixer_place &p, sum_place place, cons
 {
     const int items = p.count * (m.x_width / V), apart = m.total * m.x_width;
 #pragma unroll 1
-    for (int item = threadIdx.x; item < items; item += BLOCK) {
+    for (int item = first_sum(); item < items; item += BLOCK) {
         if (item >= BLOCK) {
             place = place_sum(m, p, item, s);
         }
@@ -814,6 +867,9 @@ load_channel(const mixer_arguments &m, const mixer_place &p)
     return there ? *from : 0.0f;
 }
 
+/* Most rows of inputs that a tail keeps where a window is folded, of a warp. */
+#define KEPT_TURNS ((MIL_TAIL - MIL_WINDOW + MOST_TAPS + BLOCK_WARPS - 1) / BLOCK_WARPS)
+
 /* A thread's rows of the lane's channel, number `warp` and `warp` + 8 of the call. */
 template <typename T, int TURNS>
 struct thread_rows {
@@ -822,6 +878,7 @@ struct thread_rows {
     float lead[MOST_TAPS - 1]; /* inputs of the first that were there before this call, the oldest first */
     T raw[TURNS][MOST_TAPS], z[TURNS]; /* the inputs that a row needs, as far as they are of this call */
     float x[TURNS], gate[TURNS];
+    float kept[KEPT_TURNS]; /* where a window is folded, rows of the lane's input that its tail keeps */
 };
 
 template <typename T, int TURNS>
@@ -851,6 +908,44 @@ load_lead(const mixer_arguments &m, const mixer_place &p, const mil_tails &tails
             mil_load_settled<1>(tails.conv + rows.conv_at + back * m.inputs, value);
         }
         rows.lead[j] = value[0];
+    }
+}
+
+/* Rows of inputs that a tail keeps where `shift` of them go. */
+static __device__ __forceinline__ int
+kept_inputs(const mixer_arguments &m, const mixer_place &p, int shift)
+{
+    return p.before - shift + m.taps - 1;
+}
+
+/* The lane's input of those, where no other channel reads it. */
+template <typename T, int TURNS>
+static __device__ __forceinline__ void
+load_kept(const mixer_arguments &m, const mixer_place &p, const mil_tails &tails, int shift,
+          thread_rows<T, TURNS> &rows)
+{
+#pragma unroll
+    for (int k = 0; k < KEPT_TURNS; k++) {
+        const int row = p.warp + k * BLOCK_WARPS;
+        float value[1] = {0.0f};
+        if (shift > 0 && m.repeat == 1 && row < kept_inputs(m, p, shift)) {
+            mil_load_settled<1>(tails.conv + (shift + row) * m.inputs + p.own, value);
+        }
+        rows.kept[k] = value[0];
+    }
+}
+
+template <typename T, int TURNS>
+static __device__ __forceinline__ void
+store_kept(const mixer_arguments &m, const mixer_place &p, const mil_tails &tails, int shift,
+           const thread_rows<T, TURNS> &rows)
+{
+#pragma unroll
+    for (int k = 0; k < KEPT_TURNS; k++) {
+        const int row = p.warp + k * BLOCK_WARPS;
+        if (row < kept_inputs(m, p, shift)) {
+            tails.conv[row * m.inputs + p.own] = rows.kept[k];
+        }
     }
 }
 
@@ -988,12 +1083,10 @@ raw_dt(const mixer_arguments &m, const mixer_place &p, int row, const mixer_memo
     return mil_float(mil_round<T>(value));
 }
 
-/* dt after bias, softplus and clamp of the thread's rows.  They go to the tails, and inputs too where nothing is folded; those
- * that several channels read by one of them. */
+/* dt after bias, softplus and clamp of the thread's rows. */
 template <typename T, int GROUPS>
 static __device__ __forceinline__ void
-finish_dt(const mixer_arguments &m, const mixer_place &p, bool folds, const mil_tails &tails,
-          const thread_rows<T, GROUPS> &rows, const mixer_memory &s)
+finish_dt(const mixer_arguments &m, const mixer_place &p, const mixer_memory &s)
 {
 #pragma unroll
     for (int k = 0; k < GROUPS; k++) {
@@ -1001,14 +1094,32 @@ finish_dt(const mixer_arguments &m, const mixer_place &p, bool folds, const mil_
         if (row < p.count) {
             const float raw = raw_dt<T, GROUPS>(m, p, row, s),
                         bias = s.channels[DT_BIAS_PART * COLUMNS + p.lane];
-            const float dt = mil_time_step(raw + bias, m.scan.dt_min, m.scan.dt_max);
-            s.dt[row * COLUMNS + p.lane] = dt;
+            s.dt[row * COLUMNS + p.lane] = mil_time_step(raw + bias, m.scan.dt_min, m.scan.dt_max);
+        }
+    }
+}
+
+/* The thread's rows of x and dt to the tails, and of inputs with those that are kept; inputs that several channels read by one
+ * of them, and only where nothing is folded. */
+template <typename T, int GROUPS>
+static __device__ __forceinline__ void
+store_tails(const mixer_arguments &m, const mixer_place &p, int shift, const mil_tails &tails,
+            const thread_rows<T, GROUPS> &rows, const mixer_memory &s)
+{
+#pragma unroll
+    for (int k = 0; k < GROUPS; k++) {
+        const int row = p.warp + k * BLOCK_WARPS;
+        if (row < p.count) {
             tails.x[rows.tail_at + k * BLOCK_WARPS * m.scan.inner] = rows.x[k];
-            tails.dt[rows.tail_at + k * BLOCK_WARPS * m.scan.inner] = dt;
-            if (rows.owns && !folds) {
-                tails.conv[rows.conv_at + k * BLOCK_WARPS * m.inputs] = mil_float(rows.raw[k][MOST_TAPS - 1]);
+            tails.dt[rows.tail_at + k * BLOCK_WARPS * m.scan.inner] = s.dt[row * COLUMNS + p.lane];
+            if (rows.owns && (shift == 0 || m.repeat == 1)) {
+                tails.conv[rows.conv_at + (k * BLOCK_WARPS - shift) * m.inputs] =
+                    mil_float(rows.raw[k][MOST_TAPS - 1]);
             }
         }
+    }
+    if (shift > 0 && m.repeat == 1) {
+        store_kept(m, p, tails, shift, rows);
     }
 }
 
@@ -1058,8 +1169,8 @@ append_B(const scan_arguments &a, const mixer_place &p, const mil_tails &tails, 
     }
 }
 
-/* Tails of the convolution's inputs where a window is folded: `shift` rows go, what is left moves to the beginning, and this
- * call's rows come behind it. */
+/* Tails of the convolution's inputs that channels share, where a window is folded: `shift` rows go, what is left moves to the
+ * beginning, and this call's rows come behind it. */
 template <typename T>
 static __device__ __noinline__ void
 fold_inputs(const mixer_arguments &m, const mil_tails &tails, int before, int shift)
@@ -1117,7 +1228,7 @@ __launch_bounds__(BLOCK, 2)
     load_exponents<J>(a, p, exponent);
     const float channel_part = load_channel(m, p);
     fetch_dt_weights<T, GROUPS>(m, p, s);
-    const sum_place sums = place_sum(m, p, (int)threadIdx.x, s);
+    const sum_place sums = place_sum(m, p, first_sum(), s);
     share_numbers(number, p, s);
     __syncthreads();
     p.before = s.numbers[0];
@@ -1125,6 +1236,7 @@ __launch_bounds__(BLOCK, 2)
     fetch_tails(a, p, tails, s);
     place_rows(m, p, shift, rows);
     load_lead(m, p, tails, rows);
+    load_kept(m, p, tails, shift, rows);
     finish_exponents<J>(a, p, exponent);
     if (p.warp < CHANNEL_PARTS) {
         s.channels[p.warp * COLUMNS + p.lane] =
@@ -1138,8 +1250,8 @@ __launch_bounds__(BLOCK, 2)
         last = keep_tails(m, p, tails, shift, s);
         p.owns_B = last & 1;
     }
-    wait_knowing(sums.from ^ sums.low ^ sums.B ^ sums.C ^ rows.raw_at ^ rows.z_at ^ rows.y_at ^ rows.tail_at ^
-                 rows.conv_at);
+    mil_wait_knowing(sums.from ^ sums.low ^ sums.B ^ sums.C ^ rows.raw_at ^ rows.z_at ^ rows.y_at ^
+                     rows.tail_at ^ rows.conv_at);
     ask_for_rows(m, p, rows);
     if (m.x_weight == NULL) {
         fetch_low<T>(m, p, s);
@@ -1159,15 +1271,16 @@ __launch_bounds__(BLOCK, 2)
         multiply_dt<T, GROUPS>(m, p, s);
         __syncthreads();
     }
-    finish_dt<T, GROUPS>(m, p, shift > 0, tails, rows, s);
+    finish_dt<T, GROUPS>(m, p, s);
     __syncthreads();
+    store_tails<T, GROUPS>(m, p, shift, tails, rows, s); /* nobody waits for that, so it is not before */
     scan_call<J>(a, p, s, exponent, H);
     __syncthreads();
     finish_rows(a, p, rows, s);
     if (p.owns_B) {
         append_B(a, p, tails, p.before - shift, s);
     }
-    if (last & 2) {
+    if (last & 2 && m.repeat > 1) {
         fold_inputs<T>(m, states.of[blockIdx.y], p.before, shift);
     }
 }
