@@ -129,6 +129,14 @@ mil_wait_knowing(int known)
 #endif
 }
 
+/* Of an address, for it. */
+static __device__ __forceinline__ int
+mil_known(const void *address)
+{
+    const int64_t bits = (int64_t)address;
+    return (int)(bits ^ bits >> 32);
+}
+
 /* Lets the next kernel's blocks start where there is room. They still wait for this grid to end. */
 static __device__ __forceinline__ void
 mil_trigger()

@@ -80,8 +80,7 @@ struct narrow_columns {
     /* For mil_wait_knowing(). */
     __device__ __forceinline__ int known() const
     {
-        const int64_t bits = (int64_t)own ^ (int64_t)summed;
-        return (int)(bits ^ bits >> 32);
+        return mil_known(own) ^ mil_known(summed);
     }
 };
 

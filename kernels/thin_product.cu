@@ -126,12 +126,10 @@ __launch_bounds__(THREADS, GROUPS == 1 && AT_ONCE == LOADS ? 3 : 2)
     place<T, W, GATED> written;
     const int out = first + written.column();
     written.find(a, product, out, out < o.out);
-    const T *x = (const T *)a.x;
-    int64_t x_stride = a.x_stride;
-    if constexpr (NORM != AS_IT_IS) {
-        x = (const T *)normed_rows;
-        x_stride = a.in;
-    }
+    /* Of the lane's first row and input. */
+    const int64_t x_stride = NORM == AS_IT_IS ? a.x_stride : a.in;
+    const T *x = (NORM == AS_IT_IS ? (const T *)a.x : (const T *)normed_rows) + g * x_stride + k;
+    const int lane_rows = a.rows - g;
     if constexpr (NORM == NORMED_NARROW) {
         const narrow_columns<T> columns(a);
         mil_wait_knowing(columns.known());
@@ -148,7 +146,7 @@ __launch_bounds__(THREADS, GROUPS == 1 && AT_ONCE == LOADS ? 3 : 2)
                                      &partial[0][0][0][0]);
     }
     else {
-        mil_wait();
+        mil_wait_knowing(mil_known(x) ^ lane_rows);
         written.read();
     }
 
@@ -156,21 +154,23 @@ __launch_bounds__(THREADS, GROUPS == 1 && AT_ONCE == LOADS ? 3 : 2)
     for (int chunk = warp * CHUNK<W>; chunk < a.in; chunk += sums_type::STEP) {
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
-            int at = k + u * WARPS * CHUNK<W>, next = at + sums_type::STEP;
+            constexpr int STEP = sums_type::STEP;
+            const int apart = u * WARPS * CHUNK<W>;
             uint4 xv[GROUPS][X_LOADS<T, W>];
 #pragma unroll
             for (int i = 0; i < GROUPS * X_LOADS<T, W>; i++) {
-                int row = i / X_LOADS<T, W> * 8 + g, part = i % X_LOADS<T, W>;
-                bool real = at < a.in && row < a.rows;
+                const int row = i / X_LOADS<T, W> * 8, part = i % X_LOADS<T, W>;
+                const bool real = k + apart < a.in && row < lane_rows;
                 xv[i / X_LOADS<T, W>][part] =
-                    real ? *(const uint4 *)(x + row * x_stride + at + 8 * part) : make_uint4(0, 0, 0, 0);
+                    real ? *(const uint4 *)(x + row * x_stride + apart + 8 * part) : make_uint4(0, 0, 0, 0);
             }
 #pragma unroll
             for (int m = 0; m < MATRICES; m++) {
-                sums[m].take(u, next, a.in, xv);
+                sums[m].take(u, k + apart + STEP, a.in, xv);
             }
         }
         k += sums_type::STEP;
+        x += sums_type::STEP;
         if constexpr (ONCE) {
             break;
         }

@@ -79,13 +79,38 @@ copy_some(const thin_arguments &a, int first, T *rows)
     }
 }
 
+/* One row, of which the thread has `left` columns from its first one on. */
+template <typename T, int STEPS>
+static __device__ __forceinline__ void
+copy_one(const T *from, int left, T *to)
+{
+    constexpr int STEP = THREADS * 8;
+    for (int first = 0; first < left; first += STEPS * STEP) {
+        uint4 values[STEPS];
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            if (first + i * STEP < left) {
+                values[i] = *(const uint4 *)(from + first + i * STEP);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            if (first + i * STEP < left) {
+                *(uint4 *)(to + first + i * STEP) = values[i];
+            }
+        }
+    }
+}
+
 template <typename T, int PAD>
 static __device__ __forceinline__ void
 copy_rows(const thin_arguments &a, T *rows)
 {
-    mil_wait();
+    const int column = (int)threadIdx.x * 8, left = a.in - column;
+    const T *const from = (const T *)a.x + column;
+    mil_wait_knowing(mil_known(from) ^ left);
     if (a.rows == 1) {
-        copy_some<T, PAD, 1, 8>(a, 0, rows);
+        copy_one<T, 8>(from, left, rows + column);
     }
     else {
         for (int first = 0; first < a.rows; first += ROWS_AT_ONCE) {
