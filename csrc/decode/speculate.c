@@ -40,7 +40,7 @@
 /* Of devices, fitted to an H200 (docs/performance-log.md); only ratios matter. */
 #define DEVICE_RATE 3.5e12      /* bytes a second */
 #define DEVICE_ROW 0.005        /* more of a product's time with each row, of all texts */
-#define DEVICE_LAYER 8e-6       /* seconds of a layer's launches and small operators */
+#define DEVICE_LAYER 6e-6       /* seconds of a layer's launches and small operators */
 #define DEVICE_LAYER_ROW 1.0e-6 /* more with each row of a text */
 #define DEVICE_TOKEN 10e-6      /* seconds of sampling one token */
 #define DEVICE_TRIAL 128        /* plain steps until the first trial; twice as many after each */
