@@ -5,9 +5,10 @@ A head's entries i and i + rotary/2 are turned by the angle position * inv_freq[
     inv_freq[i] = theta^(-2 i / rotary)
 
 in the plain case; the rope types below stretch these frequencies so that a model reads longer texts
-than it was trained on.  They are computed here, once, in float32 and in the order of operations
-that transformers uses: at position 100,000 a last bit of a frequency is 0.006 rad, so the same bits
-matter.  What depends on the length of a sequence (dynamic, longrope) is chosen in C for each call.
+than it was trained on.  They are computed here, once, in float32 (powers are rounded to it) and in
+the order of operations that transformers uses: at position 100,000 a last bit of a frequency is
+0.006 rad, so the same bits matter.  What depends on the length of a sequence (dynamic, longrope) is
+chosen in C for each call.
 
     default   as above
     linear    all frequencies / factor (position interpolation)
@@ -108,8 +109,14 @@ def _exponents(rotary: int) -> np.ndarray:
     return np.arange(0, rotary, 2, dtype=_F32) / _F32(rotary)
 
 
+def _powers(theta: float, rotary: int) -> np.ndarray:
+    """theta ** (2 i / rotary), rounded once: NumPy's own float32 powers are off by up to two last
+    bits, by other ones on other processors."""
+    return (np.float64(_F32(theta)) ** np.float64(_exponents(rotary))).astype(_F32)
+
+
 def _plain(theta: float, rotary: int) -> np.ndarray:
-    return _F32(1) / _F32(theta) ** _exponents(rotary)
+    return _F32(1) / _powers(theta, rotary)
 
 
 def _default(get: _Settings, rotary: int) -> dict:
@@ -182,7 +189,7 @@ def _yarn(get: _Settings, rotary: int) -> dict:
         last += 0.001
     ramp = (np.arange(rotary // 2, dtype=_F32) - _F32(first)) / _F32(last - first)
     keep = _F32(1) - np.clip(ramp, 0, 1)
-    powers = _F32(theta) ** _exponents(rotary)
+    powers = _powers(theta, rotary)
     inv_freq = _F32(1) / (_F32(factor) * powers) * (_F32(1) - keep) + _F32(1) / powers * keep
     return {"inv_freq": inv_freq, "scale": float(scale)}
 
@@ -201,7 +208,7 @@ def _longrope(get: _Settings, rotary: int) -> dict:
             if factor <= 1 or context <= 1
             else math.sqrt(1 + math.log(factor) / math.log(context))
         )
-    powers = _F32(get.number("rope_theta")) ** _exponents(rotary)
+    powers = _powers(get.number("rope_theta"), rotary)
     return {
         "inv_freq": _F32(1) / (get.factors("short_factor", rotary // 2) * powers),
         "long_inv_freq": _F32(1) / (get.factors("long_factor", rotary // 2) * powers),
