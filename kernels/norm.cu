@@ -6,8 +6,7 @@
  * cache; y is written once.  Groups up to a thousand columns (heads) take a warp or a part of one each, wider ones (the
  * residual stream) a block each.  Of many such rows a block does several, with the weights in registers: 4 bytes a column
  * from the second-level cache would be as much as the rows themselves.  Sums go thread by thread over a fixed stride and
- * then up a fixed tree, so a row's bits
- * depend on nothing but the row.
+ * then up a fixed tree, so a row's bits depend on nothing but the row.
  */
 #include "norm.cuh"
 #include "table.h"

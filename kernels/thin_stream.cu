@@ -475,7 +475,7 @@ plan_memory(stream_arguments *s, bool gated, bool normed, size_t most, x_source 
 static bool
 norm_fits(const thin_arguments &a)
 {
-    return (a.rows <= ROWS_AT_ONCE || a.in <= MIL_NORM_WIDEST_FOR_WARP) && norm_is_short(a);
+    return (a.rows <= ROWS_AT_ONCE || is_narrow(a)) && norm_is_short(a);
 }
 
 template <typename T, typename W, bool GATED>

@@ -125,8 +125,8 @@ struct place {
     static constexpr bool SCALED = sizeof(W) == 1;
 
     void *to; /* NULL if nothing */
-    uint32_t
-        kept; /* what the sum is added to, of type T, and until read() whether it ADDS; or FLOAT_OUTPUT */
+    /* What the sum is added to, of type T, and until read() whether it ADDS; or FLOAT_OUTPUT. */
+    uint32_t kept;
     float scale[MATRICES], bias[MATRICES];
 
     static constexpr uint32_t FLOAT_OUTPUT = 1 << 16, ADDS = 1 << 17; /* beyond any 16 bits */
