@@ -69,6 +69,36 @@ mil_cluster_wait()
 #endif
 }
 
+/* After a thread has set up barriers that other blocks of the cluster are to arrive at: what it then does with
+ * mil_cluster_arrive() tells them. */
+static __device__ __forceinline__ void
+mil_cluster_publish()
+{
+#if MIL_HAS_CLUSTERS
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+/* 8 bytes into the shared memory of the block of that rank, where this one has `to`; `barrier` there counts them as they come,
+ * so that nobody needs a fence. */
+static __device__ __forceinline__ void
+mil_cluster_send(uint64_t *to, uint64_t value, uint64_t *barrier, int rank)
+{
+#if MIL_HAS_CLUSTERS
+    asm volatile(
+        "{\n.reg .b32 place, told;\n"
+        "mapa.shared::cluster.u32 place, %0, %3;\n"
+        "mapa.shared::cluster.u32 told, %2, %3;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [place], %1, [told];\n}" ::"r"(
+            (uint32_t)__cvta_generic_to_shared(to)),
+        "l"(value), "r"((uint32_t)__cvta_generic_to_shared(barrier)), "r"(rank)
+        : "memory");
+#else
+    (void)barrier, (void)rank;
+    *to = value;
+#endif
+}
+
 /* Where the block of that rank has what this one has at `here`, in shared memory. */
 template <typename T>
 static __device__ __forceinline__ T *

@@ -21,6 +21,7 @@
  *   many       where that may be too many, or too few for top-p, the key is found ten bits at a time by
  *              histograms
  */
+#include "phase.cuh"
 #include "sampler.cuh"
 #include "table.h"
 
@@ -122,78 +123,145 @@ struct best_of {
     int token, bad;
 };
 
-static __device__ __forceinline__ void
-keep_better(best_of &to, float score, int token, int bad)
+#define QUADS 4 /* of a lane's tokens that are under way at once */
+
+/* A token as one integer, of which larger ones are better: a key of its score, then the lower token; and in the last bit, which
+ * decides nothing, whether any score so far is bad. */
+static __device__ __forceinline__ uint64_t
+rate_token(uint32_t key, int token, bool bad)
 {
-    bool better = score > to.score || (score == to.score && token < to.token);
-    to.score = better ? score : to.score;
-    to.token = better ? token : to.token;
-    to.bad |= bad;
+    return (uint64_t)key << 32 | ~(uint32_t)token << 1 | (bad ? 1u : 0u);
 }
 
-/* The first largest score of the row; on the way the block's part of it goes to shared memory where KEEP. */
-template <int BLOCKS, bool KEEP>
-static __device__ best_of
+/* The best of what the lanes have. */
+static __device__ __forceinline__ uint64_t
+warp_best(uint32_t key, int token, bool bad)
+{
+    const uint32_t most = __reduce_max_sync(MIL_ALL_LANES, key);
+    token = (int)__reduce_min_sync(MIL_ALL_LANES, key == most ? (uint32_t)token : (uint32_t)INT_MAX);
+    return rate_token(most, token, __any_sync(MIL_ALL_LANES, bad));
+}
+
+/* The same of ratings; one of none is 0. */
+static __device__ __forceinline__ uint64_t
+warp_best(uint64_t rating)
+{
+    return warp_best((uint32_t)(rating >> 32), (int)(~(uint32_t)rating >> 1), rating & 1);
+}
+
+static __device__ __forceinline__ best_of
+best_in(uint64_t rating)
+{
+    return {score_of((uint32_t)(rating >> 32)), (int)(~(uint32_t)rating >> 1), (int)(rating & 1)};
+}
+
+/* A lane's quadruples of tokens, from `first` on; what is beyond the end is anything. */
+static __device__ __forceinline__ void
+load_quads(const float *row, int first, int end, bool wide, float (&x)[QUADS][4])
+{
+#pragma unroll
+    for (int i = 0; i < QUADS; i++) {
+        const int at = first + i * 4 * MIL_WARP;
+        if (wide && at + 4 <= end) {
+            mil_load<4>(row + at, x[i]);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < QUADS; i++) {
+        const int at = first + i * 4 * MIL_WARP;
+        if (!(wide && at + 4 <= end) && at < end) {
+            for (int j = 0; j < 4; j++) {
+                x[i][j] = row[min(at + j, end - 1)];
+            }
+        }
+    }
+}
+
+/* The first largest score of the block's part of the row, in its first warp; on the way the part goes to shared memory where
+ * KEEP.  DRAWS: its groups' best scores are wanted too. */
+template <bool KEEP, bool DRAWS>
+static __device__ __forceinline__ uint64_t
 find_best(sampler_memory *memory, const share &s, const float *row)
 {
-    int warp = threadIdx.x / MIL_WARP, lane = threadIdx.x % MIL_WARP;
-    best_of best = {-INFINITY, INT_MAX, 0};
-    bool wide = (uintptr_t)(row + s.begin) % 16 == 0;
-#pragma unroll 4
-    for (int first = s.warp_begin + lane * 4; first < s.warp_end; first += 4 * MIL_WARP) {
-        float x[4];
-        if (wide && first + 4 <= s.warp_end) {
-            mil_load<4>(row + first, x);
-        }
-        else {
-            for (int j = 0; j < 4; j++) {
-                x[j] = row[min(first + j, s.warp_end - 1)];
+    const int warp = threadIdx.x / MIL_WARP, lane = threadIdx.x % MIL_WARP;
+    const bool wide = (uintptr_t)(row + s.begin) % 16 == 0;
+    float best = -INFINITY;
+    int token = INT_MAX;
+    bool bad = false;
+#pragma unroll 1
+    for (int first = s.warp_begin + lane * 4; first < s.warp_end; first += QUADS * 4 * MIL_WARP) {
+        float x[QUADS][4];
+        load_quads(row, first, s.warp_end, wide, x);
+#pragma unroll
+        for (int i = 0; i < QUADS; i++) {
+            const int at = first + i * 4 * MIL_WARP;
+            if (at < s.warp_end) {
+#pragma unroll
+                for (int j = 0; j < 4; j++) { /* repeats of the row's last token are not better */
+                    bad |= !(fabsf(x[i][j]) <= FLT_MAX);
+                    x[i][j] = clean(x[i][j]);
+                    token = x[i][j] > best ? at + j : token;
+                    best = fmaxf(best, x[i][j]);
+                }
+                if (KEEP && DRAWS) { /* the part is rounded up to whole quadruples */
+                    mil_store<4>(memory->scores + (at - s.begin), x[i]);
+                }
             }
         }
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            int bad = !(fabsf(x[j]) <= FLT_MAX);
-            x[j] = clean(x[j]);
-            if (first + j < s.warp_end) {
-                keep_better(best, x[j], first + j, bad);
-            }
-        }
-        if (KEEP) { /* the part is rounded up to whole quadruples */
-            mil_store<4>(memory->scores + (first - s.begin), x);
+    }
+    const uint32_t key = key_of(best);
+    if (DRAWS) {
+        const uint32_t group = lane < MIL_WARP / WARP_GROUPS ? __reduce_max_sync(0x0000ffffu, key)
+                                                             : __reduce_max_sync(0xffff0000u, key);
+        if (lane % (MIL_WARP / WARP_GROUPS) == 0) {
+            memory->part.group_best[warp * WARP_GROUPS + lane / (MIL_WARP / WARP_GROUPS)] = score_of(group);
         }
     }
-#pragma unroll
-    for (int step = 1; step < MIL_WARP; step *= 2) {
-        if (step == MIL_WARP / WARP_GROUPS && lane % step == 0) {
-            memory->part.group_best[warp * WARP_GROUPS + lane / step] = best.score;
-        }
-        keep_better(best, __shfl_xor_sync(MIL_ALL_LANES, best.score, step),
-                    __shfl_xor_sync(MIL_ALL_LANES, best.token, step),
-                    __shfl_xor_sync(MIL_ALL_LANES, best.bad, step));
-    }
+    const uint64_t rating = warp_best(key, token, bad);
     if (lane == 0) {
-        memory->warp_score[warp] = best.score;
-        memory->warp_best[warp] = best.token;
-        memory->warp_bad[warp] = best.bad;
+        memory->warp_best[warp] = rating;
     }
     __syncthreads();
+    return warp == 0 ? warp_best(lane < WARPS ? memory->warp_best[lane] : 0) : 0;
+}
+
+/* The row's best, of what find_best has for each block, in all threads of the team. */
+template <int BLOCKS>
+static __device__ __forceinline__ best_of
+share_best(sampler_memory *memory, uint64_t rating)
+{
     if (threadIdx.x == 0) {
-        for (int i = 1; i < WARPS; i++) {
-            keep_better(best, memory->warp_score[i], memory->warp_best[i], memory->warp_bad[i]);
-        }
-        memory->part.best_score = best.score;
-        memory->part.best = best.token;
-        memory->part.bad = best.bad;
+        memory->part.best = rating;
         memory->part.listed = 0;
     }
     team_sync<BLOCKS>();
-    best = {-INFINITY, INT_MAX, 0};
+    uint64_t best = 0, bad = 0;
 #pragma unroll
     for (int i = 0; i < BLOCKS; i++) {
-        const team_part *part = part_of<BLOCKS>(memory, i);
-        keep_better(best, part->best_score, part->best, part->bad);
+        const uint64_t other = part_of<BLOCKS>(memory, i)->best;
+        best = max(best, other);
+        bad |= other & 1;
     }
-    return best;
+    return best_in(best | bad);
+}
+
+/* The same, in the first warp of the first block alone: others have only to send what they found. */
+template <int BLOCKS>
+static __device__ __forceinline__ best_of
+send_best(sampler_memory *memory, uint64_t rating)
+{
+    const int lane = threadIdx.x % MIL_WARP;
+    if (BLOCKS > 1) {
+        const int rank = mil_cluster_rank();
+        if (lane == 0) {
+            mil_cluster_send(&memory->sent_best[rank], rating, &memory->sent, 0);
+        }
+        if (rank == 0) {
+            phase_wait(&memory->sent, 0);
+            rating = warp_best(lane < BLOCKS ? memory->sent_best[lane] : 0);
+        }
+    }
+    return best_in(rating);
 }
 
 /* ---- few candidates ---------------------------------------------------------------------------------- */
@@ -554,52 +622,11 @@ finish_many(sampler_memory *memory, const share &s, int vocab, const mil_sample_
     return locate(memory, s, before, quantile(uniform, total), mass);
 }
 
-/* A team a row. */
-template <int BLOCKS, bool KEEP>
-static __global__ void
-MIL_CLUSTER(BLOCKS) __launch_bounds__(THREADS, 2) sample_kernel(const mil_sample a)
+/* What a row has come to: `token` in the one thread that has it, else -1; all else by the one that `writes`. */
+static __device__ __forceinline__ void
+write_row(const mil_sample &a, int64_t row, int token, bool writes, int bad, const mil_filter &f)
 {
-    extern __shared__ __align__(16) unsigned char raw[];
-    sampler_memory *memory = reinterpret_cast<sampler_memory *>(raw);
-    mil_trigger();
-    mil_wait();
-    int64_t row = blockIdx.x / BLOCKS;
-    int vocab = (int)a.vocab;
-    const float *logits = a.logits + row * a.logits_stride;
-    share s = find_share(vocab, BLOCKS);
-    mil_sample_options options = a.options[row];
-    best_of best = find_best<BLOCKS, KEEP>(memory, s, logits);
-    auto score = [&](int i) { return KEEP ? memory->scores[i - s.begin] : clean(logits[i]); };
-    mil_filter f = {};
-    f.total = 1.0;
-    f.best_score = best.score;
-    f.best = best.token;
-    f.certain = options.temperature == 0.0f;
-    f.last = INT_MAX;
-    f.least_score = -INFINITY;
-    /* 1 / temperature overflows for temperatures below 1e-38; the cap gives the same one token. */
-    f.inverse = options.temperature > FLT_MIN ? 1.0f / options.temperature : FLT_MAX;
-    bool writes = blockIdx.x % BLOCKS == 0 && threadIdx.x == 0;
-    if (options.top_k >= vocab) {
-        options.top_k = 0;
-    }
-    bool draws = a.token != NULL && !f.certain, filters = options.top_k > 0 || options.top_p < 1.0f;
-    double uniform = draws ? uniform_of(options.seed, (uint64_t)a.position[row], a.stream) : 0.0;
-    int listed[BLOCKS], count, token = -1;
-    uint64_t total;
-    if (f.certain) {
-        token = writes ? f.best : -1;
-    }
-    else if (filters && gather_few<BLOCKS>(memory, s, options, f, score, listed, &count, &total)) {
-        if (blockIdx.x % BLOCKS == 0) {
-            token = finish_few<BLOCKS>(memory, listed, count, total, options, uniform, f);
-            token = threadIdx.x == 0 ? token : -1;
-        }
-    }
-    else {
-        token = finish_many<BLOCKS>(memory, s, vocab, options, uniform, f, score);
-    }
-    int64_t spread = a.spread > 0 ? row * a.spread : row;
+    const int64_t spread = a.spread > 0 ? row * a.spread : row;
     if (token >= 0 && a.token != NULL) {
         a.token[row] = token;
         if (a.placed != NULL) {
@@ -607,11 +634,76 @@ MIL_CLUSTER(BLOCKS) __launch_bounds__(THREADS, 2) sample_kernel(const mil_sample
         }
     }
     if (writes) {
-        a.bad[row] = best.bad;
+        a.bad[row] = bad;
         if (a.filter != NULL) {
             a.filter[spread] = f;
         }
     }
+}
+
+/* A team a row. */
+template <int BLOCKS, bool KEEP>
+static __global__ void
+MIL_CLUSTER(BLOCKS) __launch_bounds__(THREADS, 2) sample_kernel(const mil_sample a)
+{
+    extern __shared__ __align__(16) unsigned char raw[];
+    sampler_memory *memory = reinterpret_cast<sampler_memory *>(raw);
+    if (BLOCKS > 1) {
+        if (threadIdx.x == 0) {
+            phase_init(&memory->sent, 1);
+            mil_cluster_publish();
+            phase_expect(&memory->sent, BLOCKS * (uint32_t)sizeof(uint64_t));
+        }
+        mil_cluster_arrive();
+        mil_cluster_wait(); /* all have begun */
+    }
+    mil_trigger();
+    const int64_t row = blockIdx.x / BLOCKS;
+    const int vocab = (int)a.vocab;
+    const float *logits = a.logits + row * a.logits_stride;
+    const share s = find_share(vocab, BLOCKS);
+    const bool first = blockIdx.x % BLOCKS == 0, writes = first && threadIdx.x == 0;
+    mil_wait();
+    mil_sample_options options = a.options[row];
+    mil_filter f = {};
+    f.total = 1.0;
+    f.certain = options.temperature == 0.0f;
+    f.last = INT_MAX;
+    f.least_score = -INFINITY;
+    /* 1 / temperature overflows for temperatures below 1e-38; the cap gives the same one token. */
+    f.inverse = options.temperature > FLT_MIN ? 1.0f / options.temperature : FLT_MAX;
+    if (f.certain) {
+        const uint64_t rating = find_best<KEEP, false>(memory, s, logits);
+        if (threadIdx.x < MIL_WARP) {
+            const best_of best = send_best<BLOCKS>(memory, rating);
+            f.best_score = best.score;
+            f.best = best.token;
+            write_row(a, row, writes ? best.token : -1, writes, best.bad, f);
+        }
+        return; /* nobody sends to other blocks than the first, which has waited */
+    }
+    const best_of best = share_best<BLOCKS>(memory, find_best<KEEP, true>(memory, s, logits));
+    auto score = [&](int i) { return KEEP ? memory->scores[i - s.begin] : clean(logits[i]); };
+    f.best_score = best.score;
+    f.best = best.token;
+    if (options.top_k >= vocab) {
+        options.top_k = 0;
+    }
+    const bool filters = options.top_k > 0 || options.top_p < 1.0f;
+    const double uniform =
+        a.token != NULL ? uniform_of(options.seed, (uint64_t)a.position[row], a.stream) : 0.0;
+    int listed[BLOCKS], count, token = -1;
+    uint64_t total;
+    if (filters && gather_few<BLOCKS>(memory, s, options, f, score, listed, &count, &total)) {
+        if (first) {
+            token = finish_few<BLOCKS>(memory, listed, count, total, options, uniform, f);
+            token = threadIdx.x == 0 ? token : -1;
+        }
+    }
+    else {
+        token = finish_many<BLOCKS>(memory, s, vocab, options, uniform, f, score);
+    }
+    write_row(a, row, token, writes, best.bad, f);
     team_sync<BLOCKS>(); /* the others may still be reading this block's memory */
 }
 

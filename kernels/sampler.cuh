@@ -27,8 +27,7 @@
 
 /* Blocks of a cluster read these of each other; each is written once a kernel or, of bins, in turns. */
 struct team_part {
-    float best_score;
-    int best, bad;
+    uint64_t best;     /* sampler.cu: rate_token */
     int found;         /* where a search ended, -1: in another block */
     uint64_t total[5]; /* of as many sums */
     int listed;        /* tokens that the block has put on its list of few */
@@ -42,9 +41,8 @@ struct team_part {
 struct sampler_memory {
     team_part part;
     uint64_t warp_sums[WARPS];
-    uint64_t scan[WARPS];
-    float warp_score[WARPS];
-    int warp_best[WARPS], warp_bad[WARPS];
+    uint64_t scan[WARPS], warp_best[WARPS];
+    uint64_t sent, sent_best[CLUSTER]; /* the barrier of what other blocks send, and that */
     uint32_t digit;
     uint64_t above, inside;
     float bound;
