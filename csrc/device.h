@@ -296,9 +296,9 @@ typedef struct mil_scan {
 
 /* A Mamba-1 mixer between its first products and its last one (see scan_mixer). */
 typedef struct mil_scan_mixer {
-    mil_conv1d conv; /* its y is the scan's x */
+    mil_conv1d conv; /* its y is the scan's x; channels = 0: x has been convolved */
     mil_linear
-        x_proj; /* [dt_low | B | C] of conv.y, in one row; out = 0: they came from the first products */
+        x_proj; /* [dt_low | B | C] of the scan's x, in one row; out = 0: they came from the first products */
     mil_norm norms[3]; /* of dt_low, B and C out of x_proj.y */
     int64_t norm_count;
     mil_linear dt; /* of dt_low; its y is the scan's dt */
@@ -675,13 +675,13 @@ struct mil_ops {
                         int64_t x_stride, float scale, float *y);
     /* Optional: what a device does in one go, the same bits as the calls one after another; arrays that only pass
      * between them may stay unwritten.
-     *   project       norm_forward, linear_forward of products whose x is its y, and, where `gate` is given,
-     *                 glu_forward of the first two products' outputs
+     *   project       norm_forward, linear_forward of products whose x is its y, and, where they are given, glu_forward of the
+     *                 first two products' outputs (gate) and conv1d_forward of columns of one of them (conv)
      *   rope_append   rope of q and of k, kv_append of that k
-     *   scan_mixer    conv1d_forward, linear_forward of x_proj (which may be summed in an order of its own), norm_forward of
+     *   scan_mixer    conv1d_forward, where there is any, linear_forward of x_proj (which may be summed in an order of its own), norm_forward of
      *                 the norms, linear_forward of dt, scan_forward */
     mil_status (*project)(mil_context *context, const mil_norm *norm, const mil_linear *products,
-                          int64_t count, const mil_glu *gate);
+                          int64_t count, const mil_glu *gate, const mil_conv1d *conv);
     mil_status (*rope_append)(mil_context *context, const mil_rope *q, const mil_rope *k,
                               const mil_kv_append *append);
     mil_status (*scan_mixer)(mil_context *context, const mil_scan_mixer *arguments);
@@ -710,7 +710,9 @@ static inline mil_status
 mil_scan_mixer_apart(mil_context *context, const mil_scan_mixer *m)
 {
     const mil_ops *ops = context->ops;
-    MIL_TRY(ops->conv1d_forward(context, &m->conv));
+    if (m->conv.channels > 0) {
+        MIL_TRY(ops->conv1d_forward(context, &m->conv));
+    }
     if (m->x_proj.out > 0) {
         MIL_TRY(ops->linear_forward(context, &m->x_proj, 1));
     }

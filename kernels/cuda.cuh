@@ -61,6 +61,10 @@ mil_ceil_div(int64_t a, int64_t b)
 cudaError_t
 mil_allow_shared(const void *kernel, int device, size_t bytes);
 
+/* Leaves first-level cache to a kernel only where shared memory is not: blocks of other kernels find room beside its own. */
+cudaError_t
+mil_prefer_shared(const void *kernel, int device);
+
 /* Whether a block of this device can have so much shared memory, and a little that is static. */
 static inline bool
 mil_device_has_shared(const mil_context *context, size_t bytes)
@@ -198,11 +202,10 @@ mil_sigmoid(float x)
     return 1.0f / (1.0f + __expf(-x));
 }
 
-/* The divisions here are a reciprocal and a product: 0 where e^-x overflows, as they should be. */
 static __device__ __forceinline__ float
 mil_silu(float x)
 {
-    return __fdividef(x, 1.0f + __expf(-x));
+    return x / (1.0f + __expf(-x));
 }
 
 /* log(1 + e^x), without a branch and without overflow: max(x, 0) + log(1 + e), e = e^-|x|, of which the second is

@@ -9,6 +9,7 @@ static struct limit {
     const void *kernel;
     int device;
     size_t bytes;
+    bool prefers_shared;
 } limits[MOST_LIMITS];
 
 static pthread_mutex_t limits_in_use = PTHREAD_MUTEX_INITIALIZER;
@@ -33,7 +34,24 @@ mil_allow_shared(const void *kernel, int device, size_t bytes)
     if (limit->bytes < bytes) {
         error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
         if (error == cudaSuccess) {
-            *limit = {kernel, device, bytes};
+            *limit = {kernel, device, bytes, limit->prefers_shared};
+        }
+    }
+    pthread_mutex_unlock(&limits_in_use);
+    return error;
+}
+
+cudaError_t
+mil_prefer_shared(const void *kernel, int device)
+{
+    cudaError_t error = cudaSuccess;
+    pthread_mutex_lock(&limits_in_use);
+    struct limit *limit = find_limit(kernel, device);
+    if (!limit->prefers_shared) {
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                     cudaSharedmemCarveoutMaxShared);
+        if (error == cudaSuccess) {
+            *limit = {kernel, device, limit->bytes, true};
         }
     }
     pthread_mutex_unlock(&limits_in_use);

@@ -303,15 +303,18 @@ mil_cuda_linear_forward(mil_context *context, const mil_linear *products, int64_
 
 mil_status
 mil_cuda_project(mil_context *context, const mil_norm *norm, const mil_linear *products, int64_t count,
-                 const mil_glu *gate)
+                 const mil_glu *gate, const mil_conv1d *conv)
 {
     if (is_thin(context, products, count)) {
-        return mil_thin_project(context, norm, products, count, gate);
+        return mil_thin_project(context, norm, products, count, gate, conv);
     }
     MIL_TRY(context->ops->norm_forward(context, norm));
     if (mil_batch_product_fits(context, products, count)) {
-        return mil_batch_gated(context, products, count, gate);
+        MIL_TRY(mil_batch_gated(context, products, count, gate));
     }
-    MIL_TRY(mil_cuda_linear_forward(context, products, count));
-    return gate == NULL ? MIL_OK : context->ops->glu_forward(context, gate);
+    else {
+        MIL_TRY(mil_cuda_linear_forward(context, products, count));
+        MIL_TRY(gate == NULL ? MIL_OK : context->ops->glu_forward(context, gate));
+    }
+    return conv == NULL ? MIL_OK : context->ops->conv1d_forward(context, conv);
 }

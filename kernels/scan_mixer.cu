@@ -1,17 +1,16 @@
 /* A Mamba-1 mixer for a few rows: all that lies between its first products and its last one (device.h: mil_scan_mixer).
  *
- *   x = silu(conv(raw)),   [low | B | C] = norms(W_x x)   or from the first products
+ *   [low | B | C] = norms(W_x x)   or x = silu(conv(raw)), and they come from the first products
  *   dt = W_dt low,   y = scan(x, dt, B, C) silu(z)
  *
  * One token's work here is next to nothing, but each kernel of a chain costs 2 to 5 us of latency while the memory
  * rests: five kernels a layer were a third of Mamba 2.8B's step.  Every output of W_x needs all channels, so that two
  * launches remain, and one where there is no W_x:
  *
- *   project   a block has 16 outputs and an eighth of the channels, whose convolution it computes for itself; eight partial
- *             sums an output go to memory
+ *   project   a block has 16 outputs and an eighth of the channels; eight partial sums an output go to memory
  *   scan      a block has 32 channels of one sequence: a lane has a channel, a warp two of every sixteen states and one of
- *             every eight rows.  All go through the tail.  Then they add up the partial sums and convolve; multiply by the
- *             block's 32 rows of W_dt, a chain of thin_product.cu's a warp; take the rows of this call; and finish y.  What
+ *             every eight rows.  All go through the tail.  Then they add up the partial sums, or convolve; multiply by
+ *             the block's 32 rows of W_dt, a chain of thin_product.cu's a warp; take the rows of this call; and finish y.  What
  *             the tails keep of these rows leaves as soon as it is known.  The last block to have read what several share
  *             (B; inputs of repeated channels) moves it where a window is folded; all else is the block's own.
  *
@@ -43,8 +42,8 @@
 #define MOST_BYTES ((size_t)160 << 10) /* of shared memory */
 
 struct mixer_arguments {
-    scan_arguments scan; /* its x is not read, its dt where dt_weight is NULL */
-    const void *raw;     /* [rows, inputs] before the convolution */
+    scan_arguments scan; /* its x is not read where it is convolved here, its dt where dt_weight is NULL */
+    const void *raw;     /* [rows, inputs] before the convolution that is done here; or NULL */
     int64_t raw_stride;
     int inputs, taps, repeat, repeat_group;
     const float *conv_weight, *conv_bias;
@@ -76,272 +75,73 @@ load_weight(const void *from)
     return v;
 }
 
-/* For mil_wait_knowing(). */
-template <int N>
-static __device__ __forceinline__ int
-bits_of(const float (&value)[N])
-{
-    int bits = 0;
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-        bits ^= __float_as_int(value[i]);
-    }
-    return bits;
-}
-
 /* ---- W_x -------------------------------------------------------------------------------------------------------- */
 
 #define THREADS 128
 #define WARPS (THREADS / MIL_WARP)
 #define MOST_CHUNKS 8 /* of a warp at a time */
 
-/* A warp's inputs in shared memory, of `chunks` chunks. */
-struct project_memory {
-    float *tail; /* [sequences, taps - 1, chunks CHUNK] */
-    void *x;     /* [rows, chunks CHUNK + 8]: the convolution's inputs, which become its outputs */
-    size_t bytes;
-};
-
-static __host__ __device__ __forceinline__ project_memory
-cut_project_memory(char *memory, int chunks, int rows, int sequences, int taps)
-{
-    const int wide = chunks * CHUNK;
-    project_memory p;
-    p.tail = (float *)memory;
-    p.x = p.tail + sequences * (taps - 1) * wide;
-    p.bytes = sequences * (taps - 1) * wide * 4 + rows * (wide + 8) * 2;
-    return p;
-}
-
-/* The chunks of a warp: first, first + WARPS, ..., below end. */
-struct warp_chunks {
-    int first, end;
-
-    __device__ __forceinline__ int at(int i) const
-    {
-        return first + i * WARPS;
-    }
-};
-
-/* The tails of the convolution's inputs, of the warp's chunks, on their way: a lane has 16 bytes of a row. */
-static __device__ __forceinline__ void
-fetch_input_tails(const mixer_arguments &m, const mil_states &states, const warp_chunks &own, int chunks,
-                  const project_memory &memory)
-{
-    const int lane = threadIdx.x % MIL_WARP, wide = chunks * CHUNK;
-#pragma unroll 1
-    for (int sequence = 0; sequence < m.scan.rows.sequences; sequence++) {
-        const int64_t past = __ldcg(m.scan.rows.past + sequence);
-        const int64_t boundary = __ldcg(m.scan.rows.boundary + sequence);
-        const int before = mil_span_from(0, 0, past, boundary).before;
-        const float *tail = states.of[sequence].conv + (int64_t)before * m.inputs;
-        float *to = memory.tail + sequence * (m.taps - 1) * wide;
-#pragma unroll 1
-        for (int row = 0; row < m.taps - 1; row++) {
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int at = (lane + half * MIL_WARP) * 4, from = own.at(at / CHUNK);
-                if (at < wide && from < own.end) {
-                    mil_copy_16(to + row * wide + at, tail + row * m.inputs + from * CHUNK + at % CHUNK);
-                }
-            }
-        }
-    }
-}
-
-/* The same of this call's inputs. */
-template <typename T>
-static __device__ __forceinline__ void
-fetch_inputs(const mixer_arguments &m, const warp_chunks &own, int chunks, const project_memory &memory)
-{
-    static_assert(MOST_CHUNKS * CHUNK / 8 <= MIL_WARP, "a row of inputs is one access of a warp");
-    const int lane = threadIdx.x % MIL_WARP, wide = chunks * CHUNK;
-    const int chunk = own.at(lane / (CHUNK / 8));
-    const bool there = lane < wide / 8 && chunk < own.end;
-    const T *raw = (const T *)m.raw + chunk * CHUNK + lane % (CHUNK / 8) * 8;
-#pragma unroll 1
-    for (int row = 0; row < m.total && there; row++) {
-        mil_copy_16((T *)memory.x + row * (wide + 8) + lane * 8, raw + row * m.raw_stride);
-    }
-}
-
-/* A lane's channels, one of each chunk: their taps, the oldest first, behind those that do not exist. */
-template <int CHUNKS>
-struct chunk_taps {
-    float weight[CHUNKS][MOST_TAPS], bias[CHUNKS];
-};
-
-/* The convolution of the warp's chunks for all rows; what is beyond the last chunk is computed from anything. */
-template <typename T, int CHUNKS>
-static __device__ __forceinline__ void
-convolve_chunks(const mixer_arguments &m, const chunk_taps<CHUNKS> &taps, const project_memory &memory)
-{
-    constexpr int wide = CHUNKS * CHUNK;
-    const int lane = threadIdx.x % MIL_WARP, missing = MOST_TAPS - m.taps;
-#pragma unroll 1
-    for (int sequence = 0; sequence < m.scan.rows.sequences; sequence++) {
-        float window[CHUNKS][MOST_TAPS];
-        const float *tail = memory.tail + sequence * (m.taps - 1) * wide + lane;
-#pragma unroll
-        for (int i = 0; i < CHUNKS; i++) {
-#pragma unroll
-            for (int j = 1; j < MOST_TAPS; j++) {
-                window[i][j] = j > missing ? tail[(j - 1 - missing) * wide + i * CHUNK] : 0.0f;
-            }
-        }
-#pragma unroll 4
-        for (int row = m.begin[sequence]; row < m.begin[sequence + 1]; row++) {
-            T *x = (T *)memory.x + row * (wide + 8) + lane;
-            float y[CHUNKS];
-#pragma unroll
-            for (int i = 0; i < CHUNKS; i++) {
-#pragma unroll
-                for (int j = 0; j + 1 < MOST_TAPS; j++) {
-                    window[i][j] = window[i][j + 1];
-                }
-                window[i][MOST_TAPS - 1] = mil_float(x[i * CHUNK]);
-                y[i] = mil_convolve<T, MOST_TAPS>(taps.weight[i], window[i], taps.bias[i], missing, true);
-            }
-#pragma unroll
-            for (int i = 0; i < CHUNKS; i++) {
-                x[i * CHUNK] = mil_round<T>(y[i]);
-            }
-        }
-    }
-}
-
-/* The same of one row alone, out of registers: all but the newest inputs, before mil_wait(), */
-template <int CHUNKS>
-static __device__ __forceinline__ void
-convolve_older(const mixer_arguments &m, const mil_states &states, const warp_chunks &own,
-               const chunk_taps<CHUNKS> &taps, float (&y)[CHUNKS])
-{
-    const int lane = threadIdx.x % MIL_WARP, missing = MOST_TAPS - m.taps;
-    const int64_t past = __ldcg(m.scan.rows.past), boundary = __ldcg(m.scan.rows.boundary);
-    const int before = mil_span_from(0, 0, past, boundary).before;
-    const float *tail = states.of[0].conv + before * m.inputs + lane;
-    float window[CHUNKS][MOST_TAPS];
-#pragma unroll
-    for (int i = 0; i < CHUNKS; i++) {
-#pragma unroll
-        for (int j = 0; j + 1 < MOST_TAPS; j++) {
-            const bool there = own.at(i) < own.end && j >= missing;
-            window[i][j] = there ? __ldcg(tail + (j - missing) * m.inputs + own.at(i) * CHUNK) : 0.0f;
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < CHUNKS; i++) {
-        y[i] = mil_convolve_older(taps.weight[i], window[i], taps.bias[i], missing);
-    }
-}
-
-/* and those. */
-template <typename T, int CHUNKS>
-static __device__ __forceinline__ void
-convolve_newest(const mixer_arguments &m, const warp_chunks &own, const chunk_taps<CHUNKS> &taps,
-                const float (&older)[CHUNKS], const project_memory &memory)
-{
-    const int lane = threadIdx.x % MIL_WARP;
-    T raw[CHUNKS];
-#pragma unroll
-    for (int i = 0; i < CHUNKS; i++) {
-        raw[i] = own.at(i) < own.end ? ((const T *)m.raw)[own.at(i) * CHUNK + lane] : mil_round<T>(0.0f);
-    }
-#pragma unroll
-    for (int i = 0; i < CHUNKS; i++) {
-        ((T *)memory.x)[i * CHUNK + lane] = mil_round<T>(
-            mil_convolve_newest<T>(taps.weight[i][MOST_TAPS - 1], mil_float(raw[i]), older[i], true));
-    }
-}
-
 /* Grid: tiles of OUTPUTS, SLICES. GROUPS of 8 rows; CHUNKS of a warp at a time. */
 template <typename T, int GROUPS, int CHUNKS>
 static __global__ void
-__launch_bounds__(THREADS, 3)
-    mixer_project_kernel(const __grid_constant__ mixer_arguments m, const __grid_constant__ mil_states states)
+__launch_bounds__(THREADS, 3) mixer_project_kernel(const __grid_constant__ mixer_arguments m)
 {
-    extern __shared__ __align__(16) char shared[]; /* sums, then the warps' inputs */
-    float *sums = (float *)shared;                 /* [WARPS, OUTPUTS, 8 GROUPS] */
+    __shared__ float sums[WARPS][OUTPUTS][8 * GROUPS];
     const int warp = threadIdx.x / MIL_WARP, lane = threadIdx.x % MIL_WARP, g = lane / 4, t = lane % 4;
     const int first_output = blockIdx.x * OUTPUTS, inner = m.scan.inner, all = inner / CHUNK;
     const int a_slice = (all + SLICES - 1) / SLICES, a_warp = (a_slice + WARPS - 1) / WARPS;
-    const int missing = MOST_TAPS - m.taps;
-    const int bytes = (int)cut_project_memory(NULL, CHUNKS, m.total, m.scan.rows.sequences, m.taps).bytes;
-    const project_memory memory =
-        cut_project_memory(shared + WARPS * OUTPUTS * 8 * GROUPS * sizeof(float) + warp * bytes, CHUNKS,
-                           m.total, m.scan.rows.sequences, m.taps);
-    const T *low = (const T *)m.x_weight + (int64_t)min(first_output + g, m.x_width - 1) * inner + 8 * t;
-    const T *high = (const T *)m.x_weight + (int64_t)min(first_output + g + 8, m.x_width - 1) * inner + 8 * t;
-    float c[GROUPS][4] = {};
+    const int end = min(all, ((int)blockIdx.y + 1) * a_slice);
+    int chunk = (int)blockIdx.y * a_slice + warp; /* and every WARPS-th from there */
+    const int64_t column = chunk * CHUNK + 8 * t;
+    const T *low = (const T *)m.x_weight + (int64_t)min(first_output + g, m.x_width - 1) * inner + column;
+    const T *high =
+        (const T *)m.x_weight + (int64_t)min(first_output + g + 8, m.x_width - 1) * inner + column;
+    const T *x = (const T *)m.scan.x + g * m.scan.x_stride + column;
+    const int rows = m.total - g; /* from the lane's first one on */
+    float c[2][GROUPS][4] = {};   /* of even and odd chunks: half as many products wait for each other */
 #pragma unroll 1
-    for (int first = 0; first < a_warp; first += CHUNKS) {
-        const warp_chunks own = {(int)blockIdx.y * a_slice + warp + first * WARPS,
-                                 min(all, ((int)blockIdx.y + 1) * a_slice)};
-        uint4 wl[CHUNKS], wh[CHUNKS];
-        chunk_taps<CHUNKS> taps;
+    for (int taken = 0; taken < a_warp; taken += CHUNKS) {
+        constexpr int STEP = WARPS * CHUNK;
+        uint4 wl[CHUNKS], wh[CHUNKS], v[GROUPS][CHUNKS];
 #pragma unroll
         for (int i = 0; i < CHUNKS; i++) {
-            const int chunk = own.at(i), channel = chunk * CHUNK + lane;
-            const bool there = chunk < own.end;
-            wl[i] = there ? load_weight(low + chunk * CHUNK) : make_uint4(0, 0, 0, 0);
-            wh[i] = there ? load_weight(high + chunk * CHUNK) : make_uint4(0, 0, 0, 0);
-            taps.bias[i] = there && m.conv_bias != NULL ? m.conv_bias[channel] : 0.0f;
-#pragma unroll
-            for (int j = 0; j < MOST_TAPS; j++) {
-                taps.weight[i][j] =
-                    there && j >= missing ? m.conv_weight[channel * m.taps + j - missing] : 0.0f;
-            }
+            const bool there = chunk + i * WARPS < end;
+            wl[i] = there ? load_weight(low + i * STEP) : make_uint4(0, 0, 0, 0);
+            wh[i] = there ? load_weight(high + i * STEP) : make_uint4(0, 0, 0, 0);
         }
-        if (first == 0) {
+        if (taken == 0) {
             mil_trigger();
-            mil_wait_for_states(m.scan.rows);
+            mil_wait_knowing(mil_known(x) ^ rows);
         }
-        if (m.total == 1) {
-            float older[CHUNKS];
-            convolve_older<CHUNKS>(m, states, own, taps, older);
-            mil_wait_knowing(bits_of(older));
-            convolve_newest<T, CHUNKS>(m, own, taps, older, memory);
-        }
-        else {
-            fetch_input_tails(m, states, own, CHUNKS, memory);
-            mil_wait();
-            fetch_inputs<T>(m, own, CHUNKS, memory);
-            mil_await_copies();
-            __syncwarp();
-            convolve_chunks<T, CHUNKS>(m, taps, memory);
-        }
-        __syncwarp();
 #pragma unroll
-        for (int group = 0; group < GROUPS; group++) {
-            const int row = group * 8 + g;
-            const T *x = (const T *)memory.x + row * (CHUNKS * CHUNK + 8) + 8 * t;
-#pragma unroll
-            for (int i = 0; i < CHUNKS;
-                 i++) { /* chunks beyond the end have weights of 0, and inputs of any kind */
-                const bool there = row < m.total && own.at(i) < own.end;
-                const uint4 v = there ? *(const uint4 *)(x + i * CHUNK) : make_uint4(0, 0, 0, 0);
-                mil_multiply_add<T>(c[group], wl[i].x, wh[i].x, wl[i].y, wh[i].y, v.x, v.y);
-                mil_multiply_add<T>(c[group], wl[i].z, wh[i].z, wl[i].w, wh[i].w, v.z, v.w);
-            }
+        for (int i = 0; i < GROUPS * CHUNKS; i++) {
+            const bool there = chunk + i % CHUNKS * WARPS < end && i / CHUNKS * 8 < rows;
+            const T *from = x + i / CHUNKS * 8 * m.scan.x_stride + i % CHUNKS * STEP;
+            v[i / CHUNKS][i % CHUNKS] = there ? *(const uint4 *)from : make_uint4(0, 0, 0, 0);
         }
-        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < GROUPS * CHUNKS; i++) {
+            float (&sum)[4] = c[i % CHUNKS % 2][i / CHUNKS];
+            const uint4 &l = wl[i % CHUNKS], &h = wh[i % CHUNKS], &u = v[i / CHUNKS][i % CHUNKS];
+            mil_multiply_add<T>(sum, l.x, h.x, l.y, h.y, u.x, u.y);
+            mil_multiply_add<T>(sum, l.z, h.z, l.w, h.w, u.z, u.w);
+        }
+        chunk += CHUNKS * WARPS;
+        low += CHUNKS * STEP;
+        high += CHUNKS * STEP;
+        x += CHUNKS * STEP;
     }
 #pragma unroll
-    for (int group = 0; group < GROUPS; group++) {
-        float *to = sums + (warp * OUTPUTS + g) * 8 * GROUPS + group * 8 + 2 * t;
-        to[0] = c[group][0];
-        to[1] = c[group][1];
-        to[8 * 8 * GROUPS] = c[group][2];
-        to[8 * 8 * GROUPS + 1] = c[group][3];
+    for (int i = 0; i < GROUPS * 4; i++) {
+        sums[warp][g + i % 4 / 2 * 8][i / 4 * 8 + 2 * t + i % 2] = c[0][i / 4][i % 4] + c[1][i / 4][i % 4];
     }
     __syncthreads();
 #pragma unroll 1
     for (int e = threadIdx.x; e < OUTPUTS * m.total; e += THREADS) {
-        const int out = e % OUTPUTS, row = e / OUTPUTS, next = OUTPUTS * 8 * GROUPS;
-        const float *from = sums + out * 8 * GROUPS + row;
+        const int out = e % OUTPUTS, row = e / OUTPUTS;
         if (first_output + out < m.x_width) {
             m.partial[((int)blockIdx.y * m.total + row) * m.x_width + first_output + out] =
-                (from[0] + from[next]) + (from[2 * next] + from[3 * next]);
+                (sums[0][out][row] + sums[1][out][row]) + (sums[2][out][row] + sums[3][out][row]);
         }
     }
 }
@@ -431,6 +231,9 @@ place_thread(const mixer_arguments &m)
     p.owns_B = p.channel % m.B_run == 0;
     return p;
 }
+
+/* Where a kernel has x, and [low | B | C] from: the first products; or x from there and the others from W_x, normed or not. */
+enum mixer_kind { CONVOLVES, PROJECTED, PROJECTED_AND_NORMED };
 
 /* ---- the state */
 
@@ -620,15 +423,17 @@ input_run(const mixer_arguments &m)
     return m.repeat > 1 ? m.repeat * m.repeat_group : 1;
 }
 
-/* Whether this block is the last to have read what it shares, of B (1) and of the convolution's inputs (2). */
+/* Whether this block is the last to have read what it shares, of B (1) and, where channels share them, of the convolution's
+ * inputs (2). */
 static __device__ __forceinline__ unsigned
 count_readers(const mixer_arguments &m, const mixer_place &p, const mil_tails &tails)
 {
     const scan_arguments &a = m.scan;
     const int inputs = input_run(m);
+    const unsigned sharers = m.repeat > 1 ? (unsigned)max(inputs / COLUMNS, 1) : 0u;
     const mil_slots slots = {{mil_slot(tails.B, a.B_groups * a.state_dim, p.B_at),
                               mil_slot(tails.x, a.inner, p.channel / inputs * inputs), NULL},
-                             {(unsigned)max(m.B_run / COLUMNS, 1), (unsigned)max(inputs / COLUMNS, 1), 0u}};
+                             {(unsigned)max(m.B_run / COLUMNS, 1), sharers, 0u}};
     return mil_last_of(slots);
 }
 
@@ -861,9 +666,10 @@ load_channel(const mixer_arguments &m, const mixer_place &p)
                         : p.warp == D_PART         ? m.scan.D + p.own
                         : p.warp == CONV_BIAS_PART ? m.conv_bias + (m.conv_bias == NULL ? 0 : p.own)
                                                    : m.conv_weight + p.own * m.taps + tap;
-    const bool there = p.warp < MOST_TAPS         ? tap >= 0
-                       : p.warp == CONV_BIAS_PART ? m.conv_bias != NULL
-                                                  : p.warp < CHANNEL_PARTS;
+    const bool there = p.warp <= CONV_BIAS_PART && m.raw == NULL ? false
+                       : p.warp < MOST_TAPS                      ? tap >= 0
+                       : p.warp == CONV_BIAS_PART                ? m.conv_bias != NULL
+                                                                 : p.warp < CHANNEL_PARTS;
     return there ? *from : 0.0f;
 }
 
@@ -871,23 +677,24 @@ load_channel(const mixer_arguments &m, const mixer_place &p)
 #define KEPT_TURNS ((MIL_TAIL - MIL_WINDOW + MOST_TAPS + BLOCK_WARPS - 1) / BLOCK_WARPS)
 
 /* A thread's rows of the lane's channel, number `warp` and `warp` + 8 of the call. */
-template <typename T, int TURNS>
+template <typename T, int TURNS, mixer_kind KIND>
 struct thread_rows {
-    int raw_at, z_at, y_at, tail_at, conv_at; /* where the first one is, and is to be */
-    bool owns;                                /* its input, and so appends it to the tail */
+    static constexpr bool convolved = KIND != CONVOLVES; /* by the first products */
+    int raw_at, z_at, y_at, tail_at, conv_at;            /* where the first one is, and is to be */
+    bool owns;                                           /* its input, and so appends it to the tail */
     float lead[MOST_TAPS - 1]; /* inputs of the first that were there before this call, the oldest first */
     T raw[TURNS][MOST_TAPS], z[TURNS]; /* the inputs that a row needs, as far as they are of this call */
     float x[TURNS], gate[TURNS];
     float kept[KEPT_TURNS]; /* where a window is folded, rows of the lane's input that its tail keeps */
 };
 
-template <typename T, int TURNS>
+template <typename T, int TURNS, mixer_kind KIND>
 static __device__ __forceinline__ void
-place_rows(const mixer_arguments &m, const mixer_place &p, int shift, thread_rows<T, TURNS> &rows)
+place_rows(const mixer_arguments &m, const mixer_place &p, int shift, thread_rows<T, TURNS, KIND> &rows)
 {
     const int row = p.first + p.warp, input = input_of(m, p.own);
-    rows.owns = m.repeat == 1 || p.own / m.repeat_group % m.repeat == 0;
-    rows.raw_at = row * (int)m.raw_stride + input;
+    rows.owns = !rows.convolved && (m.repeat == 1 || p.own / m.repeat_group % m.repeat == 0);
+    rows.raw_at = rows.convolved ? row * (int)m.scan.x_stride + p.own : row * (int)m.raw_stride + input;
     rows.z_at = row * (int)m.scan.z_stride + p.own;
     rows.y_at = row * (int)m.scan.y_stride + p.own;
     rows.tail_at = (p.before - shift + p.warp) * m.scan.inner + p.own;
@@ -895,14 +702,15 @@ place_rows(const mixer_arguments &m, const mixer_place &p, int shift, thread_row
 }
 
 /* The inputs before this call that a thread's first row needs. */
-template <typename T, int TURNS>
+template <typename T, int TURNS, mixer_kind KIND>
 static __device__ __forceinline__ void
-load_lead(const mixer_arguments &m, const mixer_place &p, const mil_tails &tails, thread_rows<T, TURNS> &rows)
+load_lead(const mixer_arguments &m, const mixer_place &p, const mil_tails &tails,
+          thread_rows<T, TURNS, KIND> &rows)
 {
 #pragma unroll
     for (int j = 0; j < MOST_TAPS - 1; j++) {
         const int back = j - (MOST_TAPS - 1);
-        const bool there = p.warp + back < 0 && j >= MOST_TAPS - m.taps;
+        const bool there = !rows.convolved && p.warp + back < 0 && j >= MOST_TAPS - m.taps;
         float value[1] = {0.0f};
         if (there) {
             mil_load_settled<1>(tails.conv + rows.conv_at + back * m.inputs, value);
@@ -919,26 +727,26 @@ kept_inputs(const mixer_arguments &m, const mixer_place &p, int shift)
 }
 
 /* The lane's input of those, where no other channel reads it. */
-template <typename T, int TURNS>
+template <typename T, int TURNS, mixer_kind KIND>
 static __device__ __forceinline__ void
 load_kept(const mixer_arguments &m, const mixer_place &p, const mil_tails &tails, int shift,
-          thread_rows<T, TURNS> &rows)
+          thread_rows<T, TURNS, KIND> &rows)
 {
 #pragma unroll
     for (int k = 0; k < KEPT_TURNS; k++) {
         const int row = p.warp + k * BLOCK_WARPS;
         float value[1] = {0.0f};
-        if (shift > 0 && m.repeat == 1 && row < kept_inputs(m, p, shift)) {
+        if (!rows.convolved && shift > 0 && m.repeat == 1 && row < kept_inputs(m, p, shift)) {
             mil_load_settled<1>(tails.conv + (shift + row) * m.inputs + p.own, value);
         }
         rows.kept[k] = value[0];
     }
 }
 
-template <typename T, int TURNS>
+template <typename T, int TURNS, mixer_kind KIND>
 static __device__ __forceinline__ void
 store_kept(const mixer_arguments &m, const mixer_place &p, const mil_tails &tails, int shift,
-           const thread_rows<T, TURNS> &rows)
+           const thread_rows<T, TURNS, KIND> &rows)
 {
 #pragma unroll
     for (int k = 0; k < KEPT_TURNS; k++) {
@@ -950,9 +758,9 @@ store_kept(const mixer_arguments &m, const mixer_place &p, const mil_tails &tail
 }
 
 /* What the first products have for the thread's rows, all under way at once. */
-template <typename T, int TURNS>
+template <typename T, int TURNS, mixer_kind KIND>
 static __device__ __forceinline__ void
-ask_for_rows(const mixer_arguments &m, const mixer_place &p, thread_rows<T, TURNS> &rows)
+ask_for_rows(const mixer_arguments &m, const mixer_place &p, thread_rows<T, TURNS, KIND> &rows)
 {
 #pragma unroll
     for (int k = 0; k < TURNS; k++) {
@@ -961,8 +769,10 @@ ask_for_rows(const mixer_arguments &m, const mixer_place &p, thread_rows<T, TURN
 #pragma unroll
             for (int j = 0; j < MOST_TAPS; j++) {
                 const int back = j - (MOST_TAPS - 1);
-                if (p.warp + row + back >= 0) {
-                    rows.raw[k][j] = ((const T *)m.raw)[rows.raw_at + (row + back) * (int)m.raw_stride];
+                if (rows.convolved ? back == 0 : p.warp + row + back >= 0) {
+                    rows.raw[k][j] = rows.convolved
+                                         ? ((const T *)m.scan.x)[rows.raw_at + row * (int)m.scan.x_stride]
+                                         : ((const T *)m.raw)[rows.raw_at + (row + back) * (int)m.raw_stride];
                 }
             }
             if (m.scan.z != NULL) {
@@ -972,28 +782,32 @@ ask_for_rows(const mixer_arguments &m, const mixer_place &p, thread_rows<T, TURN
     }
 }
 
-/* x, which goes to shared memory too, and what y is multiplied with. */
-template <typename T, int TURNS>
+/* x, convolved or to be convolved, which goes to shared memory too, and what y is multiplied with. */
+template <typename T, int TURNS, mixer_kind KIND>
 static __device__ __forceinline__ void
-convolve_rows(const mixer_arguments &m, const mixer_place &p, const mixer_memory &s,
-              thread_rows<T, TURNS> &rows)
+take_rows(const mixer_arguments &m, const mixer_place &p, const mixer_memory &s,
+          thread_rows<T, TURNS, KIND> &rows)
 {
     const float *channel = s.channels + p.lane;
 #pragma unroll
     for (int k = 0; k < TURNS; k++) {
         const int row = p.warp + k * BLOCK_WARPS;
         if (row < p.count) {
-            float taps[MOST_TAPS], window[MOST_TAPS];
+            if constexpr (KIND == CONVOLVES) {
+                float taps[MOST_TAPS], window[MOST_TAPS];
 #pragma unroll
-            for (int j = 0; j < MOST_TAPS; j++) {
-                const bool before = k == 0 && j < MOST_TAPS - 1 && row + j - (MOST_TAPS - 1) < 0;
-                taps[j] = channel[(TAPS_PART + j) * COLUMNS];
-                window[j] = before ? rows.lead[j] : mil_float(rows.raw[k][j]);
+                for (int j = 0; j < MOST_TAPS; j++) {
+                    const bool before = k == 0 && j < MOST_TAPS - 1 && row + j - (MOST_TAPS - 1) < 0;
+                    taps[j] = channel[(TAPS_PART + j) * COLUMNS];
+                    window[j] = before ? rows.lead[j] : mil_float(rows.raw[k][j]);
+                }
+                rows.x[k] = mil_float(mil_round<T>(mil_convolve<T, MOST_TAPS>(
+                    taps, window, channel[CONV_BIAS_PART * COLUMNS], MOST_TAPS - m.taps, true)));
             }
-            const float y = mil_convolve<T, MOST_TAPS>(taps, window, channel[CONV_BIAS_PART * COLUMNS],
-                                                       MOST_TAPS - m.taps, true);
+            else {
+                rows.x[k] = mil_float(rows.raw[k][MOST_TAPS - 1]);
+            }
             const float z = mil_float(rows.z[k]);
-            rows.x[k] = mil_float(mil_round<T>(y));
             rows.gate[k] = m.scan.z != NULL ? __fdividef(z, 1.0f + __expf(-z)) : 1.0f;
             s.x[row * COLUMNS + p.lane] = rows.x[k];
         }
@@ -1101,10 +915,10 @@ finish_dt(const mixer_arguments &m, const mixer_place &p, const mixer_memory &s)
 
 /* The thread's rows of x and dt to the tails, and of inputs with those that are kept; inputs that several channels read by one
  * of them, and only where nothing is folded. */
-template <typename T, int GROUPS>
+template <typename T, int GROUPS, mixer_kind KIND>
 static __device__ __forceinline__ void
 store_tails(const mixer_arguments &m, const mixer_place &p, int shift, const mil_tails &tails,
-            const thread_rows<T, GROUPS> &rows, const mixer_memory &s)
+            const thread_rows<T, GROUPS, KIND> &rows, const mixer_memory &s)
 {
 #pragma unroll
     for (int k = 0; k < GROUPS; k++) {
@@ -1118,7 +932,7 @@ store_tails(const mixer_arguments &m, const mixer_place &p, int shift, const mil
             }
         }
     }
-    if (shift > 0 && m.repeat == 1) {
+    if (!rows.convolved && shift > 0 && m.repeat == 1) {
         store_kept(m, p, tails, shift, rows);
     }
 }
@@ -1126,9 +940,9 @@ store_tails(const mixer_arguments &m, const mixer_place &p, int shift, const mil
 /* ---- what is left */
 
 /* y of the thread's rows: the sum over the states is a tree, as in selective_scan_step.cu. */
-template <typename T, int TURNS>
+template <typename T, int TURNS, mixer_kind KIND>
 static __device__ __forceinline__ void
-finish_rows(const scan_arguments &a, const mixer_place &p, const thread_rows<T, TURNS> &rows,
+finish_rows(const scan_arguments &a, const mixer_place &p, const thread_rows<T, TURNS, KIND> &rows,
             const mixer_memory &s)
 {
 #pragma unroll
@@ -1209,7 +1023,7 @@ scan_call(const scan_arguments &a, const mixer_place &p, const mixer_memory &s,
 /* Grid: blocks of COLUMNS channels, sequences.  What depends on the state and its tail alone is done before the kernel
  * before has ended (mil_rows.settled): numbers of the sequence, which one warp asks for, as all blocks read one line, then the
  * tail. */
-template <typename T, int J, int GROUPS, bool NORMED>
+template <typename T, int J, int GROUPS, mixer_kind KIND>
 static __global__ void
 __launch_bounds__(BLOCK, 2)
     mixer_scan_kernel(const __grid_constant__ mixer_arguments m, const __grid_constant__ mil_states states)
@@ -1223,7 +1037,7 @@ __launch_bounds__(BLOCK, 2)
     const mil_tails tails = states.of[blockIdx.y];
     mixer_place p = place_thread(m);
     float H[J][PAIR], exponent[J][PAIR];
-    thread_rows<T, GROUPS> rows;
+    thread_rows<T, GROUPS, KIND> rows;
     load_states<J>(a, p, tails.state, H);
     load_exponents<J>(a, p, exponent);
     const float channel_part = load_channel(m, p);
@@ -1262,9 +1076,9 @@ __launch_bounds__(BLOCK, 2)
     else {
         add_slices<T>(m, p, sums, s);
     }
-    convolve_rows(m, p, s, rows);
+    take_rows(m, p, s, rows);
     __syncthreads();
-    if constexpr (NORMED) {
+    if constexpr (KIND == PROJECTED_AND_NORMED) {
         norm_parts<T, GROUPS>(m);
     }
     if (m.dt_weight != NULL) {
@@ -1273,14 +1087,14 @@ __launch_bounds__(BLOCK, 2)
     }
     finish_dt<T, GROUPS>(m, p, s);
     __syncthreads();
-    store_tails<T, GROUPS>(m, p, shift, tails, rows, s); /* nobody waits for that, so it is not before */
+    store_tails(m, p, shift, tails, rows, s); /* nobody waits for that, so it is not before */
     scan_call<J>(a, p, s, exponent, H);
     __syncthreads();
     finish_rows(a, p, rows, s);
     if (p.owns_B) {
         append_B(a, p, tails, p.before - shift, s);
     }
-    if (last & 2 && m.repeat > 1) {
+    if (last & 2) {
         fold_inputs<T>(m, states.of[blockIdx.y], p.before, shift);
     }
 }
@@ -1294,26 +1108,32 @@ nests(int64_t run)
     return run % COLUMNS == 0 || COLUMNS % run == 0;
 }
 
+/* Whether they can convolve for themselves. */
+static bool
+convolution_fits(const mil_scan_mixer *m)
+{
+    const mil_conv1d *c = &m->conv;
+    return m->x_proj.out == 0 && c->repeat >= 1 && c->channels == m->scan.inner &&
+           c->channels % c->repeat == 0 && c->width >= 2 && c->width <= MOST_TAPS && c->silu &&
+           c->states == m->scan.states && m->scan.x == c->y &&
+           (c->repeat == 1 || nests(c->repeat * c->repeat_group));
+}
+
 /* Whether the kernels here can take what model code asks for. */
 static bool
 fits(const mil_context *context, const mil_scan_mixer *m)
 {
     const mil_scan *s = &m->scan;
-    const mil_conv1d *c = &m->conv;
     const mil_dtype act = context->ops->activation_dtype;
     if (act == MIL_F32 || s->rows.rows > ROWS || s->rows.sequences > ROWS || s->states == NULL ||
         s->inner < COLUMNS || s->inner % COLUMNS != 0 || s->inner >= 1 << 24 || s->state_dim % V != 0 ||
         s->state_dim > 4 * LANES_N || s->x_repeat != 1 || s->B_groups < 1 || s->C_groups < 1 ||
-        s->inner % s->B_groups != 0 || s->inner % s->C_groups != 0 || s->x != c->y) {
+        s->inner % s->B_groups != 0 || s->inner % s->C_groups != 0) {
         return false;
     }
     const int64_t B_run = s->inner / s->B_groups, C_run = s->inner / s->C_groups;
-    if (B_run % V != 0 || C_run % V != 0 || !nests(B_run) || c->channels != s->inner || c->repeat < 1 ||
-        c->channels % c->repeat != 0 || c->width < 2 || c->width > MOST_TAPS || !c->silu ||
-        c->states != s->states || (c->repeat > 1 && !nests(c->repeat * c->repeat_group))) {
-        return false;
-    }
-    return m->x_proj.out == 0 || c->repeat == 1;
+    return B_run % V == 0 && C_run % V == 0 && nests(B_run) &&
+           (m->x_proj.out == 0 || (m->x_proj.x == s->x && m->x_proj.x_stride == s->x_stride));
 }
 
 /* Whether a product of theirs can be taken along. */
@@ -1360,8 +1180,9 @@ static mil_status
 launch_scan(mil_context *context, const mixer_arguments &a, const mil_states &states)
 {
     const dim3 grid((unsigned)(a.scan.inner / COLUMNS), (unsigned)a.scan.rows.sequences);
-    auto kernel =
-        a.normed > 0 ? mixer_scan_kernel<T, J, GROUPS, true> : mixer_scan_kernel<T, J, GROUPS, false>;
+    auto kernel = a.raw != NULL  ? mixer_scan_kernel<T, J, GROUPS, CONVOLVES>
+                  : a.normed > 0 ? mixer_scan_kernel<T, J, GROUPS, PROJECTED_AND_NORMED>
+                                 : mixer_scan_kernel<T, J, GROUPS, PROJECTED>;
     return mil_launch(context, "scan mixer", kernel, grid, dim3(BLOCK),
                       cut_mixer_memory(a, NULL, GROUPS).bytes, a, states);
 }
@@ -1372,14 +1193,6 @@ chunks_at_once(const mixer_arguments &a)
 {
     const int64_t chunks = mil_ceil_div(mil_ceil_div(a.scan.inner / CHUNK, SLICES), WARPS);
     return chunks <= 2 ? 2 : chunks <= 5 ? 5 : MOST_CHUNKS;
-}
-
-/* Shared memory of a block of the kernel for W_x. */
-static size_t
-project_bytes(const mixer_arguments &a)
-{
-    return WARPS * OUTPUTS * mil_ceil_div(a.total, 8) * 8 * sizeof(float) +
-           WARPS * cut_project_memory(NULL, chunks_at_once(a), a.total, a.scan.rows.sequences, a.taps).bytes;
 }
 
 /* Whether a block of so much shared memory can be had, and leaves room for others. */
@@ -1399,7 +1212,7 @@ launch(mil_context *context, const mixer_arguments &a, const mil_states &states)
         auto kernel = chunks == 2   ? mixer_project_kernel<T, GROUPS, 2>
                       : chunks == 5 ? mixer_project_kernel<T, GROUPS, 5>
                                     : mixer_project_kernel<T, GROUPS, MOST_CHUNKS>;
-        MIL_TRY(mil_launch(context, "scan mixer", kernel, grid, dim3(THREADS), project_bytes(a), a, states));
+        MIL_TRY(mil_launch(context, "scan mixer", kernel, grid, dim3(THREADS), 0, a));
     }
     return a.scan.state_dim <= 1 * LANES_N   ? launch_scan<T, 1, GROUPS>(context, a, states)
            : a.scan.state_dim <= 2 * LANES_N ? launch_scan<T, 2, GROUPS>(context, a, states)
@@ -1408,7 +1221,7 @@ launch(mil_context *context, const mixer_arguments &a, const mil_states &states)
 
 template <typename T>
 static mil_status
-mixer(mil_context *context, const mil_scan_mixer *m)
+mixer(mil_context *context, const mil_scan_mixer *m, bool convolves)
 {
     const mil_conv1d *c = &m->conv;
     mixer_arguments a = {};
@@ -1417,14 +1230,17 @@ mixer(mil_context *context, const mil_scan_mixer *m)
     a.scan.C_width = group_columns(a.scan.inner, a.scan.C_groups, a.scan.state_dim, COLUMNS);
     a.B_run = a.scan.inner / a.scan.B_groups;
     a.C_run = a.scan.inner / a.scan.C_groups;
-    a.raw = c->x;
-    a.raw_stride = c->x_stride;
-    a.inputs = (int)(c->channels / c->repeat);
-    a.taps = (int)c->width;
-    a.repeat = (int)c->repeat;
-    a.repeat_group = (int)c->repeat_group;
-    a.conv_weight = c->weight;
-    a.conv_bias = c->bias;
+    a.repeat = 1;
+    if (convolves) {
+        a.raw = c->x;
+        a.raw_stride = c->x_stride;
+        a.inputs = (int)(c->channels / c->repeat);
+        a.taps = (int)c->width;
+        a.repeat = (int)c->repeat;
+        a.repeat_group = (int)c->repeat_group;
+        a.conv_weight = c->weight;
+        a.conv_bias = c->bias;
+    }
     a.total = (int)m->scan.rows.rows;
     for (int64_t i = 0; i <= m->scan.rows.sequences; i++) {
         a.begin[i] = (int)m->scan.rows.offsets[i];
@@ -1438,9 +1254,7 @@ mixer(mil_context *context, const mil_scan_mixer *m)
     if (m->x_proj.out > 0) {
         a.x_weight = m->x_proj.weight;
         a.x_width = (int)m->x_proj.out;
-        if (!takes_product(context, &m->x_proj) || a.dt_weight == NULL || !find_parts<T>(m, &a) ||
-            !mil_is_aligned<T>(c->x, c->x_stride) || !mil_is_aligned<float>(c->weight, 0) ||
-            !has_room(context, project_bytes(a))) {
+        if (!takes_product(context, &m->x_proj) || a.dt_weight == NULL || !find_parts<T>(m, &a)) {
             return mil_scan_mixer_apart(context, m);
         }
     }
@@ -1463,9 +1277,16 @@ mixer(mil_context *context, const mil_scan_mixer *m)
 mil_status
 mil_cuda_scan_mixer(mil_context *context, const mil_scan_mixer *arguments)
 {
-    if (!fits(context, arguments)) {
-        return mil_scan_mixer_apart(context, arguments);
+    const mil_scan_mixer *m = arguments;
+    if (!fits(context, m)) {
+        return mil_scan_mixer_apart(context, m);
     }
-    return context->ops->activation_dtype == MIL_BF16 ? mixer<__nv_bfloat16>(context, arguments)
-                                                      : mixer<__half>(context, arguments);
+    mil_scan_mixer rest = *m;
+    const bool convolves = m->conv.channels > 0 && convolution_fits(m);
+    if (m->conv.channels > 0 && !convolves) {
+        MIL_TRY(context->ops->conv1d_forward(context, &m->conv));
+        rest.conv.channels = 0;
+    }
+    return context->ops->activation_dtype == MIL_BF16 ? mixer<__nv_bfloat16>(context, &rest, convolves)
+                                                      : mixer<__half>(context, &rest, convolves);
 }

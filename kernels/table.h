@@ -54,7 +54,7 @@ mil_cuda_linear_forward(mil_context *context, const mil_linear *products, int64_
 
 mil_status
 mil_cuda_project(mil_context *context, const mil_norm *norm, const mil_linear *products, int64_t count,
-                 const mil_glu *gate);
+                 const mil_glu *gate, const mil_conv1d *conv);
 
 /* quantized.cu */
 mil_status

@@ -13,13 +13,6 @@
 #define NORM_STEPS 4   /* columns of a normed row are at most this many vectors a thread, */
 #define NORM_STEPS_OF_MANY 2 /* of one of many this many */
 
-/* The multiplying warps meet. */
-static __device__ __forceinline__ void
-meet()
-{
-    asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
-}
-
 /* A thread's vectors of ROWS rows: STEPS columns from `column` on, `step` apart; what lies beyond the ends is left as it is. */
 template <typename T, int ROWS, int STEPS>
 static __device__ __forceinline__ void

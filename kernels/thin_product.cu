@@ -22,6 +22,7 @@
  * while it drains.  float32 weights, which only comparisons with the CPU use, take plain multiply-adds in a
  * kernel of the same shape.
  */
+#include "thin_conv.cuh"
 #include "thin_norm.cuh"
 
 #define LOADS 8       /* 16-byte loads of weights that a thread has under way; more, */
@@ -97,10 +98,10 @@ struct tile_sums {
 enum x_norm { AS_IT_IS, NORMED_NARROW, NORMED_WIDE };
 
 /* W: of the weights, T or 8 bits; GROUPS of 8 rows; GATED: outputs[0] is up, outputs[1] the gate, and only their gated
- * activation is written; AT_ONCE loads of W are under way, and ONCE: those are all. */
-template <typename T, typename W, int GROUPS, x_norm NORM, bool GATED, int AT_ONCE, bool ONCE>
+ * activation is written; AT_ONCE loads of W are under way, and ONCE: those are all; CONV: outputs are convolved. */
+template <typename T, typename W, int GROUPS, x_norm NORM, bool GATED, int AT_ONCE, bool ONCE, bool CONV>
 static __global__ void
-__launch_bounds__(THREADS, GROUPS == 1 && AT_ONCE == LOADS ? 3 : 2)
+__launch_bounds__(THREADS, GROUPS == 1 && AT_ONCE == LOADS && !CONV ? 3 : 2)
     thin_kernel(const __grid_constant__ thin_arguments a)
 {
     constexpr int MATRICES = GATED ? 2 : 1, UNROLL = AT_ONCE / 2 / MATRICES;
@@ -113,6 +114,16 @@ __launch_bounds__(THREADS, GROUPS == 1 && AT_ONCE == LOADS ? 3 : 2)
     int first = ((int)blockIdx.x - o.first_tile) * TILE;
     int k = warp * CHUNK<W> + PER_LOAD<W> * t;
 
+    place<T, W, GATED> written;
+    const int out = first + written.column();
+    const bool convolves = CONV && product == a.conv.product && first + TILE > a.conv.first &&
+                           first < a.conv.first + a.conv.channels;
+    conv_tile conv;
+    conv_output<T> convolved;
+    __shared__ conv_number numbers[CONV ? MIL_THIN_ROWS : 1];
+    if (convolves) {
+        conv.ask(a, out - a.conv.first);
+    }
     sums_type sums[MATRICES];
 #pragma unroll
     for (int m = 0; m < MATRICES; m++) {
@@ -123,15 +134,21 @@ __launch_bounds__(THREADS, GROUPS == 1 && AT_ONCE == LOADS ? 3 : 2)
         fetch_norm_weight(a, norm_weights);
     }
     mil_trigger();
-    place<T, W, GATED> written;
-    const int out = first + written.column();
     written.find(a, product, out, out < o.out);
+    auto prepare_conv = [&]() {
+        if (convolves) {
+            conv.fetch(a, out < o.out, numbers, &convolved);
+            meet();
+            conv.fold(a.conv, numbers);
+        }
+    };
     /* Of the lane's first row and input. */
     const int64_t x_stride = NORM == AS_IT_IS ? a.x_stride : a.in;
     const T *x = (NORM == AS_IT_IS ? (const T *)a.x : (const T *)normed_rows) + g * x_stride + k;
     const int lane_rows = a.rows - g;
     if constexpr (NORM == NORMED_NARROW) {
         const narrow_columns<T> columns(a);
+        prepare_conv();
         mil_wait_knowing(columns.known());
         written.read();
         norm_narrow<T, 0>(a, columns, (T *)normed_rows, &partial[0][0][0][0]);
@@ -146,6 +163,7 @@ __launch_bounds__(THREADS, GROUPS == 1 && AT_ONCE == LOADS ? 3 : 2)
                                      &partial[0][0][0][0]);
     }
     else {
+        prepare_conv();
         mil_wait_knowing(mil_known(x) ^ lane_rows);
         written.read();
     }
@@ -180,7 +198,14 @@ __launch_bounds__(THREADS, GROUPS == 1 && AT_ONCE == LOADS ? 3 : 2)
         sums[m].end(partial[m][warp], g, t);
     }
     __syncthreads();
-    written.write(a, &partial[0][0][0][0], GROUPS * 8);
+    if (convolves) {
+        if constexpr (!GATED) {
+            convolved.template write<W>(a, written, &partial[0][0][0][0], GROUPS * 8);
+        }
+    }
+    else {
+        written.write(a, &partial[0][0][0][0], GROUPS * 8);
+    }
 }
 
 /* float32: a warp takes inputs of its chunks for all outputs of the tile; lane (j, t) sums outputs j and j + 8 over every
@@ -244,12 +269,12 @@ arguments_of(const mil_linear *products, int64_t count)
         products, count, TILE, [](const mil_linear *p, int first_tile) { return output_of(p, first_tile); });
 }
 
-template <typename T, typename W, x_norm NORM, bool GATED, int AT_ONCE, bool ONCE>
+template <typename T, typename W, x_norm NORM, bool GATED, int AT_ONCE, bool ONCE, bool CONV = false>
 static mil_status
 launch_rows(mil_context *context, const thin_arguments &a, size_t shared)
 {
-    auto kernel = a.rows <= 8 ? thin_kernel<T, W, 1, NORM, GATED, AT_ONCE, ONCE>
-                              : thin_kernel<T, W, 2, NORM, GATED, AT_ONCE, ONCE>;
+    auto kernel = a.rows <= 8 ? thin_kernel<T, W, 1, NORM, GATED, AT_ONCE, ONCE, CONV>
+                              : thin_kernel<T, W, 2, NORM, GATED, AT_ONCE, ONCE, CONV>;
     return mil_launch(context, "thin product", kernel, dim3((unsigned)a.tiles), dim3(THREADS), shared, a);
 }
 
@@ -260,10 +285,17 @@ launch_loads(mil_context *context, const thin_arguments &a, size_t shared)
 {
     if constexpr (NORM == NORMED_NARROW && !GATED) {
         static_assert(LOADS / 2 * WARPS * CHUNK<W> >= MIL_NORM_WIDEST_FOR_WARP, "they are always few");
+        if (sizeof(W) == 2 && a.conv.channels > 0) {
+            return launch_rows<T, T, NORM, GATED, LOADS, true, true>(context, a, shared);
+        }
         return launch_rows<T, W, NORM, GATED, LOADS, true>(context, a, shared);
     }
     else if constexpr (NORM == AS_IT_IS && !GATED && sizeof(W) == 2) {
         const int64_t loads = 2 * mil_ceil_div(a.in, WARPS * CHUNK<W>);
+        if (a.conv.channels > 0) {
+            return loads <= LOADS ? launch_rows<T, W, NORM, GATED, LOADS, true, true>(context, a, shared)
+                                  : launch_rows<T, W, NORM, GATED, LOADS, false, true>(context, a, shared);
+        }
         return loads <= LOADS        ? launch_rows<T, W, NORM, GATED, LOADS, true>(context, a, shared)
                : loads <= 12         ? launch_rows<T, W, NORM, GATED, 12, true>(context, a, shared)
                : loads <= MOST_LOADS ? launch_rows<T, W, NORM, GATED, MOST_LOADS, true>(context, a, shared)
@@ -292,17 +324,23 @@ launch(mil_context *context, mil_dtype weights, const thin_arguments &a, size_t 
                : launch_weights<__half, NORM, GATED>(context, weights, a, shared);
 }
 
-mil_status
-mil_thin_product(mil_context *context, const mil_linear *products, int64_t count)
+/* Products of x in place. */
+static mil_status
+multiply(mil_context *context, mil_dtype weights, const thin_arguments &a)
 {
-    thin_arguments a = arguments_of(products, count);
-    if (products->dtype == MIL_F32) {
+    if (weights == MIL_F32) {
         return mil_launch(context, "thin product", thin_kernel_float, dim3((unsigned)a.tiles), dim3(THREADS),
                           0, a);
     }
     bool done;
-    MIL_TRY(mil_thin_stream(context, products->dtype, a, false, false, &done));
-    return done ? MIL_OK : launch<AS_IT_IS, false>(context, products->dtype, a, 0);
+    MIL_TRY(mil_thin_stream(context, weights, a, false, false, &done));
+    return done ? MIL_OK : launch<AS_IT_IS, false>(context, weights, a, 0);
+}
+
+mil_status
+mil_thin_product(mil_context *context, const mil_linear *products, int64_t count)
+{
+    return multiply(context, products->dtype, arguments_of(products, count));
 }
 
 /* ---- with the norm before and the gate after ------------------------------------------------------------------- */
@@ -335,9 +373,50 @@ most_normed(const mil_norm *n)
     return n->width <= MIL_NORM_WIDEST_FOR_WARP ? WARPS : NORMED_ROWS;
 }
 
+/* A convolution of outputs on their way out, where it can be had (thin_conv.cuh); else one of no channels. */
+static thin_conv
+conv_of(const mil_context *context, const mil_conv1d *c, const mil_linear *products, int64_t count)
+{
+    thin_conv conv = {};
+    if (c == NULL || c->states == NULL || products->dtype == MIL_F32 ||
+        products->dtype != context->ops->activation_dtype || c->repeat != 1 || c->width < 2 ||
+        c->width > CONV_TAPS || c->rows.sequences > MIL_THIN_ROWS || c->rows.rows != products->rows ||
+        !c->silu) {
+        return conv;
+    }
+    for (int i = 0; i < count; i++) {
+        const mil_linear *p = &products[i];
+        const int64_t at = ((const uint16_t *)c->x - (const uint16_t *)p->y);
+        if (at >= 0 && at + c->channels <= p->out && c->x_stride == p->y_stride && !p->accumulate &&
+            !p->float_output) {
+            conv.product = i;
+            conv.first = (int)at;
+            conv.channels = (int)c->channels;
+        }
+    }
+    conv.taps = (int)c->width;
+    conv.whole = c->width == CONV_TAPS && mil_is_aligned<float>(c->weight, 0);
+    conv.rows = mil_rows_of(c->rows);
+    conv.weight = c->weight;
+    conv.bias = c->bias;
+    conv.y = c->y;
+    conv.y_stride = (int)c->y_stride;
+    for (int sequence = 0; sequence < conv.rows.sequences; sequence++) {
+        const int64_t first = c->rows.offsets[sequence], end = c->rows.offsets[sequence + 1];
+        conv.tails[sequence] = c->states[sequence].conv;
+        conv.mixes = conv.mixes || end - first > 1;
+        conv.channels = end > first ? conv.channels : 0; /* nobody would fold its tail */
+        for (int64_t row = first; row < end; row++) {
+            conv.sequence[row] = (uint8_t)sequence;
+            conv.index[row] = (uint8_t)(row - first);
+        }
+    }
+    return conv;
+}
+
 mil_status
 mil_thin_project(mil_context *context, const mil_norm *norm, const mil_linear *products, int64_t count,
-                 const mil_glu *gate)
+                 const mil_glu *gate, const mil_conv1d *conv)
 {
     bool normed = norm_fits(norm, products, count),
          gated = gate != NULL && products->dtype != MIL_F32 && mil_gate_fits(products, count, gate);
@@ -349,6 +428,9 @@ mil_thin_project(mil_context *context, const mil_norm *norm, const mil_linear *p
         a.gated = gate->y;
         a.gated_stride = gate->y_stride;
         a.activation = gate->activation;
+    }
+    else {
+        a.conv = conv_of(context, conv, products, count);
     }
     bool done = false;
     if (normed) {
@@ -365,13 +447,17 @@ mil_thin_project(mil_context *context, const mil_norm *norm, const mil_linear *p
     if (!done) {
         size_t shared = normed ? norm_bytes(norm) : 0;
         const bool narrow = is_narrow(a);
+        a.conv.channels = normed && !narrow ? 0 : a.conv.channels; /* so few outputs are rarely convolved */
         auto function = !normed  ? launch<AS_IT_IS, true>
                         : gated  ? narrow ? launch<NORMED_NARROW, true> : launch<NORMED_WIDE, true>
                         : narrow ? launch<NORMED_NARROW, false>
                                  : launch<NORMED_WIDE, false>;
-        mil_status status = normed || gated ? function(context, weights, a, shared)
-                                            : mil_thin_product(context, products, count);
+        mil_status status =
+            normed || gated ? function(context, weights, a, shared) : multiply(context, weights, a);
         MIL_TRY(status);
+    }
+    if (conv != NULL && a.conv.channels == 0) {
+        MIL_TRY(context->ops->conv1d_forward(context, conv));
     }
     return gate == NULL || gated ? MIL_OK : context->ops->glu_forward(context, gate);
 }

@@ -39,9 +39,9 @@ bool
 mil_thin_product_fits(const mil_context *context, const mil_linear *product);
 mil_status
 mil_thin_product(mil_context *context, const mil_linear *products, int64_t count);
-/* The same after a norm and before a gate (device.h: project); gate may be NULL. */
+/* The same after a norm and before a gate or a convolution, which may be NULL (device.h: project). */
 mil_status
 mil_thin_project(mil_context *context, const mil_norm *norm, const mil_linear *products, int64_t count,
-                 const mil_glu *gate);
+                 const mil_glu *gate, const mil_conv1d *conv);
 
 #endif

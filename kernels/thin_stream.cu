@@ -25,6 +25,7 @@
  * weights of 8 bits.  Figures: docs/performance-log.md.
  */
 #include "phase.cuh"
+#include "thin_conv.cuh"
 #include "thin_norm.cuh"
 
 #define BLOCK (THREADS + MIL_WARP)
@@ -45,9 +46,9 @@ template <typename W>
 constexpr int X_PAD = sizeof(W) == 1 ? 8 : 32;
 
 /* Tiles that are multiplied with the same loads of x. */
-template <x_source X, bool GATED>
+template <x_source X, bool FEW>
 constexpr int TOGETHER = X != X_IN_PLACE ? 1
-                         : GATED         ? 2
+                         : FEW           ? 2
                                          : 3;
 
 struct stream_arguments {
@@ -263,10 +264,15 @@ consume(const uint8_t *weights, int row_bytes, int units, int most, const x_segm
     }
 }
 
+/* What leaves a product: its outputs, the gated activation of two, or some outputs convolved. */
+enum way_out { AS_IT_COMES, GATED_PAIR, CONVOLVED };
+
 /* The other warps: TILES tiles at a time, of one matrix or of both of a gated pair. */
-template <typename T, typename W, x_source X, bool GATED, int GROUPS>
+template <typename T, typename W, x_source X, way_out OUT, int GROUPS>
 struct multiplier {
-    static constexpr int MATRICES = GATED ? 2 : 1, TILES = TOGETHER<X, GATED>, SETS = TILES * MATRICES;
+    static constexpr bool GATED = OUT == GATED_PAIR;
+    static constexpr int MATRICES = GATED ? 2 : 1, TILES = TOGETHER < X,
+                         GATED || (OUT == CONVOLVED && GROUPS > 1) >, SETS = TILES * MATRICES;
     static constexpr int INPUTS = UNIT / (int)sizeof(W);            /* of a unit */
     static constexpr bool AHEAD = X == X_IN_PLACE && sizeof(W) > 1; /* codes leave no registers for that */
 
@@ -346,7 +352,7 @@ struct multiplier {
     }
 
     /* All tiles, and out with them.  partials: of a tile's matrices, twice. */
-    __device__ __forceinline__ void run(float *partials)
+    __device__ __forceinline__ void run(float *partials, const conv_share &conv)
     {
         const thin_arguments &a = s.thin;
         const int matrix = WARPS * TILE * sums_pitch(a.rows);
@@ -365,27 +371,39 @@ struct multiplier {
 #pragma unroll
             for (int i = 0; i < TILES && has(first + i); i++) {
                 float *const partial = partials + (first + i) % 2 * MATRICES * matrix;
+                conv_output<T> convolved;
+                if constexpr (OUT == CONVOLVED) {
+                    conv.find(a, mine.first + (first + i) * mine.size, mine.size, places[i].to != NULL,
+                              &convolved);
+                }
 #pragma unroll
                 for (int m = 0; m < MATRICES; m++) {
                     put_sums<W, GROUPS>(c[i * MATRICES + m], a.rows, partial + m * matrix);
                 }
                 meet(); /* once a tile: who still reads a buffer has not come to the next meeting */
-                places[i].write(a, partial, sums_pitch(a.rows));
+                if constexpr (OUT == CONVOLVED) {
+                    convolved.template write<W>(a, places[i], partial, sums_pitch(a.rows));
+                }
+                else {
+                    places[i].write(a, partial, sums_pitch(a.rows));
+                }
             }
         }
     }
 };
 
-/* W: of the weights, T or 8 bits.  GATED: outputs[0] is up, outputs[1] the gate, and only their gated activation is written.
- * GROUPS of 8 rows. */
-template <typename T, typename W, x_source X, bool GATED, int GROUPS>
+/* W: of the weights, T or 8 bits.  GATED_PAIR: outputs[0] is up, outputs[1] the gate, and only their gated activation is
+ * written.  GROUPS of 8 rows. */
+template <typename T, typename W, x_source X, way_out OUT, int GROUPS>
 static __global__ void
 __launch_bounds__(BLOCK, 1) stream_kernel(const __grid_constant__ stream_arguments s)
 {
-    using multiplier_type = multiplier<T, W, X, GATED, GROUPS>;
+    using multiplier_type = multiplier<T, W, X, OUT, GROUPS>;
     constexpr int MATRICES = multiplier_type::MATRICES;
     __shared__ uint64_t full[MOST_STAGES], empty[MOST_STAGES];
-    extern __shared__ __align__(128) uint8_t memory[]; /* the ring, partial sums, rows of x */
+    __shared__ conv_number numbers[OUT == CONVOLVED ? MIL_THIN_ROWS : 1];
+    extern __shared__ __align__(128)
+        uint8_t memory[]; /* the ring, partial sums, rows of x, inputs and taps */
     const thin_arguments &a = s.thin;
     if (threadIdx.x < (unsigned)s.stages) {
         phase_init(&full[threadIdx.x], 1);
@@ -402,6 +420,13 @@ __launch_bounds__(BLOCK, 1) stream_kernel(const __grid_constant__ stream_argumen
     }
     float *const partials = (float *)(memory + s.stages * TILE * r.row_bytes);
     T *const rows = (T *)(partials + 2 * MATRICES * WARPS * TILE * sums_pitch(a.rows));
+    conv_share conv;
+    if (OUT == CONVOLVED && conv.find(a, mine.first, mine.count)) {
+        conv.numbers = numbers;
+        conv.table = (float *)(rows + (X == X_IN_PLACE ? 0 : a.rows * (a.in + X_PAD<W>)));
+        conv.fetch(a);
+        mil_await_copies(); /* before all meet again */
+    }
     if constexpr (X == X_NORMED) {
         if (is_narrow(a)) {
             const narrow_columns<T> columns(a);
@@ -424,7 +449,7 @@ __launch_bounds__(BLOCK, 1) stream_kernel(const __grid_constant__ stream_argumen
     const bool in_place = X == X_IN_PLACE;
     multiplier_type multiplies(s, mine, r, in_place ? (const T *)a.x : rows,
                                in_place ? a.x_stride : a.in + X_PAD<W>);
-    multiplies.run(partials);
+    multiplies.run(partials, conv);
 }
 
 /* ---- launches ------------------------------------------------------------------------------------------------------------ */
@@ -463,8 +488,11 @@ static size_t
 plan_memory(stream_arguments *s, bool gated, bool normed, size_t most, x_source *x)
 {
     const thin_arguments &a = s->thin;
-    const size_t sums = 2 * (gated ? 2 : 1) * WARPS * TILE * (size_t)sums_pitch(a.rows) * sizeof(float);
+    size_t sums = 2 * (gated ? 2 : 1) * WARPS * TILE * (size_t)sums_pitch(a.rows) * sizeof(float);
     const size_t rows = sizeof(uint16_t) * (size_t)a.rows * (size_t)(a.in + X_PAD<uint16_t>);
+    const size_t conv =
+        a.conv.channels > 0 ? sizeof(float) * (size_t)conv_floats(s->each + 1, a.conv.rows.sequences) : 0;
+    sums += conv;
     s->stages = stages_beside(*s, sums, most);
     const bool room = a.rows <= ROWS_OF_GROUP && stages_beside(*s, sums + rows, most) == s->stages;
     *x = !room ? X_IN_PLACE : normed ? X_NORMED : X_COPIED;
@@ -478,29 +506,46 @@ norm_fits(const thin_arguments &a)
     return (a.rows <= ROWS_AT_ONCE || is_narrow(a)) && norm_is_short(a);
 }
 
-template <typename T, typename W, bool GATED>
+template <typename T, typename W, way_out OUT>
 static mil_status
 launch_rows(mil_context *context, const stream_arguments &s, x_source x, dim3 grid, size_t shared)
 {
-    auto kernel = x == X_NORMED   ? stream_kernel<T, W, X_NORMED, GATED, 1>
-                  : x == X_COPIED ? stream_kernel<T, W, X_COPIED, GATED, 1>
-                                  : stream_kernel<T, W, X_IN_PLACE, GATED, 1>;
+    auto kernel = x == X_NORMED   ? stream_kernel<T, W, X_NORMED, OUT, 1>
+                  : x == X_COPIED ? stream_kernel<T, W, X_COPIED, OUT, 1>
+                                  : stream_kernel<T, W, X_IN_PLACE, OUT, 1>;
+    /* What comes between two streams has room beside the ring, then: 1 % of Mamba 2.8B's step.  With more rows, which are read
+     * through the first-level cache, it does not pay. */
+    MIL_CUDA_TRY(mil_prefer_shared((const void *)kernel, context->ops->device));
     return mil_launch(context, "thin product", kernel, grid, dim3(BLOCK), shared, s);
 }
 
-template <typename T, bool GATED>
+template <typename T, way_out OUT>
 static mil_status
 launch(mil_context *context, mil_dtype weights, const stream_arguments &s, x_source x, dim3 grid,
        size_t shared)
 {
     if (s.thin.rows > ROWS_OF_GROUP) {
-        return mil_launch(context, "thin product", stream_kernel<T, T, X_IN_PLACE, GATED, 2>, grid,
-                          dim3(BLOCK), shared, s);
+        return mil_launch(context, "thin product", stream_kernel<T, T, X_IN_PLACE, OUT, 2>, grid, dim3(BLOCK),
+                          shared, s);
     }
-    auto function = weights == MIL_F8   ? launch_rows<T, mil_f8, GATED>
-                    : weights == MIL_I8 ? launch_rows<T, mil_i8, GATED>
-                                        : launch_rows<T, T, GATED>;
-    return function(context, s, x, grid, shared);
+    if constexpr (OUT != CONVOLVED) {
+        if (weights == MIL_F8 || weights == MIL_I8) {
+            return (weights == MIL_F8 ? launch_rows<T, mil_f8, OUT>
+                                      : launch_rows<T, mil_i8, OUT>)(context, s, x, grid, shared);
+        }
+    }
+    return launch_rows<T, T, OUT>(context, s, x, grid, shared);
+}
+
+template <typename T>
+static mil_status
+launch_out(mil_context *context, mil_dtype weights, const stream_arguments &s, bool gated, x_source x,
+           dim3 grid, size_t shared)
+{
+    auto function = gated                      ? launch<T, GATED_PAIR>
+                    : s.thin.conv.channels > 0 ? launch<T, CONVOLVED>
+                                               : launch<T, AS_IT_COMES>;
+    return function(context, weights, s, x, grid, shared);
 }
 
 mil_status
@@ -537,9 +582,7 @@ mil_thin_stream(mil_context *context, mil_dtype weights, const thin_arguments &t
         return MIL_OK;
     }
     *done = true;
-    auto function = context->ops->activation_dtype == MIL_BF16
-                        ? gated ? launch<__nv_bfloat16, true> : launch<__nv_bfloat16, false>
-                    : gated ? launch<__half, true>
-                            : launch<__half, false>;
-    return function(context, weights, s, x, dim3((unsigned)multiprocessors), shared);
+    auto function =
+        context->ops->activation_dtype == MIL_BF16 ? launch_out<__nv_bfloat16> : launch_out<__half>;
+    return function(context, weights, s, gated, x, dim3((unsigned)multiprocessors), shared);
 }

@@ -28,6 +28,22 @@ struct thin_output {
     bool accumulate, float_output;
 };
 
+#define CONV_TAPS 4
+
+/* A convolution of what a product gives (thin_conv.cuh). */
+struct thin_conv {
+    int product, first, channels; /* the product's columns from `first` on; 0 channels: there is none */
+    int taps;                     /* at most CONV_TAPS */
+    bool whole;                   /* CONV_TAPS of them, to be read at once */
+    bool mixes;                   /* whether a sequence brings several rows */
+    mil_device_rows rows;
+    uint8_t sequence[MIL_THIN_ROWS], index[MIL_THIN_ROWS]; /* of each row; its number there */
+    const float *weight, *bias;
+    void *y;
+    int y_stride;
+    float *tails[MIL_THIN_ROWS]; /* of each sequence */
+};
+
 struct thin_arguments {
     int rows, in, count;
     const void *x;
@@ -38,6 +54,7 @@ struct thin_arguments {
     mil_activation activation;
     int tiles;
     thin_output outputs[MIL_THIN_PRODUCTS];
+    thin_conv conv;
 };
 
 static __device__ __forceinline__ uint4
@@ -201,6 +218,13 @@ struct place {
         }
     }
 };
+
+/* The multiplying warps meet. */
+static __device__ __forceinline__ void
+meet()
+{
+    asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+}
 
 /* The same by thin_stream.cu, where that is possible (*done): x is in place, or the norm is to come first. */
 mil_status

@@ -199,7 +199,8 @@ skip(mil_context *, const Arguments *)
 }
 
 static inline mil_status
-skip_project(mil_context *, const mil_norm *, const mil_linear *, int64_t, const mil_glu *)
+skip_project(mil_context *, const mil_norm *, const mil_linear *, int64_t, const mil_glu *,
+             const mil_conv1d *)
 {
     return MIL_OK;
 }

@@ -95,7 +95,7 @@ run_launch(harness *h, const launch_sizes *s, const operands *o, const char *wei
     g.up = l[0].y;
     g.gate = l[1].y;
     g.y = l[0].y;
-    return h->gpu.ops->project(&h->gpu, &n, l, s->count, s->count == 2 ? &g : NULL);
+    return h->gpu.ops->project(&h->gpu, &n, l, s->count, s->count == 2 ? &g : NULL, NULL);
 }
 
 static mil_status

@@ -55,10 +55,10 @@ mil_embed(mil_pass *pass, const int32_t *tokens, void *x) MIL_MUST_CHECK;
 mil_norm
 mil_stream_norm(const mil_pass *pass, const mil_parameter *weight, int64_t rows, const void *x, void *y);
 
-/* norm, then products of its output, then their gated activation where `gate` is given. */
+/* norm, then products of its output, then their gated activation and a convolution of one, where they are given. */
 mil_status
 mil_project(const mil_pass *pass, const mil_norm *norm, const mil_linear *products, int64_t count,
-            const mil_glu *gate) MIL_MUST_CHECK;
+            const mil_glu *gate, const mil_conv1d *conv) MIL_MUST_CHECK;
 
 /* y (+)= mixer(norm(x)). Fills `saved`. */
 mil_status

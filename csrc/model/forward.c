@@ -300,7 +300,7 @@ logits_of(const mil_pass *pass, const mil_norm *norm, float *logits, int64_t log
         .fast = pass->fast,
         .float_output = true,
     };
-    MIL_TRY(mil_project(pass, norm, &product, 1, NULL));
+    MIL_TRY(mil_project(pass, norm, &product, 1, NULL, NULL));
     if (scale == 1.0f) {
         return MIL_OK;
     }

@@ -58,15 +58,16 @@ product(const mil_pass *pass, const mil_parameter *weight, const mil_parameter *
 
 mil_status
 mil_project(const mil_pass *pass, const mil_norm *norm, const mil_linear *products, int64_t count,
-            const mil_glu *gate)
+            const mil_glu *gate, const mil_conv1d *conv)
 {
     const mil_ops *ops = pass->context->ops;
     if (pass->lean && ops->project != NULL) {
-        return ops->project(pass->context, norm, products, count, gate);
+        return ops->project(pass->context, norm, products, count, gate, conv);
     }
     MIL_TRY(ops->norm_forward(pass->context, norm));
     MIL_TRY(ops->linear_forward(pass->context, products, count));
-    return gate == NULL ? MIL_OK : ops->glu_forward(pass->context, gate);
+    MIL_TRY(gate == NULL ? MIL_OK : ops->glu_forward(pass->context, gate));
+    return conv == NULL ? MIL_OK : ops->conv1d_forward(pass->context, conv);
 }
 
 /* The output product of a mixer or MLP: y (+)= x W^T + bias into the residual stream. */
@@ -303,7 +304,7 @@ attention_mixer_forward(mil_pass *pass, int64_t layer, mil_mixer_saved *saved)
         product(pass, l->p[MIL_P_K], l->p[MIL_P_K_BIAS], saved->u, hidden, saved->k_raw),
         product(pass, l->p[MIL_P_V], l->p[MIL_P_V_BIAS], saved->u, hidden, saved->v),
     };
-    MIL_TRY(mil_project(pass, &saved->norm, qkv, 3, NULL));
+    MIL_TRY(mil_project(pass, &saved->norm, qkv, 3, NULL, NULL));
     if (l->p[MIL_P_Q_NORM] != NULL) {
         mil_norm norm = head_norm(pass, l->p[MIL_P_Q_NORM], c->heads, c->head_dim, saved->q_raw, saved->q);
         MIL_TRY(context->ops->norm_forward(context, &norm));
@@ -488,9 +489,8 @@ mamba2_mixer_forward(mil_pass *pass, int64_t layer, mil_mixer_saved *saved)
 
     mil_linear in = product(pass, l->p[MIL_P_IN], l->p[MIL_P_IN_BIAS], saved->u, pass->model->config.hidden,
                             saved->projected);
-    MIL_TRY(mil_project(pass, &saved->norm, &in, 1, NULL));
     mil_conv1d conv = mamba2_conv(pass, l, saved, states);
-    MIL_TRY(context->ops->conv1d_forward(context, &conv));
+    MIL_TRY(mil_project(pass, &saved->norm, &in, 1, NULL, &conv));
     mil_ssd ssd = mamba2_ssd(pass, l, saved, states);
     MIL_TRY(context->ops->ssd_forward(context, &ssd));
     if (l->config.norm_group == 0) {
@@ -712,9 +712,10 @@ bcdt_norms(const mil_pass *pass, const mil_layer *l, const mil_mixer_saved *save
     }
 }
 
-/* Original Mamba: [x | z] from u; [dt | B | C] follow from x. */
+/* Original Mamba: [x | z] from u; [dt | B | C] follow from x, which is convolved. */
 static mil_status
-mamba1_project_from_x(mil_pass *pass, const mil_layer *l, mil_mixer_saved *saved)
+mamba1_project_from_x(mil_pass *pass, const mil_layer *l, mil_mixer_saved *saved,
+                      const mil_mixer_state *states)
 {
     mil_context *context = pass->context;
     const mil_layer_config *c = &l->config;
@@ -727,7 +728,8 @@ mamba1_project_from_x(mil_pass *pass, const mil_layer *l, mil_mixer_saved *saved
     }
     mil_linear in = product(pass, l->p[MIL_P_IN], l->p[MIL_P_IN_BIAS], saved->u, pass->model->config.hidden,
                             saved->projected);
-    return mil_project(pass, &saved->norm, &in, 1, NULL);
+    mil_conv1d conv = mamba1_conv(pass, l, saved, states);
+    return mil_project(pass, &saved->norm, &in, 1, NULL, &conv);
 }
 
 /* Hybrids: x, B, C, z and dt_low all from u. */
@@ -749,7 +751,7 @@ mamba1_project_from_u(mil_pass *pass, const mil_layer *l, mil_mixer_saved *saved
         product(pass, l->p[MIL_P_Z], NULL, saved->u, hidden, saved->z),
         product(pass, l->p[MIL_P_DT_DOWN], NULL, saved->u, hidden, saved->dt_low),
     };
-    return mil_project(pass, &saved->norm, products, 5, NULL);
+    return mil_project(pass, &saved->norm, products, 5, NULL, NULL);
 }
 
 static mil_status
@@ -764,14 +766,17 @@ mamba1_mixer_forward(mil_pass *pass, int64_t layer, mil_mixer_saved *saved)
     MIL_TRY(mil_act_push(context, rows, c->inner, &saved->features));
     mil_mixer_state *states;
     MIL_TRY(layer_mixer_states(pass, layer, &states));
-    MIL_TRY(c->x_proj ? mamba1_project_from_x(pass, l, saved) : mamba1_project_from_u(pass, l, saved));
+    MIL_TRY(c->x_proj ? mamba1_project_from_x(pass, l, saved, states)
+                      : mamba1_project_from_u(pass, l, saved));
     mamba1_view view = mamba1_saved_view(pass, c, saved);
     mil_scan_mixer mixer = {
-        .conv = mamba1_conv(pass, l, saved, states),
         .dt = product(pass, l->p[MIL_P_DT], NULL, view.dt_low, view.dt_low_stride, saved->dt),
         .scan = mamba1_scan(pass, l, saved, states),
     };
-    if (c->x_proj) {
+    if (!c->x_proj) { /* shared inputs are convolved for each channel that reads them */
+        mixer.conv = mamba1_conv(pass, l, saved, states);
+    }
+    else {
         mixer.x_proj = product(pass, l->p[MIL_P_X_PROJ], NULL, saved->conv, c->inner, saved->x_projected);
     }
     if (c->x_proj && c->bcdt_norm) {
@@ -992,7 +997,7 @@ mil_mlp_forward(mil_pass *pass, int64_t layer, const void *x, void *y, bool accu
         products[1] = product(pass, l->p[MIL_P_GATE], l->p[MIL_P_GATE_BIAS], saved->u, hidden, saved->gate);
     }
     mil_glu glu = mlp_glu(pass, c, saved);
-    MIL_TRY(mil_project(pass, &norm, products, c->gated ? 2 : 1, &glu));
+    MIL_TRY(mil_project(pass, &norm, products, c->gated ? 2 : 1, &glu, NULL));
     return output_product(pass, l->p[MIL_P_DOWN], l->p[MIL_P_DOWN_BIAS], saved->product, y, accumulate);
 }
 

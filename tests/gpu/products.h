@@ -50,7 +50,7 @@ products_test_project(harness *h, const char *name, const harness_array *x, cons
         g.gate = y[1].gpu;
         g.y = y[2].gpu;
         if (fused) {
-            harness_check(h, ops->project(&h->gpu, &n, pair, 2, gated ? &g : NULL));
+            harness_check(h, ops->project(&h->gpu, &n, pair, 2, gated ? &g : NULL, NULL));
             continue;
         }
         harness_check(h, ops->norm_forward(&h->gpu, &n));

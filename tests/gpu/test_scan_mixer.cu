@@ -154,71 +154,6 @@ make_case(harness *h, const scan_mixer_case *size, scan_mixer_parameters *p)
     return c;
 }
 
-/* Calls of at most 16 rows in all, some with rows taken back, and prompts in between. */
-static const mixer_call calls[] = {
-    {{1, 5, 10}, {0, 2, 0}}, {{4, 8, 3}, {0, 0, 3}}, {{20, 12, 16}, {0, 5, 15}},
-    {{9, 6, 1}, {4, 6, 0}},  {{16, 0, 0}, {}},       {{0, 16, 0}, {}},
-    {{0, 0, 16}, {0, 0, 1}}, {{5, 5, 5}, {0, 1, 2}}, {{1, 1, 1}, {}},
-    {{130, 16, 1}, {}},      {{3, 9, 0}, {1, 9, 0}}, {{2, 3, 11}, {}},
-    {{8, 7, 1}, {}},         {{1, 1, 14}, {}},       {{12, 2, 2}, {}},
-    {{1, 1, 1}, {}},         {{9, 3, 4}, {}},        {{1, 1, 1}, {}},
-    {{5, 5, 5}, {}},         {{1, 15, 0}, {}},
-};
-
-static void
-test_parity(harness *h, const mixer_case *c)
-{
-    static const int64_t streams[] = {1, 2, 3};
-    if (harness_turn(h)) {
-        mixer_session(h, c, 3, streams, calls, sizeof calls / sizeof *calls, false, true, NULL);
-        harness_reset(h);
-    }
-}
-
-enum { TOKENS = 75 };
-
-static void
-test_bits(harness *h, const mixer_case *c, scan_mixer_parameters *p)
-{
-    if (!harness_turn(h)) {
-        return;
-    }
-    static const int64_t first[] = {7}, batch[] = {4, 7, 5};
-    static const mixer_call one = {{1}, {}};
-    static const mixer_call windows[] = {
-        {{5}, {3}},  {{16}, {0}}, {{4}, {0}},  {{16}, {14}}, {{16}, {6}},
-        {{16}, {0}}, {{2}, {0}},  {{16}, {0}}, {{15}, {}},
-    }; /* keeps 2, 18, 22, 24, 34, 50, 52, 68, 83 tokens */
-    static const mixer_call batched[] = {
-        {{1, 4, 8}, {}}, {{3, 12, 1}, {}}, {{2, 9, 5}, {0, 0, 5}}, {{1, 14, 1}, {}}, {{1, 4, 1}, {}},
-        {{6, 9, 1}, {}}, {{3, 3, 3}, {}},  {{1, 9, 1}, {}},        {{2, 13, 1}, {}},
-    }; /* the second: 77 tokens */
-    mixer_call single[TOKENS];
-    for (int i = 0; i < TOKENS; i++) {
-        single[i] = one;
-    }
-    float *y[4];
-    for (int i = 0; i < 4; i++) {
-        y[i] = (float *)malloc(4 * TOKENS * (size_t)c->y_width * sizeof(float));
-    }
-    mixer_session(h, c, 1, first, single, TOKENS, false, false, y);
-    mixer_session(h, c, 1, first, windows, sizeof windows / sizeof *windows, false, false, y + 1);
-    mixer_same_rows(h, c, "in windows", y[1], y[0], TOKENS);
-    mixer_session(h, c, 3, batch, batched, sizeof batched / sizeof *batched, false, false, y + 1);
-    mixer_same_rows(h, c, "second of a batch", y[2], y[0], TOKENS);
-    if (!p->size.x_proj) {
-        p->apart = true;
-        mixer_session(h, c, 1, first, single, TOKENS, false, false, y + 1);
-        mixer_same_rows(h, c, "operator by operator", y[1], y[0], TOKENS);
-        mixer_session(h, c, 1, first, windows, sizeof windows / sizeof *windows, false, false, y + 1);
-        mixer_same_rows(h, c, "operator by operator, in windows", y[1], y[0], TOKENS);
-    }
-    for (int i = 0; i < 4; i++) {
-        free(y[i]);
-    }
-    harness_reset(h);
-}
-
 int
 main(void)
 {
@@ -248,9 +183,10 @@ main(void)
         for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
             scan_mixer_parameters p;
             mixer_case c = make_case(&h, &cases[i], &p);
-            test_parity(&h, &c);
+            mixer_test_thin_parity(&h, &c);
             c = make_case(&h, &cases[i], &p);
-            test_bits(&h, &c, &p);
+            mixer_test_thin_bits(&h, &c,
+                                 p.size.x_proj ? NULL : &p.apart); /* W_x is summed in its own order */
         }
         harness_close(&h);
     }
