@@ -865,6 +865,7 @@ multiply_dt(const mixer_arguments &m, const mixer_place &p, const mixer_memory &
             }
         }
     }
+    __syncwarp(); /* other lanes' weights have been there */
     float *const to = s.chains + p.warp * chunk_floats(GROUPS) + 2 * t * CHAIN_PITCH + g;
 #pragma unroll
     for (int group = 0; group < GROUPS; group++) {
