@@ -36,6 +36,7 @@
 #define FEWEST_BYTES (6 << 20) /* of the weights of a launch */
 #define SHORTEST_ROW 1536      /* bytes */
 #define MOST_STAGES 8
+#define FEWEST_STAGES 2 /* what very many channels' taps and tails leave may be less */
 #define ROWS_OF_GROUP 8 /* of x, which the tensor cores' instruction takes at a time */
 #define ROW_GAP 64      /* bytes between rows of a stage */
 
@@ -578,7 +579,7 @@ mil_thin_stream(mil_context *context, mil_dtype weights, const thin_arguments &t
     s.more = total % multiprocessors;
     x_source x;
     const size_t shared = plan_memory(&s, gated, normed, (size_t)most_shared - 1024, &x);
-    if (normed && x != X_NORMED) {
+    if ((normed && x != X_NORMED) || s.stages < FEWEST_STAGES) {
         return MIL_OK;
     }
     *done = true;
