@@ -678,8 +678,8 @@ struct mil_ops {
      *   project       norm_forward, linear_forward of products whose x is its y, and, where they are given, glu_forward of the
      *                 first two products' outputs (gate) and conv1d_forward of columns of one of them (conv)
      *   rope_append   rope of q and of k, kv_append of that k
-     *   scan_mixer    conv1d_forward, where there is any, linear_forward of x_proj (which may be summed in an order of its own), norm_forward of
-     *                 the norms, linear_forward of dt, scan_forward */
+     *   scan_mixer    conv1d_forward, where there is any, linear_forward of x_proj (which may be summed in an order of its
+     *                 own), norm_forward of the norms, linear_forward of dt, scan_forward */
     mil_status (*project)(mil_context *context, const mil_norm *norm, const mil_linear *products,
                           int64_t count, const mil_glu *gate, const mil_conv1d *conv);
     mil_status (*rope_append)(mil_context *context, const mil_rope *q, const mil_rope *k,

@@ -42,15 +42,23 @@
 
 enum x_source { X_IN_PLACE, X_COPIED, X_NORMED };
 
+/* What leaves a product: its outputs, the gated activation of two, or some outputs convolved. */
+enum way_out { AS_IT_COMES, GATED_PAIR, CONVOLVED };
+
 /* Elements between rows of x in shared memory, so that what goes with a load of W of each row does not share banks. */
 template <typename W>
 constexpr int X_PAD = sizeof(W) == 1 ? 8 : 32;
 
-/* Tiles that are multiplied with the same loads of x. */
-template <x_source X, bool FEW>
-constexpr int TOGETHER = X != X_IN_PLACE ? 1
-                         : FEW           ? 2
-                                         : 3;
+/* Tiles that are multiplied with the same loads of x, as many as registers are there for. */
+template <x_source X, way_out OUT, int GROUPS>
+constexpr int
+tiles_together()
+{
+    if (X != X_IN_PLACE) {
+        return 1;
+    }
+    return OUT == GATED_PAIR || (OUT == CONVOLVED && GROUPS > 1) ? 2 : 3;
+}
 
 struct stream_arguments {
     thin_arguments thin; /* first_tile: the first output of a product, when all stand one behind another */
@@ -265,15 +273,12 @@ consume(const uint8_t *weights, int row_bytes, int units, int most, const x_segm
     }
 }
 
-/* What leaves a product: its outputs, the gated activation of two, or some outputs convolved. */
-enum way_out { AS_IT_COMES, GATED_PAIR, CONVOLVED };
-
 /* The other warps: TILES tiles at a time, of one matrix or of both of a gated pair. */
 template <typename T, typename W, x_source X, way_out OUT, int GROUPS>
 struct multiplier {
     static constexpr bool GATED = OUT == GATED_PAIR;
-    static constexpr int MATRICES = GATED ? 2 : 1, TILES = TOGETHER < X,
-                         GATED || (OUT == CONVOLVED && GROUPS > 1) >, SETS = TILES * MATRICES;
+    static constexpr int MATRICES = GATED ? 2 : 1, TILES = tiles_together<X, OUT, GROUPS>();
+    static constexpr int SETS = TILES * MATRICES;
     static constexpr int INPUTS = UNIT / (int)sizeof(W);            /* of a unit */
     static constexpr bool AHEAD = X == X_IN_PLACE && sizeof(W) > 1; /* codes leave no registers for that */
 
@@ -489,15 +494,14 @@ static size_t
 plan_memory(stream_arguments *s, bool gated, bool normed, size_t most, x_source *x)
 {
     const thin_arguments &a = s->thin;
-    size_t sums = 2 * (gated ? 2 : 1) * WARPS * TILE * (size_t)sums_pitch(a.rows) * sizeof(float);
     const size_t rows = sizeof(uint16_t) * (size_t)a.rows * (size_t)(a.in + X_PAD<uint16_t>);
-    const size_t conv =
-        a.conv.channels > 0 ? sizeof(float) * (size_t)conv_floats(s->each + 1, a.conv.rows.sequences) : 0;
-    sums += conv;
-    s->stages = stages_beside(*s, sums, most);
-    const bool room = a.rows <= ROWS_OF_GROUP && stages_beside(*s, sums + rows, most) == s->stages;
+    const int sums = 2 * (gated ? 2 : 1) * WARPS * TILE * sums_pitch(a.rows);
+    const int conv = a.conv.channels > 0 ? conv_floats(s->each + 1, a.conv.rows.sequences) : 0;
+    const size_t always = (size_t)(sums + conv) * sizeof(float);
+    s->stages = stages_beside(*s, always, most);
+    const bool room = a.rows <= ROWS_OF_GROUP && stages_beside(*s, always + rows, most) == s->stages;
     *x = !room ? X_IN_PLACE : normed ? X_NORMED : X_COPIED;
-    return (size_t)s->stages * stage_bytes(*s) + sums + (room ? rows : 0);
+    return (size_t)s->stages * stage_bytes(*s) + always + (room ? rows : 0);
 }
 
 /* Whether rows of x can be normed on the way, if there is room for them. */

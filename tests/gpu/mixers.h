@@ -28,6 +28,13 @@ typedef struct mixer_case {
                 void *y, const mil_mixer_state *states);
 } mixer_case;
 
+/* An array where an operator of that device finds it. */
+static inline const void *
+mixer_side(const harness_array *a, bool gpu)
+{
+    return gpu ? a->gpu : a->cpu;
+}
+
 /* In [-1, 1). */
 static inline float
 mixer_value(int64_t stream, int64_t token, int64_t column)
@@ -60,11 +67,11 @@ static inline mil_mixer_state
 mixer_state_of(const mixer_states *s, bool gpu)
 {
     mil_mixer_state state = {};
-    state.state = gpu ? (float *)s->state.gpu : s->state.cpu;
-    state.conv = gpu ? (float *)s->conv.gpu : s->conv.cpu;
-    state.x = gpu ? (float *)s->x.gpu : s->x.cpu;
-    state.B = gpu ? (float *)s->B.gpu : s->B.cpu;
-    state.dt = gpu ? (float *)s->dt.gpu : s->dt.cpu;
+    state.state = (float *)mixer_side(&s->state, gpu);
+    state.conv = (float *)mixer_side(&s->conv, gpu);
+    state.x = (float *)mixer_side(&s->x, gpu);
+    state.B = (float *)mixer_side(&s->B, gpu);
+    state.dt = (float *)mixer_side(&s->dt, gpu);
     return state;
 }
 

@@ -24,8 +24,8 @@ run(harness *h, const mixer_case *c, bool gpu, const mil_rows *rows, const void 
     a.repeat_group = p->size.repeat_group;
     a.x = inputs;
     a.x_stride = c->width;
-    a.weight = gpu ? (const float *)p->weight.gpu : p->weight.cpu;
-    a.bias = !p->size.bias ? NULL : gpu ? (const float *)p->bias.gpu : p->bias.cpu;
+    a.weight = (const float *)mixer_side(&p->weight, gpu);
+    a.bias = !p->size.bias ? NULL : (const float *)mixer_side(&p->bias, gpu);
     a.silu = p->size.silu;
     a.y = y;
     a.y_stride = c->y_width;

@@ -34,9 +34,9 @@ run(harness *h, const mixer_case *c, bool gpu, const mil_rows *rows, const void 
     a.C = mixer_at(h, gpu, inputs, at[3]);
     a.z = s->gate ? mixer_at(h, gpu, inputs, at[4]) : NULL;
     a.x_stride = a.dt_stride = a.B_stride = a.C_stride = a.z_stride = c->width;
-    a.dt_bias = gpu ? (const float *)p->dt_bias.gpu : p->dt_bias.cpu;
-    a.A_log = gpu ? (const float *)p->A_log.gpu : p->A_log.cpu;
-    a.D = gpu ? (const float *)p->D.gpu : p->D.cpu;
+    a.dt_bias = (const float *)mixer_side(&p->dt_bias, gpu);
+    a.A_log = (const float *)mixer_side(&p->A_log, gpu);
+    a.D = (const float *)mixer_side(&p->D, gpu);
     a.dt_bias_scale = 2;
     a.dt_min = 0;
     a.dt_max = 1e4f;

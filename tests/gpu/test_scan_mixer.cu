@@ -14,12 +14,6 @@ typedef struct scan_mixer_parameters {
     harness_array dt_bias, A_log, D, conv, conv_bias, W_x, W_dt, norm[3];
 } scan_mixer_parameters;
 
-static const void *
-of(const harness_array *a, bool gpu)
-{
-    return gpu ? a->gpu : a->cpu;
-}
-
 static mil_linear
 product(const harness *h, bool gpu, int64_t rows, const void *x, int64_t x_stride,
         const harness_array *weight, int64_t in, int64_t out, void *y)
@@ -30,7 +24,7 @@ product(const harness *h, bool gpu, int64_t rows, const void *x, int64_t x_strid
     p.out = out;
     p.x = x;
     p.x_stride = x_stride;
-    p.weight = of(weight, gpu);
+    p.weight = mixer_side(weight, gpu);
     p.dtype = gpu ? h->act : MIL_F32;
     p.y = y;
     p.y_stride = out;
@@ -68,8 +62,8 @@ run(harness *h, const mixer_case *c, bool gpu, const mil_rows *rows, const void 
     m.conv.repeat_group = s->repeat == 1 ? 1 : s->state_dim;
     m.conv.x = inputs;
     m.conv.x_stride = c->width;
-    m.conv.weight = (const float *)of(&p->conv, gpu);
-    m.conv.bias = s->conv_bias ? (const float *)of(&p->conv_bias, gpu) : NULL;
+    m.conv.weight = (const float *)mixer_side(&p->conv, gpu);
+    m.conv.bias = s->conv_bias ? (const float *)mixer_side(&p->conv_bias, gpu) : NULL;
     m.conv.silu = true;
     m.conv.y = x;
     m.conv.y_stride = s->inner;
@@ -83,7 +77,7 @@ run(harness *h, const mixer_case *c, bool gpu, const mil_rows *rows, const void 
         m.norms[i].rows = n;
         m.norms[i].width = m.norms[i].group = at[i + 1] - at[i];
         m.norms[i].x = mixer_at(h, gpu, projected, at[i]);
-        m.norms[i].weight = i == 1 ? NULL : (const float *)of(&p->norm[i], gpu);
+        m.norms[i].weight = i == 1 ? NULL : (const float *)mixer_side(&p->norm[i], gpu);
         m.norms[i].eps = 1e-5f;
         m.norms[i].y = (void *)mixer_at(h, gpu, normed, at[i]);
         m.norms[i].x_stride = m.norms[i].y_stride = width;
@@ -104,9 +98,9 @@ run(harness *h, const mixer_case *c, bool gpu, const mil_rows *rows, const void 
     m.scan.B_stride = m.scan.C_stride = stride;
     m.scan.z = s->gate ? z : NULL;
     m.scan.z_stride = c->width;
-    m.scan.dt_bias = (const float *)of(&p->dt_bias, gpu);
-    m.scan.A_log = (const float *)of(&p->A_log, gpu);
-    m.scan.D = (const float *)of(&p->D, gpu);
+    m.scan.dt_bias = (const float *)mixer_side(&p->dt_bias, gpu);
+    m.scan.A_log = (const float *)mixer_side(&p->A_log, gpu);
+    m.scan.D = (const float *)mixer_side(&p->D, gpu);
     m.scan.dt_bias_scale = 2;
     m.scan.dt_max = 1e4f;
     m.scan.y = y;

@@ -19,9 +19,9 @@ run(harness *h, const mixer_case *c, bool gpu, const mil_rows *rows, const void 
     const ssd_parameters *p = (const ssd_parameters *)c->arguments;
     mil_ssd a = ssd_of(&p->sizes, inputs, c->width, (int64_t)mil_dtype_size(gpu ? h->act : MIL_F32));
     a.rows = *rows;
-    a.dt_bias = gpu ? (const float *)p->dt_bias.gpu : p->dt_bias.cpu;
-    a.A_log = gpu ? (const float *)p->A_log.gpu : p->A_log.cpu;
-    a.D = gpu ? (const float *)p->D.gpu : p->D.cpu;
+    a.dt_bias = (const float *)mixer_side(&p->dt_bias, gpu);
+    a.A_log = (const float *)mixer_side(&p->A_log, gpu);
+    a.D = (const float *)mixer_side(&p->D, gpu);
     a.dt_min = 0.001f;
     a.y = y;
     a.states = states;

@@ -15,12 +15,6 @@ typedef struct thin_conv_parameters {
     harness_array norm, W, W_besides, b, conv, conv_bias;
 } thin_conv_parameters;
 
-static const void *
-of(const harness_array *a, bool gpu)
-{
-    return gpu ? a->gpu : a->cpu;
-}
-
 /* A row of y is [the product, of which what was convolved is 0 | the other product | the convolution]. */
 static void
 run(harness *h, const mixer_case *c, bool gpu, const mil_rows *rows, const void *inputs, void *y,
@@ -36,7 +30,7 @@ run(harness *h, const mixer_case *c, bool gpu, const mil_rows *rows, const void 
     n.rows = rows->rows;
     n.width = n.group = n.x_stride = n.y_stride = s->in;
     n.x = inputs;
-    n.weight = (const float *)of(&p->norm, gpu);
+    n.weight = (const float *)mixer_side(&p->norm, gpu);
     n.eps = 1e-5f;
     harness_need(mil_arena_push(context->scratch, (size_t)(rows->rows * s->in), size, &n.y));
     mil_linear products[2];
@@ -45,10 +39,10 @@ run(harness *h, const mixer_case *c, bool gpu, const mil_rows *rows, const void 
             products_linear(rows->rows, s->in, i == 0 ? s->out : s->besides, gpu ? h->act : MIL_F32);
         products[i].x = n.y;
         products[i].y_stride = c->y_width;
-        products[i].weight = of(i == 0 ? &p->W : &p->W_besides, gpu);
+        products[i].weight = mixer_side(i == 0 ? &p->W : &p->W_besides, gpu);
         products[i].y = (void *)mixer_at(h, gpu, y, i == 0 ? 0 : s->out);
     }
-    products[0].bias = s->bias ? (const float *)of(&p->b, gpu) : NULL;
+    products[0].bias = s->bias ? (const float *)mixer_side(&p->b, gpu) : NULL;
     const int64_t count = s->besides > 0 ? 2 : 1;
     mil_conv1d conv = {};
     conv.rows = *rows;
@@ -57,8 +51,8 @@ run(harness *h, const mixer_case *c, bool gpu, const mil_rows *rows, const void 
     conv.repeat = conv.repeat_group = 1;
     conv.x = mixer_at(h, gpu, y, s->first);
     conv.x_stride = conv.y_stride = c->y_width;
-    conv.weight = (const float *)of(&p->conv, gpu);
-    conv.bias = s->bias ? (const float *)of(&p->conv_bias, gpu) : NULL;
+    conv.weight = (const float *)mixer_side(&p->conv, gpu);
+    conv.bias = s->bias ? (const float *)mixer_side(&p->conv_bias, gpu) : NULL;
     conv.silu = s->silu;
     conv.y = (void *)mixer_at(h, gpu, y, s->out + s->besides);
     conv.states = states;
