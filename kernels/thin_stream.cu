@@ -10,7 +10,7 @@
  *             long, past the ends of tiles.  Such copies take nothing of the multiprocessor's load units, so that what has
  *             come while x was not there yet is multiplied several times as fast as memory could bring it.  It asks for
  *             some 64 KB at a time, which is enough for memory's full rate: with all of the ring under way on every
- *             multiprocessor each access of anybody waits behind 20 MB, and a step takes 3 to 6 % longer
+ *             multiprocessor each access of anybody waits behind 20 MB, and a step takes 2 to 6 % longer
  *   8 warps   share a row's inputs by chunks of 64 bytes: chunk 8 j + w is warp w's
  *
  *   stage     row 0: | segment of the row | 64 bytes free, so that rows do not share banks |
