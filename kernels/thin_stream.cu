@@ -9,8 +9,8 @@
  *   a warp    copies a tile's rows, some KB of each at a time, into a ring by bulk copies, as far ahead as the ring is
  *             long, past the ends of tiles.  Such copies take nothing of the multiprocessor's load units, so that what has
  *             come while x was not there yet is multiplied several times as fast as memory could bring it.  It asks for
- *             some 64 KB at a time, which is enough for memory's full rate: with all of the ring under way on every
- *             multiprocessor each access of anybody waits behind 20 MB, and a step takes 2 to 6 % longer
+ *             some 64 KB at a time, which is enough for memory's full rate: with all of the ring under way, 20 MB on
+ *             all multiprocessors that any other access may have to wait behind, a step takes 2 to 6 % longer
  *   8 warps   share a row's inputs by chunks of 64 bytes: chunk 8 j + w is warp w's
  *
  *   stage     row 0: | segment of the row | 64 bytes free, so that rows do not share banks |
@@ -175,10 +175,10 @@ struct ring {
     }
 };
 
-/* Whether all tiles and matrices that are taken together pass segment by segment, with one load of x for all of them.  Where x
- * costs nothing to load again one follows the other, so that what is under way is of one matrix. */
-template <x_source X>
-constexpr bool BY_SEGMENTS = X == X_IN_PLACE;
+/* Passes over the segments in which SETS tiles and matrices go through the ring: together, where they share a load of x; where x
+ * costs nothing to load again one after the other, so that what is under way is of one matrix. */
+template <x_source X, int SETS>
+constexpr int PASSES = X == X_IN_PLACE ? 1 : SETS;
 
 /* Warp 8: lane l copies row l of each tile's segments, of TILES tiles together, and never asks for more than `under_way`
  * stages that have not come. */
@@ -221,13 +221,12 @@ produce(const stream_arguments &s, const share &mine, ring r, int lane)
                 from[i] = weight + (int64_t)(output - o.first_tile) * row_bytes;
             }
         }
-        constexpr int PASSES = BY_SEGMENTS<X> ? 1 : SETS;
 #pragma unroll
-        for (int pass = 0; pass < PASSES; pass++) {
+        for (int pass = 0; pass < PASSES<X, SETS>; pass++) {
 #pragma unroll 1
             for (int at = 0; at < row_bytes; at += segment) {
 #pragma unroll
-                for (int i = pass; i < SETS && first + i / MATRICES < mine.tiles; i += PASSES) {
+                for (int i = pass; i < SETS && first + i / MATRICES < mine.tiles; i += PASSES<X, SETS>) {
                     copy(from[i], at, mine.in_tile(first + i / MATRICES));
                 }
             }
@@ -354,10 +353,9 @@ struct multiplier {
     /* Tile `first` and those that go with it; c: [tile][matrix]. */
     __device__ __forceinline__ void multiply(int first, float (&c)[SETS][CHAINS<W>][GROUPS][4])
     {
-        constexpr int PASSES = BY_SEGMENTS<X> ? 1 : SETS;
         const int step = s.units * INPUTS, weight = (int)threadIdx.x / MIL_WARP * 64 + lane() % 4 * 16;
 #pragma unroll
-        for (int pass = 0; pass < PASSES && has(first + pass / MATRICES); pass++) {
+        for (int pass = 0; pass < PASSES<X, SETS> && has(first + pass / MATRICES); pass++) {
 #pragma unroll 1
             for (int segment = 0; segment < s.thin.in; segment += step) {
                 x_segment<T, W, GROUPS> inputs;
@@ -373,7 +371,7 @@ struct multiplier {
                 }
                 const int units = units_of(segment);
 #pragma unroll
-                for (int i = pass; i < SETS && has(first + i / MATRICES); i += PASSES) {
+                for (int i = pass; i < SETS && has(first + i / MATRICES); i += PASSES<X, SETS>) {
                     phase_wait(&r.full[r.stage], r.parity);
                     consume<T, W, GROUPS>(r.row(lane() / 4) + weight, r.row_bytes, units, s.units, inputs,
                                           c[i]);
