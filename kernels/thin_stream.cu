@@ -10,7 +10,9 @@
  *             long, past the ends of tiles.  Such copies take nothing of the multiprocessor's load units, so that what has
  *             come while x was not there yet is multiplied several times as fast as memory could bring it.  It asks for
  *             some 64 KB at a time, which is enough for memory's full rate: with all of the ring under way, 20 MB on
- *             all multiprocessors that any other access may have to wait behind, a step takes 2 to 6 % longer
+ *             all multiprocessors that any other access may have to wait behind, a step takes 2 to 6 % longer.  It sets
+ *             the ring up itself and begins before the others have met: from the last byte of one launch to the first
+ *             request of the next, memory has nothing to do
  *   8 warps   share a row's inputs by chunks of 64 bytes: chunk 8 j + w is warp w's
  *
  *   stage     row 0: | segment of the row | 64 bytes free, so that rows do not share banks |
@@ -29,6 +31,8 @@
 #include "phase.cuh"
 #include "thin_conv.cuh"
 #include "thin_norm.cuh"
+
+#include <limits.h>
 
 #define BLOCK (THREADS + MIL_WARP)
 #define UNIT (WARPS * 64) /* bytes of a row in a chunk of every warp */
@@ -63,11 +67,26 @@ tiles_together()
     return OUT == GATED_PAIR || (OUT == CONVOLVED && GROUPS > 1) ? 2 : 3;
 }
 
+/* How a share is cut into tiles: how many, and how many outputs each of them has but the last one. */
+struct share_cut {
+    int tiles, size;
+};
+
+/* A matrix, and the first output that is its own when those of all products stand one behind another. */
+struct stream_matrix {
+    const void *weight;
+    int first;
+};
+
+/* What the copying warp needs stands first and is ready for use: a kernel's constants come line by line, and memory waits. */
 struct stream_arguments {
+    int each, more;    /* outputs (or pairs of up and gate) of a block; blocks that have one more */
+    share_cut cuts[2]; /* of blocks that have one more, and of the others */
+    int units, stages; /* of a segment; of the ring */
+    int under_way;     /* stages on their way from memory, at most */
+    int row_bytes;     /* of the weights */
+    stream_matrix matrices[MIL_THIN_PRODUCTS]; /* beyond the last one: with a first output that nobody has */
     thin_arguments thin; /* first_tile: the first output of a product, when all stand one behind another */
-    int each, more;      /* outputs (or pairs of up and gate) of a block; blocks that have one more */
-    int units, stages;   /* of a segment; of the ring */
-    int under_way;       /* stages on their way from memory, at most */
 };
 
 /* ---- rows of x ------------------------------------------------------------------------------------------------------ */
@@ -140,13 +159,14 @@ copy_rows(const thin_arguments &a, T *rows)
 struct share {
     int first, count, tiles, size;
 
-    __device__ __forceinline__ share(const stream_arguments &s)
+    explicit __device__ __forceinline__ share(const stream_arguments &s)
     {
-        const int block = (int)blockIdx.x;
+        const int block = (int)blockIdx.x, more = block < s.more ? 1 : 0;
+        const share_cut cut = s.cuts[1 - more];
         first = block * s.each + min(block, s.more);
-        count = s.each + (block < s.more ? 1 : 0);
-        tiles = (count + TILE - 1) / TILE;
-        size = (count + tiles - 1) / tiles;
+        count = s.each + more;
+        tiles = cut.tiles;
+        size = cut.size;
     }
 
     /* Of a tile beyond the last one, at most 0. */
@@ -175,6 +195,31 @@ struct ring {
     }
 };
 
+/* The copying warp has set the ring's barriers up: it goes on, the other warps wait for that. */
+static __device__ __forceinline__ void
+announce_ring()
+{
+    asm volatile("bar.arrive 2, %0;" ::"n"(BLOCK) : "memory");
+}
+
+static __device__ __forceinline__ void
+await_ring()
+{
+    asm volatile("bar.sync 2, %0;" ::"n"(BLOCK) : "memory");
+}
+
+/* The matrix that has an output: none of the comparisons waits for another one's constants. */
+static __device__ __forceinline__ stream_matrix
+matrix_of(const stream_arguments &s, int output)
+{
+    int i = 0;
+#pragma unroll
+    for (int j = 1; j < MIL_THIN_PRODUCTS; j++) {
+        i += output >= s.matrices[j].first ? 1 : 0;
+    }
+    return s.matrices[i];
+}
+
 /* Passes over the segments in which SETS tiles and matrices go through the ring: together, where they share a load of x; where x
  * costs nothing to load again one after the other, so that what is under way is of one matrix. */
 template <x_source X, int SETS>
@@ -187,8 +232,7 @@ static __device__ __forceinline__ void
 produce(const stream_arguments &s, const share &mine, ring r, int lane)
 {
     constexpr int SETS = TILES * MATRICES;
-    const thin_arguments &a = s.thin;
-    const int row_bytes = a.in * (int)sizeof(W), segment = s.units * UNIT;
+    const int row_bytes = s.row_bytes, segment = s.units * UNIT;
     ring late = r; /* the oldest stage under way */
     int under_way = 0;
     auto copy = [&](const char *from, int at, int rows) {
@@ -216,9 +260,8 @@ produce(const stream_arguments &s, const share &mine, ring r, int lane)
         for (int i = 0; i < SETS; i++) {
             const int tile = first + i / MATRICES, output = mine.first + tile * mine.size + lane;
             if (lane < mine.in_tile(tile)) {
-                const thin_output &o = MATRICES == 2 ? a.outputs[0] : output_of(a, output);
-                const char *weight = (const char *)(i % MATRICES == 0 ? o.weight : a.outputs[1].weight);
-                from[i] = weight + (int64_t)(output - o.first_tile) * row_bytes;
+                const stream_matrix m = MATRICES == 2 ? s.matrices[i % MATRICES] : matrix_of(s, output);
+                from[i] = (const char *)m.weight + (int64_t)(output - m.first) * row_bytes;
             }
         }
 #pragma unroll
@@ -276,23 +319,32 @@ struct x_segment {
     }
 };
 
-/* The same chunks of a stage, of which a segment may have `most`; weights beyond the row's end are what was there before. */
+/* The same chunks of a stage. */
+struct w_segment {
+    uint4 low[MOST_UNITS], high[MOST_UNITS]; /* of rows g and g + 8 */
+
+    /* What the stage has beyond the row's end is not read. */
+    __device__ __forceinline__ void load(const uint8_t *weights, int row_bytes, int units)
+    {
+        const uint4 zero = make_uint4(0, 0, 0, 0);
+#pragma unroll
+        for (int u = 0; u < MOST_UNITS; u++) {
+            low[u] = u < units ? *(const uint4 *)(weights + u * UNIT) : zero;
+            high[u] = u < units ? *(const uint4 *)(weights + 8 * row_bytes + u * UNIT) : zero;
+        }
+    }
+};
+
+/* `most`: units that a segment may have. */
 template <typename T, typename W, int GROUPS>
 static __device__ __forceinline__ void
-consume(const uint8_t *weights, int row_bytes, int units, int most, const x_segment<T, W, GROUPS> &x,
-        float (&c)[CHAINS<W>][GROUPS][4])
+multiply_segment(const w_segment &w, int most, const x_segment<T, W, GROUPS> &x,
+                 float (&c)[CHAINS<W>][GROUPS][4])
 {
-    const uint4 zero = make_uint4(0, 0, 0, 0);
-    uint4 low[MOST_UNITS], high[MOST_UNITS];
-#pragma unroll
-    for (int u = 0; u < MOST_UNITS; u++) {
-        low[u] = u < units ? *(const uint4 *)(weights + u * UNIT) : zero;
-        high[u] = u < units ? *(const uint4 *)(weights + 8 * row_bytes + u * UNIT) : zero;
-    }
 #pragma unroll
     for (int u = 0; u < MOST_UNITS; u++) {
         if (u < most) {
-            multiply_load<T, W, GROUPS>(c, low[u], high[u], x.at[u]);
+            multiply_load<T, W, GROUPS>(c, w.low[u], w.high[u], x.at[u]);
         }
     }
 }
@@ -373,13 +425,14 @@ struct multiplier {
 #pragma unroll
                 for (int i = pass; i < SETS && has(first + i / MATRICES); i += PASSES<X, SETS>) {
                     phase_wait(&r.full[r.stage], r.parity);
-                    consume<T, W, GROUPS>(r.row(lane() / 4) + weight, r.row_bytes, units, s.units, inputs,
-                                          c[i]);
+                    w_segment weights;
+                    weights.load(r.row(lane() / 4) + weight, r.row_bytes, units);
                     __syncwarp();
                     if (lane() == 0) {
                         phase_arrive(&r.empty[r.stage]);
                     }
                     r.next();
+                    multiply_segment<T, W, GROUPS>(weights, s.units, inputs, c[i]);
                 }
             }
         }
@@ -439,19 +492,25 @@ __launch_bounds__(BLOCK, 1) stream_kernel(const __grid_constant__ stream_argumen
     extern __shared__ __align__(128)
         uint8_t memory[]; /* the ring, partial sums, rows of x, inputs and taps */
     const thin_arguments &a = s.thin;
-    if (threadIdx.x < (unsigned)s.stages) {
-        phase_init(&full[threadIdx.x], 1);
-        phase_init(&empty[threadIdx.x], WARPS);
-    }
-    phase_publish(); /* copies see the barriers */
-    const share mine(s);
-    __syncthreads();
-    mil_trigger();
     const ring r = {full, empty, memory, s.stages, s.units * UNIT + ROW_GAP, 0, 0};
     if (threadIdx.x >= THREADS) { /* weights need not wait: nobody writes them */
-        produce<W, X, multiplier_type::TILES, MATRICES>(s, mine, r, (int)threadIdx.x % MIL_WARP);
+        const int lane = (int)threadIdx.x % MIL_WARP;
+        if (lane == 0) {
+#pragma unroll
+            for (int i = 0; i < MOST_STAGES; i++) {
+                phase_init(&full[i], 1);
+                phase_init(&empty[i], WARPS);
+            }
+            phase_publish(); /* copies see the barriers */
+        }
+        __syncwarp();
+        announce_ring();
+        produce<W, X, multiplier_type::TILES, MATRICES>(s, share(s), r, lane);
         return;
     }
+    const share mine(s);
+    mil_trigger();
+    await_ring();
     float *const partials = (float *)(memory + s.stages * TILE * r.row_bytes);
     T *const rows = (T *)(partials + 2 * MATRICES * WARPS * TILE * sums_pitch(a.rows));
     conv_share conv;
@@ -499,6 +558,13 @@ units_of_segment(int64_t units)
         }
     }
     return best;
+}
+
+static share_cut
+cut_into_tiles(int count)
+{
+    const int tiles = (int)mil_ceil_div(count, TILE);
+    return {tiles, (int)mil_ceil_div(count, tiles)};
 }
 
 static size_t
@@ -609,8 +675,16 @@ mil_thin_stream(mil_context *context, mil_dtype weights, const thin_arguments &t
         return MIL_OK;
     }
     s.units = units_of_segment(mil_ceil_div(row_bytes, UNIT));
+    s.row_bytes = (int)row_bytes;
+    for (int i = 0; i < MIL_THIN_PRODUCTS; i++) {
+        const bool there = i < (gated ? 2 : thin.count);
+        s.matrices[i].weight = there ? thin.outputs[i].weight : NULL;
+        s.matrices[i].first = !there ? INT_MAX : gated ? 0 : s.thin.outputs[i].first_tile;
+    }
     s.each = total / multiprocessors;
     s.more = total % multiprocessors;
+    s.cuts[0] = cut_into_tiles(s.each + 1);
+    s.cuts[1] = cut_into_tiles(s.each);
     x_source x;
     const size_t shared = plan_memory(&s, gated, normed, (size_t)most_shared - 1024, &x);
     if ((normed && x != X_NORMED) || s.stages < FEWEST_STAGES) {
