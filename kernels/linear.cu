@@ -6,7 +6,8 @@
  * module needs it, only its header.
  *
  * Row-major y = x W^T is column-major y^T = W x^T: A = W transposed [in, out], B = x^T [in, rows], both with `in`
- * along the columns.  Heuristic choices are remembered by shape, since asking costs more than a small product.
+ * along the columns.  Heuristic choices are remembered by shape, since asking costs more than a small product.  Two products
+ * of one x and one shape that would each leave multiprocessors idle, such as those of keys and values, are one call.
  */
 #include "batch_product.cuh"
 #include "quantized.cuh"
@@ -19,7 +20,9 @@
 #include <string.h>
 
 #define WORKSPACE ((size_t)32 << 20)
-#define WORKSPACE_ALIGNMENT 256 /* cuBLASLt refuses less */
+#define WORKSPACE_ALIGNMENT 256                /* cuBLASLt refuses less */
+#define ALIGNMENT 16                           /* bytes from array to array of a call */
+#define MOST_OF_PAIR ((int64_t)128 * 128 * 64) /* outputs of a product that is called with another one */
 #define MOST_PLANS 512
 #define MOST_DEVICES 16
 
@@ -33,6 +36,7 @@
     X(MatmulDescSetAttribute)       \
     X(MatmulDescDestroy)            \
     X(MatrixLayoutCreate)           \
+    X(MatrixLayoutSetAttribute)     \
     X(MatrixLayoutDestroy)          \
     X(MatmulPreferenceCreate)       \
     X(MatmulPreferenceSetAttribute) \
@@ -91,6 +95,7 @@ blas_status(cublasStatus_t status, const char *what)
 typedef struct plan_key {
     int64_t rows, in, out, x_stride, y_stride;
     int device, dtype, accumulate, float_output;
+    int count; /* of products in one call */
 } plan_key;
 
 typedef struct plan {
@@ -155,6 +160,17 @@ choose_algorithm(plan *p, cublasLtHandle_t handle)
     return MIL_OK;
 }
 
+/* Elements from the weights of one product of a call to those of the next, and from y to y; x is the same. */
+static mil_status
+set_steps(const plan *p, int64_t w, int64_t y)
+{
+    BLAS_TRY(
+        library.MatrixLayoutSetAttribute(p->w, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &w, sizeof w));
+    return blas_status(
+        library.MatrixLayoutSetAttribute(p->y, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &y, sizeof y),
+        "a layout");
+}
+
 static mil_status
 make_plan(plan *p, cublasLtHandle_t handle)
 {
@@ -167,6 +183,15 @@ make_plan(plan *p, cublasLtHandle_t handle)
     BLAS_TRY(library.MatrixLayoutCreate(&p->w, type, (uint64_t)k->in, (uint64_t)k->out, k->in));
     BLAS_TRY(library.MatrixLayoutCreate(&p->x, type, (uint64_t)k->in, (uint64_t)k->rows, k->x_stride));
     BLAS_TRY(library.MatrixLayoutCreate(&p->y, y_type, (uint64_t)k->out, (uint64_t)k->rows, k->y_stride));
+    if (k->count > 1) {
+        const cublasLtMatrixLayout_t layouts[3] = {p->w, p->x, p->y};
+        for (int i = 0; i < 3; i++) {
+            const int32_t count = k->count;
+            BLAS_TRY(library.MatrixLayoutSetAttribute(layouts[i], CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count,
+                                                      sizeof count));
+        }
+        MIL_TRY(set_steps(p, k->in * k->out, k->rows * k->y_stride));
+    }
     return choose_algorithm(p, handle);
 }
 
@@ -201,8 +226,31 @@ find_plan(const plan_key *key, cublasLtHandle_t *handle, plan *out)
     return MIL_OK;
 }
 
+static int64_t
+bytes_between(const void *from, const void *to)
+{
+    return (int64_t)((intptr_t)to - (intptr_t)from);
+}
+
+static int64_t
+y_size(const mil_linear *l)
+{
+    return (int64_t)mil_dtype_size(l->float_output ? MIL_F32 : l->dtype);
+}
+
+/* Whether two products can be one call and are better so.  The order of their arrays in memory does not matter. */
+static bool
+is_pair(const mil_linear *l)
+{
+    return l[0].x == l[1].x && l[0].rows == l[1].rows && l[0].in == l[1].in && l[0].out == l[1].out &&
+           l[0].x_stride == l[1].x_stride && l[0].y_stride == l[1].y_stride && l[0].dtype == l[1].dtype &&
+           l[0].float_output == l[1].float_output && !l[0].accumulate && !l[1].accumulate &&
+           l[0].weight != l[1].weight && bytes_between(l[0].weight, l[1].weight) % ALIGNMENT == 0 &&
+           bytes_between(l[0].y, l[1].y) % ALIGNMENT == 0 && l[0].rows * l[0].out <= MOST_OF_PAIR;
+}
+
 static mil_status
-dense_locked(mil_context *context, const mil_linear *l, void *workspace)
+dense_locked(mil_context *context, const mil_linear *l, int count, void *workspace)
 {
     plan_key key;
     memset(&key, 0, sizeof key); /* padding is compared, too */
@@ -215,9 +263,14 @@ dense_locked(mil_context *context, const mil_linear *l, void *workspace)
     key.dtype = l->dtype;
     key.accumulate = l->accumulate;
     key.float_output = l->float_output;
+    key.count = count;
     cublasLtHandle_t handle;
     plan p;
     MIL_TRY(find_plan(&key, &handle, &p));
+    if (count > 1) {
+        MIL_TRY(set_steps(&p, bytes_between(l[0].weight, l[1].weight) / (int64_t)mil_dtype_size(l->dtype),
+                          bytes_between(l[0].y, l[1].y) / y_size(l)));
+    }
     float alpha = 1.0f, beta = l->accumulate ? 1.0f : 0.0f;
     return blas_status(library.Matmul(handle, p.product, &alpha, l->weight, p.w, l->x, p.x, &beta, l->y, p.y,
                                       l->y, p.y, &p.algorithm, workspace, WORKSPACE, mil_stream(context)),
@@ -252,23 +305,59 @@ add_bias(mil_context *context, const mil_linear *l)
 }
 
 static mil_status
-dense_product(mil_context *context, const mil_linear *l)
+dense_unlocked(mil_context *context, const mil_linear *l, int count)
+{
+    void *memory;
+    MIL_TRY(mil_arena_push(context->scratch, WORKSPACE + WORKSPACE_ALIGNMENT, 1, &memory));
+    uintptr_t above = (uintptr_t)memory + WORKSPACE_ALIGNMENT - 1;
+    void *workspace = (void *)(above - above % WORKSPACE_ALIGNMENT);
+    pthread_mutex_lock(&lock);
+    mil_status status = dense_locked(context, l, count, workspace);
+    pthread_mutex_unlock(&lock);
+    return status;
+}
+
+/* A call goes forward through memory, from weights to weights and from y to y.  Where that is not the order of the arrays
+ * y, they are written beside them and copied: a row's bits must not depend on where an allocator has put what. */
+static mil_status
+dense_pair(mil_context *context, const mil_linear *l)
+{
+    const bool turned = bytes_between(l[0].weight, l[1].weight) < 0;
+    mil_linear pair[2] = {l[turned], l[!turned]};
+    if (bytes_between(pair[0].y, pair[1].y) > 0) {
+        return dense_unlocked(context, pair, 2);
+    }
+    const size_t bytes = (size_t)(l->rows * l->y_stride * y_size(l)),
+                 aligned = (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    void *beside;
+    MIL_TRY(mil_arena_push(context->scratch, 2 * aligned, 1, &beside));
+    for (int i = 0; i < 2; i++) {
+        pair[i].y = (char *)beside + i * (int64_t)aligned;
+    }
+    MIL_TRY(dense_unlocked(context, pair, 2));
+    for (int i = 0; i < 2; i++) {
+        const size_t pitch = (size_t)(l->y_stride * y_size(l)), width = (size_t)(l->out * y_size(l));
+        MIL_CUDA_TRY(cudaMemcpy2DAsync(l[turned ? !i : i].y, pitch, pair[i].y, pitch, width, (size_t)l->rows,
+                                       cudaMemcpyDeviceToDevice, mil_stream(context)));
+    }
+    return MIL_OK;
+}
+
+/* One product, or a pair. */
+static mil_status
+dense_product(mil_context *context, const mil_linear *l, int count)
 {
     if (l->dtype != context->ops->activation_dtype) {
         return mil_fail(MIL_ERR_UNSUPPORTED, "CUDA: a product of %s weights in a %s model",
                         mil_dtype_name(l->dtype), mil_dtype_name(context->ops->activation_dtype));
     }
     mil_arena_mark mark = mil_arena_get_mark(context->scratch);
-    void *memory;
-    MIL_TRY(mil_arena_push(context->scratch, WORKSPACE + WORKSPACE_ALIGNMENT, 1, &memory));
-    uintptr_t above = (uintptr_t)memory + WORKSPACE_ALIGNMENT - 1;
-    void *workspace = (void *)(above - above % WORKSPACE_ALIGNMENT);
-    pthread_mutex_lock(&lock);
-    mil_status status = dense_locked(context, l, workspace);
-    pthread_mutex_unlock(&lock);
+    mil_status status = count > 1 ? dense_pair(context, l) : dense_unlocked(context, l, 1);
     mil_arena_rewind(context->scratch, mark);
-    if (status == MIL_OK && l->bias != NULL) {
-        status = MIL_FOR_ACT(context, add_bias, context, l);
+    for (int i = 0; i < count && status == MIL_OK; i++) {
+        if (l[i].bias != NULL) {
+            status = MIL_FOR_ACT(context, add_bias, context, &l[i]);
+        }
     }
     return status;
 }
@@ -295,8 +384,10 @@ mil_cuda_linear_forward(mil_context *context, const mil_linear *products, int64_
     if (mil_batch_product_fits(context, products, count)) {
         return mil_batch_product(context, products, count);
     }
-    for (int64_t i = 0; i < count; i++) {
-        MIL_TRY(dense_product(context, &products[i]));
+    for (int64_t i = 0; i < count;) {
+        const int together = i + 1 < count && is_pair(&products[i]) ? 2 : 1;
+        MIL_TRY(dense_product(context, &products[i], together));
+        i += together;
     }
     return MIL_OK;
 }

@@ -69,6 +69,46 @@ test_product_bits(harness *h, int64_t in, int64_t out)
     harness_reset(h);
 }
 
+/* Two products of one x that the library takes in one call, with their arrays in all orders in memory. */
+static void
+test_pair(harness *h, int64_t rows, int64_t in, int64_t out, bool bias)
+{
+    harness_array x = harness_random(h, rows * in, 1.0f), w = harness_random(h, 2 * out * in, 1.0f),
+                  b = harness_random_of(h, out, 1.0f, MIL_F32), results[4];
+    for (int way = 0; way < 4; way++) {
+        results[way] = harness_empty(h, 2 * rows * out);
+        for (int gpu = 0; gpu < 2; gpu++) {
+            const mil_dtype dtype = gpu ? h->act : MIL_F32;
+            mil_linear pair[2];
+            for (int i = 0; i < 2;
+                 i++) { /* the first or the second half of the weights, and of the results */
+                const int from = i ^ (way & 1), to = i ^ (way & 1) ^ (way >> 1);
+                pair[i] = products_linear(rows, in, out, dtype);
+                pair[i].x = gpu ? x.gpu : x.cpu;
+                pair[i].weight =
+                    (char *)(gpu ? w.gpu : w.cpu) + from * out * in * (int64_t)mil_dtype_size(dtype);
+                pair[i].bias = !bias ? NULL : (const float *)(gpu ? b.gpu : b.cpu);
+                pair[i].y = (char *)(gpu ? results[way].gpu : results[way].cpu) +
+                            to * rows * out * (int64_t)mil_dtype_size(dtype);
+            }
+            harness_check(h, gpu ? h->gpu.ops->linear_forward(&h->gpu, pair, 2)
+                                 : mil_cpu_ops.linear_forward(&h->cpu, pair, 2));
+        }
+        char name[64];
+        snprintf(name, sizeof name, "two products %lld x %lld -> %lld", (long long)rows, (long long)in,
+                 (long long)out);
+        harness_compare(h, name, results[way], tolerance_of(h));
+    }
+    harness_same_bits(h, "both turned", results[0], 0, results[1], 0, 2 * rows * out);
+    for (int half = 0; half < 2; half++) {
+        for (int way = 2; way < 4; way++) {
+            harness_same_bits(h, "only y turned", results[0], half * rows * out, results[way],
+                              (1 - half) * rows * out, rows * out);
+        }
+    }
+    harness_reset(h);
+}
+
 static void
 test_products(harness *h)
 {
@@ -103,6 +143,12 @@ test_products(harness *h)
             test_product(h, sizes[i][0], sizes[i][1], sizes[i][2], flags & 1, (flags & 2) != 0, false);
         }
         test_product(h, sizes[i][0], sizes[i][1], sizes[i][2], true, false, true);
+    }
+    static const int64_t pairs[][3] = {{65, 4096, 1024},   {100, 256, 48}, {128, 3072, 1024},
+                                       {256, 4096, 1024},  {300, 512, 96}, {256, 2048, 512},
+                                       {1000, 4096, 1024}, {70, 40, 17}};
+    for (size_t i = 0; i < 2 * sizeof pairs / sizeof pairs[0]; i++) {
+        test_pair(h, pairs[i / 2][0], pairs[i / 2][1], pairs[i / 2][2], i % 2 != 0);
     }
     test_product_bits(h, 4096, 40);
     test_product_bits(h, 96, 33);
