@@ -249,16 +249,24 @@ class Row:
         return f"{'≤' if self.at_most else '≥'} {text}"
 
     def verdict(self) -> str:
-        if self.ratio is None:
-            return ""
-        meets = [(self.ratio <= b) if self.at_most else (self.ratio >= b) for b in self._bounds()]
+        return "" if self.ratio is None else self._verdict_of(self.ratio)
+
+    def _verdict_of(self, ratio: float) -> str:
+        meets = [(ratio <= b) if self.at_most else (ratio >= b) for b in self._bounds()]
         return "aim" if meets[1] else "required" if meets[0] else "missed"
+
+    def _shown(self) -> str:
+        """The ratio, with as many digits as it takes that it does not belie the verdict."""
+        digits = 0 if self.unit == "%" else 2
+        while digits < 6 and self._verdict_of(round(self.ratio, digits)) != self.verdict():
+            digits += 1
+        return f"{self.ratio:.{digits}f}"
 
     def _bounds(self) -> tuple[float, float]:
         return self.required, self.aim
 
     def cells(self) -> list[str]:
-        shown = "" if self.ratio is None else f"{self.ratio:.{0 if self.unit == '%' else 2}f}"
+        shown = "" if self.ratio is None else self._shown()
         return [
             self.work,
             self.ours,

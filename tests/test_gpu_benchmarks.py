@@ -108,6 +108,8 @@ def test_table(tmp_path):
     assert rows["Mamba 2.8B, 5 rows", "one row"].verdict() == "required"
     load = next(row for row in gpu_all.rows_of(figures) if row.work.startswith("mil.load"))
     assert load.ratio == pytest.approx(1) and load.verdict() == "aim"
+    just_short = gpu_all.Row("work", ratio=1.3493, required=1.35, aim=1.5)
+    assert just_short.cells()[3] == "1.349 x" and just_short.cells()[-1] == "missed"
     page = gpu_all.page({"name": "GPU", "driver": "1"}, figures)
     assert "fla-core is not installed" in page and "not run" in page
 
