@@ -4,7 +4,8 @@ Reading.  A safetensors file is eight bytes (the header's length, little-endian)
 gives each tensor's dtype, shape and byte range, and the bytes.  The file is mapped, not read: a 16
 GB model opens at once and its pages come in as they are used.  The mapping is copy-on-write, so a
 model can be trained in place without touching its file and without a second copy of what is not
-changed.
+changed.  A processor reads a mapped file's pages more slowly than other memory, though
+(docs/performance-log.md), so a caller may ask for tensors in memory of their own.
 
 Files are treated as hostile.  Every number in the header is checked before it is used for anything:
 the ranges must tile the data exactly (no hole, no overlap, nothing beyond the end), the products of
@@ -359,18 +360,22 @@ class Checkpoint:
             )
         return _WEIGHT_DTYPES[tensor.dtype]
 
-    def read(self, name: str) -> tuple[np.ndarray, str]:
+    def read(self, name: str, mmap: bool = True) -> tuple[np.ndarray, str]:
         """A tensor and the name of its dtype; the array is a writeable copy-on-write view of the
-        file.
+        file or, without `mmap`, memory of its own.
 
         bfloat16 comes as uint16 (see `dtypes`).
         """
         tensor, dtype = self.tensors[name], self.weight_dtype(name)
         if tensor.begin == tensor.end:
             return np.zeros(tensor.shape, STORAGE[dtype]), dtype
+        if not mmap:
+            array = np.empty(tensor.shape, STORAGE[dtype])  # NumPy asks for huge pages by itself
+            _read_into(array.reshape(-1).view(np.uint8), tensor)
+            return array, dtype
         data = self._map(tensor.file)[tensor.begin : tensor.end]
         if data.size < tensor.end - tensor.begin:
-            raise FileError(f"{tensor.file}: became shorter while it was being read; load it again")
+            raise _became_shorter(tensor.file)
         if tensor.begin % STORAGE[dtype].itemsize != 0:
             data = data.copy()  # an unaligned tensor cannot be used in place
         return data.view(STORAGE[dtype]).reshape(tensor.shape), dtype
@@ -384,6 +389,22 @@ class Checkpoint:
                 data = _map_read_only(path)
             self._maps[path] = data.view(np.ndarray)
         return self._maps[path]
+
+
+def _read_into(data: np.ndarray, tensor: StoredTensor) -> None:
+    """Reads a tensor's bytes into `data`."""
+    try:
+        with open(tensor.file, "rb") as file:
+            file.seek(tensor.begin)
+            count = file.readinto(data.data)
+    except OSError as error:
+        raise FileError(f"{tensor.file}: cannot be read ({error.strerror})") from None
+    if count < data.size:
+        raise _became_shorter(tensor.file)
+
+
+def _became_shorter(path: Path) -> FileError:
+    return FileError(f"{path}: became shorter while it was being read; load it again")
 
 
 def _map_read_only(path: Path) -> np.ndarray:

@@ -178,7 +178,8 @@ def load_model(options: argparse.Namespace, path: str, *, exact: bool = False) -
     from .model import load
 
     weights = None if exact else getattr(options, "weights", None)
-    return load(path, device=options.device, dtype=options.dtype, weights=weights)
+    mmap = not getattr(options, "no_mmap", False)
+    return load(path, device=options.device, dtype=options.dtype, weights=weights, mmap=mmap)
 
 
 def add_weights(parser: Any) -> None:
@@ -186,6 +187,15 @@ def add_weights(parser: Any) -> None:
         "--weights",
         choices=("float8", "int8"),
         help="on a GPU hold the matrices in 8 bits: half the memory, faster, a small loss",
+    )
+
+
+def add_no_mmap(parser: Any) -> None:
+    parser.add_argument(
+        "--no-mmap",
+        action="store_true",
+        help="read the weights into memory instead of mapping their files: a second copy beside "
+        "the system's own, from which some CPUs generate faster",
     )
 
 
@@ -646,6 +656,7 @@ def add_label(commands: Any, common: Any) -> None:
         help="answer nothing: store the K likeliest tokens (default 32) for PROMPTS as they are",
     )
     parser.add_argument("--sequence-length", type=int, default=2048, help="longer texts are cut")
+    add_no_mmap(parser)
 
 
 def run_label(options: argparse.Namespace) -> None:
@@ -815,6 +826,7 @@ def add_sampling(parser: Any, tokens: int) -> None:
         "--draft-tokens", type=int, default=4, help="tokens drafted at a time, at most"
     )
     add_weights(parser)
+    add_no_mmap(parser)
 
 
 def add_top_p(parser: Any) -> None:
@@ -1006,6 +1018,7 @@ def add_eval(commands: Any, common: Any) -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="sequences at once")
     parser.add_argument("--max-batches", type=int, help="stop after so many batches")
     add_weights(parser)
+    add_no_mmap(parser)
 
 
 def run_eval(options: argparse.Namespace) -> None:
@@ -1049,6 +1062,7 @@ def add_bench(commands: Any, common: Any) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="times; the median is shown")
     parser.add_argument("--plot", metavar="PNG", help="draw the figures")
     add_weights(parser)
+    add_no_mmap(parser)
 
 
 def run_bench(options: argparse.Namespace) -> None:

@@ -51,6 +51,8 @@ _OPERATORS = 96 * MiB
 _RECORDINGS = 96 * MiB
 #: What a plan leaves alone on a GPU (at most a sixteenth of it).
 _APART = 512 * MiB
+#: How `mil.load` takes no memory for weights.
+IN_FILES = 'mmap=True with dtype="auto", which leaves weights in their files'
 #: Tokens beyond its end that a text has room for (csrc/decode/sequence.c).
 _SLACK = _core.WINDOW
 #: New tokens that get their room at once; a longer text's cache is copied when it grows.
@@ -388,9 +390,11 @@ def check_weights(
     specs: Sequence[tuple[str, tuple[int, ...], bool, bool]],
     dtypes: Mapping[str, str],
     weights: str | None = None,
+    mmap: bool = True,
 ) -> None:
-    """Refuses a model whose weights do not fit a GPU, before any of them is read."""
-    if device == "cpu":
+    """Refuses a model whose weights do not fit a GPU, or the memory that they are to be read into
+    without `mmap`, before any of them is read."""
+    if device == "cpu" and mmap:
         return
     needed = weight_bytes(specs, dtypes, weights)
     room = available(device, needed)
@@ -403,18 +407,30 @@ def check_weights(
         halves = {n: d for n, d in halves.items() if n in dtypes}
         if (half := weight_bytes(specs, halves)) <= room:
             ways.append(f'dtype="bfloat16" ({size_words(half)})')
-    if weights is None and (eight := weight_bytes(specs, dtypes, "float8")) <= room:
-        ways.append(f'weights="float8" ({size_words(eight)})')
-    number = int(device.partition(":")[2])
-    for other, about in enumerate(cuda_devices()):
-        if other != number and needed <= about["free"] - apart_of("cuda", about["memory"]):
-            ways.append(f'device="cuda:{other}" ({size_words(about["free"])} free)')
-            break
-    ways.append('device="cpu"')
+    ways += [IN_FILES] if device == "cpu" else _ways_on_gpu(device, specs, dtypes, weights, room)
     raise OutOfMemoryError(
         f"load: {name}: its weights take {size_words(needed)} as {weights or ', '.join(kinds)} and "
         f"{size_words(room)} are free on {device}; use {' or '.join(ways)}"
     )
+
+
+def _ways_on_gpu(
+    device: str,
+    specs: Sequence[tuple[str, tuple[int, ...], bool, bool]],
+    dtypes: Mapping[str, str],
+    weights: str | None,
+    room: int,
+) -> list[str]:
+    """What makes weights fit a GPU that are too many for it, and other places for them."""
+    ways = []
+    if weights is None and (eight := weight_bytes(specs, dtypes, "float8")) <= room:
+        ways.append(f'weights="float8" ({size_words(eight)})')
+    number, needed = int(device.partition(":")[2]), weight_bytes(specs, dtypes, weights)
+    for other, about in enumerate(cuda_devices()):
+        if other != number and needed <= about["free"] - apart_of("cuda", about["memory"]):
+            ways.append(f'device="cuda:{other}" ({size_words(about["free"])} free)')
+            break
+    return [*ways, 'device="cpu"']
 
 
 # ---- shown -------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """A loaded model: `load`, and the `Model` that it returns.
 
 A model is the C core's description of itself plus the arrays of its parameters, which Python owns:
-they are views of the mapped files until something writes to them.  `parameters()` shows them
-without a copy, and training changes them in place.
+they are views of the mapped files until something writes to them, unless `load` was told to read
+them into memory.  `parameters()` shows them without a copy, and training changes them in place.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .dtypes import check_dtype, convert, to_float32
 from .errors import ArgumentError, FormatError, OutOfMemoryError, ShapeError, shorten
 from .families import Description, describe, match_tensors
 from .hub import find_folder
-from .memory import check_weights
+from .memory import IN_FILES, check_weights
 from .quantize import check_kind, coded
 from .tokenizer import Tokenizer
 
@@ -489,6 +489,7 @@ def load(
     dtype: str = "auto",
     *,
     weights: str | None = None,
+    mmap: bool = True,
     revision: str | None = None,
 ) -> Model:
     """Loads a model from a Hugging Face folder: a Transformer, a hybrid, or a pure Mamba model.
@@ -509,6 +510,11 @@ def load(
         way there, and one scale a row: half the memory and up to twice the speed of generating, for
         a small loss that docs/cuda.md tells (see `mambainllama.quantize`). Rows are still computed
         in 16 bits.
+    mmap
+        False reads the weights into memory instead of mapping their files: a copy of this process's
+        own, beside the one that the system keeps of the files. Loading takes longer, and generating
+        is faster where a CPU reads mapped pages more slowly than other memory; logits are the same
+        bits. No effect with a GPU: its weights are copied to it out of the mapped files.
     revision
         Branch, tag or commit on the Hub.
 
@@ -525,13 +531,13 @@ def load(
     UnsupportedError
         A family, activation or rope type that is not supported; 8-bit weights on the CPU.
     OutOfMemoryError
-        The weights do not fit the GPU (known from the files' headers, before any is read), or their
-        copies of another dtype do not fit here.
+        The weights do not fit the GPU or, without `mmap`, the memory here (known from the files'
+        headers, before any is read), or their copies of another dtype do not fit here.
 
     Notes
     -----
     Files are mapped, not read, so a model of any size opens at once and shares its memory with
-    other processes; only dtype conversions make copies.
+    other processes; only dtype conversions and ``mmap=False`` make copies.
 
     Examples
     --------
@@ -544,17 +550,18 @@ def load(
     dtypes = dict(found.dtypes)
     if weights and "model.embed_tokens.weight" not in coded(found.specs, dtypes, weights):
         dtypes["model.embed_tokens.weight"] = activation_dtype(dtypes, weights)
-    check_weights(str(path_or_hub_id), device, found.specs, dtypes, weights)
+    mmap = mmap or device != "cpu"  # a GPU has its own copy: one here would serve nobody
+    check_weights(str(path_or_hub_id), device, found.specs, dtypes, weights, mmap)
     _check_tied(found)
     parameters = {}
     for name, wanted in dtypes.items():
         try:
-            array, stored = checkpoint.read(found.sources[name])
+            array, stored = checkpoint.read(found.sources[name], mmap)
             parameters[name] = convert(array, stored, wanted)
         except MemoryError as error:
             raise OutOfMemoryError(
-                f"load: {folder}: no memory for {name} as {wanted} ({shorten(str(error))}); "
-                'with dtype="auto" weights stay in their files'
+                f"load: {checkpoint.tensors[found.sources[name]].file}: no memory for {name} as "
+                f"{wanted} ({shorten(str(error), 120)}); use {IN_FILES}"
             ) from None
     return Model(
         found.description,

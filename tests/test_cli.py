@@ -88,6 +88,26 @@ def test_help(command, capsys):
     assert "(default: [" not in out and "everything random (default: 0)" in out
 
 
+@pytest.mark.parametrize("command", ["label", "generate", "chat", "eval", "bench"])
+def test_weights_are_read_into_memory_where_asked_for(command, teacher, tokens, monkeypatch):
+    """Each command that generates or scores hands --no-mmap on."""
+    asked = []
+
+    def load(path, mmap, **rest):
+        asked.append(mmap)
+        raise mil.ArgumentError("enough")
+
+    monkeypatch.setattr("mambainllama.model.load", load)
+    words = {
+        "label": ["prompts.jsonl", "answers.jsonl"],
+        "generate": ["hello"],
+        "eval": ["--data", tokens],
+    }
+    for options in ([], ["--no-mmap"]):
+        assert main([command, teacher, *words.get(command, []), *options]) == 2
+    assert asked == [True, False]
+
+
 def test_usage_errors_have_status_2(capsys):
     for arguments in (
         [],
@@ -210,6 +230,8 @@ def test_layers(capsys, teacher, tokens, tmp_path):
 
 def test_generate(capsys, teacher, monkeypatch):
     [row] = run_json(capsys, "generate", teacher, "hello", "--max-new-tokens", "8")
+    [read] = run_json(capsys, "generate", teacher, "hello", "--max-new-tokens", "8", "--no-mmap")
+    assert read["token_ids"] == row["token_ids"]
     assert len(row["token_ids"]) <= 8 and row["stats"]["new_tokens"] == len(row["token_ids"])
     status, out, _ = run(capsys, "generate", teacher, "hello", "--max-new-tokens", "8")
     assert status == 0 and out == row["text"] + "\n"

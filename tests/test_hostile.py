@@ -17,11 +17,14 @@ import mambainllama as mil
 
 
 def refused(folder, *words, kind=mil.Error):
-    """Loading fails with one line of bounded length that holds these words."""
+    """Loading fails with one line of bounded length that holds these words, mapped or read."""
     with pytest.raises(kind) as error:
         mil.load(folder)
     text = str(error.value)
     assert "\n" not in text and len(text) < 700, text
+    with pytest.raises(kind) as again:
+        mil.load(folder, mmap=False)
+    assert str(again.value) == text
     for word in words:
         assert word in text, text
 
@@ -156,6 +159,7 @@ def test_unaligned_tensors_are_read(tmp_path):
     text = json.dumps(header).encode()
     write_parts(folder, text + b" " * (1 + len(text) % 2), data)
     assert np.array_equal(mil.load(folder)(np.arange(5)[None]), want)
+    assert np.array_equal(mil.load(folder, mmap=False)(np.arange(5)[None]), want)
 
 
 def test_random_damage(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,6 +59,48 @@ def test_parameters_are_views_and_files_stay(llama):
     np.testing.assert_allclose(model(tokens), 2 * old, rtol=1e-6)
     assert (llama / "model.safetensors").read_bytes() == before
     assert np.array_equal(mil.load(llama)(tokens), old)
+
+
+@pytest.mark.parametrize("case", ["llama", "mamba2", "sharded hybrid"])
+def test_weights_in_memory_are_those_of_the_files(case, tmp_path, rng):
+    """Other memory, the same bits, and the files are let go of."""
+    folder = tmp_path / "model"
+    if case == "sharded hybrid":
+        tiny_hybrid(folder, "mamba1", [0], shards=3, dtype="bfloat16")
+    else:
+        tiny(folder, case)
+    mapped, read = mil.load(folder), mil.load(folder, mmap=False)
+    assert read.dtypes() == mapped.dtypes()
+    for name, array in mapped.parameters().items():
+        assert np.array_equal(bits(read.parameters()[name]), bits(array)), name
+    assert any(map(is_mapped, mapped.parameters().values()))
+    assert not any(map(is_mapped, read.parameters().values()))
+    tokens = rng.integers(0, VOCAB, (2, 11))
+    assert np.array_equal(read(tokens), mapped(tokens))
+    options = {"max_new_tokens": 12, "stop": [], "logprobs": True}
+    [a], [b] = (mil.generate(model, [tokens[0].tolist()], **options) for model in (mapped, read))
+    assert a.token_ids == b.token_ids and np.array_equal(a.logprobs, b.logprobs)
+
+
+def bits(array):
+    return np.ascontiguousarray(array).view(np.uint8)
+
+
+def is_mapped(array):
+    """Whether its memory is a file's, as the system sees it."""
+    address = array.ctypes.data
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        low, high = (int(end, 16) for end in line.split()[0].split("-"))
+        if low <= address < high:
+            return line.endswith(".safetensors")
+    return False
+
+
+def test_no_file_stays_open(llama):
+    before = os.listdir("/proc/self/fd")
+    model = mil.load(llama, mmap=False)
+    assert os.listdir("/proc/self/fd") == before
+    assert str(llama) not in Path("/proc/self/maps").read_text() and model.num_parameters
 
 
 # ---- inputs --------------------------------------------------------------------------------------
@@ -243,13 +286,17 @@ def test_a_failed_save_leaves_the_old_model(llama, monkeypatch):
     assert [path.name for path in llama.parent.iterdir()] == ["llama"]
 
 
-@pytest.mark.parametrize("left", [0, 20_000])
-def test_a_file_that_becomes_shorter(llama, left):
+@pytest.mark.parametrize("mmap", [True, False])
+@pytest.mark.parametrize("left", [0, 20_000, None])
+def test_a_file_that_becomes_shorter(llama, left, mmap):
     checkpoint = Checkpoint(llama)
-    os.truncate(llama / "model.safetensors", left)
+    if left is None:
+        os.unlink(llama / "model.safetensors")
+    else:
+        os.truncate(llama / "model.safetensors", left)
     with pytest.raises(mil.FileError) as caught:
         for name in checkpoint.tensors:
-            checkpoint.read(name)
+            checkpoint.read(name, mmap)
     assert "model.safetensors" in one_line(caught)
 
 
@@ -285,6 +332,24 @@ def test_no_memory_for_another_dtype(llama, monkeypatch):
     with pytest.raises(mil.OutOfMemoryError, match="embed_tokens.weight as bfloat16") as error:
         mil.load(llama, dtype="bfloat16")
     assert isinstance(error.value, MemoryError) and "128. GiB" in one_line(error)
+
+
+def test_no_memory_for_a_copy(llama, monkeypatch):
+    """Known before anything is read where the system tells what is free, and else when it fails."""
+    with monkeypatch.context() as patch:
+        patch.setattr("mambainllama.memory.free_memory", lambda device: (1000, 1000))
+        with pytest.raises(mil.OutOfMemoryError, match="float32 .* use mmap=True") as error:
+            mil.load(llama, mmap=False)
+        assert str(llama) in one_line(error) and "1,000 bytes are free on cpu" in one_line(error)
+        mil.load(llama)
+
+    def refuse(shape, dtype):
+        raise MemoryError("Unable to allocate 128. GiB for an array")
+
+    monkeypatch.setattr("mambainllama.checkpoint.np.empty", refuse)
+    with pytest.raises(mil.OutOfMemoryError, match="128. GiB .* use mmap=True") as error:
+        mil.load(llama, mmap=False)
+    assert "model.safetensors: no memory for model.embed_tokens.weight" in one_line(error)
 
 
 def test_large_models_are_sharded(tmp_path, rng):

@@ -213,6 +213,8 @@ def test_load_refuses_before_reading(folder, monkeypatch):
     specs = _core.Model.parameter_specs(mil.load(folder).core.config)
     dtypes = {name: "float32" for name, _, _, required in specs if required}
     memory.check_weights("tiny", "cpu", specs, dtypes)
+    with pytest.raises(mil.OutOfMemoryError, match="load: tiny: .* float32 .* mmap=True"):
+        memory.check_weights("tiny", "cpu", specs, dtypes, mmap=False)
     with pytest.raises(
         mil.OutOfMemoryError, match='load: tiny: .* float32 .* device="cpu"'
     ) as caught:

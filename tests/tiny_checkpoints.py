@@ -380,6 +380,7 @@ def write_file(path, tensors, dtype="float32"):
         header[name] = {"dtype": word, "shape": shape, "data_offsets": [position, end]}
         position = end
     text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # as writers of such files do: data can be used in place
     Path(path).write_bytes(struct.pack("<Q", len(text)) + text + b"".join(data.values()))
 
 
