@@ -24,6 +24,7 @@ from peers import Absent, Peer, interleave, start
 from report import Report, arguments, middle, ratio, require_memory, spread
 
 OURS, TORCH, LLAMA_CPP, LIMIT = "mambainllama", "PyTorch eager", "llama.cpp", "memory"
+READ = "mambainllama, weights read into memory"  # mmap=False: the limit's kind of memory
 ELSEWHERE = "llama.cpp, the Llama"  # what it offers beside a hybrid, which it lacks
 MODELS = {
     "llama": "Llama 1B",
@@ -57,6 +58,7 @@ def wanted_peers(model: str, shape: Shape, options: Any) -> dict[str, tuple[str,
     folder = transformer if model == "llama" else checkpoints.hybrid(options.cache, shape, model)
     peers = {
         OURS: ("ours", {"folder": str(folder)}),
+        READ: ("ours", {"folder": str(folder), "mmap": False}),
         LIMIT: ("memory", {"megabytes": 256 if options.quick else 1024}),
     }
     if options.no_peers:

@@ -39,9 +39,9 @@ def convert(source, target, mixer, attention_layers):
 # ---- decoding ------------------------------------------------------------------------------------
 
 
-def load(folder):
+def load(folder, mmap=True):
     global model
-    model = mil.load(folder)
+    model = mil.load(folder, mmap=mmap)
 
 
 def weight_bytes():
