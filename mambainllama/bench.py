@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ArgumentError
+from .errors import ArgumentError, check_at_least
 from .pairs import core_of
 
 __all__ = ["speed"]
@@ -35,7 +35,8 @@ def speed(
     ----------
     model : model
     lengths : tokens already in the sequence
-    tokens : decoded one by one at each length, `repeats` times
+    tokens, repeats : decoded one by one at each length, so many times
+    seed : of the tokens
 
     Returns
     -------
@@ -44,9 +45,13 @@ def speed(
         distance of the fastest and the slowest repeat, relative to the median), state_bytes.
     """
     core = core_of(model)
+    lengths = list(lengths)
+    for name, values in (("length", lengths), ("tokens", [tokens]), ("repeats", [repeats])):
+        for value in values:
+            check_at_least("bench", name, value, 1)
+    if not lengths:
+        raise ArgumentError("bench: lengths is empty; give at least one")
     lengths = sorted(set(lengths))
-    if not lengths or lengths[0] < 1 or tokens < 1 or repeats < 1:
-        raise ArgumentError("bench: lengths, tokens and repeats must be at least 1")
     random = np.random.default_rng(seed)
     state = core.state(lengths[-1] + tokens + 1)
     table, done = [], 0

@@ -22,13 +22,12 @@ from typing import Any
 import numpy as np
 
 from . import _core
-from .errors import ArgumentError, OutOfMemoryError, StateError
+from .errors import ArgumentError, OutOfMemoryError, StateError, check_at_least
 from .generate import (
     Endings,
     Generation,
     Writer,
     as_generation,
-    check_at_least,
     check_callbacks,
     check_draft,
     check_draft_tokens,

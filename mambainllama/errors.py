@@ -9,6 +9,9 @@ extension module, which raises most of them; only `NotFoundError` is added here.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
 
 from ._core import (
     ArgumentError,
@@ -65,3 +68,14 @@ def listing(names: Iterable[object], limit: int = 3) -> str:
         name if name.isprintable() and len(name) <= 200 else shorten(name) for name in shown
     )
     return text if len(names) <= limit else f"{text} and {len(names) - limit} more"
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def check_at_least(what: str, name: str, value: Any, least: int) -> None:
+    if not is_integer(value) or not least <= value < 1 << 63:
+        raise ArgumentError(
+            f"{what}: {name} must be an integer of at least {least}, not {shorten(value)}"
+        )

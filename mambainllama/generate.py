@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from . import _core
-from .errors import ArgumentError, shorten
+from .errors import ArgumentError, check_at_least, is_integer, shorten
 from .memory import Call, Need, Text, footprint_of, plan_call
 
 __all__ = ["Generation", "GenerationStats", "Score", "generate", "score"]
@@ -390,10 +390,6 @@ def tokenizer_of(model: Any) -> Any:
     return getattr(model, "tokenizer", None)
 
 
-def is_integer(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
 def is_one_prompt(prompts: Any) -> bool:
     """A str, a chat, or a list of token ids, as opposed to a list of such."""
     if isinstance(prompts, (str, Mapping)):
@@ -477,13 +473,6 @@ def check_states(states: Any, count: int) -> list[Any]:
     if len(listed) != count:
         raise ArgumentError(f"generate: states has {len(listed)} entries for {count} prompts")
     return listed
-
-
-def check_at_least(what: str, name: str, value: Any, least: int) -> None:
-    if not is_integer(value) or not least <= value < 1 << 63:
-        raise ArgumentError(
-            f"{what}: {name} must be an integer of at least {least}, not {shorten(value)}"
-        )
 
 
 def check_callbacks(what: str, **callbacks: Any) -> None:

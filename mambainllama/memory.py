@@ -30,7 +30,7 @@ from typing import Any
 
 from . import _core
 from .devices import check_device, cuda_devices, free_memory, operator_table
-from .errors import ArgumentError, OutOfMemoryError
+from .errors import ArgumentError, OutOfMemoryError, check_at_least
 from .quantize import check_kind, coded
 
 __all__ = ["MemoryPlan", "Need", "memory_plan", "weight_bytes"]
@@ -39,6 +39,8 @@ KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
 
 #: Requests that run at once where nobody says otherwise.
 DEFAULT_BATCH = 16
+#: The most that an engine takes (csrc/decode/generate.c).
+MAX_BATCH = 1 << 16
 #: Prompt rows of a pass that are tried where the device's own number does not fit; below the first
 #: of them a GPU's products are slow, so fewer texts come before fewer rows.
 _FEWER_ROWS = (4096, 2048, 1024, 512, 256, 128, 64, 16)
@@ -219,7 +221,7 @@ class Call:
         self.model, self.draft = model, draft
         self.draft_tokens = draft_tokens
         if model.device == "cpu":  # memory is taken as a text grows: many are never to be so long
-            texts = [replace(t, new=min(t.new, _ROOM_AT_ONCE)) for t in texts]
+            texts = [t if t.new <= _ROOM_AT_ONCE else replace(t, new=_ROOM_AT_ONCE) for t in texts]
         self.texts = sorted(texts, key=lambda text: text.tokens, reverse=True)
         self.extra = extra
 
@@ -587,7 +589,7 @@ def memory_plan(
     Raises
     ------
     ArgumentError, UnsupportedError
-        A number below 1; what the device cannot do. What does not fit is no error here.
+        A number that makes no sense; what the device cannot do. What does not fit is no error here.
     NotFoundError, FormatError, FileError
         As for `mil.load`.
 
@@ -598,8 +600,11 @@ def memory_plan(
     (True, 161)
     """
     for name, value in (("batch", batch), ("prefill_rows", prefill_rows), ("context", context)):
-        if value is not None and value < 1:
-            raise ArgumentError(f"memory_plan: {name} must be at least 1, not {value}")
+        if value is not None:
+            check_at_least("memory_plan", name, value, 1)
+    check_at_least("memory_plan", "draft_tokens", draft_tokens, 0)
+    if batch > MAX_BATCH:
+        raise ArgumentError(f"memory_plan: batch must be at most {MAX_BATCH:,}, not {batch:,}")
     subject = _Subject.of(model, device, dtype, weights)
     if context is None:
         context = min(4096, subject.trained or 4096)

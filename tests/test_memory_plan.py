@@ -243,6 +243,12 @@ def test_plans_refuse_nonsense(folder):
         mil.memory_plan(folder, batch=0)
     with pytest.raises(mil.ArgumentError, match="context"):
         mil.memory_plan(mil.load(folder), context=-1)
+    for name in ("batch", "context", "prefill_rows", "draft_tokens"):
+        for value in (2.5, "4", -1, 10**30):
+            with pytest.raises(mil.ArgumentError, match=name):
+                mil.memory_plan(folder, draft="ngram", **{name: value})
+    with pytest.raises(mil.ArgumentError, match="at most 65,536, not 10,000,000"):
+        mil.memory_plan(folder, batch=10**7)
     with pytest.raises(mil.ArgumentError, match="folder"):
         mil.memory_plan(7)
 
