@@ -1,6 +1,7 @@
 """Turn Llama-family Transformers into hybrid Mamba models, distil them, and run them fast."""
 
 from . import _blas, errors, evaluate, ops
+from ._core import State
 from ._version import __version__
 from .choose import LayerChoice, choose_layers
 from .convert import convert
@@ -56,6 +57,7 @@ __all__ = [
     "Score",
     "SftConfig",
     "ShapeError",
+    "State",
     "StateError",
     "StepwiseConfig",
     "StoppedError",

@@ -98,7 +98,7 @@ class Generation:
         At each new token, the likeliest tokens there, most likely first.
     prompt_logprobs, prompt_top_logprobs
         The same for the prompt; NaN for its first token and for those that a state had read.
-    state : mambainllama._core.State or None
+    state : mambainllama.State or None
         The state of the whole text where `states` was given; it has read its first `state.length`
         tokens.
     """

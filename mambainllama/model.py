@@ -20,7 +20,14 @@ from . import _core
 from .checkpoint import Checkpoint, parse_json, read_companions, write_folder
 from .devices import check_device, operator_table
 from .dtypes import check_dtype, convert, to_float32
-from .errors import ArgumentError, FormatError, OutOfMemoryError, ShapeError, shorten
+from .errors import (
+    ArgumentError,
+    FormatError,
+    OutOfMemoryError,
+    ShapeError,
+    check_at_least,
+    shorten,
+)
 from .families import Description, describe, match_tensors
 from .hub import find_folder
 from .memory import IN_FILES, check_weights
@@ -253,6 +260,7 @@ class Model:
 
     def state(self, capacity: int = 0) -> _core.State:
         """An empty state for one sequence, with room for `capacity` tokens (it grows by itself)."""
+        check_at_least("state", "capacity", capacity, 0)
         return self.core.state(capacity)
 
     # ---- saving

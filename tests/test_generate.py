@@ -649,6 +649,26 @@ def test_score(story):
         assert one.greedy[1:].tolist() == (logits[:-1].argmax(-1) == ids[1:]).tolist()
 
 
+def test_states_of_loaded_models(story):
+    """As docs/generation.md shows: room, saving and restoring with what `mil.load` gives."""
+    prompt, options = "Once upon a time", {"max_new_tokens": 20, "stop": []}
+    [whole] = generate(story, prompt, **options)
+    state = story.state(100)
+    tokens = whole.prompt_token_ids + whole.token_ids[:7]
+    generate(story, [tokens], max_new_tokens=0, states=[state])
+    for model in (story, story.core):
+        restored = mil.State.restore(model, state.save())
+        [rest] = generate(story, [tokens + whole.token_ids[7:8]], states=[restored], **options)
+        assert rest.token_ids[:12] == whole.token_ids[8:]
+        assert rest.stats.cached_tokens == len(tokens)
+    for other in (None, "story", state):
+        with pytest.raises(mil.DtypeError, match="not a Model"):
+            mil.State.restore(other, state.save())
+    for capacity in (-1, 2.5, "4", 10**30):
+        with pytest.raises(mil.ArgumentError, match="capacity"):
+            story.state(capacity)
+
+
 def test_options_for_each_prompt(story):
     settings = {
         "max_new_tokens": [3, 7, 0],

@@ -890,6 +890,22 @@ state_save(PyObject *self, PyObject *unused)
     return image;
 }
 
+/* The object itself, or what it holds as `core`: the package's own models keep a Model there. New reference; NULL
+ * with an exception where asking failed. */
+static PyObject *
+model_behind(core_state *core, PyObject *object)
+{
+    if (PyObject_TypeCheck(object, core->types[CORE_TYPE_MODEL])) {
+        return Py_NewRef(object);
+    }
+    PyObject *held = PyObject_GetAttrString(object, "core");
+    if (held == NULL && PyErr_ExceptionMatches(PyExc_AttributeError)) {
+        PyErr_Clear();
+        return Py_NewRef(object);
+    }
+    return held;
+}
+
 static PyObject *
 state_restore(PyObject *type, PyObject *args)
 {
@@ -899,13 +915,15 @@ state_restore(PyObject *type, PyObject *args)
     if (!PyArg_ParseTuple(args, "Oy*:restore", &object, &image)) {
         return NULL;
     }
-    core_model *model = core_as_model(core, object, "restore: the first argument");
     PyObject *result = NULL;
+    PyObject *held = model_behind(core, object);
+    core_model *model = held == NULL ? NULL : core_as_model(core, held, "restore: the first argument");
     if (model != NULL) {
         mil_state state;
         mil_status status = mil_state_read(&state, &model->model, image.buf, image.len);
         result = status == MIL_OK ? core_wrap_state(core, model, &state) : core_raise(core, status);
     }
+    Py_XDECREF(held);
     PyBuffer_Release(&image);
     return result;
 }
@@ -994,7 +1012,7 @@ static PyMethodDef state_methods[] = {
     {"clear", state_clear, METH_NOARGS, "Back to no tokens."},
     {"save", state_save, METH_NOARGS, "The state as bytes."},
     {"restore", state_restore, METH_VARARGS | METH_CLASS,
-     "restore(model, image): a State from save()'s bytes."},
+     "restore(model, image): a State from save()'s bytes; the model may be what mil.load gave."},
     {NULL, NULL, 0, NULL},
 };
 
