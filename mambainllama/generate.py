@@ -638,6 +638,9 @@ class Writer:
         if self.stream is not None:
             for token in prompt[-_TEXT_CONTEXT:].tolist():
                 self.stream.push(token)
+        # The end of a prompt whose last character may be incomplete: the prompt's own unless the
+        # answer makes another character of it.
+        self.before = "" if self.stream is None else self.stream.held()
         self.stops = stops
         self.text = ""
         self.given = 0
@@ -665,6 +668,8 @@ class Writer:
 
     def add(self, piece: str) -> bool:
         """Adds text; True where it completed a stop string, which is then cut off."""
+        if piece and self.before:
+            piece, self.before = piece.removeprefix(self.before), ""
         longest = max(map(len, self.stops), default=0)
         start = max(0, len(self.text) - longest + 1)
         self.text += piece
@@ -722,7 +727,7 @@ def decode(
     context = prompt[-_TEXT_CONTEXT:].tolist()
     before = tokenizer.decode(context, skip_special_tokens)
     whole = tokenizer.decode([*context, *result["tokens"].tolist()], skip_special_tokens)
-    if before.endswith("\ufffd"):  # the prompt ends inside a character, which the answer completes
+    if not whole.startswith(before):  # the prompt ends inside a character that the answer completes
         before = before.rstrip("\ufffd")
     if not whole.startswith(before):  # a decoder that rewrites across the border
         return tokenizer.decode(result["tokens"], skip_special_tokens)

@@ -271,10 +271,14 @@ class TextStream:
             self._forget()
         return piece
 
+    def held(self) -> str:
+        """What is held back now: it ends in a character that may be incomplete."""
+        return self._tokenizer.decode(self._ids, self._skip)[self._given :]
+
     def finish(self) -> str:
         """What was held back for characters that never became complete."""
-        text = self._tokenizer.decode(self._ids, self._skip)
-        piece, self._given = text[self._given :], len(text)
+        piece = self.held()
+        self._given += len(piece)
         return piece
 
     def _forget(self) -> None:

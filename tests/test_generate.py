@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from core_models import KINDS, build
 from reference.sampler import distribution, log_softmax
+from tiny_models import write_llama
 
 import mambainllama as mil
 from mambainllama import _core
@@ -602,6 +603,9 @@ def test_stop_strings_across_tokens():
         def push(self, token):
             return chr(token)
 
+        def held(self):
+            return ""
+
         def finish(self):
             return ""
 
@@ -622,6 +626,28 @@ def test_stop_strings_across_tokens():
     assert play("aaab", ["aab"]) == (["", "", "a", ""], "a")
     assert play("xyz", ["zz"]) == (["x", "y", ""], "xyz")
     assert play("hello", ["lo", "ell"]) == (["h", "", "", ""], "h")
+
+
+def test_prompts_that_end_in_a_replacement_character(tmp_path):
+    """It is the prompt's, and no part of the answer, unless the answer completes a character."""
+    model = mil.load(write_llama(tmp_path / "bytes"))
+    prompts = ["\ufffd", "a\ufffd\ufffd", model.tokenizer.encode("\U0001f642")[:2]]
+    for count in (0, 3):
+        options = {"max_new_tokens": count, "stop": []}
+        pieces = ["", "", ""]
+
+        def hear(index, piece, pieces=pieces):
+            pieces[index] += piece
+
+        answers = generate(model, prompts, **options)
+        streamed = generate(model, prompts, on_text=hear, **options)
+        for prompt, answer, again, heard in zip(prompts, answers, streamed, pieces, strict=True):
+            before = prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
+            whole = model.tokenizer.decode([*answer.prompt_token_ids, *answer.token_ids])
+            assert answer.text == again.text == heard == whole.removeprefix(before)
+    smile = model.tokenizer.encode("\U0001f642!")
+    writer = Writer(model, np.array(smile[:2]), [], True)
+    assert "".join(writer.push([token])[0] for token in smile[2:]) == "\U0001f642!"
 
 
 def test_log_probability_results(story):
