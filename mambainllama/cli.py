@@ -821,6 +821,18 @@ def add_sampling(parser: Any, tokens: int) -> None:
         "--top-k", type=int, default=0, help="sample among so many likeliest tokens; 0: all"
     )
     add_top_p(parser)
+    parser.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        help="sample among those with this share of the likeliest one's probability; 0: all",
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        help="above 1 makes tokens that were there before less likely",
+    )
     parser.add_argument("--draft", help='speculate with this model, or with "ngram"')
     parser.add_argument(
         "--draft-tokens", type=int, default=4, help="tokens drafted at a time, at most"
@@ -847,6 +859,8 @@ def sampling(options: argparse.Namespace) -> dict[str, Any]:
         "temperature": options.temperature,
         "top_k": options.top_k,
         "top_p": options.top_p,
+        "min_p": options.min_p,
+        "repetition_penalty": options.repetition_penalty,
         "seed": options.seed,
         "draft": draft,
         "draft_tokens": options.draft_tokens,

@@ -254,6 +254,24 @@ def test_generate(capsys, teacher, monkeypatch):
     assert piped == out
 
 
+def test_sampling_is_that_of_the_library(capsys, teacher):
+    settings = {
+        "max_new_tokens": 12,
+        "temperature": 1.5,
+        "top_k": 50,
+        "top_p": 0.9,
+        "min_p": 0.05,
+        "repetition_penalty": 1.4,
+        "seed": 3,
+    }
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    [row] = run_json(capsys, "generate", teacher, "hello", *options)
+    [wanted] = mil.generate(mil.load(teacher), ["hello"], **settings)
+    assert row["token_ids"] == list(wanted.token_ids)
+    status, _, error = run(capsys, "generate", teacher, "hello", "--min-p", "2")
+    assert status == 2 and "min_p" in error and error.count("\n") == 1
+
+
 def test_bench(capsys, teacher, tmp_path):
     pytest.importorskip("matplotlib")
     options = ("--lengths", "8,16", "--tokens", "2", "--repeats", "1")
