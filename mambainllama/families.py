@@ -96,7 +96,7 @@ class Keys:
         return value
 
     def number(self, key: str, default: float) -> float:
-        """A finite number; null counts as absent."""
+        """A finite number of at least 0 (an epsilon, a factor); null counts as absent."""
         value = self.get(key)
         if value is None:
             return float(default)
@@ -104,8 +104,9 @@ class Keys:
             isinstance(value, bool)
             or not isinstance(value, (int, float))
             or not math.isfinite(value)
+            or value < 0
         ):
-            raise self._fail(key, "a finite number", value)
+            raise self._fail(key, "a finite number of at least 0", value)
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:

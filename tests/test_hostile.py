@@ -276,6 +276,7 @@ def test_index_of_another_model(tmp_path):
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
         ({"rms_norm_eps": "tiny"}, "rms_norm_eps"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"rms_norm_eps": -0.5}, "rms_norm_eps: expected a finite number of at least 0"),
         ({"attention_bias": True}, "missing"),
         ({"rope_scaling": {"type": "magic"}}, "these are"),
         ({"rope_scaling": {"type": "linear"}}, "factor"),
