@@ -356,7 +356,7 @@ class Checkpoint:
         if tensor.dtype not in _WEIGHT_DTYPES:
             raise FormatError(
                 f"{tensor.file}: tensor {shorten(name)}: expected dtype F32, BF16 or F16, got "
-                f"{tensor.dtype} (quantised weights are not read; use the unquantised checkpoint)"
+                f"{tensor.dtype}; save the model in one of these (quantised weights are not read)"
             )
         return _WEIGHT_DTYPES[tensor.dtype]
 

@@ -86,7 +86,7 @@ HEADERS = {
     "nested-shape": (edit("shape", [[80], 48]), "shape"),
     "unknown-dtype": (edit("dtype", "F31"), "dtype"),
     "list-dtype": (edit("dtype", ["F32"]), "dtype"),
-    "other-dtype": (edit("dtype", "I32"), "I32"),
+    "other-dtype": (edit("dtype", "I32"), "I32; save the model in one of these"),
     "half-dtype": (edit("dtype", "F16"), "bytes"),
     "entry-is-list": (add(NAME, [1, 2]), NAME),
     "entry-is-null": (add("x", None), "x"),
