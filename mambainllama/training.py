@@ -39,6 +39,7 @@ from .checkpointing import (
     write_text,
 )
 from .data import Batch, Batches
+from .dtypes import to_float32
 from .errors import ArgumentError, FileError, NonFiniteError, StateError, shorten
 from .history import History, format_value
 from .schedule import SCHEDULES, rate_factor, warmup_count
@@ -263,6 +264,7 @@ class Task:
 
     config: TrainingConfig
     student: _core.Model
+    teacher: _core.Model | None = None
     batches: Batches
     trainer: _core.Trainer
 
@@ -633,9 +635,19 @@ class Loop:
         mend = (
             "try a lower learning_rate or longer warm-up"
             if self.task.trainer.step
-            else "no step was taken yet: the models or the settings are at fault"
+            else f"no step was taken yet: {self.suspect()}"
         )
         return f"step {done}: {what}; {mend}; {kept}"
+
+    def suspect(self) -> str:
+        """What is at fault where not even a first step could be taken."""
+        alone = self.task.teacher is None
+        roles = {"model" if alone else "student": self.task.student, "teacher": self.task.teacher}
+        for role, model in roles.items():
+            name = None if model is None else broken_parameter(model)
+            if name is not None:
+                return f"{name} of the {role} holds NaN or infinity; load or make the {role} again"
+        return "the models or the settings are at fault"
 
     def farewell(self, done: int) -> str:
         if self.folder is None:
@@ -703,6 +715,15 @@ def is_watched() -> bool:
 def add_sums(into: dict[str, float], new: Mapping[str, float]) -> None:
     for name, value in new.items():
         into[name] = into.get(name, 0.0) + value
+
+
+def broken_parameter(model: _core.Model) -> str | None:
+    """The name of the first parameter that is not finite, or None."""
+    dtypes = model.dtypes()
+    for name, array in model.parameters().items():
+        if not np.isfinite(to_float32(array, dtypes[name])).all():
+            return name
+    return None
 
 
 @contextmanager

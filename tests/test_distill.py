@@ -348,6 +348,20 @@ def test_broken_weights_are_not_saved(teacher, tokens, tmp_path, save_every):
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+@pytest.mark.parametrize("role", ["student", "teacher", "model"])
+def test_broken_weights_are_named(role, teacher, tokens, tmp_path):
+    """A run that fails at its first step says whose weights are at fault, and which."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    models = {"student": make_student(teacher, tokens), "teacher": mil.load(teacher.save(tmp_path))}
+    models["model"] = models["student"]
+    models[role].parameters()[name].flat[7] = np.inf
+    with pytest.raises(mil.NonFiniteError, match=f"no step .*: {name} of the {role} holds NaN or"):
+        if role == "model":
+            mil.sft(models[role], tokens, mil.SftConfig(max_steps=1, loss_on="all"), None)
+        else:
+            mil.distill(models["student"], models["teacher"], tokens, config(), None)
+
+
 def test_metrics_are_json(teacher, tokens, tmp_path):
     """Figures that are not finite are left out: NaN and Infinity are no JSON."""
 
