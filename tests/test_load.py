@@ -12,7 +12,7 @@ from tiny_checkpoints import CONFIGS, VOCAB, tiny, tiny_hybrid
 
 import mambainllama as mil
 from mambainllama import _core
-from mambainllama.checkpoint import Checkpoint, write_folder
+from mambainllama.checkpoint import Checkpoint, write_folder, write_safetensors
 from mambainllama.dtypes import convert, from_float32, to_float32
 
 
@@ -191,6 +191,27 @@ def test_save_and_load_give_the_same_bits(case, dtype, tmp_path, rng):
         with safe_open(saved / "model.safetensors", "np") as file:
             with safe_open(folder / "model.safetensors", "np") as original:
                 assert set(file.keys()) == set(original.keys())
+
+
+@pytest.mark.parametrize("name", ["a", "b" * 9, "c" * 30])
+def test_tensors_begin_at_lines_of_the_caches(name, tmp_path, rng):
+    """In files that we write, whatever names and odd tensors there are, and read into memory."""
+    tensors = {
+        f"{name}.odd": (rng.integers(0, 9, 3, dtype=np.uint16), "bfloat16"),
+        f"{name}.half": (rng.integers(0, 9, (5, 32), dtype=np.uint16), "bfloat16"),
+        f"{name}.vector": (rng.normal(size=5).astype(np.float32), "float32"),
+        f"{name}.matrix": (rng.normal(size=(3, 16)).astype(np.float32), "float32"),
+    }
+    (tmp_path / "config.json").write_text("{}")
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    checkpoint = Checkpoint(tmp_path)
+    for key, (array, dtype) in tensors.items():
+        begin = checkpoint.tensors[key].begin
+        assert begin % (64 if array.nbytes % 64 == 0 else array.itemsize) == 0, key
+        for mmap in (True, False):
+            read, stored = checkpoint.read(key, mmap)
+            assert stored == dtype and np.array_equal(read, array)
+        assert read.ctypes.data % 64 == 0, key
 
 
 def test_save_keeps_the_other_files(shared, tmp_path):
