@@ -37,7 +37,7 @@ from typing import Any
 
 import numpy as np
 
-from .dtypes import STORAGE
+from .dtypes import LINE, STORAGE, empty
 from .errors import (
     ArgumentError,
     Error,
@@ -71,7 +71,6 @@ _MAX_JSON = 100_000_000
 _MAX_DIGITS = 300  # of an integer: all of them then fit a float
 _MAX_RANK = 32  # of a tensor
 _MAX_NAME = 255  # bytes of a file's name
-_LINE = 64  # bytes of a line of the caches, as wide as the widest vectors of a CPU
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SHARD_BYTES = 5_000_000_000
@@ -373,8 +372,9 @@ class Checkpoint:
         if tensor.begin == tensor.end:
             return np.zeros(tensor.shape, STORAGE[dtype]), dtype
         if not mmap:
-            data = _read_bytes(tensor)
-            return data.view(STORAGE[dtype]).reshape(tensor.shape), dtype
+            array = empty(tensor.shape, dtype)
+            _read_into(array.reshape(-1).view(np.uint8), tensor)
+            return array, dtype
         data = self._map(tensor.file)[tensor.begin : tensor.end]
         if data.size < tensor.end - tensor.begin:
             raise _became_shorter(tensor.file)
@@ -393,21 +393,16 @@ class Checkpoint:
         return self._maps[path]
 
 
-def _read_bytes(tensor: StoredTensor) -> np.ndarray:
-    """A tensor's bytes in memory of their own, at the beginning of a line of the caches."""
-    size = tensor.end - tensor.begin
-    memory = np.empty(size + _LINE, np.uint8)  # NumPy asks for huge pages by itself
-    begin = -memory.ctypes.data % _LINE
-    data = memory[begin : begin + size]
+def _read_into(data: np.ndarray, tensor: StoredTensor) -> None:
+    """Reads a tensor's bytes into `data`."""
     try:
         with open(tensor.file, "rb") as file:
             file.seek(tensor.begin)
             count = file.readinto(data.data)
     except OSError as error:
         raise FileError(f"{tensor.file}: cannot be read ({error.strerror})") from None
-    if count < size:
+    if count < data.size:
         raise _became_shorter(tensor.file)
-    return data
 
 
 def _became_shorter(path: Path) -> FileError:
@@ -448,7 +443,7 @@ def write_safetensors(
     order = sorted(
         tensors,
         key=lambda name: (
-            tensors[name][0].nbytes % _LINE != 0,
+            tensors[name][0].nbytes % LINE != 0,
             -STORAGE[tensors[name][1]].itemsize,
         ),
     )
@@ -463,7 +458,7 @@ def write_safetensors(
         }
         position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(len(text) + 8) % _LINE)  # eight bytes of its length stand before it
+    text += b" " * (-(len(text) + 8) % LINE)  # eight bytes of its length stand before it
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)))
         file.write(text)

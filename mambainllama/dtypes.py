@@ -7,12 +7,17 @@ even; what float16 cannot hold becomes infinite.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from . import _core
 from .errors import DtypeError, shorten
 
-__all__ = ["STORAGE", "check_dtype", "convert", "from_float32", "to_float32"]
+__all__ = ["LINE", "STORAGE", "check_dtype", "convert", "empty", "from_float32", "to_float32"]
+
+#: Bytes of a line of the caches, as wide as the widest vectors of a CPU.
+LINE = 64
 
 #: How an array of each dtype lies in memory.
 STORAGE: dict[str, np.dtype] = {
@@ -41,11 +46,19 @@ def from_float32(array: np.ndarray, dtype: str) -> np.ndarray:
     return convert(array, "float32", dtype)
 
 
+def empty(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """A new array that begins at a line of the caches, so that no vector of weights lies in two."""
+    size = math.prod(shape) * STORAGE[dtype].itemsize
+    memory = np.empty(size + LINE, np.uint8)  # NumPy asks for huge pages by itself
+    begin = -memory.ctypes.data % LINE
+    return memory[begin : begin + size].view(STORAGE[dtype]).reshape(shape)
+
+
 def convert(array: np.ndarray, dtype: str, to: str) -> np.ndarray:
     """`array` of `dtype` as an array of dtype `to`; itself where they are the same."""
     if dtype == to:
         return array
     source = np.ascontiguousarray(array, STORAGE[dtype])
-    out = np.empty(array.shape, STORAGE[to])
+    out = empty(array.shape, to)
     _core.convert(source, dtype, out, to)
     return out

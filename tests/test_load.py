@@ -212,6 +212,7 @@ def test_tensors_begin_at_lines_of_the_caches(name, tmp_path, rng):
             read, stored = checkpoint.read(key, mmap)
             assert stored == dtype and np.array_equal(read, array)
         assert read.ctypes.data % 64 == 0, key
+        assert convert(array, dtype, "float16").ctypes.data % 64 == 0
 
 
 def test_save_keeps_the_other_files(shared, tmp_path):
