@@ -4,8 +4,9 @@ Reading.  A safetensors file is eight bytes (the header's length, little-endian)
 gives each tensor's dtype, shape and byte range, and the bytes.  The file is mapped, not read: a 16
 GB model opens at once and its pages come in as they are used.  The mapping is copy-on-write, so a
 model can be trained in place without touching its file and without a second copy of what is not
-changed.  A processor reads a mapped file's pages more slowly than other memory, though
-(docs/performance-log.md), so a caller may ask for tensors in memory of their own.
+changed.  Some processors compute more slowly from mapped files, most of all where tensors lie
+across lines of the caches (docs/performance-log.md), so a caller may ask for tensors in memory of
+their own.
 
 Files are treated as hostile.  Every number in the header is checked before it is used for anything:
 the ranges must tile the data exactly (no hole, no overlap, nothing beyond the end), the products of

@@ -521,8 +521,9 @@ def load(
     mmap
         False reads the weights into memory instead of mapping their files: a copy of this process's
         own, beside the one that the system keeps of the files. Loading takes longer, and generating
-        is faster where a CPU reads mapped pages more slowly than other memory; logits are the same
-        bits. No effect with a GPU: its weights are copied to it out of the mapped files.
+        is faster on some CPUs, most of all from files whose tensors lie across lines of the caches
+        (those that this library writes do not); logits are the same bits. No effect with a GPU: its
+        weights are copied to it out of the mapped files.
     revision
         Branch, tag or commit on the Hub.
 
