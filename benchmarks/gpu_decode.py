@@ -7,12 +7,17 @@ rate of one large product. Weights are random; speed does not depend on them.
 
     python benchmarks/gpu_decode.py [--models 8b-mamba2] [--batch 1,32] [--context 512,4096]
     python benchmarks/gpu_decode.py --prefill [--models 8b-mamba2] [--batch 8] [--context 2048]
+    python benchmarks/gpu_decode.py --queue 320 [--models 8b-mamba2] [--batch 64]
+
+A queue is what evaluations and servers have: texts of all lengths that join the batch as others
+leave it, prompts included.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
 
 import numpy as np
 import torch
@@ -122,6 +127,35 @@ def prefill(model, name, batch, context, rounds, rate) -> dict:
     }
 
 
+def queue(model, name, batch, count, rounds) -> dict:
+    """One row of `count` texts that go through a batch: prompts of 20 to 400 tokens, answers of 50
+    to 500. The first round, which loads kernels, is left out."""
+    random = np.random.default_rng(2)
+    prompts = [
+        random.integers(0, model.config.vocab_size, length).tolist()
+        for length in random.integers(20, 401, count)
+    ]
+    wanted = random.integers(50, 501, count).tolist()
+    times = []
+    for _ in range(rounds + 1):
+        begin = time.perf_counter()
+        out = mil.generate(model, prompts, max_new_tokens=wanted, stop=[], max_batch=batch)
+        times.append(time.perf_counter() - begin)
+    seconds = min(times[1:])
+    return {
+        "kind": "queue",
+        "model": name,
+        "batch": batch,
+        "texts": count,
+        "prompt_tokens": sum(map(len, prompts)),
+        "new_tokens": sum(wanted),
+        "seconds": seconds,
+        "all_seconds": times,
+        "tokens_per_second": sum(wanted) / seconds,
+        "first_token_seconds": float(np.median([g.stats.prefill_seconds for g in out])),
+    }
+
+
 def memory_in_use() -> int:
     """Bytes of the device that are taken, by whomever."""
     free, total = torch.cuda.mem_get_info()
@@ -135,8 +169,15 @@ def numbers(text: str, count: int) -> list[int]:
 
 
 def say(row: dict) -> None:
-    head = f"{row['model']:12s} batch {row['batch']} context {row['context']}: "
-    if row["kind"] == "prefill":
+    head = f"{row['model']:12s} batch {row['batch']} context {row.get('context')}: "
+    if row["kind"] == "queue":
+        print(
+            f"{row['model']:12s} {row['texts']} texts through a batch of {row['batch']}: "
+            f"{row['seconds']:.2f} s, {row['tokens_per_second']:.0f} tokens/s; from joining to the "
+            f"first token {row['first_token_seconds'] * 1e3:.1f} ms (median)",
+            flush=True,
+        )
+    elif row["kind"] == "prefill":
         print(
             head + f"prompts in {row['seconds'] * 1e3:.1f} ms, "
             f"{row['flops'] / row['seconds'] * 1e-12:.0f} Tflop/s, "
@@ -164,24 +205,26 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--weights", help="float8 or int8: matrices in 8 bits on the device")
     parser.add_argument("--prefill", action="store_true", help="read prompts, generate nothing")
+    parser.add_argument("--queue", type=int, help="so many texts of all lengths through the batch")
     parser.add_argument("--rate", type=float, help="of a copy (--prefill: product), if known")
     parser.add_argument("--json", help="append one line a row to this file; - prints them")
     options = parser.parse_args()
     rate = options.rate
-    if rate is None:
+    if rate is None and not options.queue:
         rate = product_rate(8192, 8192, 8192) if options.prefill else copy_rate()
         torch.cuda.empty_cache()
-    print(
-        f"{cuda_devices()[0]['name']}; "
-        f"{'product' if options.prefill else 'copy'} {rate * 1e-12:.2f} T/s; "
-        f"mambainllama {mil.__version__}"
+    of_device = (
+        f"{'product' if options.prefill else 'copy'} {rate * 1e-12:.2f} T/s; " if rate else ""
     )
+    print(f"{cuda_devices()[0]['name']}; {of_device}mambainllama {mil.__version__}")
     count = max(len(text.split(",")) for text in (options.batch, options.context, options.tokens))
     lists = [numbers(text, count) for text in (options.batch, options.context, options.tokens)]
     for name in options.models.split(","):
         model = build(name, dtype=options.dtype, weights=options.weights)
         for batch, context, tokens in zip(*lists, strict=True):
-            if options.prefill:
+            if options.queue:
+                row = queue(model, name, batch, options.queue, options.rounds)
+            elif options.prefill:
                 row = prefill(model, name, batch, context, options.rounds, rate)
             else:
                 work = batch, context, tokens, options.rounds, rate

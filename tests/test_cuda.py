@@ -279,6 +279,45 @@ def test_greedy_batches_of_many(name, batch):
         assert tokens_of(_core.generate(model, requests, max_batch=most)) == expected
 
 
+@pytest.mark.parametrize("name", SPECULATED)
+def test_texts_that_need_logits_on_the_host_beside_others(name):
+    """While texts join, tokens are drawn on the device where a request allows it, from the logits
+    where not: each text is what it is alone."""
+    model = build(KINDS[name], device="cuda:0")
+    settings = [
+        {},
+        {"logprobs": True},
+        {"temperature": 0.8, "seed": 3},
+        {"repetition_penalty": 1.3},
+        {"temperature": 1.1, "top_k": 9, "top_p": 0.9, "seed": 4},
+        {"prompt_logprobs": True},
+        {"max_new_tokens": 0},
+        {"logprobs": True, "temperature": 0.8, "seed": 3},
+    ]
+    requests = [
+        {"prompt": prompt, "stop": [], "max_new_tokens": 5 + 4 * i, **one}
+        for i, (prompt, one) in enumerate(
+            zip(some_prompts(model, *[1] * len(settings)), settings, strict=True)
+        )
+    ]
+    alone = [tokens_of(_core.generate(model, [request]))[0] for request in requests]
+    for most in (2, 5, 8):
+        together = _core.generate(model, requests, max_batch=most)
+        assert tokens_of(together) == alone
+    # A greedy token is the same either way; a sampled one may lie on an edge of rounding.
+    assert tokens_of(_core.generate(model, [{**requests[0], "logprobs": True}])) == [alone[0]]
+
+
+def test_logits_that_are_not_finite():
+    config = configuration(KINDS["mamba2 hybrid"])
+    parameters = random_parameters(config, 0)
+    parameters["model.norm.weight"][:] = np.nan
+    model = _core.Model(config, parameters, {}, operator_table("cuda:0", "float32"))
+    for wanted in (False, True):
+        with pytest.raises(mil.NonFiniteError, match="not finite|logit of token"):
+            _core.generate(model, [{"prompt": [1, 2], "logprobs": wanted}])
+
+
 @pytest.mark.parametrize("drafts", [2, 5, 15])
 @pytest.mark.parametrize("name", SPECULATED)
 def test_the_model_itself_is_a_draft_that_is_always_right_in_recorded_rounds(name, drafts):

@@ -60,10 +60,8 @@ mil_burst_delete(mil_burst *burst)
 bool
 mil_burst_takes(const mil_sequence *sequence)
 {
-    const mil_request *request = &sequence->request;
     return sequence->generation.finish == MIL_RUNNING && sequence->generation.count > 0 &&
-           !request->logprobs && request->sampling.repetition_penalty == 1.0f &&
-           sequence->count - sequence->state->length == 1;
+           mil_sequence_draws_alone(sequence) && sequence->count - sequence->state->length == 1;
 }
 
 static int64_t

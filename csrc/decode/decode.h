@@ -129,6 +129,10 @@ typedef struct mil_engine {
         float *logits;
         int64_t token_capacity, sequence_capacity, row_capacity, logit_capacity;
         int64_t rows, count, logit_count;
+        /* rows that the device draws from, one of a sequence at most */
+        int64_t draw_count, *draw_rows, *draw_positions;
+        mil_sample_options *draw_options;
+        int32_t *drawn, *bad;
     } pack;
 } mil_engine;
 

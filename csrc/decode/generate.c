@@ -68,6 +68,11 @@ mil_engine_release(mil_engine *engine)
     mil_free(engine->pack.held);
     mil_free(engine->pack.sequences);
     mil_free(engine->pack.logits);
+    mil_free(engine->pack.draw_rows);
+    mil_free(engine->pack.draw_positions);
+    mil_free(engine->pack.draw_options);
+    mil_free(engine->pack.drawn);
+    mil_free(engine->pack.bad);
     *engine = (mil_engine){0};
 }
 
@@ -171,7 +176,7 @@ mil_engine_submit(mil_engine *engine, const mil_request *request)
 void
 mil_pack_begin(mil_engine *engine)
 {
-    engine->pack.rows = engine->pack.count = engine->pack.logit_count = 0;
+    engine->pack.rows = engine->pack.count = engine->pack.logit_count = engine->pack.draw_count = 0;
 }
 
 mil_status
@@ -184,12 +189,37 @@ mil_pack_add(mil_engine *engine, mil_sequence *sequence, mil_state *state, int64
     sequence->rows = rows;
     sequence->first_logit = pack->logit_count;
     sequence->logit_count = logit_count;
+    sequence->draw = -1;
     pack->sequences[pack->count] = sequence;
     pack->states[pack->count] = state;
     pack->held[pack->count] = held;
     pack->count++;
     pack->rows += rows;
     pack->logit_count += logit_count;
+    return MIL_OK;
+}
+
+/* Whether the last of a sequence's rows needs no logits on the host, as the device draws its token. */
+static bool
+device_draws(const mil_engine *engine, const mil_sequence *sequence)
+{
+    return engine->options.model->ops->sample != NULL && mil_sequence_draws_alone(sequence) &&
+           !sequence->request.prompt_logprobs && sequence->drafted == 0;
+}
+
+/* The next `rows` rows of a sequence, and of the last one a token: drawn by the device or from logits. */
+static mil_status
+add_decoded_rows(mil_engine *engine, mil_sequence *sequence, int64_t rows, int64_t logit_count)
+{
+    struct mil_pack *pack = &engine->pack;
+    bool draws = device_draws(engine, sequence);
+    MIL_TRY(mil_pack_add(engine, sequence, sequence->state, rows, draws ? 0 : logit_count, false));
+    if (draws) {
+        sequence->draw = pack->draw_count;
+        pack->draw_options[pack->draw_count] = mil_device_sampling(&sequence->request.sampling);
+        pack->draw_positions[pack->draw_count] = sequence->count;
+        pack->draw_count++;
+    }
     return MIL_OK;
 }
 
@@ -206,6 +236,9 @@ lay_out_rows(struct mil_pack *pack)
         row += sequence->rows;
         for (int64_t j = 0; j < sequence->logit_count; j++) {
             pack->logit_rows[logit++] = row - sequence->logit_count + j;
+        }
+        if (sequence->draw >= 0) {
+            pack->draw_rows[sequence->draw] = row - 1;
         }
     }
     pack->offsets[pack->count] = row;
@@ -230,6 +263,8 @@ mil_pack_run(mil_engine *engine, mil_context *context, const mil_model *model)
         .logit_rows = pack->logit_rows,
         .logit_count = pack->logit_count,
         .logits = pack->logit_count > 0 ? pack->logits : NULL,
+        .draws = {pack->draw_count, pack->draw_rows, pack->draw_options, pack->draw_positions, pack->drawn,
+                  pack->bad},
     };
     return mil_model_forward(context, model, &forward);
 }
@@ -317,9 +352,10 @@ add_prompt_rows(mil_engine *engine, mil_sequence *sequence, int64_t *left)
         return MIL_OK;
     }
     *left -= rows < *left ? rows : *left;
-    bool first_token = rows == unread && request->max_new_tokens > 0;
-    int64_t logits = request->prompt_logprobs ? rows : first_token ? 1 : 0;
-    return mil_pack_add(engine, sequence, sequence->state, rows, logits, false);
+    if (rows == unread && request->max_new_tokens > 0) {
+        return add_decoded_rows(engine, sequence, rows, request->prompt_logprobs ? rows : 1);
+    }
+    return mil_pack_add(engine, sequence, sequence->state, rows, request->prompt_logprobs ? rows : 0, false);
 }
 
 static mil_status
@@ -337,7 +373,7 @@ pack_round(mil_engine *engine)
         }
         if (sequence->generation.count > 0) {
             int64_t rows = 1 + sequence->drafted;
-            MIL_TRY(mil_pack_add(engine, sequence, sequence->state, rows, rows, false));
+            MIL_TRY(add_decoded_rows(engine, sequence, rows, rows));
         }
         else {
             MIL_TRY(add_prompt_rows(engine, sequence, &left));
@@ -369,14 +405,32 @@ score_prompt(const mil_engine *engine, mil_sequence *sequence, const float *logi
     return MIL_OK;
 }
 
-/* Reads one sequence's logits of the round; runs beside the others. */
+/* The token that the device drew for a sequence. */
+static mil_status
+settle_draw(const mil_engine *engine, mil_sequence *sequence)
+{
+    if (engine->pack.bad[sequence->draw] != 0) {
+        return mil_sequence_not_finite(sequence);
+    }
+    mil_sequence_add(engine, sequence, engine->pack.drawn[sequence->draw], NULL);
+    if (sequence->wanted > 0) { /* and there were no drafts */
+        mil_speculate_remember(sequence, 0, 0, false);
+    }
+    return MIL_OK;
+}
+
+/* Reads what the round gave one sequence; runs beside the others. */
 static mil_status
 settle(const mil_engine *engine, mil_sequence *sequence)
 {
     int64_t vocab = engine->options.model->config.vocab;
     const float *logits = engine->pack.logits + sequence->first_logit * vocab;
-    if (sequence->generation.count > 0) {
-        sequence->generation.stats.rounds++;
+    bool decoding = sequence->generation.count > 0;
+    sequence->generation.stats.rounds += decoding;
+    if (sequence->draw >= 0) {
+        return settle_draw(engine, sequence);
+    }
+    if (decoding) {
         return mil_speculate_settle(engine, sequence, logits);
     }
     if (sequence->request.prompt_logprobs) {
@@ -467,7 +521,14 @@ mil_engine_round(mil_engine *engine, mil_context *context)
         pack->states = mil_alloc(most, sizeof *pack->states);
         pack->held = mil_alloc(most, sizeof *pack->held);
         pack->offsets = mil_alloc(most + 1, sizeof *pack->offsets);
-        if (pack->sequences == NULL || pack->states == NULL || pack->held == NULL || pack->offsets == NULL) {
+        pack->draw_rows = mil_alloc(most, sizeof *pack->draw_rows);
+        pack->draw_positions = mil_alloc(most, sizeof *pack->draw_positions);
+        pack->draw_options = mil_alloc(most, sizeof *pack->draw_options);
+        pack->drawn = mil_alloc(most, sizeof *pack->drawn);
+        pack->bad = mil_alloc(most, sizeof *pack->bad);
+        if (pack->sequences == NULL || pack->states == NULL || pack->held == NULL || pack->offsets == NULL ||
+            pack->draw_rows == NULL || pack->draw_positions == NULL || pack->draw_options == NULL ||
+            pack->drawn == NULL || pack->bad == NULL) {
             return mil_fail(MIL_ERR_MEMORY, "generate: out of memory for a batch of %zu", most);
         }
     }

@@ -36,6 +36,7 @@ struct mil_sequence {
 
     /* this round's rows */
     int64_t rows, first_logit, logit_count;
+    int64_t draw; /* its number among the pass's draws; -1: none */
     int64_t past; /* tokens read before them */
 
     double joined_at, first_token_at;
@@ -95,6 +96,13 @@ mil_sequence_stops(const mil_sequence *sequence, int32_t token)
  * at its length. */
 void
 mil_sequence_add(const mil_engine *engine, mil_sequence *sequence, int32_t token, const float *logits);
+
+/* Whether its tokens can be drawn without their logits on the host. */
+static inline bool
+mil_sequence_draws_alone(const mil_sequence *sequence)
+{
+    return !sequence->request.logprobs && sequence->request.sampling.repetition_penalty == 1.0f;
+}
 
 /* A request's settings as operators take them. */
 static inline mil_sample_options

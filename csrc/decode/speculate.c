@@ -294,13 +294,26 @@ mil_speculate_quiet_steps(const mil_engine *engine)
     return left > 1 ? left : 1;
 }
 
+/* A round that reads a prompt goes by way of the host, where logits of all texts' drafts would come, too. */
+static bool
+reads_prompt(const mil_engine *engine)
+{
+    for (int64_t i = 0; i < engine->running_count; i++) {
+        const mil_sequence *sequence = engine->running[i];
+        if (sequence->generation.finish == MIL_RUNNING && sequence->generation.count == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
 void
 mil_speculate_plan(mil_engine *engine)
 {
     if (engine->options.draft_kind == MIL_DRAFT_NONE) {
         return;
     }
-    int64_t together = engine->together ? depth_together(engine) : 0;
+    int64_t together = engine->together && !reads_prompt(engine) ? depth_together(engine) : 0;
     for (int64_t i = 0; i < engine->running_count; i++) {
         mil_sequence *sequence = engine->running[i];
         if (sequence->reading) {

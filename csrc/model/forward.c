@@ -312,26 +312,78 @@ logits_of(const mil_pass *pass, const mil_norm *norm, float *logits, int64_t log
     return MIL_OK;
 }
 
-/* Logits of up to LOGIT_ROWS wanted rows of the residual stream x. */
+/* Logits, on the device, of up to LOGIT_ROWS wanted rows of the residual stream x: *block is [count, vocab]. */
 static mil_status
-logits_block(const mil_pass *pass, const void *x, const int64_t *wanted, int64_t count, float *logits)
+logits_block(const mil_pass *pass, const void *x, const int64_t *wanted, int64_t count, float **block)
 {
     mil_context *context = pass->context;
     int64_t hidden = pass->model->config.hidden, vocab = pass->model->config.vocab;
-    mil_arena_mark mark = mil_arena_get_mark(context->scratch);
     void *picked, *normed;
     const void *index;
-    float *block;
     MIL_TRY(mil_act_push(context, count, hidden, &picked));
     MIL_TRY(mil_act_push(context, count, hidden, &normed));
-    MIL_TRY(MIL_PUSH(context->scratch, count * vocab, float, &block));
+    MIL_TRY(MIL_PUSH(context->scratch, count * vocab, float, block));
     MIL_TRY(context->ops->upload(context, wanted, (size_t)count * sizeof *wanted, &index));
     MIL_TRY(context->ops->gather_rows(context, count, hidden, index, x, hidden, picked, hidden));
     const mil_norm norm = mil_stream_norm(pass, pass->model->final_norm, count, picked, normed);
-    MIL_TRY(logits_of(pass, &norm, block, vocab));
-    MIL_TRY(context->ops->copy(context, logits, block, (size_t)(count * vocab) * sizeof *logits));
+    return logits_of(pass, &norm, *block, vocab);
+}
+
+/* Logits to the caller. */
+static mil_status
+fetch_logits(const mil_pass *pass, const mil_forward *arguments, const void *x, int64_t first, int64_t count)
+{
+    mil_context *context = pass->context;
+    int64_t vocab = pass->model->config.vocab;
+    mil_arena_mark mark = mil_arena_get_mark(context->scratch);
+    float *block;
+    MIL_TRY(logits_block(pass, x, arguments->logit_rows + first, count, &block));
+    MIL_TRY(context->ops->copy(context, arguments->logits + first * vocab, block,
+                               (size_t)(count * vocab) * sizeof *block));
     mil_arena_rewind(context->scratch, mark);
     return MIL_OK;
+}
+
+/* Draws from logits to the caller. */
+static mil_status
+fetch_draws(const mil_pass *pass, const mil_draws *draws, const void *x, int64_t first, int64_t count)
+{
+    mil_context *context = pass->context;
+    const mil_ops *ops = context->ops;
+    int64_t vocab = pass->model->config.vocab;
+    mil_arena_mark mark = mil_arena_get_mark(context->scratch);
+    const void *options, *position;
+    int32_t *token, *bad;
+    float *block;
+    size_t bytes = (size_t)count * sizeof *token;
+    MIL_TRY(MIL_PUSH(context->scratch, count, int32_t, &token));
+    MIL_TRY(MIL_PUSH(context->scratch, count, int32_t, &bad));
+    MIL_TRY(logits_block(pass, x, draws->rows + first, count, &block));
+    MIL_TRY(ops->upload(context, draws->options + first, (size_t)count * sizeof *draws->options, &options));
+    MIL_TRY(
+        ops->upload(context, draws->position + first, (size_t)count * sizeof *draws->position, &position));
+    const mil_sample sample = {
+        .rows = count,
+        .vocab = vocab,
+        .logits = block,
+        .logits_stride = vocab,
+        .options = options,
+        .position = position,
+        .stream = MIL_SAMPLE_TARGET,
+        .token = token,
+        .bad = bad,
+    };
+    MIL_TRY(ops->sample(context, &sample));
+    MIL_TRY(ops->copy(context, draws->token + first, token, bytes));
+    MIL_TRY(ops->copy(context, draws->bad + first, bad, bytes));
+    mil_arena_rewind(context->scratch, mark);
+    return MIL_OK;
+}
+
+static int64_t
+rows_of_block(int64_t count, int64_t first)
+{
+    return count - first < LOGIT_ROWS ? count - first : LOGIT_ROWS;
 }
 
 /* Layer after layer moves its boundary; a failure in between leaves those at two places. */
@@ -361,9 +413,10 @@ run_model(mil_context *context, const mil_model *model, const mil_forward *argum
     mark_torn(arguments);
     MIL_TRY(run_layers(&pass, arguments, x));
     for (int64_t i = 0; i < arguments->logit_count; i += LOGIT_ROWS) {
-        int64_t count = arguments->logit_count - i < LOGIT_ROWS ? arguments->logit_count - i : LOGIT_ROWS;
-        MIL_TRY(logits_block(&pass, x, arguments->logit_rows + i, count,
-                             arguments->logits + i * model->config.vocab));
+        MIL_TRY(fetch_logits(&pass, arguments, x, i, rows_of_block(arguments->logit_count, i)));
+    }
+    for (int64_t i = 0; i < arguments->draws.count; i += LOGIT_ROWS) {
+        MIL_TRY(fetch_draws(&pass, &arguments->draws, x, i, rows_of_block(arguments->draws.count, i)));
     }
     if (is_captured(arguments, MIL_CAPTURE_FINAL, 0)) {
         mil_norm norm = mil_stream_norm(&pass, model->final_norm, rows, x, x);

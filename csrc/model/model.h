@@ -236,6 +236,17 @@ typedef struct mil_capture {
     float *out; /* [rows, width], caller's, of the host or the device */
 } mil_capture;
 
+/* Rows of which only a draw is wanted: their logits stay on the device (one that has mil_ops.sample). All pointers are of
+ * host memory. */
+typedef struct mil_draws {
+    int64_t count;
+    const int64_t *rows;               /* [count] */
+    const mil_sample_options *options; /* [count] */
+    const int64_t *position;           /* [count] of the token that is drawn, in its text */
+    int32_t *token;                    /* [count] out */
+    int32_t *bad;                      /* [count] out: 1 where a logit is NaN or infinite, else 0 */
+} mil_draws;
+
 typedef struct mil_forward {
     const int32_t *tokens; /* [rows], host memory; checked by mil_check_tokens beforehand */
     int64_t sequences;
@@ -245,6 +256,7 @@ typedef struct mil_forward {
     const int64_t *logit_rows; /* [logit_count] rows whose logits are wanted */
     int64_t logit_count;
     float *logits; /* [logit_count, vocab] host memory, or NULL */
+    mil_draws draws;
     const mil_capture *captures;
     int64_t capture_count;
     bool fast; /* training and evaluation: products in any order */
