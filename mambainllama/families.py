@@ -713,6 +713,27 @@ def describe(
     return _make_hybrid(description, Keys(mamba_config, f"{where}/mamba_config.json"), tensors)
 
 
+def _family_names(names: Iterable[str], embedding: str) -> dict[str, str]:
+    """Name as the family's files have it -> name in these files.
+
+    What transformers saves of a model without its output matrix (LlamaModel, MambaModel) lacks the
+    first part of the names.
+    """
+    files = {}
+    for name in names:
+        plain = name
+        for pattern, replacement in _ALIASES:
+            plain = pattern.sub(replacement, plain)
+        files[plain] = name
+    first, _, rest = embedding.partition(".")
+    if embedding in files or rest not in files:
+        return files
+    return {
+        plain if plain == "lm_head.weight" else f"{first}.{plain}": name
+        for plain, name in files.items()
+    }
+
+
 def match_tensors(
     description: Description,
     specs: list[tuple[str, tuple[int, ...], bool, bool]],
@@ -729,14 +750,9 @@ def match_tensors(
     shapes
         Of the tensors in the files.
     """
-    files = {}
-    for name in shapes:
-        plain = name
-        for pattern, replacement in _ALIASES:
-            plain = pattern.sub(replacement, plain)
-        files[plain] = name
     tied = description.canonical["tied"]
     embedding = description.file_name("model.embed_tokens.weight")
+    files = _family_names(shapes, embedding)
     if tied and embedding not in files and "lm_head.weight" in files:
         files[embedding] = files.pop("lm_head.weight")  # one tensor, stored under its other name
     sources, missing, wrong = {}, [], []
@@ -760,6 +776,11 @@ def match_tensors(
     if wrong:
         raise FormatError(
             f"{where}: config.json and tensors contradict each other: {listing(wrong, 2)}"
+        )
+    if missing == ["lm_head.weight"]:
+        raise FormatError(
+            f"{where}: lm_head.weight is missing, and config.json does not tie it to the "
+            "embedding: a model that is stored without its output matrix cannot predict tokens"
         )
     if missing:
         raise FormatError(

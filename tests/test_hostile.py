@@ -318,6 +318,24 @@ def test_tied_model_with_an_output_matrix(tmp_path):
     refused(folder, "tie_word_embeddings", "lm_head.weight", kind=mil.FormatError)
 
 
+@pytest.mark.parametrize("case", ["llama-tied", "mamba", "mamba2", "llama"])
+def test_models_stored_without_their_output_matrix(case, tmp_path):
+    """As transformers saves LlamaModel or MambaModel: names lack their first part."""
+    folder = tiny(tmp_path / "model", case)
+    want = mil.load(folder)(np.arange(5)[None])
+    tensors = load_file(folder / "model.safetensors")
+    tied = "lm_head.weight" not in tensors
+    tensors.pop("lm_head.weight", None)
+    write_file(
+        folder / "model.safetensors",
+        {name.partition(".")[2]: tensor for name, tensor in tensors.items()},
+    )
+    if tied:
+        assert np.array_equal(mil.load(folder)(np.arange(5)[None]), want)
+    else:
+        refused(folder, "lm_head.weight", "output matrix", kind=mil.FormatError)
+
+
 @pytest.mark.parametrize("share", [1e308, 9.0, 0, -1, "half"])
 def test_rotated_part_of_a_head(share, tmp_path):
     folder = tiny(tmp_path / "model", "bamba")
