@@ -441,6 +441,40 @@ catch_up(mil_engine *engine, mil_context *context)
     return mil_pack_run(engine, context, draft);
 }
 
+/* While a prompt is read and nobody drafts the draft model keeps up with the texts, but for their last token, so that the next
+ * round can be a recorded one (draft_burst.c) and drafts need not go by way of the host. */
+static mil_status
+keep_up(mil_engine *engine, mil_context *context)
+{
+    int64_t left = engine->options.prefill_rows;
+    mil_pack_begin(engine);
+    for (int64_t i = 0; i < engine->running_count; i++) {
+        mil_sequence *sequence = engine->running[i];
+        mil_state *state = sequence->draft_state;
+        bool drafts = sequence->generation.finish == MIL_RUNNING && sequence->request.max_new_tokens > 0 &&
+                      state != NULL && !sequence->undraftable;
+        int64_t rows = drafts ? smaller(sequence->count - 1 - state->length, left) : 0;
+        if (rows > 0) {
+            MIL_TRY(mil_pack_add(engine, sequence, state, rows, 0, false));
+            left -= rows;
+        }
+    }
+    return engine->pack.count > 0 ? mil_pack_run(engine, context, engine->options.draft) : MIL_OK;
+}
+
+/* Whether that is of use: drafts have been worth it so far. */
+static bool
+may_keep_up(const mil_engine *engine)
+{
+    for (int64_t i = 0; i < engine->running_count; i++) {
+        if (engine->running[i]->wanted > 0) {
+            return false;
+        }
+    }
+    return engine->together && reads_prompt(engine) && (engine->depth > 0 || engine->quiet == 0) &&
+           !mil_rope_changes(&engine->options.draft->config.rope);
+}
+
 mil_status
 mil_speculate_draft(mil_engine *engine, mil_context *context)
 {
@@ -453,6 +487,9 @@ mil_speculate_draft(mil_engine *engine, mil_context *context)
         return MIL_OK;
     }
     int64_t left = engine->options.draft_kind == MIL_DRAFT_MODEL;
+    if (left > 0 && may_keep_up(engine)) {
+        return keep_up(engine, context);
+    }
     if (left > 0) {
         MIL_TRY(catch_up(engine, context));
     }
