@@ -20,7 +20,6 @@
 #define TILE_W5 2
 #define TILE_W6 2
 #define WIDE_W 3
-#define NEAR 256
 
 #include "cpu/linear.h"
 

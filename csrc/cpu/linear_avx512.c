@@ -20,7 +20,6 @@
 #define TILE_W5 4
 #define TILE_W6 4
 #define WIDE_W 6
-#define NEAR 256
 
 typedef __m512 vec;
 typedef __m512 pvec;

@@ -23,7 +23,6 @@
 #define TILE_W5 4
 #define TILE_W6 4
 #define WIDE_W 6
-#define NEAR 512
 
 typedef __m512 vec;
 typedef __m512i pvec;

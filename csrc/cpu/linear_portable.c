@@ -25,7 +25,6 @@
 #define TILE_W5 2
 #define TILE_W6 2
 #define WIDE_W 2
-#define NEAR 0
 
 typedef float vec __attribute__((vector_size(16)));
 typedef vec pvec;

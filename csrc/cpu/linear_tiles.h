@@ -18,12 +18,12 @@
  *
  * Thin products (up to THIN_ROWS rows) are bound by memory: each weight is read once, from where it lies,
  * and meets all rows while in registers or L1. A tile is W weight rows by X rows of x, so that W * X
- * chains hide the latency of a multiply-add, and a step costs W + X loads for W * X multiply-adds. k is
- * cut so that the rows of x stay in L1 (8 rows of 8192 floats would not), and between cuts the
- * accumulators rest in `lanes`; the next strip's weights are prefetched meanwhile, because the hardware's
- * own prefetch stops at each cut. A single row needs less: eight weight rows are followed to their
- * ends and prefetched NEAR bytes ahead, past their ends in the next strip. (Further ahead crowds L1, where
- * rows that lie a power of two apart share a few sets; the whole next strip into L2 is slower as well.)
+ * chains hide the latency of a multiply-add, and a step costs W + X loads for W * X multiply-adds. Weight
+ * rows are followed as far as the rows of x have room in L2, mostly to their ends, and prefetched NEAR bytes
+ * ahead, past their ends in the rows that come next; where k is cut the accumulators rest in `lanes`. (Cuts
+ * that keep x in L1 break weights into pieces of 1 to 4 KB, each of which the hardware's own prefetch must
+ * find anew: 7 to 10 % slower. Further ahead crowds L1, where rows that lie a power of two apart share a few
+ * sets; the whole next strip into L2 is slower as well.)
  *
  * Wide products are bound by multiply-adds: WIDE_COLUMNS weight rows of a k cut are expanded once into a
  * panel of their own (L1) and meet all rows of the chunk, which stream through from L2 in tiles of
@@ -36,7 +36,6 @@
  *   PARTS                         panel vectors a step; STEP = PARTS * PANEL_WIDTH elements of k
  *   TILE_W1 … TILE_W6, WIDE_W     weight rows of a tile with 1 … 6 rows of x (divisors of COLUMNS), and of
  *                                 wide tiles (divisor of WIDE_COLUMNS)
- *   NEAR                          bytes by which one row's weights are prefetched, whole steps; 0: not at all
  *   zero(), load_lanes(p), store_lanes(p, v), load_panel(p), store_panel(p, v),
  *   load_weight(dtype, p, part), multiply_add(sum, w, x)
  *   round_step(dtype, values)     rounds STEP floats to dtype, in place
@@ -64,8 +63,10 @@ enum {
     MAX_W = 8,      /* most weight rows of a tile */
     LANES_BYTES = MIL_LINEAR_CHUNK * COLUMNS * LANES * sizeof(float),
     WIDE_COLUMNS = 12, /* of a wide block; a multiple of WIDE_W */
-    /* Elements of a cut of k: of 32 KiB of L1 a thin product's rows of x take 20, a wide block's weights 18. */
-    THIN_PANEL = 20480 / sizeof(panel_t),
+    NEAR = 384,        /* bytes by which weights are prefetched, whole steps */
+    /* Elements of a cut of k: of 512 KiB of L2 a thin product's rows of x take 160, of 32 KiB of L1 a wide block's
+     * weights 18. */
+    THIN_PANEL = 163840 / sizeof(panel_t),
     WIDE_CUT = 1536 / sizeof(panel_t),
 };
 
@@ -90,7 +91,7 @@ element_size(int dtype)
 /* What a tile works on: whole steps of one cut of k. */
 typedef struct tile_work {
     const char *weight[MAX_W]; /* start of each weight row's cut; may repeat a row at the edge */
-    int64_t ahead;             /* bytes from there to what to prefetch meanwhile */
+    int64_t ahead;             /* bytes from there to the rows that come next */
     const panel_t *panel;      /* x's cut: [steps, x rows, STEP] */
     int64_t steps;
     float *lanes; /* [x rows][COLUMNS][LANES]: accumulators, at this tile's first column */
@@ -143,7 +144,7 @@ tile_step(int dtype, int w_count, int x_count, const char *const *weight, int64_
 INLINE void
 tile(int dtype, int w_count, int x_count, const tile_work *work)
 {
-    const int64_t size = (int64_t)element_size(dtype), ahead = work->ahead;
+    const int64_t size = (int64_t)element_size(dtype);
     const panel_t *panel = work->panel;
     float *lanes = work->lanes;
     vec sums[GROUP][MAX_W];
@@ -156,19 +157,16 @@ tile(int dtype, int w_count, int x_count, const tile_work *work)
             sums[i][j] = work->resume ? load_lanes(lanes + (i * COLUMNS + j) * LANES) : zero();
         }
     }
-    /* What is fetched meanwhile: for one row NEAR bytes ahead in the weight rows, whose ends the next strip's
-     * beginnings follow; for more the next strip. */
-    const bool near = x_count == 1 && NEAR != 0;
-    const int64_t wrapped = near ? ahead + NEAR - work->steps * STEP * size : ahead;
-    const int64_t turn = near ? work->steps - NEAR / (STEP * size) : 0;
+    /* What is fetched meanwhile: NEAR bytes ahead in the weight rows, whose ends the next ones' beginnings follow. */
+    const int64_t wrapped = work->ahead + NEAR - work->steps * STEP * size;
+    const int64_t turn = work->steps - NEAR / (STEP * size);
     int64_t offset = 0;
     for (int64_t s = 0; s < work->steps; s++) {
-        if (dtype != EXPANDED && (x_count > 1 || near)) {
+        if (dtype != EXPANDED) {
             const int64_t fetched = offset + (s < turn ? NEAR : wrapped);
             UNROLL
             for (int j = 0; j < w_count; j++) {
-                /* Several rows: into L2, since L1 has no room. */
-                __builtin_prefetch(weight[j] + fetched, 0, x_count > 1 ? 2 : 3);
+                __builtin_prefetch(weight[j] + fetched);
             }
         }
         tile_step(dtype, w_count, x_count, weight, offset, panel, sums);
@@ -266,7 +264,7 @@ finish_tile(tile_function tile, const tile_work *work, int64_t x_count, int64_t 
 }
 
 /* A block of at most COLUMNS columns and a thin chunk's rows, weights read in place; tiles[x] serves x
- * rows. Several groups take turns on a strip of weights in L1. */
+ * rows. Several groups take turns on a strip of weights in the caches. */
 static void
 thin_block(const mil_linear_block *block, int64_t size, const tile_function *tiles, int64_t column,
            int64_t columns)
@@ -283,22 +281,28 @@ thin_block(const mil_linear_block *block, int64_t size, const tile_function *til
         const int64_t tail = length % STEP; /* the end of a row that is no whole step */
         tile_work work = {.steps = length / STEP, .resume = k != 0};
         for (int64_t first = column; first < end; first += strip) {
-            /* Next comes the next strip; after the last one the next cut, or the next block. */
-            const bool last = first + strip >= end;
-            const int64_t next = !last ? first + strip : next_k != 0 ? column : end;
-            work.ahead = (next - first) * row_bytes + (last ? next_k - k : 0) * size;
+            const int64_t strip_end = smaller(first + strip, end);
             for (int64_t g = 0; g < groups; g++) {
                 const int64_t row = group_start(rows, g), x_count = group_start(rows, g + 1) - row;
+                const int64_t weights = tile_weights[x_count];
                 work.panel = (const panel_t *)block->panel + row * padded + k * x_count;
-                for (int64_t c = first; c < smaller(first + strip, end); c += tile_weights[x_count]) {
-                    point_at_weights(product, size, c, tile_weights[x_count], k, work.weight);
+                for (int64_t c = first; c < strip_end; c += weights) {
+                    /* Next come the strip's next rows, all of it for the next group, the next strip, the next cut,
+                     * or the next block. */
+                    const bool within = c + weights < strip_end, again = !within && g + 1 < groups;
+                    const bool cut_ends = !within && !again && strip_end == end;
+                    const int64_t next = within                    ? c + weights
+                                         : again                   ? first
+                                         : cut_ends && next_k != 0 ? column
+                                                                   : strip_end;
+                    work.ahead = (next - c) * row_bytes + (cut_ends ? next_k - k : 0) * size;
+                    point_at_weights(product, size, c, (int)weights, k, work.weight);
                     work.lanes = lanes + (row * COLUMNS + c - column) * LANES;
                     tiles[x_count](&work);
                     if (tail != 0) {
                         finish_tile(tiles[x_count], &work, x_count, tail * size, STEP * size);
                     }
                 }
-                work.ahead = 0; /* the first group has fetched the strip */
             }
         }
     }
