@@ -19,6 +19,7 @@
 #define TILE_W4 2
 #define TILE_W5 2
 #define TILE_W6 2
+#define THIN_X(dtype) EXPANDED
 #define WIDE_W 3
 
 #include "cpu/linear.h"
@@ -70,32 +71,6 @@ load_weight(mil_dtype dtype, const char *from, int part)
     __m256i values = part == 0 ? _mm256_slli_epi32(pairs, 16)
                                : _mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000u));
     return _mm256_castsi256_ps(values);
-}
-
-INLINE int
-panel_source(mil_dtype dtype, int i)
-{
-    return dtype == MIL_BF16 ? 2 * (i % 8) + i / 8 : i;
-}
-
-INLINE void
-round_step(mil_dtype dtype, float *values)
-{
-    if (dtype == MIL_F16) {
-        for (int i = 0; i < 16; i += 8) {
-            __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT);
-            _mm256_storeu_ps(values + i, _mm256_cvtph_ps(half));
-        }
-    }
-    for (int i = 0; i < 16 && dtype == MIL_BF16; i++) {
-        values[i] = mil_bf16_to_float(mil_float_to_bf16(values[i]));
-    }
-}
-
-INLINE panel_t
-to_panel(float value)
-{
-    return value;
 }
 
 /* In assembly, because compilers fold the load of x into every multiply-add that uses it, and pick forms

@@ -1,6 +1,6 @@
 /* Matrix products with AVX-512 F, BW, VL, DQ: 16 lanes, 32 registers (see linear_tiles.h).
  *
- * Twice the lanes of AVX2 and room for 24 accumulators beside the weights and one vector of x.
+ * Twice the lanes of AVX2, and room for 25 accumulators beside five vectors of x and one of weights.
  */
 #include "cpu/linear.h"
 
@@ -17,8 +17,9 @@
 #define TILE_W2 8
 #define TILE_W3 6
 #define TILE_W4 4
-#define TILE_W5 4
+#define TILE_W5 5
 #define TILE_W6 4
+#define THIN_X(dtype) (dtype)
 #define WIDE_W 6
 
 typedef __m512 vec;
@@ -50,31 +51,6 @@ load_weight(mil_dtype dtype, const char *from, int part)
     __m512i values = part == 0 ? _mm512_slli_epi32(pairs, 16)
                                : _mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000u));
     return _mm512_castsi512_ps(values);
-}
-
-INLINE int
-panel_source(mil_dtype dtype, int i)
-{
-    return dtype == MIL_BF16 ? 2 * (i % 16) + i / 16 : i;
-}
-
-INLINE void
-round_step(mil_dtype dtype, float *values)
-{
-    for (int i = 0; i < 32 && dtype == MIL_F16; i += 16) {
-        __m256i half =
-            _mm512_cvtps_ph(_mm512_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        _mm512_storeu_ps(values + i, _mm512_cvtph_ps(half));
-    }
-    for (int i = 0; i < 32 && dtype == MIL_BF16; i++) {
-        values[i] = mil_bf16_to_float(mil_float_to_bf16(values[i]));
-    }
-}
-
-INLINE panel_t
-to_panel(float value)
-{
-    return value;
 }
 
 INLINE vec

@@ -22,6 +22,7 @@
 #define TILE_W4 6
 #define TILE_W5 4
 #define TILE_W6 4
+#define THIN_X(dtype) (dtype)
 #define WIDE_W 6
 
 typedef __m512 vec;
@@ -45,25 +46,6 @@ load_weight(mil_dtype dtype, const char *from, int part)
 {
     (void)dtype, (void)part; /* bfloat16, one part */
     return _mm512_loadu_si512(from);
-}
-
-INLINE int
-panel_source(mil_dtype dtype, int i)
-{
-    (void)dtype;
-    return i;
-}
-
-INLINE void
-round_step(mil_dtype dtype, float *values)
-{
-    (void)dtype, (void)values; /* to_panel rounds */
-}
-
-INLINE panel_t
-to_panel(float value)
-{
-    return mil_float_to_bf16(value);
 }
 
 INLINE vec

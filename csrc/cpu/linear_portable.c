@@ -24,6 +24,7 @@
 #define TILE_W4 2
 #define TILE_W5 2
 #define TILE_W6 2
+#define THIN_X(dtype) EXPANDED
 #define WIDE_W 2
 
 typedef float vec __attribute__((vector_size(16)));
@@ -87,28 +88,6 @@ load_weight(mil_dtype dtype, const char *from, int part)
         return f16_to_float(part == 0 ? pairs & 0xffffu : pairs >> 16);
     }
     return (vec)(part == 0 ? pairs << 16 : pairs & 0xffff0000u);
-}
-
-INLINE int
-panel_source(mil_dtype dtype, int i)
-{
-    return dtype == MIL_F32 ? i : 2 * (i % 4) + i / 4;
-}
-
-INLINE void
-round_step(mil_dtype dtype, float *values)
-{
-    for (int i = 0; i < 8; i++) {
-        values[i] = dtype == MIL_BF16  ? mil_bf16_to_float(mil_float_to_bf16(values[i]))
-                    : dtype == MIL_F16 ? mil_f16_to_float(mil_float_to_f16(values[i]))
-                                       : values[i];
-    }
-}
-
-INLINE panel_t
-to_panel(float value)
-{
-    return value;
 }
 
 INLINE vec
