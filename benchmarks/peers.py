@@ -138,12 +138,13 @@ def start(
 
 
 def interleave(labels: Iterable[str], rounds: int) -> Iterable[tuple[int, list[str]]]:
-    """(round, labels in the order of that round): each goes first in turn, so that no peer always
-    finds the machine as the same other one left it."""
+    """(round, labels in the order of that round): each goes first in turn, and every other round
+    runs backwards, so that no peer always finds the machine as the same other one left it."""
     labels = list(labels)
     for i in range(rounds):
         first = i % len(labels)
-        yield i, labels[first:] + labels[:first]
+        order = labels[first:] + labels[:first]
+        yield i, order[::-1] if i % 2 else order
 
 
 # ---- the peer's side -----------------------------------------------------------------------------

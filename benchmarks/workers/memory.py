@@ -1,10 +1,10 @@
 """The limit: how fast this machine's memory can be read by all threads.
 
 The best of two ways: libc's memchr for a byte that is not there, a loop of aligned vector loads in
-one stream, written by others; and read.c's four and eight streams a thread, which read up to half as
-fast again where one stream waits at each page. Each thread has its own contiguous part of a buffer
-many times the size of the caches, in huge pages where the system gives them. Without a C compiler
-memchr is all there is, which the table then says.
+one stream, written by others; and read.c's four and eight streams a thread, which read up to half
+as fast again where one stream waits at each page. Each thread has its own contiguous part of a
+buffer many times the size of the caches, in huge pages where the system gives them. Without a C
+compiler memchr is all there is, which the table then says.
 """
 
 import ctypes
