@@ -4,9 +4,9 @@
  *
  * Plain products (decoding, verification, prefill) use our own kernels (linear_tiles.h, linear_amx.c): no
  * library multiplies bfloat16 weights where they lie at the speed of memory, and none promises that a
- * row's bits do not depend on the rows beside it. One parallel region serves all products of a call. Each
- * thread gets a fixed share of the columns, weighed by the bytes of their weights; where columns are few
- * and rows many, rows are divided too. None of that touches the order in which an output is reduced.
+ * row's bits do not depend on the rows beside it. One parallel region serves all products of a call.
+ * Threads take pieces of the columns, weighed by the bytes of their weights, long ones first; where columns
+ * are few and rows many, rows are divided too. None of that touches the order in which an output is reduced.
  *
  * Products with `fast` set and all gradients (training: many rows, bound by multiply-adds) use a BLAS
  * where one is loaded (blas.h), each thread on its own rectangle of the result. 16-bit weights are
@@ -17,6 +17,7 @@
 #include "cpu/linear.h"
 
 #include <omp.h>
+#include <stdatomic.h>
 #include <string.h>
 
 #include "cpu/blas.h"
@@ -33,6 +34,8 @@ enum {
     BLOCK_WEIGHTS = 1 << 21,
     /* Rectangles a thread should get at least, so that uneven ones even out. */
     SHARES = 3,
+    /* Elements of the weights that a thread takes at a time, at least. */
+    PIECE = 65536,
 };
 
 static int64_t
@@ -200,6 +203,7 @@ typedef struct plan {
     int64_t chunk;         /* rows packed at a time */
     int64_t row_parts;     /* of a chunk */
     int64_t weight;        /* of all rectangles */
+    int64_t least;         /* of what a thread takes at a time */
     void *panels[3];       /* packed x by dtype; NULL where no product needs it */
     size_t thread_scratch; /* bytes */
     char *scratch;         /* [threads, thread_scratch] */
@@ -240,17 +244,35 @@ make_plan(mil_context *context, const mil_linear *products, int64_t count, plan 
         out->weight +=
             column_blocks(&products[p]) * out->row_parts * (int64_t)mil_dtype_size(products[p].dtype);
     }
+    out->least = larger(1, PIECE / (MIL_LINEAR_COLUMNS * larger(1, products->in)));
     MIL_TRY(MIL_PUSH(context->scratch, out->thread_scratch * (size_t)out->threads, char, &out->scratch));
     return MIL_OK;
 }
 
-/* Thread `thread`'s rectangles of one chunk. A rectangle belongs to the thread whose share of the weight
- * its first byte falls into; neighbouring columns of one thread are computed in one stretch. */
-static void
-multiply_share(const plan *plan, int thread, int64_t first_row, int64_t chunk_rows)
+/* The next piece of the weight of a chunk, three quarters of an even share of what is left: threads stay together
+ * at the end though one of them is slowed down (by other work, or by its core's other thread), and still follow
+ * long stretches of weights. False when nothing is left. */
+static bool
+take_piece(const plan *plan, _Atomic int64_t *taken, int64_t *begin, int64_t *end)
 {
-    const int64_t begin = plan->weight * thread / plan->threads,
-                  end = plan->weight * (thread + 1) / plan->threads;
+    *begin = atomic_load(taken);
+    do {
+        if (*begin >= plan->weight) {
+            return false;
+        }
+        const int64_t left = plan->weight - *begin;
+        const int64_t share = plan->threads == 1 ? left : 3 * left / (4 * plan->threads);
+        *end = *begin + smaller(left, larger(plan->least, share));
+    } while (!atomic_compare_exchange_weak(taken, begin, *end));
+    return true;
+}
+
+/* The rectangles of one chunk whose first byte falls into a piece of the weight; neighbouring columns are computed
+ * in one stretch. */
+static void
+multiply_piece(const plan *plan, int64_t begin, int64_t end, int64_t first_row, int64_t chunk_rows,
+               void *scratch)
+{
     int64_t base = 0;
     for (int64_t p = 0; p < plan->count; p++) {
         const mil_linear *product = &plan->products[p];
@@ -275,7 +297,7 @@ multiply_share(const plan *plan, int thread, int64_t first_row, int64_t chunk_ro
                 .rows = row_end - row,
                 .column = first * MIL_LINEAR_COLUMNS,
                 .columns = smaller(product->out, last * MIL_LINEAR_COLUMNS) - first * MIL_LINEAR_COLUMNS,
-                .scratch = plan->scratch + (size_t)thread * plan->thread_scratch,
+                .scratch = scratch,
             });
         }
     }
@@ -286,10 +308,10 @@ run_plan(const plan *plan)
 {
     const mil_linear *product = plan->products; /* any: x, rows and in are shared */
     const float *x = product->x;
+    _Atomic int64_t taken = 0;
 #pragma omp parallel num_threads(plan->threads) if (plan -> threads > 1)
     {
-        /* The runtime may give fewer threads than asked for; shares are then taken in turns. */
-        const int team = omp_get_num_threads(), me = omp_get_thread_num();
+        void *scratch = plan->scratch + (size_t)omp_get_thread_num() * plan->thread_scratch;
         for (int64_t row = 0; row < product->rows; row += plan->chunk) {
             const int64_t rows = smaller(plan->chunk, product->rows - row);
             for (int dtype = 0; dtype < 3; dtype++) {
@@ -305,10 +327,12 @@ run_plan(const plan *plan)
                 }
             }
 #pragma omp barrier
-            for (int share = me; share < plan->threads; share += team) {
-                multiply_share(plan, share, row, rows);
+            for (int64_t begin, end; take_piece(plan, &taken, &begin, &end);) {
+                multiply_piece(plan, begin, end, row, rows, scratch);
             }
 #pragma omp barrier
+#pragma omp single nowait
+            atomic_store(&taken, 0); /* the next pieces are taken behind a barrier */
         }
     }
 }

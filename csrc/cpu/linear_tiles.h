@@ -248,13 +248,13 @@ finish(const mil_linear_block *block, int64_t row, int64_t x_count, int64_t colu
     }
 }
 
-/* Points at weight rows column, column + 1, … from element k on; beyond the last row, at the last one. */
+/* Points at weight rows column, column + 1, … before `end` from element k on, and then at the last one again. */
 static void
-point_at_weights(const mil_linear *product, int64_t size, int64_t column, int count, int64_t k,
+point_at_weights(const mil_linear *product, int64_t size, int64_t column, int64_t end, int count, int64_t k,
                  const char **rows)
 {
     for (int j = 0; j < count; j++) {
-        int64_t c = smaller(column + j, product->out - 1);
+        int64_t c = smaller(column + j, end - 1);
         rows[j] = (const char *)product->weight + (c * product->in + k) * size;
     }
 }
@@ -332,7 +332,7 @@ thin_block(const mil_linear_block *block, const thin_plan *plan, int64_t size, i
                                          : cut_ends && next_k != 0 ? column
                                                                    : strip_end;
                     work.ahead = (next - c) * row_bytes + (cut_ends ? next_k - k : 0) * size;
-                    point_at_weights(product, size, c, (int)weights, k, work.weight);
+                    point_at_weights(product, size, c, end, (int)weights, k, work.weight);
                     work.lanes = lanes + (row * COLUMNS + (c - column) * x_count) * LANES;
                     tiles[x_count](&work);
                     if (tail != 0) {
