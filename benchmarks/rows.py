@@ -18,7 +18,7 @@ import checkpoints
 import numpy as np
 from checkpoints import LLAMA_1B, Shape
 from peers import Absent, Peer, interleave, start
-from report import Report, arguments, middle, require_memory, spread
+from report import Report, arguments, middle, ratio, require_memory, spread
 
 OURS = "mambainllama"
 COUNTS = (2, 3, 4, 5, 6, 8, 16)
@@ -87,8 +87,11 @@ def time_rounds(
 def show(report: Report, seconds: dict[str, dict[int, list[tuple[float, float]]]]) -> None:
     rows = []
     for label, by_count in seconds.items():
-        ones = [one for pairs in by_count.values() for one, _ in pairs]
-        costs = [middle([these / one for one, these in by_count[count]]) for count in COUNTS]
+        ones, costs = [], []
+        for pairs in by_count.values():
+            one, these = zip(*pairs, strict=True)
+            ones += one
+            costs.append(ratio(these, one))
         time = f"{1e3 * middle(ones):.1f} ms ± {100 * spread(ones):.0f} %"
         rows.append([label, time, *(f"{cost:.2f}" for cost in costs)])
     report.section(

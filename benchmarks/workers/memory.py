@@ -9,6 +9,7 @@ compiler memchr is all there is, which the table then says.
 
 import ctypes
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -37,7 +38,11 @@ def start(threads):
     libc.gnu_get_libc_version.restype = ctypes.c_char_p
     libc.memchr.restype = ctypes.c_void_p
     libc.memchr.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
-    ways["memchr"] = lambda address, size: libc.memchr(address, ABSENT_BYTE, size)
+
+    def search(address, size):
+        assert libc.memchr(address, ABSENT_BYTE, size) is None
+
+    ways["memchr"] = search
     streams = compiled_streams()
     for count in STREAMS if streams else ():
         ways[f"{count} streams"] = lambda address, size, n=count: streams(address, size, n)
@@ -52,7 +57,9 @@ def compiled_streams():
         options = ["-O3", "-march=native", "-shared", "-fPIC", "-o", str(library)]
         try:
             subprocess.run(
-                [os.environ.get("CC", "cc"), *options, str(source)], check=True, capture_output=True
+                [*shlex.split(os.environ.get("CC", "cc")), *options, str(source)],
+                check=True,
+                capture_output=True,
             )
         except (OSError, subprocess.CalledProcessError):
             return None

@@ -244,7 +244,7 @@ make_plan(mil_context *context, const mil_linear *products, int64_t count, plan 
         out->weight +=
             column_blocks(&products[p]) * out->row_parts * (int64_t)mil_dtype_size(products[p].dtype);
     }
-    out->least = larger(1, PIECE / (MIL_LINEAR_COLUMNS * larger(1, products->in)));
+    out->least = larger(1, PIECE / (MIL_LINEAR_COLUMNS * products->in));
     MIL_TRY(MIL_PUSH(context->scratch, out->thread_scratch * (size_t)out->threads, char, &out->scratch));
     return MIL_OK;
 }

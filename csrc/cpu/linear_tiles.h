@@ -279,9 +279,10 @@ finish_tile(tile_function tile, const tile_work *work, int64_t x_count, int64_t 
 
 /* How a thin product of so many rows is divided. */
 typedef struct thin_plan {
-    int64_t groups, first_row[THIN_ROWS / GROUP + 2]; /* of each group, and the end of the last */
-    int64_t
-        strip; /* weight rows of which the groups take turns while they are in the caches: whole tiles of each */
+    int64_t groups;
+    int64_t first_row[THIN_ROWS / GROUP + 2]; /* of each group, and the end of the last */
+    /* Weight rows of which the groups take turns while they are in the caches: whole tiles of each. */
+    int64_t strip;
     int64_t cut; /* elements of k */
 } thin_plan;
 
@@ -293,9 +294,9 @@ plan_thin(int64_t rows, int64_t in, int64_t x_size)
     for (int64_t g = 1; g <= plan.groups; g++) {
         plan.first_row[g] = group_start(rows, g);
     }
-    const int64_t first =
-                      tile_weights[plan.first_row[1]], /* groups have one size or two, the last the larger */
-        last = tile_weights[rows - plan.first_row[plan.groups - 1]];
+    /* Groups have one size or two, the last the larger. */
+    const int64_t first = tile_weights[plan.first_row[1]];
+    const int64_t last = tile_weights[rows - plan.first_row[plan.groups - 1]];
     while (plan.strip % first != 0 || plan.strip % last != 0) {
         plan.strip++;
     }
@@ -465,12 +466,15 @@ pack(int dtype, int64_t rows, int64_t g, int64_t in, const float *x, int64_t x_s
         const float *from = x + (row + i) * x_stride;
         for (int64_t k = 0; k < in; k += STEP) {
             char *to = group + (k * x_count + i * STEP) * size;
-            float padded[STEP] = {0};
+            const float *step = from + k;
+            float padded[STEP];
             uint16_t rounded[2 * STEP]; /* STEP of any dtype */
             if (k + STEP > in) {
-                memcpy(padded, from + k, (size_t)(in - k) * sizeof(float));
+                memset(padded, 0, sizeof padded);
+                memcpy(padded, step, (size_t)(in - k) * sizeof(float));
+                step = padded;
             }
-            round_step(dtype, k + STEP > in ? padded : from + k, expanded ? (void *)rounded : to);
+            round_step(dtype, step, expanded ? (void *)rounded : to);
             if (expanded) {
                 expand_step(dtype, (const char *)rounded, (panel_t *)(void *)to);
             }
