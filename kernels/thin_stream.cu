@@ -518,7 +518,10 @@ __launch_bounds__(BLOCK, 1) stream_kernel(const __grid_constant__ stream_argumen
         conv.numbers = numbers;
         conv.table = (float *)(rows + (X == X_IN_PLACE ? 0 : a.rows * (a.in + X_PAD<W>)));
         conv.fetch(a);
-        mil_await_copies(); /* before all meet again */
+        mil_await_copies(); /* before all meet again, */
+        if constexpr (X == X_IN_PLACE) {
+            meet(); /* which they do once more anyway where x comes into shared memory */
+        }
     }
     if constexpr (X == X_NORMED) {
         if (is_narrow(a)) {
