@@ -30,6 +30,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import gc
 import importlib
 import importlib.metadata
 import importlib.util
@@ -899,6 +900,7 @@ def answer(kind: str, call: Callable[[], dict], **labels) -> None:
         found = {"absent": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
     took = time.perf_counter() - begin
     print(json.dumps({"kind": kind, **labels, **found, "took": round(took, 2)}), flush=True)
+    gc.collect()  # models and their graphs are in cycles
     torch.cuda.empty_cache()
 
 
