@@ -26,7 +26,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,11 +127,14 @@ class SftConfig(TrainingConfig):
     train: str = "all"
 
 
+# Logits are multiplied by 1/T in float32, the loss by T^2: far inside what that can hold.
+TEMPERATURE = (number(1e-6, 1e6), "a number from 1e-6 to 1e6")
+
 RULES.update(
     kl_weight=(number(0), "a number of at least 0"),
     ce_weight=(number(0), "a number of at least 0"),
     direction=one_of("forward", "reverse", "jsd"),
-    temperature=(number(0, open_low=True), "a number above 0"),
+    temperature=TEMPERATURE,
     reduction=one_of("token", "reference"),
     train=one_of("all", "mixers"),
     hidden_weight=(number(0), "a number of at least 0"),
@@ -142,7 +145,7 @@ RULES.update(
     ),
     on_policy=(number(0, 1), "a share of the steps, from 0 to 1"),
     on_policy_tokens=(whole(1), "a whole number of at least 1"),
-    on_policy_temperature=(number(0, open_low=True), "a number above 0"),
+    on_policy_temperature=TEMPERATURE,
     on_policy_prompt=(whole(1), "a whole number of at least 1"),
 )
 
@@ -172,7 +175,8 @@ def distill(
     output_dir : folder for metrics.jsonl, checkpoints/ and the trained model/; None writes nothing
     resume : bool
         Go on from the newest checkpoint in `output_dir`, to the same bits as without the
-        interruption; starts afresh where there is none.
+        interruption; starts afresh where there is none. The weights that are trained come from the
+        checkpoint, whatever `student` has there; the others must be those of the start.
     validation : data, or a share of `data` between 0 and 1 to hold back
         Evaluated before, every `eval_every` steps, and after: eval_kl, eval_perplexity,
         eval_agreement.
@@ -203,7 +207,8 @@ def distill(
     task = DistillTask(student, ours, theirs, data, validation, config)
     if teacher is None:
         check_labelled(task, config)
-    return train(task, output_dir, resume=resume, progress=progress)
+    inputs = (student, teacher, data, validation)
+    return train(task, output_dir, resume=resume, progress=progress, inputs=inputs)
 
 
 def check_labelled(task: DistillTask, config: DistillConfig) -> None:
@@ -250,7 +255,8 @@ def sft(
     if not isinstance(config, SftConfig):
         raise ArgumentError(f"config: expected mil.SftConfig, got {type(config).__name__}")
     task = DistillTask(model, core_of(model), None, data, validation, config)
-    return train(task, output_dir, resume=resume, progress=progress)
+    inputs = (model, data, validation)
+    return train(task, output_dir, resume=resume, progress=progress, inputs=inputs)
 
 
 # ---- the task ----------------------------------------------------------------------------------
@@ -457,6 +463,9 @@ class DistillTask(Task):
         weights = {f"p.{name}": arrays[name] for name in self.names}
         return {**weights, **self.trainer.state()}
 
+    def frozen(self) -> str:
+        return weights_hash(self.student, without=self.names)
+
     def save_model(self, folder: Path) -> None:
         self.model.save(folder)
 
@@ -479,10 +488,13 @@ def config_hash(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def weights_hash(core: _core.Model) -> str:
-    """Tells one model from another by its configuration and the first page of every weight."""
+def weights_hash(core: _core.Model, without: Collection[str] = ()) -> str:
+    """Tells one model from another by its configuration and the first page of every weight but
+    some."""
     digest = hashlib.sha256(config_hash(core.config).encode())
     for name, array in core.parameters().items():
+        if name in without:
+            continue
         digest.update(name.encode())
         digest.update(array.reshape(-1)[:1024].tobytes())
     return digest.hexdigest()[:16]

@@ -46,15 +46,19 @@ from .model import Model, load
 from .pairs import shared_vocabulary
 from .recipe import Recipe, StageSettings, read_recipe
 from .report import write_report
-from .stages import STAGES, Job
+from .stages import STAGES, Job, share_or_count
 from .stepwise import StepwiseConfig, replacement_plan
-from .training import jsonable, only_run, peak_memory, set_aside
+from .training import check_new_run, jsonable, only_run, peak_memory, set_aside
 
 __all__ = ["Run", "check_recipe", "run_recipe"]
 
 
 # Data that stages make for those after them.
 MADE = ("answers.jsonl", "answers.labels", "data.labels")
+
+# What a run leaves in its folder; set_aside moves it in this order, so its record last.
+RESULTS = (*STAGES, "model", "report.html")
+COMPANIONS = ("results.json", "samples.json", "recipe.json")
 
 # The key that every record of preferences has.
 PAIR_KEYS = ("chosen",)
@@ -146,6 +150,7 @@ class Run:
 
     def begin(self, resume: bool) -> None:
         """Writes what the run begins with, or checks that it is what it began with."""
+        self.check_folder(resume)
         sweep(self.folder)
         path = self.folder / "recipe.json"
         now: dict[str, Any] = {
@@ -175,13 +180,18 @@ class Run:
             self.is_done(settings, before)
             before = settings.name if settings.stage.makes_student else before
 
+    def check_folder(self, resume: bool) -> None:
+        """Refuses a folder that a new run may not use, before anything is written there."""
+        for place in (self.folder, *self.folder.parents):
+            if os.path.exists(place) and not os.path.isdir(place):
+                raise FileError(f"{place}: is a file; use another output folder (--output)")
+        if not (resume and (self.folder / "recipe.json").exists()):
+            models = [self.recipe.teacher["model"]]
+            models += [self.recipe.student.get(key) for key in ("model", "trained")]
+            check_new_run(self.folder, RESULTS, COMPANIONS, [*models, *self.all_files()])
+
     def set_aside(self) -> None:
-        stages = [name for name in STAGES if (self.folder / name).is_dir()]
-        aside = set_aside(
-            self.folder,
-            [*stages, "model", "report.html"],
-            ["recipe.json", "results.json", "samples.json"],
-        )
+        aside = set_aside(self.folder, RESULTS, COMPANIONS)
         if aside is not None:
             self.say(f"moved an earlier run to {aside}")
 
@@ -339,7 +349,7 @@ class Run:
         found["how"] = self.how
         found["attention_layers"] = list(student.config.attention_layers)
         found["seconds"] = round(time.perf_counter() - begin, 3)
-        write_text(path, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        write_text(path, as_json(found))
         self.say(f"  kept of the teacher: {kept_words(found)}")
 
     @property
@@ -442,10 +452,7 @@ class Run:
             results["stages"].append(row)
         if any("kept" in row for row in results["stages"]) and self.recipe.report["prompts"]:
             results["samples"] = self.samples()
-        write_text(
-            self.folder / "results.json",
-            json.dumps(results, indent=1, ensure_ascii=False) + "\n",
-        )
+        write_text(self.folder / "results.json", as_json(results))
         write_report(self.folder, results)
         return results
 
@@ -460,7 +467,7 @@ class Run:
                 )
             ]
             found = {"how": self.how, "samples": samples}
-            write_text(path, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+            write_text(path, as_json(found))
         return read_json(path)["samples"]
 
     def publish(self, model: Path) -> None:
@@ -515,6 +522,13 @@ def check_file(folder: Path, name: str, then: dict[str, Any], now: dict[str, Any
         f"{folder}: cannot resume: {name} has changed since the run began ({sizes}); put it back, "
         "or use another output folder"
     )
+
+
+def as_json(value: Any) -> str:
+    """With characters as they are. A name that is not UTF-8 holds lone surrogates, which UTF-8
+    cannot; their Python escapes are JSON's as well."""
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def read_json(path: Path) -> Any:
@@ -594,12 +608,18 @@ def text_of(model: Model, tokens: list[int]) -> str:
 # ---- checking without running ------------------------------------------------------------------
 
 
-def check_recipe(recipe: Recipe, device: str = "auto", dtype: str = "auto") -> dict[str, Any]:
+def check_recipe(
+    recipe: Recipe,
+    device: str = "auto",
+    dtype: str = "auto",
+    output_dir: str | os.PathLike | None = None,
+    resume: bool = False,
+) -> dict[str, Any]:
     """What a recipe would do, without reading weights or training.
 
     Models that are folders are opened (their files are mapped, not read) and the conversion is
     checked against them; models of the Hub are not downloaded. Of each data file that is there, the
-    first record is read.
+    first record is read. `output_dir` and `resume` are as for `run_recipe`.
 
     Returns
     -------
@@ -612,7 +632,9 @@ def check_recipe(recipe: Recipe, device: str = "auto", dtype: str = "auto") -> d
     mil.Error
         Whatever would stop the run: one line.
     """
-    run = Run(recipe, Path(recipe.output["folder"]), device, dtype, None, lambda text: None)
+    folder = Path(recipe.output["folder"] if output_dir is None else output_dir)
+    run = Run(recipe, folder, device, dtype, None, lambda text: None)
+    run.check_folder(resume)
     missing = [name for name in run.all_files() if not os.path.exists(name)]
     for name, keys in run.all_files().items():
         if os.path.exists(name):
@@ -632,7 +654,7 @@ def check_recipe(recipe: Recipe, device: str = "auto", dtype: str = "auto") -> d
         "recipe": str(recipe.path),
         "title": recipe.title,
         "stages": [settings.name for settings in recipe.stages],
-        "output": recipe.output["folder"],
+        "output": str(folder),
         "missing": [*absent, *missing],
         "student": None,
     }
@@ -654,7 +676,7 @@ def planned_student(run: Run) -> str:
     check_pair(run.recipe, source, run.teacher)
     words = making.get("attention_layers", "half")
     if isinstance(words, str) and words.startswith("auto:"):
-        return f"{words.removeprefix('auto:')} of the layers stay attention, chosen by measurement"
+        return measured_student(run, source, words.removeprefix("auto:"))
     kept = attention_choice(words, source.core.config["layers"])
     _check_convertible(source, making.get("mixer", "mamba2"), kept)
     for settings in run.recipe.stages:
@@ -663,6 +685,33 @@ def planned_student(run: Run) -> str:
             replacement_plan(layers, settings.config.parts)
     count = source.config.num_layers
     return f"{count - len(kept)} of {count} layers become {making.get('mixer', 'mamba2')} mixers"
+
+
+def measured_student(run: Run, source: Model, words: str) -> str:
+    """The same where measurement is to choose the layers that stay attention."""
+    from .choose import _count
+    from .convert import _check_convertible
+
+    making, where = run.recipe.student, f"{run.recipe.path}: [student] attention_layers"
+    if making.get("init", "auto") == "paper":
+        raise ArgumentError(
+            f'{where}="auto:{words}" measures on data, which init="paper" does without; choose '
+            "another init, or name the layers"
+        )
+    here = len(source.config.attention_layers)
+    try:
+        count = _count(share_or_count(words), source.config.num_layers)
+    except ArgumentError:
+        count = -1
+    if not 0 <= count <= here:
+        raise ArgumentError(
+            f'{where}="auto:{words}": expected a number from 0 to {here}, the attention layers of '
+            "this model, or a share, as in auto:half"
+        )
+    _check_convertible(source, making.get("mixer", "mamba2"), [])
+    if count == here and any(isinstance(s.config, StepwiseConfig) for s in run.recipe.stages):
+        replacement_plan([], 1)  # says that nothing is left to replace
+    return f"{words} of the layers stay attention, chosen by measurement"
 
 
 def check_pair(recipe: Recipe, student: Model, teacher: Model) -> None:

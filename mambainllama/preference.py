@@ -31,7 +31,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from . import _core
-from .checkpointing import write_text
+from .checkpointing import latest_checkpoint, write_text
 from .data import (
     BadRecord,
     Batch,
@@ -183,7 +183,8 @@ def dpo(
     if not isinstance(config, DPOConfig):
         raise ArgumentError(f"config: expected mil.DPOConfig, got {type(config).__name__}")
     task = PreferenceTask(model, reference, data, validation, config, progress)
-    return train(task, output_dir, resume=resume, progress=progress)
+    inputs = (model, reference, data, validation)
+    return train(task, output_dir, resume=resume, progress=progress, inputs=inputs)
 
 
 # ---- pairs ---------------------------------------------------------------------------------------
@@ -510,8 +511,10 @@ class PreferenceTask(Task):
                 then = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 then = None
-        if resume and isinstance(then, dict) and self.reference is None:
-            # Whatever weights the model has now, the run began with those of the stored numbers.
+        trained = latest_checkpoint(folder.parent / "checkpoints") is not None
+        if resume and isinstance(then, dict) and self.reference is None and trained:
+            # The pass is done, and the loop knows the student whatever weights it has now: the run
+            # began with those of the stored numbers.
             now["reference"] = self.reference_hash = then.get("reference")
         if then == now:
             return
@@ -594,6 +597,9 @@ class PreferenceTask(Task):
         arrays = self.student.parameters()
         weights = {f"p.{name}": arrays[name] for name in self.names}
         return {**weights, **self.trainer.state()}
+
+    def frozen(self) -> str:
+        return weights_hash(self.student, without=self.names)
 
     def save_model(self, folder: Path) -> None:
         self.model.save(folder)

@@ -317,6 +317,10 @@ def parse_override(text: str) -> tuple[str, str, Any]:
         raise ArgumentError(
             f"--set {shorten(text)}: expected section.key=value, as in distill.epochs=2"
         )
+    if (section, key) == ("", "extends"):
+        raise ArgumentError(
+            f"--set {shorten(text)}: only a file can extend a recipe: write one that does"
+        )
     try:
         parsed = parse_toml(f"value = {value}", "--set")["value"]
     except FormatError:

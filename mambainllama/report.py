@@ -51,9 +51,11 @@ def report_html(results: Mapping[str, Any], histories: Mapping[str, History]) ->
         section("What the figures mean", MEANING.format(measured_on=text(results["measured_on"]))),
         footer(results),
     ]
-    return PAGE.format(
+    page = PAGE.format(
         title=text(results["title"]), style=STYLE, body="\n".join(part for part in parts if part)
     )
+    # A name that is not UTF-8 holds lone surrogates, which no page can: they become "?".
+    return page.encode("utf-8", "replace").decode()
 
 
 # ---- words -------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ from .errors import ArgumentError, FormatError, shorten
 from .history import History
 from .model import Model, load
 from .pairs import core_of, shared_vocabulary
-from .training import RULES, check_identity, only_run, set_aside
+from .training import RULES, check_identity, check_new_run, only_run, set_aside
 
 __all__ = ["AlignConfig", "StepwiseConfig", "align", "replacement_plan", "stepwise"]
 
@@ -115,6 +115,8 @@ def replacement_plan(
     """
     replaced = sorted(replaced)
     count = len(replaced)
+    if not count:
+        raise ArgumentError("stepwise: attention_layers leaves nothing to replace")
     if not isinstance(parts, (int, str)):
         named = [layer for part in parts for layer in part]
         if sorted(named) != replaced:
@@ -125,15 +127,12 @@ def replacement_plan(
         return [sorted(part) for part in parts]
     bits = max(1, (count - 1).bit_length())
     order = sorted(range(count), key=lambda number: f"{number:0{bits}b}"[::-1])
-    number_of_parts = count if parts == "each" else int(parts)
+    number_of_parts = count if parts == "each" else min(int(parts), count)
     ends = [round(part * count / number_of_parts) for part in range(number_of_parts + 1)]
-    plan = [
+    return [
         sorted(replaced[number] for number in order[begin:end])
         for begin, end in zip(ends[:-1], ends[1:], strict=True)
     ]
-    if parts == "each":
-        return plan
-    return [part for part in plan if part]  # fewer layers than parts
 
 
 def stepwise(
@@ -196,8 +195,6 @@ def stepwise(
     replaced = [
         i for i, layer in enumerate(layers) if layer["mixer"] == "attention" and i not in kept
     ]
-    if not replaced:
-        raise ArgumentError(f"stepwise: attention_layers={kept} leaves nothing to replace")
     plan = replacement_plan(replaced, config.parts)
     folder = None if output_dir is None else Path(output_dir)
     with only_run(folder):
@@ -217,6 +214,7 @@ def stepwise(
                     "source": weights_hash(source.core),
                     "teacher": weights_hash(core_of(teacher)),
                 },
+                (source, teacher, data, validation),
             )
         student, history = source, History()
         for number, part in enumerate(plan, start=1):
@@ -270,7 +268,7 @@ def read_split(
     return hold_back(read(data), validation, read)
 
 
-def start(folder: Path, resume: bool, identity: dict[str, Any]) -> None:
+def start(folder: Path, resume: bool, identity: dict[str, Any], inputs: Sequence[Any] = ()) -> None:
     """Prepares the run's folder: a new run, or one that goes on unchanged."""
     sweep(folder)
     record = folder / "run.json"
@@ -282,8 +280,10 @@ def start(folder: Path, resume: bool, identity: dict[str, Any]) -> None:
             raise FormatError(f"{record}: damaged ({error})") from None
         check_identity(folder, then, identity)
         return
-    older = sorted(path.name for path in folder.glob("part-*-of-*"))
-    set_aside(folder, ["model", *older], ["metrics.jsonl", "run.json"])
+    results = ["model", *sorted(path.name for path in folder.glob("part-*-of-*"))]
+    companions = ["metrics.jsonl", "run.json"]
+    check_new_run(folder, results, companions, inputs)
+    set_aside(folder, results, companions)
     write_text(record, json.dumps(identity, indent=1) + "\n")
 
 

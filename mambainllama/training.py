@@ -306,6 +306,10 @@ class Task:
         """The arrays that training changes: weights, moments, masters. Views, not copies."""
         raise NotImplementedError
 
+    def frozen(self) -> str:
+        """A hash of the student's weights that training leaves alone: no checkpoint has them."""
+        raise NotImplementedError
+
     def save_model(self, folder: Path) -> None:
         raise NotImplementedError
 
@@ -338,8 +342,11 @@ def train(
     *,
     resume: bool = False,
     progress: bool | None = None,
+    inputs: Iterable[Any] = (),
 ) -> History:
     """Runs a task to its end and returns its history.
+
+    `inputs` are the models and data that it was made from: a new run must not move them aside.
 
     Raises
     ------
@@ -348,18 +355,27 @@ def train(
     mil.FileError
         Metrics or a checkpoint could not be written.
     mil.StateError
-        `resume` with other settings, data or models than the run began with.
+        `resume` with other settings, data or models than the run began with; or the folder holds
+        what no run has made.
+    mil.ArgumentError
+        One of `inputs` lies where the run would write.
     TrainingInterrupted
         Ctrl-C or SIGTERM.
     """
-    return Loop(task, None if output_dir is None else Path(output_dir), progress).run(resume)
+    folder = None if output_dir is None else Path(output_dir)
+    return Loop(task, folder, progress, inputs).run(resume)
 
 
 class Loop:
     """State of one run of `train`."""
 
-    def __init__(self, task: Task, folder: Path | None, progress: bool | None):
-        self.task, self.config, self.folder = task, task.config, folder
+    # What a run leaves in its folder; set_aside moves it in this order, so its record last.
+    RESULTS, COMPANIONS = ("checkpoints", "model"), ("metrics.jsonl", "run.json")
+
+    def __init__(
+        self, task: Task, folder: Path | None, progress: bool | None, inputs: Iterable[Any] = ()
+    ):
+        self.task, self.config, self.folder, self.inputs = task, task.config, folder, inputs
         config = self.config
         self.total = config.max_steps or config.epochs * task.batches.steps_per_epoch
         self.warmup = warmup_count(self.total, config.warmup_steps, config.warmup_ratio)
@@ -378,7 +394,7 @@ class Loop:
     # -- start --
 
     def identity(self) -> dict[str, Any]:
-        identity = self.task.identity()
+        identity = {**self.task.identity(), "frozen weights": self.task.frozen()}
         # With a constant rate a run may go on for longer, unless something is a share of the steps.
         shares = (self.config.average_fraction, getattr(self.config, "align_fraction", 0))
         if self.config.schedule != "constant" or any(shares):
@@ -399,7 +415,9 @@ class Loop:
             checkpoint = latest_checkpoint(self.root)
             if checkpoint is not None and resume:
                 return self.resume(checkpoint)
-            self.set_aside()
+            aside = set_aside(self.folder, self.RESULTS, self.COMPANIONS)
+            if aside is not None:
+                self.say(f"moved an earlier run to {aside}")
             self.metrics = open(self.folder / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             if isinstance(error, FileError):
@@ -408,14 +426,22 @@ class Loop:
         write_text(self.folder / "run.json", json.dumps(self.identity(), indent=1) + "\n")
         return 0
 
-    def set_aside(self) -> None:
-        aside = set_aside(self.folder, ("checkpoints", "model"), ("metrics.jsonl", "run.json"))
-        if aside is not None:
-            self.say(f"moved an earlier run to {aside}")
+    def check_folder(self, resume: bool) -> None:
+        """Refuses a folder that a new run may not use, before anything is written there."""
+        if self.folder is not None and not (resume and latest_checkpoint(self.root)):
+            check_new_run(self.folder, self.RESULTS, self.COMPANIONS, self.inputs)
 
     def resume(self, checkpoint: Path) -> int:
         record = read_record(checkpoint)
-        check_identity(checkpoint, record["identity"], self.identity())
+        now = self.identity()
+        # Older versions did not note the frozen weights.
+        then = {"frozen weights": now["frozen weights"], **record["identity"]}
+        check_identity(checkpoint, then, now)
+        if record["step"] > self.total:
+            raise StateError(
+                f"{checkpoint}: cannot resume: {record['step']} steps are done, {self.total} are "
+                "wanted; ask for at least as many (max_steps, epochs), or use another output_dir"
+            )
         restore(checkpoint, self.tensors())
         self.task.trainer.step = step = record["step"]
         self.sums, self.tokens = record["sums"], record["tokens"]
@@ -449,6 +475,7 @@ class Loop:
             return self.run_alone(resume)
 
     def run_alone(self, resume: bool) -> History:
+        self.check_folder(resume)
         self.task.prepare(self.folder, resume)
         first = self.start(resume)
         saved = first if self.last_good else None
@@ -678,21 +705,66 @@ class Loop:
             tqdm.write(text, file=sys.stderr)
 
 
+# What runs note when they begin: by one of these, results are known as a run's.
+RECORDS = ("run.json", "recipe.json")
+
+
+def check_new_run(
+    folder: Path,
+    results: Iterable[str],
+    companions: Iterable[str] = (),
+    inputs: Iterable[Any] = (),
+) -> None:
+    """Refuses a new run where `set_aside` would move what the run reads, or what no run has made.
+
+    `inputs` are its models and data; those that are neither models of a folder nor paths pass.
+    """
+    results = list(results)
+    places = {os.path.realpath(folder / name): folder / name for name in (*results, *companions)}
+    for path in paths_of(inputs):
+        whole = os.path.realpath(path)
+        for above in (whole, *map(str, Path(whole).parents)):
+            if above in places:
+                raise ArgumentError(
+                    f"{path}: is read by this run and lies in {places[above]}, which a new run in "
+                    f"{folder} moves aside; use another output folder (--output)"
+                )
+    if any((folder / name).exists() for name in RECORDS):
+        return
+    for name in results:
+        if os.path.lexists(folder / name):
+            raise StateError(
+                f"{folder / name}: stands where the run writes, and no earlier run made it (there "
+                f"is no {' or '.join(RECORDS)} beside it); use another output folder (--output)"
+            )
+
+
+def paths_of(inputs: Iterable[Any]) -> Iterator[str]:
+    """The paths that exist among inputs: given, in a list, or of the folder of a loaded model."""
+    for value in inputs:
+        value = getattr(value, "_folder", value)
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(item, (str, os.PathLike)) and os.path.lexists(item):
+                yield os.fsdecode(item)
+
+
 def set_aside(folder: Path, results: Iterable[str], companions: Iterable[str] = ()) -> Path | None:
     """Moves an older run in a folder to previous-N, where it has results: nothing is overwritten.
 
     Returns where it went, or None.
     """
     results = list(results)
-    if not any((folder / name).exists() for name in results):
+    check_new_run(folder, results)
+    if not any(os.path.lexists(folder / name) for name in results):
         return None
     number = 1
     while (folder / f"previous-{number}").exists():
         number += 1
     aside = folder / f"previous-{number}"
     aside.mkdir()
+    # The record goes last: who is killed in between leaves results that are known as a run's.
     for name in (*results, *companions):
-        if (folder / name).exists():
+        if os.path.lexists(folder / name):
             (folder / name).rename(aside / name)
     return aside
 

@@ -261,6 +261,50 @@ def test_a_second_run_sets_the_first_aside(teacher, tokens, tmp_path):
     assert (tmp_path / "model" / "config.json").exists()
 
 
+def listing(folder):
+    return sorted(str(path) for path in folder.rglob("*") if path.name != ".lock")
+
+
+@pytest.mark.parametrize("role", ["student", "teacher", "data", "validation", "linked"])
+def test_a_run_does_not_move_its_own_inputs(role, teacher, tokens, tmp_path):
+    run = tmp_path / "run"
+    mil.distill(make_student(teacher, tokens), teacher, tokens, config(max_steps=1), run)
+    np.save(run / "model" / "tokens.npy", tokens)
+    (tmp_path / "link").symlink_to(run / "model")
+    place = tmp_path / "link" if role == "linked" else run / "model"
+    inside = {
+        "student": mil.load(place),
+        "teacher": mil.load(place),
+        "data": str(place / "tokens.npy"),
+        "validation": [place / "tokens.npy"],
+    }
+    given = {"student": teacher, "teacher": teacher, "data": tokens, "validation": None}
+    role = role.replace("linked", "student")
+    given[role] = inside[role]
+    before = listing(run)
+    words = f"{place}.*: is read by this run and lies in {run / 'model'}, .* use another output"
+    with pytest.raises(mil.ArgumentError, match=words):
+        mil.distill(**given, config=config(max_steps=1), output_dir=run)
+    assert listing(run) == before
+    mil.distill(**given, config=config(max_steps=1), output_dir=run / "next")
+    assert (run / "next" / "model" / "tokenizer.json").exists()
+
+
+def test_fine_tuning_does_not_move_its_own_model(tokens, tmp_path):
+    model = mil.load(write_llama(tmp_path / "model"))  # of no run, in a folder that runs may get
+    before = listing(tmp_path)
+    settings = mil.SftConfig(max_steps=1, batch_size=2, sequence_length=LENGTH, loss_on="all")
+    with pytest.raises(mil.ArgumentError, match="model: is read by this run"):
+        mil.sft(model, tokens, settings, tmp_path)
+    for resume in (False, True):
+        with pytest.raises(mil.StateError, match="model: stands where the run writes") as caught:
+            mil.sft(
+                mil.load(write_llama(tmp_path.parent / "other")), tokens, settings, tmp_path, resume
+            )
+        assert "\n" not in str(caught.value)
+    assert listing(tmp_path) == before
+
+
 def test_vocabularies_that_differ_by_padding(teacher, tokens, tmp_path):
     padded = mil.load(write_llama(tmp_path / "padded", vocab=300, scale=2.0, seed=1))
     ours, theirs = shared_vocabulary(teacher, padded)
@@ -298,6 +342,9 @@ def test_other_vocabularies_are_refused(teacher, tokens, tmp_path):
         ({"kl_weight": 0.0}, "nothing would be learnt"),
         ({"direction": "sideways"}, "direction='sideways'"),
         ({"temperature": 0}, "temperature=0"),
+        ({"temperature": 1e300}, "temperature=1e[+]300: expected a number from 1e-6 to 1e6"),
+        ({"temperature": 1e-300}, "temperature=1e-300"),
+        ({"on_policy_temperature": 1e-300}, "on_policy_temperature=1e-300"),
         ({"reduction": "mean"}, "reduction='mean'"),
         ({"train": "none"}, "train='none'"),
         ({"align_fraction": 1.5}, "align_fraction=1.5"),

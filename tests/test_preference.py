@@ -7,6 +7,7 @@ Tolerances: the gradient of the whole model carries float32 activations, 2e-4 of
 import gzip
 import json
 import resource
+import shutil
 
 import numpy as np
 import pytest
@@ -220,6 +221,35 @@ def test_reference_is_kept_and_goes_on(model, tmp_path):
     # The weights that the model has on resuming are not the reference: the stored ones are.
     trained = mil.load(folder / "model")
     assert mil.dpo(trained, pairs(40), settings, folder, resume=True).final["step"] == 2
+
+
+def test_a_pass_of_the_reference_does_not_go_on_with_another_model(model, tmp_path):
+    folder = tmp_path / "run"
+    settings = config(max_steps=1, batch_size=1)
+    mil.dpo(model, pairs(40), settings, folder)
+    shutil.rmtree(folder / "checkpoints")  # as if killed before the first
+    shutil.rmtree(folder / "model")
+    stored = folder / "reference" / "pairs.f64"
+    whole = stored.read_bytes()
+    other = mil.load(write_llama(tmp_path / "other", scale=1.5, seed=4))
+    for left in (16 * 16, len(whole)):
+        stored.write_bytes(whole[:left])
+        with pytest.raises(mil.StateError, match="cannot resume: reference was"):
+            mil.dpo(other, pairs(40), settings, folder, resume=True)
+        assert len(stored.read_bytes()) == left
+        again = mil.load(tmp_path / "llama")
+        assert mil.dpo(again, pairs(40), settings, folder, resume=True).final["step"] == 1
+        assert stored.read_bytes() == whole
+        shutil.rmtree(folder / "checkpoints")
+        shutil.rmtree(folder / "model")
+
+
+def test_a_run_does_not_move_its_own_reference(model, tmp_path):
+    mil.dpo(model, pairs(), config(max_steps=1), tmp_path / "run")
+    ours = mil.load(tmp_path / "run" / "model")
+    for given in ({"model": ours}, {"model": model, "reference": ours}):
+        with pytest.raises(mil.ArgumentError, match="run/model: is read by this run"):
+            mil.dpo(data=pairs(), config=config(max_steps=1), output_dir=tmp_path / "run", **given)
 
 
 # ---- data ----------------------------------------------------------------------------------------

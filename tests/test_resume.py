@@ -10,6 +10,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -205,6 +206,71 @@ def test_other_settings_or_data_are_refused(teacher_folder, tmp_path):
         small_run(teacher_folder, tmp_path, resume=True, max_steps=8)
     with pytest.raises(mil.StateError, match="data was"):
         small_run(teacher_folder, tmp_path, resume=True, tokens=np.zeros((40, 16), int))
+
+
+@pytest.mark.parametrize("train", ["all", "mixers"])
+def test_another_student_is_refused(teacher_folder, tmp_path, train):
+    """As far as the checkpoint has not its weights: what is trained may come as it began, as the
+    checkpoint left it or, after a failure in a notebook, ahead of that."""
+    teacher = mil.load(teacher_folder)
+    tokens = np.random.default_rng(1).integers(0, 264, (40, 16))
+    settings = mil.DistillConfig(**{**SETTINGS, "max_steps": 4, "train": train})
+
+    def student(seed=0):
+        return mil.convert(teacher, attention_layers=[1], calibration=tokens, seed=seed)
+
+    def run(model):
+        return mil.distill(model, teacher, tokens, settings, tmp_path, resume=True)
+
+    mine = student()
+    history = run(mine)
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000004")  # as if killed before
+    assert run(mine).final["loss"] == history.final["loss"]
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000004")
+    other = student()
+    other.parameters()["model.layers.0.mlp.up_proj.weight"][...] *= 0.5
+    before = {name: array.copy() for name, array in other.parameters().items()}
+    if train == "mixers":
+        words = "step-00000002: cannot resume: frozen weights was .*, is .* now"
+        with pytest.raises(mil.StateError, match=words):
+            run(other)
+        assert all(
+            np.array_equal(array, before[name]) for name, array in other.parameters().items()
+        )
+    left = mil.load(tmp_path / "checkpoints" / "step-00000002" / "model")
+    for given in (left, mil.load(tmp_path / "model"), student(), *([other] * (train == "all"))):
+        assert run(given).final["loss"] == history.final["loss"]
+        for name, array in mine.parameters().items():
+            assert np.array_equal(given.parameters()[name], array), name
+
+
+def test_runs_that_did_not_note_their_student_go_on(teacher_folder, tmp_path):
+    """Those of older versions; also from a checkpoint that was written since."""
+    whole = small_run(teacher_folder, tmp_path / "whole", save_every=1, keep_last=None)
+    shutil.copytree(tmp_path / "whole", tmp_path / "old")
+    checkpoints = tmp_path / "old" / "checkpoints"
+    for step in (3, 4):
+        shutil.rmtree(checkpoints / f"step-0000000{step}")
+    path = checkpoints / "step-00000002" / "trainer.json"
+    record = json.loads(path.read_text())
+    del record["identity"]["frozen weights"]
+    path.write_text(json.dumps(record))
+    for _ in range(2):
+        resumed = small_run(
+            teacher_folder, tmp_path / "old", resume=True, save_every=1, keep_last=None
+        )
+        assert resumed.final["loss"] == whole.final["loss"]
+        shutil.rmtree(checkpoints / "step-00000004")
+
+
+def test_fewer_steps_than_are_done_are_refused(teacher_folder, tmp_path):
+    settings = {"schedule": "constant", "align_fraction": 0.0}
+    small_run(teacher_folder, tmp_path, **settings)
+    before = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    with pytest.raises(mil.StateError, match="4 steps are done, 3 are wanted; ask for at least"):
+        small_run(teacher_folder, tmp_path, resume=True, **settings, max_steps=3)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == before
+    assert (tmp_path / "checkpoints" / "latest").read_text().strip() in before
 
 
 @pytest.mark.parametrize("share", ["average_fraction", "align_fraction"])

@@ -63,7 +63,13 @@ def test_every_layer_is_replaced_once_and_spread(count, parts):
         assert abs(low - (len(done) - low)) <= max(1, len(done) // 3)
 
 
+def test_more_parts_than_layers():
+    assert replacement_plan([1, 4, 6], 10**11) == replacement_plan([1, 4, 6], "each")
+
+
 def test_plans_that_are_wrong():
+    with pytest.raises(mil.ArgumentError, match="leaves nothing to replace"):
+        replacement_plan([], "each")
     with pytest.raises(mil.ArgumentError, match="must name each layer to be replaced once"):
         replacement_plan([0, 1, 2], [[0], [1]])
     for wrong in (0, -1, True, 1.5, "all", [], [[]], [["0"]]):
@@ -149,6 +155,18 @@ def test_a_new_run_sets_the_old_one_aside(teacher, tokens, tmp_path):
         mil.stepwise(teacher, teacher, tokens[:16], settings, tmp_path, resume=True)
     with pytest.raises(mil.StateError, match="conversion's seed was 0, is 1 now"):
         mil.stepwise(teacher, teacher, tokens, settings, tmp_path, resume=True, seed=1)
+
+
+def test_a_run_does_not_move_its_own_inputs(teacher, tokens, tmp_path):
+    settings = config(max_steps=1, parts=2)
+    mil.stepwise(teacher, teacher, tokens, settings, tmp_path)
+    for place in (tmp_path / "model", tmp_path / "part-1-of-2" / "model"):
+        with pytest.raises(mil.ArgumentError, match="model: is read by this run and lies in"):
+            mil.stepwise(teacher, mil.load(place), tokens, settings, tmp_path)
+    assert not (tmp_path / "previous-1").exists()
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(mil.StateError, match="no earlier run made it"):
+        mil.stepwise(teacher, teacher, tokens, settings, tmp_path)
 
 
 def test_one_run_in_a_folder(teacher, tokens, tmp_path):
