@@ -12,7 +12,7 @@ By generation, where a model goes on from its own words, and errors add up (like
 
     kept          exp(-mean KL(s || t)) on text that the student itself samples at temperature 1, as
                   answers to prompts: of the probability that it gives its own words, the share
-                  that the teacher gives them
+                  that the teacher gives them; where it ends an answer counts as a word
     same start    the same prompts answered greedily by both: common beginning / longer answer, mean
                   over prompts; strict, since one other word ends it
     same answers  share of prompts on which the greedy answers are equal from beginning to end
@@ -36,7 +36,8 @@ from . import _core
 from .data import Batches, Documents
 from .errors import ArgumentError
 from .evaluate import comparison, run_batches
-from .generate import Generation, generate
+from .generate import Endings, Generation, generate
+from .on_policy import batch_of, sample
 from .pairs import shared_vocabulary
 
 __all__ = ["Yardstick", "prompts_of"]
@@ -79,19 +80,37 @@ class Yardstick:
         )
         self._answers: list[Generation] | None = None
 
-    def on_its_own_words(self, student: Any, ours: _core.Model, theirs: _core.Model) -> float:
-        """exp(-mean KL(student || teacher)) over the words that the student samples."""
-        size = ours.config["vocab"]
+    def on_its_own_words(
+        self, student: Any, ours: _core.Model, theirs: _core.Model
+    ) -> float | None:
+        """exp(-mean KL(student || teacher)) over the tokens that the student samples, those that
+        end its answers among them; None where there are none."""
+        stop = set(Endings.of(student, None).tokens)
         total, rows = 0.0, 0.0
-        samples = [list(map(int, s.token_ids)) for s in self.answer(student, temperature=1.0)]
-        for at in range(0, len(samples), self.batch_size):
-            chosen = slice(at, at + self.batch_size)
-            batch = sampled_batch(self.prompts[chosen], samples[chosen])
-            if int(batch["tokens"].max()) >= size:  # a row of padding, from an untrained student
-                batch["tokens"] = np.minimum(batch["tokens"], size - 1)
-            found = _core.evaluate(ours, theirs, **batch, direction="reverse")
+        for at in range(0, len(self.prompts), self.batch_size):
+            requests: list[dict[str, Any]] = [
+                {
+                    "prompt": np.array(prompt, np.int32),
+                    "max_new_tokens": self.max_new_tokens,
+                    "temperature": 1.0,
+                    "seed": at + i,
+                    "stop": [],
+                }
+                for i, prompt in enumerate(self.prompts[at : at + self.batch_size])
+            ]
+            samples = sample(ours, requests, stop)
+            pairs = [(r["prompt"], new) for r, new in zip(requests, samples, strict=True)]
+            batch = batch_of(pairs, len(pairs))
+            found = _core.evaluate(
+                ours,
+                theirs,
+                batch.tokens,
+                batch.offsets,
+                row_weight=batch.row_weight,
+                direction="reverse",
+            )
             total, rows = total + found["kl"], rows + found["kl_rows"]
-        return math.exp(-total / rows) if rows else 1.0
+        return math.exp(-total / rows) if rows else None
 
     @property
     def answers(self) -> list[Generation]:
@@ -100,16 +119,12 @@ class Yardstick:
             self._answers = self.answer(self.teacher)
         return self._answers
 
-    def answer(self, model: Any, temperature: float = 0.0) -> list[Generation]:
+    def answer(self, model: Any) -> list[Generation]:
+        """A model's greedy answers."""
         if not self.prompts:
             return []
         return generate(
-            model,
-            self.prompts,
-            max_new_tokens=self.max_new_tokens,
-            temperature=temperature,
-            seed=list(range(len(self.prompts))),
-            max_batch=self.batch_size,
+            model, self.prompts, max_new_tokens=self.max_new_tokens, max_batch=self.batch_size
         )
 
     def measure(self, student: Any) -> dict[str, Any]:
@@ -130,9 +145,11 @@ class Yardstick:
                 **found.to_dict(),
             },
             "generation": {
-                **({"kept": self.on_its_own_words(student, ours, theirs)} if pairs else {}),
+                "kept": self.on_its_own_words(student, ours, theirs),
                 **greedy_kept(pairs),
-            },
+            }
+            if pairs
+            else {},
             "answers": [
                 {"text": answer.text, "start": self.words_of(pair[0][: common_beginning(*pair)])}
                 for answer, pair in zip(answers, pairs, strict=True)
@@ -144,30 +161,13 @@ class Yardstick:
         return "" if tokenizer is None else tokenizer.decode(tokens)
 
 
-def sampled_batch(prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> dict[str, Any]:
-    """Prompts with their answers as `_core.evaluate` takes them: only answers' tokens count."""
-    tokens, weight, offsets = [], [], [0]
-    for prompt, answer in zip(prompts, answers, strict=True):
-        tokens += prompt + answer
-        # The last token of the prompt predicts the first of the answer; the last predicts nothing.
-        weight += [0.0] * (len(prompt) - 1) + [1.0] * len(answer) + [0.0]
-        offsets.append(len(tokens))
-    return {
-        "tokens": np.array(tokens, np.int32),
-        "offsets": np.array(offsets, np.int64),
-        "row_weight": np.array(weight, np.float32),
-    }
-
-
 def greedy_kept(pairs: Sequence[tuple[list[int], list[int]]]) -> dict[str, float]:
-    """How alike greedy answers are, given as (student's, teacher's).
+    """How alike greedy answers are, one or more, given as (student's, teacher's).
 
     >>> found = greedy_kept([([5, 6, 7, 8], [5, 6, 9, 7]), ([1, 2], [1, 2])])
     >>> found["same_start"], found["same_answers"], found["same_words"]
     (0.75, 0.5, 0.875)
     """
-    if not pairs:
-        return {}
     starts = [common_beginning(a, b) / max(len(a), len(b)) if a or b else 1.0 for a, b in pairs]
     words = [
         2 * sum((Counter(a) & Counter(b)).values()) / (len(a) + len(b)) if a or b else 1.0

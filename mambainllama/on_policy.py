@@ -109,6 +109,7 @@ def sample(core: _core.Model, requests: list[dict[str, Any]], stop: set[int]) ->
 
 
 def batch_of(pairs: list[tuple[np.ndarray, np.ndarray]], rows: int) -> Batch:
+    """(prompt, sample) pairs as documents in which only the samples' tokens count."""
     texts = [np.concatenate(pair).astype(np.int32) for pair in pairs]
     offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
     tokens = np.concatenate(texts)

@@ -447,9 +447,12 @@ def test_kept_by_its_own_words_is_its_formula(teacher, data, tmp_path):
     documents = read_documents(data / "chats.jsonl", model.tokenizer, vocab=264, loss_on="marked")
     prompts = kept.prompts_of(documents, 3, 64)
     yardstick = kept.Yardstick(model, documents, prompts, max_new_tokens=5, batch_size=2)
+    [end] = other.stop_tokens
     total, rows = 0.0, 0
-    for prompt, sample in zip(prompts, yardstick.answer(other, temperature=1.0), strict=True):
-        ids = np.array([[*prompt, *map(int, sample.token_ids)]])
+    for seed, prompt in enumerate(prompts):
+        [answer] = mil.generate(other, prompt, 5, temperature=1.0, seed=seed)
+        sample = [*answer.token_ids, *[end] * (answer.finish_reason == "stop")]
+        ids = np.array([[*prompt, *sample]])
         logs = []
         for one in (other, model):
             logits = one(ids)[0, len(prompt) - 1 : -1].astype(np.float64)
@@ -458,6 +461,21 @@ def test_kept_by_its_own_words_is_its_formula(teacher, data, tmp_path):
         rows += len(logs[0])
     found = yardstick.measure(other)["generation"]["kept"]
     assert found == pytest.approx(np.exp(-total / rows), rel=1e-4)
+
+
+def test_a_student_that_says_nothing_is_measured(teacher, data, tmp_path):
+    """Where it ended its answers counts; only without prompts is there no figure."""
+    folder = write_llama(tmp_path / "mute", layers=4, scale=2.0, seed=8)
+    config = json.loads((folder / "config.json").read_text())
+    config["eos_token_id"] = list(range(264))  # whatever it samples ends the answer
+    (folder / "config.json").write_text(json.dumps(config))
+    model, mute = mil.load(teacher), mil.load(folder)
+    documents = read_documents(data / "chats.jsonl", model.tokenizer, vocab=264, loss_on="marked")
+    prompts = kept.prompts_of(documents, 3, 64)
+    found = kept.Yardstick(model, documents, prompts, max_new_tokens=4).measure(mute)
+    assert {answer["text"] for answer in found["answers"]} == {""}
+    assert 0 < found["generation"]["kept"] < 0.9
+    assert kept.Yardstick(model, documents, []).measure(mute)["generation"] == {}
 
 
 def test_kept_example():
@@ -621,6 +639,89 @@ def test_checking_finds_what_would_stop_a_run(teacher, tokens, tmp_path, monkeyp
     fine = [f"dpo.files={pairs}", f"label.prompts={pairs}", 'stages=["label", "dpo"]']
     assert pipeline.check_recipe(read_recipe(path, fine))["student"]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (["student.attention_layers=auto:9"], '"auto:9": expected a number from 0 to 4'),
+        (["student.attention_layers='auto:'"], '"auto:": expected a number from 0 to 4'),
+        (["student.attention_layers=auto:2", "student.init=paper"], "measures on data, which init"),
+        (["student.attention_layers=auto:4", 'stages=["stepwise"]'], "leaves nothing to replace"),
+        (["student.attention_layers=1.0", 'stages=["stepwise"]'], "leaves nothing to replace"),
+        (["output.folder=a.file"], "a.file: is a file; use another output folder"),
+        (["output.folder=a.file/run"], "a.file: is a file; use another output folder"),
+        (["distill.temperature=1e300"], "temperature=1e+300: expected a number from"),
+        (["extends=other.toml"], "--set 'extends=other.toml': only a file can extend"),
+    ],
+)
+def test_checking_refuses_what_the_run_would(
+    teacher, tokens, tmp_path, monkeypatch, changes, words
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.file").write_text("")
+    path = small(tmp_path, teacher, tokens)
+    with pytest.raises(mil.Error) as caught:
+        pipeline.check_recipe(read_recipe(path, changes))
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_parts_than_layers_are_checked_at_once(teacher, tokens, tmp_path):
+    changes = ['stages=["stepwise"]', "stepwise.parts=99999999999"]
+    assert pipeline.check_recipe(read_recipe(small(tmp_path, teacher, tokens), changes))["student"]
+
+
+def test_a_run_does_not_move_its_own_inputs(teacher, data, tmp_path):
+    """Where the output folder is the user's own, and where it is an earlier run's."""
+
+    def refused(words, *changes, **options):
+        for run in (
+            lambda: pipeline.check_recipe(read_recipe(path, changes), **options),
+            lambda: pipeline.run_recipe(path, overrides=changes, progress=False, **options),
+        ):
+            before = sorted(tmp_path.rglob("*[!k]"))  # all but .lock
+            with pytest.raises(mil.Error, match=words) as caught:
+                run()
+            assert "\n" not in str(caught.value)
+            assert sorted(tmp_path.rglob("*[!k]")) == before
+
+    shutil.copytree(teacher, tmp_path / "model")
+    path = small(tmp_path, "model", data / "chats.jsonl")
+    refused("model: is read by this run and lies in", f"output.folder={tmp_path}")
+    for resume in (False, True):
+        refused(
+            "model: stands where the run writes, and no earlier run made it",
+            f"output.folder={tmp_path}",
+            f"teacher.model={teacher}",
+            resume=resume,
+        )
+    pipeline.run_recipe(path, progress=False)
+    trained = ["student.trained=" + str(tmp_path / "run" / "model"), 'stages=["sft"]']
+    refused("run/model: is read by this run and lies in", *trained)
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    refused("model: is read by this run", *trained, output_dir=tmp_path / "link")
+    files = tmp_path / "run" / "distill" / "mine.jsonl"
+    shutil.copy(data / "chats.jsonl", files)
+    refused(r"mine.jsonl: is read by this run and lies in .*distill", f"data.files={files}")
+    pipeline.run_recipe(path, tmp_path / "other", overrides=trained, progress=False)
+    assert pipeline.check_recipe(read_recipe(path), resume=True)["student"]
+    pipeline.run_recipe(path, resume=True, progress=False)
+
+
+def test_names_that_are_not_utf8(teacher, data, tmp_path):
+    odd = os.fsdecode(b"\xff")
+    folder = tmp_path / f"\u00e9{odd}"
+    model = shutil.copytree(teacher, folder / f"teacher{odd}")
+    chats = shutil.copy(data / "chats.jsonl", folder / f"chats{odd}.jsonl")
+    plain = small(tmp_path, teacher, data / "chats.jsonl")
+    recipe = shutil.copy(plain, folder / f"r{odd}.toml")
+    changes = [f"data.files={chats}", f"teacher.model={model}"]
+    for resume in (False, True):
+        results = pipeline.run_recipe(recipe, resume=resume, overrides=changes, progress=False)
+    written = (folder / "run" / "results.json").read_text("utf-8")
+    assert json.loads(written) == results and "/\u00e9\\udcff/" in written
+    assert "<title>r?</title>" in (folder / "run" / "report.html").read_text("utf-8")
 
 
 def test_checking_pairs_in_parquet(teacher, tokens, tmp_path):
