@@ -28,7 +28,8 @@ class Conversation:
     system : str or None
         A system message.
     **options
-        As for `mil.generate`: max_new_tokens, temperature, top_k, top_p, seed, draft, draft_tokens.
+        As for `mil.generate`: max_new_tokens, temperature, top_k, top_p, seed, stop, draft,
+        draft_tokens.
 
     Attributes
     ----------
@@ -84,6 +85,8 @@ class Conversation:
         self.messages.append({"role": "assistant", "content": answer.text})
         self.tokens = [*prompt, *answer.token_ids]
         self.text += answer.text
+        if self.tokenizer.decode(answer.token_ids).lstrip() != answer.text.lstrip():
+            self.forget()  # the tokens of a stop string, which no message says
         self.stats = answer.stats
         return answer.text
 

@@ -37,6 +37,7 @@ from .generate import (
     text_of,
 )
 from .memory import Call, Text, available, footprint_of, plan_call
+from .rope import fixed_until
 
 __all__ = ["Engine", "Ticket"]
 
@@ -351,7 +352,8 @@ class StateCache:
         if self.size == 0:
             return None
         best = None
-        for tokens, state in self.kept:
+        reads_on = len(prompt) <= fixed_until(self.core.config.get("rope"))
+        for tokens, state in self.kept if reads_on else ():
             longer = best is None or state.length > best.length
             fits = state.length < len(prompt) and np.array_equal(tokens, prompt[: len(tokens)])
             best = state if longer and fits else best

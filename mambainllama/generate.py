@@ -30,6 +30,8 @@ import numpy as np
 from . import _core
 from .errors import ArgumentError, check_at_least, is_integer, shorten
 from .memory import Call, Need, Text, footprint_of, plan_call
+from .rope import fixed_until
+from .tokenizer import _valid_text
 
 __all__ = ["Generation", "GenerationStats", "Score", "generate", "score"]
 
@@ -550,8 +552,8 @@ def plan_requests(
 def text_of(request: Mapping[str, Any]) -> Text:
     """What a request may grow to."""
     new, state = request.get("max_new_tokens", 128), request.get("state")
-    known = is_integer(new) and new > 0
-    return Text(len(request["prompt"]), new if known else 0, state.capacity if state else 0)
+    known = is_integer(new) and new > 0  # as Python's integer: a sum with NumPy's may wrap
+    return Text(len(request["prompt"]), int(new) if known else 0, state.capacity if state else 0)
 
 
 def share_beginning(core: _core.Model, requests: list[dict[str, Any]]) -> None:
@@ -571,10 +573,9 @@ def share_beginning(core: _core.Model, requests: list[dict[str, Any]]) -> None:
 def shared_length(core: _core.Model, requests: Sequence[Mapping[str, Any]]) -> int:
     """Tokens that all prompts begin with, where reading them once is worth it; else 0."""
     prompts = [request["prompt"] for request in requests]
-    rope = core.config.get("rope") or {}
-    if rope.get("long_inv_freq") is not None or rope.get("dynamic_factor"):
-        return 0  # positions of the beginning depend on the length of the whole
     if len(prompts) < 2 or any(request.get("state") is not None for request in requests):
+        return 0
+    if max(map(len, prompts)) > fixed_until(core.config.get("rope")):
         return 0
     shortest = min(map(len, prompts))
     differs = np.zeros(shortest, bool)
@@ -606,7 +607,7 @@ class Endings:
             raise ArgumentError(f"generate: stop must be strings or token ids, not {shorten(stop)}")
         items = list(stop)
         tokens = [int(item) for item in items if is_integer(item)]
-        strings = [item for item in items if isinstance(item, str)]
+        strings = [_valid_text(item) for item in items if isinstance(item, str)]
         if len(tokens) + len(strings) < len(items) or "" in strings:
             raise ArgumentError(
                 "generate: stop must be token ids or strings that are not empty, "

@@ -21,6 +21,7 @@ allowance.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,7 @@ from . import _core
 from .devices import check_device, cuda_devices, free_memory, operator_table
 from .errors import ArgumentError, OutOfMemoryError, check_at_least
 from .quantize import check_kind, coded
+from .rope import fixed_until
 
 __all__ = ["MemoryPlan", "Need", "memory_plan", "weight_bytes"]
 
@@ -125,11 +127,8 @@ class Footprint:
         self.device, self.prefill_rows = table_info["device"], table_info["prefill_rows"]
         self._activation = None if self.device == "cpu" else table_info["activation"]
         self.vocab = config["vocab"]
-        rope = config.get("rope") or {}
         #: Frequencies follow the length: each prompt is read in one pass.
-        self.whole_prompts = bool(
-            rope.get("long_inv_freq") is not None or rope.get("dynamic_factor")
-        )
+        self.whole_prompts = fixed_until(config.get("rope")) < math.inf
         self.workspace = lru_cache(maxsize=64)(self._workspace)
         found = self._rehearse(1, 1, 0)
         self.mixers, self.token = found["mixers"], found["token"]
@@ -219,7 +218,7 @@ class Call:
         extra: int = 0,
     ):
         self.model, self.draft = model, draft
-        self.draft_tokens = draft_tokens
+        self.draft_tokens = int(draft_tokens)  # sums with NumPy's shorter integers would wrap
         if model.device == "cpu":  # memory is taken as a text grows: many are never to be so long
             texts = [t if t.new <= _ROOM_AT_ONCE else replace(t, new=_ROOM_AT_ONCE) for t in texts]
         self.texts = sorted(texts, key=lambda text: text.tokens, reverse=True)
@@ -294,8 +293,8 @@ def plan_call(
         What was asked for cannot fit; the line says by how much, and what would.
     """
     device, own_rows = call.model.device, call.model.prefill_rows
-    batch = min(len(call.texts), DEFAULT_BATCH if max_batch is None else max_batch)
-    rows = own_rows if prefill_rows is None else prefill_rows
+    batch = min(len(call.texts), DEFAULT_BATCH if max_batch is None else int(max_batch))
+    rows = own_rows if prefill_rows is None else int(prefill_rows)
     if free is None:
         free = available(device, call.need(batch, rows).total)
 
@@ -599,20 +598,21 @@ def memory_plan(
     >>> plan.fits, plan.most_batch                                     # doctest: +SKIP
     (True, 161)
     """
-    for name, value in (("batch", batch), ("prefill_rows", prefill_rows), ("context", context)):
+    check_at_least("memory_plan", "batch", batch, 1)
+    for name, value in (("prefill_rows", prefill_rows), ("context", context)):
         if value is not None:
             check_at_least("memory_plan", name, value, 1)
     check_at_least("memory_plan", "draft_tokens", draft_tokens, 0)
     if batch > MAX_BATCH:
         raise ArgumentError(f"memory_plan: batch must be at most {MAX_BATCH:,}, not {batch:,}")
     subject = _Subject.of(model, device, dtype, weights)
-    if context is None:
-        context = min(4096, subject.trained or 4096)
+    batch = int(batch)
+    context = min(4096, subject.trained or 4096) if context is None else int(context)
     second = None
     if draft is not None and draft != "ngram":
         second = _Subject.of(draft, subject.device, dtype, weights)
-    drafted = 0 if draft is None else draft_tokens
-    rows = subject.footprint.prefill_rows if prefill_rows is None else prefill_rows
+    drafted = 0 if draft is None else int(draft_tokens)
+    rows = subject.footprint.prefill_rows if prefill_rows is None else int(prefill_rows)
     known = [subject] if second is None else [subject, second]
     loading = sum(one.weights for one in known if not one.loaded)
     free, total = free_memory(subject.device)

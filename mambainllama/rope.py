@@ -24,6 +24,8 @@ Settings are read from `rope_parameters` (transformers 5) or from `rope_theta` +
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -226,6 +228,21 @@ ROPE_TYPES = {
     "longrope": _longrope,
     "su": _longrope,  # the first name of longrope, in early Phi-3 files
 }
+
+
+def fixed_until(rope: Mapping[str, Any] | None) -> float:
+    """Up to how many tokens of a text its positions do not depend on its length: without end, but
+    for LongRoPE and dynamic NTK, whose frequencies are others beyond the trained length. What was
+    read before is no beginning of such a longer text.
+
+    Parameters
+    ----------
+    rope
+        The "rope" entry of a canonical configuration, if there is one.
+    """
+    if rope is None or (rope.get("long_inv_freq") is None and not rope.get("dynamic_factor")):
+        return math.inf
+    return int(rope["long_after"])
 
 
 def canonical_rope(

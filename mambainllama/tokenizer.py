@@ -134,7 +134,7 @@ class Tokenizer:
 
     def token_to_id(self, token: str) -> int | None:
         """The id of one token by its text, None where there is no such token."""
-        return self.backend.token_to_id(token)
+        return self.backend.token_to_id(_valid_text(token))
 
     def id_to_token(self, token_id: int) -> str | None:
         """The text of one token as the vocabulary spells it."""

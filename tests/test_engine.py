@@ -80,6 +80,29 @@ def test_cached_states(model):
         assert again.token_ids == generate(model, [text[:25]], **SAMPLED)[0].token_ids
 
 
+@pytest.mark.parametrize(
+    "change", [{"long_inv_freq": [0.5, 0.2, 0.04, 0.01]}, {"dynamic_factor": 4.0}]
+)
+def test_a_text_beyond_the_trained_length_is_read_anew(change):
+    """Its positions are others from the first token on: no cached state is a beginning of it."""
+    rope = {"rotary": 8, "inv_freq": [1.0, 0.3, 0.1, 0.02], "theta": 1e4, "long_after": 32}
+    core = build(KINDS["transformer"], rope={**rope, **change})
+    [text] = some_prompts(60)
+    with Engine(core) as engine:
+        for length, cached in ((20, 0), (30, 20), (60, 0)):
+            found = engine.submit(text[:length], max_new_tokens=1).result(60)
+            assert found.stats.cached_tokens == cached
+            [expected] = generate(core, [text[:length]], max_new_tokens=1, logprobs=True)
+            assert found.token_ids == expected.token_ids
+    # Nor is what prompts of one call share, once one of them is longer.
+    shared = np.concatenate([text, text])
+    prompts = [np.append(shared[:80], i) for i in (1, 2)]
+    together = generate(core, prompts, max_new_tokens=4, logprobs=True)
+    for prompt, found in zip(prompts, together, strict=True):
+        [alone] = generate(core, [prompt], max_new_tokens=4, logprobs=True)
+        assert found.logprobs.tobytes() == alone.logprobs.tobytes()
+
+
 def test_cache_keeps_the_latest():
     core = build(KINDS["mamba2"])
     cache = StateCache(core, 2)
@@ -185,7 +208,7 @@ def test_no_memory_to_begin_with(model):
 @pytest.mark.parametrize("name", ["max_batch", "cached_states"])
 @pytest.mark.parametrize("value", [-1, 2.5, "2", 2**70, True])
 def test_settings_that_make_no_sense(model, name, value):
-    with pytest.raises(mil.ArgumentError, match=f"Engine: {name} must be an integer of at least"):
+    with pytest.raises(mil.ArgumentError, match=f"Engine: {name} must be an integer of at "):
         Engine(model, **{name: value})
     with pytest.raises(mil.ArgumentError, match="cached_states must"):
         Engine(model, cached_states=None)

@@ -238,7 +238,19 @@ def test_a_plan_from_a_folder_and_from_a_model_agree(folder):
     assert "weights" in text and "states of 3 texts" in text and "fits" in text
 
 
+def test_short_integers_of_numpy_do_not_wrap(folder):
+    wanted = mil.memory_plan(folder, batch=100, context=100, draft="ngram", draft_tokens=100)
+    numbers = {name: np.int8(100) for name in ("batch", "context", "draft_tokens")}
+    found = mil.memory_plan(folder, draft="ngram", **numbers)
+    assert (found.needed, found.text, found.need) == (wanted.needed, wanted.text, wanted.need)
+    model = mil.load(folder)
+    found = mil.generate(model, [[5] * 100, [5] * 3], max_new_tokens=np.uint8(200), stop=[])
+    assert [one.stats.new_tokens for one in found] == [200, 200]
+
+
 def test_plans_refuse_nonsense(folder):
+    with pytest.raises(mil.ArgumentError, match="batch"):
+        mil.memory_plan(folder, batch=None)
     with pytest.raises(mil.ArgumentError, match="batch"):
         mil.memory_plan(folder, batch=0)
     with pytest.raises(mil.ArgumentError, match="context"):
