@@ -140,7 +140,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def common_options() -> argparse.ArgumentParser:
+def common_options(seed: int | None = 0) -> argparse.ArgumentParser:
+    """What every command takes. A seed of None is another's to choose: a recipe's."""
     common = argparse.ArgumentParser(add_help=False)
     group = common.add_argument_group("common options")
     group.add_argument(
@@ -151,7 +152,8 @@ def common_options() -> argparse.ArgumentParser:
         default="auto",
         help="of the matrices: auto (as stored), float32, bfloat16, float16",
     )
-    group.add_argument("--seed", type=int, default=0, help="of everything random")
+    recipes = " (default: the recipe's)" if seed is None else ""
+    group.add_argument("--seed", type=int, default=seed, help=f"of everything random{recipes}")
     group.add_argument(
         "--threads", type=int, help="threads to compute with (default: all usable cores)"
     )
@@ -460,6 +462,16 @@ def add_layers(commands: Any, common: Any) -> None:
     parser.add_argument("--plot", metavar="FILE", help="write a figure of the scores (PNG)")
 
 
+def given(options: argparse.Namespace, *names: str) -> str:
+    """Those of the options that are not what they are by default, as they are typed."""
+    words = [
+        f" --{name.replace('_', '-')} {shlex.quote(str(getattr(options, name)))}"
+        for name in names
+        if getattr(options, name) != options.parser.get_default(name)
+    ]
+    return "".join(words)
+
+
 def layer_count(text: str) -> Any:
     """A number of layers, a share between 0 and 1, or a word."""
     for kind in (int, float):
@@ -495,7 +507,8 @@ def run_layers(options: argparse.Namespace) -> None:
         choice.to_dict(),
         f"{words}\n\nattention in {kept}: KL {choice.kl:.4g}; evenly spread: {choice.evenly:.4g}\n"
         f"mambainllama convert {shlex.quote(options.model)} OUTPUT --attention-layers {kept} "
-        f"--mixer {choice.mixer} --calibration {shlex.join(options.calibration)}",
+        f"--mixer {choice.mixer} --calibration {shlex.join(options.calibration)}"
+        + given(options, "calibration_rows", "calibration_length", "seed", "dtype", "device"),
     )
     if options.plot:
         choice.plot(options.plot)
@@ -520,7 +533,7 @@ def calibration_tokens(model: Any, files: Any, rows: int, length: int, seed: int
 def add_distill(commands: Any, common: Any) -> None:
     parser = add_command(
         commands,
-        common,
+        common_options(seed=None),
         "distill",
         run_distill,
         "make a student as a recipe says, through all its stages",
@@ -567,16 +580,15 @@ def add_run_options(parser: Any, config: str) -> None:
 
 
 def run_distill(options: argparse.Namespace) -> None:
-    from .pipeline import check_recipe, run_recipe
+    from .pipeline import MADE, check_recipe, run_recipe
     from .recipe import read_recipe
 
     overrides = list(options.set)
     if options.skip_bad:
         overrides.append("training.skip_bad=true")
-    recipe = read_recipe(options.recipe, overrides, options.seed or None)
+    recipe = read_recipe(options.recipe, overrides, options.seed)
     if options.check:
-        facts = check_recipe(recipe, options.device, options.dtype)
-        facts["output"] = options.output or facts["output"]
+        facts = check_recipe(recipe, options.device, options.dtype, options.output, options.resume)
         show(options, facts, plan_words(facts))
         return
     results = run_recipe(
@@ -592,10 +604,14 @@ def run_distill(options: argparse.Namespace) -> None:
     for row in results["stages"]:
         say_skipped(options, row.get("final", {}))
     facts = {"output": results["output"], "stages": [stage_facts(r) for r in results["stages"]]}
+    made = f"trained model: {folder / 'model'}"
+    if not (folder / "model").exists():  # the stages only asked the teacher
+        paths = [folder / row["stage"] / name for row in results["stages"] for name in MADE]
+        made = f"made: {', '.join(str(path) for path in paths if path.exists())}"
     show(
         options,
         {**facts, **results["stages"][-1].get("final", {})},
-        f"trained model: {folder / 'model'}\nreport: {folder / 'report.html'}",
+        f"{made}\nreport: {folder / 'report.html'}",
     )
 
 
@@ -664,6 +680,9 @@ def run_label(options: argparse.Namespace) -> None:
     from .soft_labels import soft_labels
 
     if options.as_is:
+        senseless = given(options, "max_new_tokens", "temperature", "top_p", "seed")
+        if senseless:
+            raise ArgumentError(f"--as-is answers nothing: leave{senseless} away")
         top = options.top_logprobs or 32
         folder = soft_labels(
             load_model(options, options.model),
@@ -672,7 +691,7 @@ def run_label(options: argparse.Namespace) -> None:
             top=top,
             sequence_length=options.sequence_length,
             resume=options.resume,
-            max_batch=options.max_batch or 16,
+            max_batch=16 if options.max_batch is None else options.max_batch,
             progress=not options.json and sys.stderr.isatty(),
         )
         facts = {"output": str(folder), "top_logprobs": top}

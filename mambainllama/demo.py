@@ -146,15 +146,18 @@ class Demo:
         if (folder / "run.json").exists():
             shutil.rmtree(folder)  # an earlier demo's student
         begin = time.perf_counter()
-        history = distill(
-            student,
-            self.teacher,
-            self.data,
-            config,
-            folder,
-            validation=self.held,
-            progress=False if self.quiet else sys.stderr.isatty(),
-        )
+        try:
+            history = distill(
+                student,
+                self.teacher,
+                self.data,
+                config,
+                folder,
+                validation=self.held,
+                progress=False if self.quiet else sys.stderr.isatty(),
+            )
+        except KeyboardInterrupt:  # it says how training goes on, which a demo does not
+            raise KeyboardInterrupt("interrupted; the next demo starts anew") from None
         seconds = time.perf_counter() - begin
         after = self.compare(student)
         tokens = history.final["tokens"]

@@ -75,7 +75,8 @@ def is_integer(value: Any) -> bool:
 
 
 def check_at_least(what: str, name: str, value: Any, least: int) -> None:
-    if not is_integer(value) or not least <= value < 1 << 63:
-        raise ArgumentError(
-            f"{what}: {name} must be an integer of at least {least}, not {shorten(value)}"
-        )
+    most = (1 << 63) - 1
+    if not is_integer(value) or not least <= value <= most:
+        above = is_integer(value) and value > most
+        limit = f"at most {most}" if above else f"at least {least}"
+        raise ArgumentError(f"{what}: {name} must be an integer of {limit}, not {shorten(value)}")

@@ -99,12 +99,15 @@ def label(
         done = keep_answers(path, asked)
     if top_logprobs:
         # Before hours of answers, not after them.
-        check_settings(teacher.core, top_logprobs, sequence_length, max_batch or 0)
+        labels_batch = 16 if max_batch is None else max_batch
+        check_settings(teacher.core, top_logprobs, sequence_length, labels_batch)
         if path is None or path.suffix != ".jsonl":
             raise ArgumentError(
                 f"label: output={output}: top_logprobs are stored beside it: give a file that ends "
                 "in .jsonl"
             )
+        if done < len(asked):
+            check_no_labels(labels_beside(path))
     if path is not None and not path.exists():
         append(path, [])  # refused here where it cannot be written
         path.unlink()
@@ -135,7 +138,7 @@ def label(
             loss_on="answers",
             skip_bad=True,
             resume=resume,
-            max_batch=max_batch or 16,
+            max_batch=labels_batch,
             progress=progress,
         )
     return rows
@@ -144,6 +147,15 @@ def label(
 def labels_beside(path: Path) -> Path:
     """The folder of soft labels of a file: answers.labels for answers.jsonl."""
     return path.with_name(f"{path.name.removesuffix('.jsonl')}.labels")
+
+
+def check_no_labels(folder: Path) -> None:
+    """Labels come after the last answer: what is there before that is another run's."""
+    if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
+        raise StateError(
+            f"{folder}: is there already, from other answers; delete {folder.name}, or choose "
+            "another file for the answers"
+        )
 
 
 def records_of(prompts: Any) -> Iterator[tuple[str, Any]]:
@@ -197,7 +209,7 @@ def as_line(row: dict[str, Any]) -> bytes:
 
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    before = path.stat().st_size if path.exists() else 0
+    before = path.stat().st_size if path.exists() else None
     try:
         with open(path, "ab") as file:
             file.writelines(as_line(row) for row in rows)
@@ -205,7 +217,10 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         with suppress(OSError):
-            os.truncate(path, before)
+            if before is None:
+                path.unlink()  # it would be in the way of the next try
+            else:
+                os.truncate(path, before)
         raise FileError(
             f"{path}: {error.strerror}; what was written before is whole lines"
         ) from None

@@ -8,9 +8,13 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .checkpointing import TEMPORARY, sync
 from .errors import ArgumentError, FileError
+from .tokenizer import _valid_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,13 +55,24 @@ def new_axes(columns: int) -> tuple[Figure, Any]:
 
 def finish(figure: Any, path: str | os.PathLike | None) -> Any:
     if path is not None:
-        try:
-            figure.savefig(path)
-        except OSError as error:
-            raise FileError(f"{path}: the figure cannot be written ({error.strerror})") from None
-        except ValueError as error:  # a suffix that matplotlib does not know
-            raise ArgumentError(f"{path}: {error}") from None
+        write(figure, Path(path))
     return figure
+
+
+def write(figure: Any, path: Path) -> None:
+    """Replaces a picture in one step, in the format that its suffix names."""
+    try:
+        fresh = path.with_name(f"{TEMPORARY}{path.name}")
+        figure.savefig(fresh, format=path.suffix[1:] or "png")
+        sync(fresh)
+        os.replace(fresh, path)
+    except OSError as error:
+        with suppress(OSError):
+            fresh.unlink()
+        reason = error.strerror or error
+        raise FileError(f"{path}: the figure cannot be written ({reason})") from None
+    except ValueError as error:  # a suffix that matplotlib does not know
+        raise ArgumentError(f"{path}: {error}") from None
 
 
 def log_ticks(ax: Any) -> None:
@@ -155,7 +170,7 @@ def plot_speed(
             [row["decode_tokens_per_second"] for row in rows],
             "o-",
             color=colour,
-            label=label,
+            label=_valid_text(label),  # a folder's name may be no text
             markersize=4,
         )
         right.plot(
@@ -163,7 +178,6 @@ def plot_speed(
             [row["state_bytes"] / 2**20 for row in rows],
             "o-",
             color=colour,
-            label=label,
             markersize=4,
         )
     for ax in (left, right):

@@ -141,7 +141,7 @@ def check_settings(core: _core.Model, top: Any, sequence_length: Any, max_batch:
     for name, value, least, limit in (
         ("top", top, 1, most),
         ("sequence_length", sequence_length, 2, 0),
-        ("max_batch", max_batch, 0, 0),
+        ("max_batch", max_batch, 1, 0),
     ):
         whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
         if not whole or (limit and value > limit):

@@ -4,8 +4,10 @@ Most tests call `main` in this process; how a process ends (status, Ctrl-C, a cl
 at from outside.
 """
 
+import errno
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -85,7 +87,9 @@ def test_help(command, capsys):
     assert stop.value.code == 0
     for option in ("--device", "--dtype", "--seed", "--json", "--debug", "--threads", "example:"):
         assert option in out
-    assert "(default: [" not in out and "everything random (default: 0)" in out
+    seed = "the recipe's" if command == "distill" else "0"
+    words = " ".join(out.split())
+    assert "(default: [" not in out and f"everything random (default: {seed})" in words
 
 
 @pytest.mark.parametrize("command", ["label", "generate", "chat", "eval", "bench"])
@@ -165,6 +169,9 @@ def test_errors_are_one_line(capsys, tmp_path, teacher, tokens):
         status, out, error = run(capsys, *arguments)
         assert (status, out) == (2, ""), arguments
         assert error.startswith(f"mambainllama {arguments[0]}: ") and error.count("\n") == 1, error
+    for arguments in (("info", teacher, "--batch"), ("bench", teacher, "--lengths")):
+        _, _, error = run(capsys, *arguments, 10**20)
+        assert f"must be an integer of at most {2**63 - 1}, not {10**20}" in error
     with pytest.raises(mil.Error):
         main(["info", str(tmp_path / "none"), "--debug"])
 
@@ -231,6 +238,20 @@ def test_layers(capsys, teacher, tokens, tmp_path):
     assert status == 2 and "2 attention layers" in error and error.count("\n") == 1
 
 
+def test_layers_prints_the_conversion(capsys, teacher, tokens, tmp_path):
+    """A command that runs as it stands, and converts as was measured."""
+    options = ("--calibration-rows", "8", "--calibration-length", "16", "--seed", "3")
+    options += ("--dtype", "float32", "--device", "cpu", "--calibration", tokens)
+    _, out, _ = run(capsys, "layers", teacher, "--keep", "1", *options)
+    program, *command = shlex.split(out.splitlines()[-1])
+    command[command.index("OUTPUT")] = str(tmp_path / "h")
+    parsed = make_parser().parse_args(command)
+    assert program == "mambainllama" and parsed.calibration == [tokens]
+    assert (parsed.calibration_rows, parsed.calibration_length, parsed.seed) == (8, 16, 3)
+    assert (parsed.dtype, parsed.device) == ("float32", "cpu")
+    assert run(capsys, *command)[0] == 0
+
+
 def test_generate(capsys, teacher, monkeypatch):
     [row] = run_json(capsys, "generate", teacher, "hello", "--max-new-tokens", "8")
     [read] = run_json(capsys, "generate", teacher, "hello", "--max-new-tokens", "8", "--no-mmap")
@@ -282,6 +303,25 @@ def test_bench(capsys, teacher, tmp_path):
     for name, words in (("none/s.png", "cannot be written"), ("s.xyz", "xyz")):
         status, _, error = run(capsys, "bench", teacher, *options, "--plot", tmp_path / name)
         assert status == 2 and words in error and error.count("\n") == 1
+    odd = tmp_path / b"\xff".decode("utf-8", "surrogateescape")  # a name that is no text
+    odd.symlink_to(teacher)
+    status, _, error = run(capsys, "bench", odd, *options, "--plot", tmp_path / "odd.png")
+    assert status == 0 and (tmp_path / "odd.png").exists(), error
+
+
+def test_a_full_disk_leaves_the_old_picture(tmp_path):
+    from mambainllama.plot import finish
+
+    class Full:
+        def savefig(self, path, **settings):
+            Path(path).write_bytes(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    old = tmp_path / "s.png"
+    old.write_bytes(b"old")
+    with pytest.raises(mil.FileError, match=r"s\.png: the figure cannot be written \(No space"):
+        finish(Full(), old)
+    assert old.read_bytes() == b"old" and list(tmp_path.iterdir()) == [old]
 
 
 def test_bad_records_can_be_left_out(capsys, teacher, tmp_path):
@@ -326,6 +366,8 @@ def test_distill_runs_a_recipe(capsys, teacher, tokens, tmp_path):
     assert status == 0 and "fine" in out and f"output: {tmp_path / 'out'}" in out
     _, out, _ = run(capsys, "distill", path, "--check", "--output", "elsewhere")
     assert "output: elsewhere" in out
+    _, out, _ = run(capsys, "distill", path, "--resume", "--set", "distill.learning_rate=1e-3")
+    assert out.startswith(f"trained model: {tmp_path / 'out' / 'model'}\n")
     trained = tmp_path / "more.toml"
     trained.write_text(
         f'[teacher]\nmodel = "{teacher}"\n[student]\ntrained = "out/model"\n'
@@ -334,6 +376,31 @@ def test_distill_runs_a_recipe(capsys, teacher, tokens, tmp_path):
     )
     assert run_json(capsys, "distill", trained)["step"] == 1
     assert (tmp_path / "run" / "model").is_dir()
+
+
+def test_seed_zero_takes_the_place_of_a_recipes(teacher, tokens, tmp_path, monkeypatch):
+    path = write_recipe(tmp_path, teacher, tokens, "[training]\nseed = 7\n")
+    found = []
+    monkeypatch.setattr(
+        "mambainllama.pipeline.check_recipe",
+        lambda recipe, *_: found.append(recipe["distill"].config.seed) or {"output": ""},
+    )
+    monkeypatch.setattr("mambainllama.cli.plan_words", str)
+    for seed in ((), ("--seed", "0"), ("--seed", "5")):
+        assert main(["distill", str(path), "--check", *seed]) == 0
+    assert found == [7, 0, 5]
+
+
+def test_a_recipe_that_only_labels_names_the_answers(capsys, teacher, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "hello"}\n')
+    path = tmp_path / "r.toml"
+    path.write_text(
+        f'stages = ["label"]\n[teacher]\nmodel = "{teacher}"\n[student]\ntrained = "{teacher}"\n'
+        '[label]\nprompts = "p.jsonl"\nmax_new_tokens = 2\n'
+    )
+    status, out, error = run(capsys, "distill", path)
+    assert status == 0, error
+    assert out.startswith(f"made: {tmp_path / 'run' / 'label' / 'answers.jsonl'}\nreport: ")
 
 
 @pytest.mark.parametrize(
@@ -416,6 +483,14 @@ def test_labels_without_answers(capsys, teacher, tmp_path):
     labels = tmp_path / "texts.labels"
     found = run_json(capsys, "label", teacher, texts, labels, "--as-is", "--top-logprobs", "5")
     assert found == {"output": str(labels), "top_logprobs": 5}
+    senseless = ("--temperature", "0.7", "--max-new-tokens", "9", "--top-p", "0.9", "--seed", "3")
+    status, _, error = run(capsys, "label", teacher, texts, tmp_path / "x", "--as-is", *senseless)
+    assert status == 2 and error.count("\n") == 1 and not (tmp_path / "x").exists()
+    assert all(option in error for option in senseless)
+    status, _, error = run(
+        capsys, "label", teacher, texts, tmp_path / "x", "--as-is", "--max-batch", "0"
+    )
+    assert status == 2 and "max_batch=0: expected a whole number of at least 1" in error
     answers = tmp_path / "answers.jsonl"
     run_json(
         capsys, "label", teacher, texts, answers, "--max-new-tokens", "4", "--top-logprobs", "3"
@@ -447,6 +522,20 @@ def test_conversations_read_only_what_is_new(teacher):
             assert fresh.text == answer
     talk.reset()
     assert talk.ask("hello") == first
+
+
+def test_a_stop_string_is_not_said(teacher):
+    """The next turn reads what the messages say, not the tokens of a stop string."""
+    model = mil.load(teacher)
+    whole = Conversation(model, max_new_tokens=20).ask("hello")
+    cut = next(piece for piece in whole[1:] if piece not in whole[0] + "\ufffd")
+    talk = Conversation(model, max_new_tokens=20, stop=[cut])
+    first = talk.ask("hello")
+    assert first == whole[: whole.index(cut)]
+    second = talk.ask("and now?")
+    [fresh] = mil.generate(model, [talk.messages[:3]], max_new_tokens=20, stop=[cut])
+    assert second == fresh.text and talk.stats.cached_tokens == 0
+    assert talk.stats.prompt_tokens == fresh.stats.prompt_tokens
 
 
 def test_an_interrupted_answer_stays_in_the_chat(teacher):
@@ -503,13 +592,16 @@ def test_output_that_cannot_be_written(teacher):
 def test_text_that_is_none(teacher, encoding):
     """Bytes that are no text, and characters that a terminal has not, end no command."""
     env = {"PYTHONIOENCODING": encoding}
+    odd = b"\xff".decode("utf-8", "surrogateescape")
     options = ("--max-new-tokens", "2")
     for more in ((), ("--json",)):
         command = process(
             "generate",
             teacher,
-            b"\xff".decode("utf-8", "surrogateescape"),
+            odd,
             "ï",
+            "--stop",
+            odd,
             *options,
             *more,
             env=env,

@@ -47,6 +47,19 @@ def teacher_files():
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
+def test_an_interrupted_demo_does_not_advise_what_it_cannot(tmp_path, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt("resume=True (--resume) goes on")
+
+    for name in ("convert", "compare", "sample_rows"):
+        monkeypatch.setattr(demo, name, lambda *arguments, **options: None)
+    monkeypatch.setattr(demo, "distill", interrupted)
+    made = demo.Demo(tmp_path, 2, 0, True)
+    made.teacher = made.data = made.held = None
+    with pytest.raises(KeyboardInterrupt, match="^interrupted; the next demo starts anew$"):
+        made.make("none")
+
+
 @pytest.mark.slow
 def test_demo_end_to_end(texts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(corpus, "documents", lambda: (texts[0][:300], texts[1][:20]))

@@ -126,6 +126,14 @@ def test_nothing_is_answered_that_could_not_be_kept(teacher, tmp_path, monkeypat
     with pytest.raises(TypeError):  # what stopped it left no file in the way of the next try
         label(teacher, ["a"], tmp_path / "a.jsonl")
     assert not list(tmp_path.iterdir())
+    labels = tmp_path / "a.labels"
+    labels.mkdir()
+    with pytest.raises(TypeError):  # an empty folder is in nobody's way
+        label(teacher, ["a"], tmp_path / "a.jsonl", top_logprobs=4)
+    (labels / "labels.json").write_text("{}")
+    for resume in (False, True):
+        with pytest.raises(mil.StateError, match=r"a\.labels: is there already.*delete a\.labels"):
+            label(teacher, ["a"], tmp_path / "a.jsonl", top_logprobs=4, resume=resume)
     with pytest.raises(mil.ArgumentError, match=r"a file that ends in \.jsonl"):
         label(teacher, ["a"], tmp_path / "a.txt", top_logprobs=4)
     for settings in ({"top_logprobs": 1000}, {"top_logprobs": 4, "sequence_length": 1}):
@@ -145,4 +153,7 @@ def test_a_full_disk_leaves_whole_lines(teacher, tmp_path, monkeypatch):
         patch.setattr("os.fsync", full)
         with pytest.raises(mil.FileError, match="No space left"):
             label(teacher, PROMPTS[:2], path, max_new_tokens=2, resume=True)
-    assert path.read_bytes() == whole
+        assert path.read_bytes() == whole
+        with pytest.raises(mil.FileError, match="No space left"):  # and no empty file
+            label(teacher, PROMPTS[:2], tmp_path / "b.jsonl", max_new_tokens=2)
+    assert list(tmp_path.iterdir()) == [path]
