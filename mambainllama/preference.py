@@ -513,8 +513,8 @@ class PreferenceTask(Task):
                 then = None
         trained = latest_checkpoint(folder.parent / "checkpoints") is not None
         if resume and isinstance(then, dict) and self.reference is None and trained:
-            # The pass is done, and the loop knows the student whatever weights it has now: the run
-            # began with those of the stored numbers.
+            # The pass is done and the checkpoint has the trained weights: whatever the model has
+            # now, the run began with those of the stored numbers.
             now["reference"] = self.reference_hash = then.get("reference")
         if then == now:
             return
