@@ -5,7 +5,8 @@ sqrt(k) * 1e-7 relative to its size; 16-bit inputs are rounded beforehand in the
 they add nothing. Bits are compared with ==.
 
 The tests of TestKernels also run in a process of their own for every other level of the processor
-(MAMBAINLLAMA_CPU), so run this file on a machine with AVX-512 and AMX to test those.
+(MAMBAINLLAMA_CPU), so run this file on a machine with AVX-512 and AMX to test those, and for the
+order in which it does not read weights by itself (MAMBAINLLAMA_CPU_READS).
 """
 
 import os
@@ -22,6 +23,7 @@ from mambainllama.errors import ArgumentError, DtypeError, ShapeError
 
 DTYPES = ["float32", "bfloat16", "float16"]
 LEVELS = ["portable", "avx2", "avx512", "avx512bf16", "amx"]
+READS = ["side-by-side", "in-order"]
 
 # rows, in, out: vector steps hit, missed by one and primes; thin and wide; several chunks of rows.
 SIZES = [
@@ -42,7 +44,7 @@ SIZES = [
     (530, 400, 41),
 ]
 # Longer than one cut of k, at few rows and many.
-LONG = [(1, 6001, 40), (6, 4099, 50), (16, 2049, 17), (33, 3333, 26)]
+LONG = [(1, 6001, 40), (5, 9001, 83), (6, 4099, 50), (16, 2049, 17), (33, 3333, 26)]
 
 
 def tolerance(terms):
@@ -163,38 +165,60 @@ class TestKernels:
             assert y == 32 * 2.0**-24
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_level(level):
-    """The kernels of each level that this processor has beside the one that it picks."""
-    environment = {**os.environ, "MAMBAINLLAMA_CPU": level}
+def run_python(*arguments, **settings):
+    """A process with environment variables of its own that finds the package and the reference."""
     here = os.path.dirname(os.path.abspath(__file__))
+    environment = {**os.environ, **settings}
     environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(here), *sys.path[:1]])
-    if level == _core.cpu_info()["level"]:
-        pytest.skip(f"{level} is the level in use: the tests above ran it")
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("reads", READS)
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_level(level, reads):
+    """The kernels of each level that this processor has beside the one that it picks."""
+    here = _core.cpu_info()
+    if (level, reads) == (here["level"], here["reads"]):
+        pytest.skip(f"{level}, {reads}, is what is in use: the tests above ran it")
+    settings = {"MAMBAINLLAMA_CPU": level, "MAMBAINLLAMA_CPU_READS": reads}
     ask = "from mambainllama import _core; print(_core.cpu_info()['level'])"
-    found = subprocess.run(
-        [sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    found = run_python("-c", ask, **settings).stdout.strip()
     if found != level:
         pytest.skip(f"this processor (or MAMBAINLLAMA_CPU) has no {level}: {found} instead")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, f"{__file__}::TestKernels"], env=environment, capture_output=True, text=True
-    )
+    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"{__file__}::TestKernels"]
+    done = run_python(*command, **settings)
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-def test_unknown_level_is_refused():
-    done = subprocess.run(
-        [sys.executable, "-c", "import mambainllama"],
-        env={**os.environ, "MAMBAINLLAMA_CPU": "avx1024"},
-        cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
-        capture_output=True,
-        text=True,
+def test_the_order_of_reading_changes_no_bit():
+    """Nothing but the time depends on it: sums of one order are those of the other."""
+    script = (
+        "import numpy as np\n"
+        "from mambainllama import ops\n"
+        "rng = np.random.default_rng(5)\n"
+        "for rows in (1, 2, 3, 4, 5, 6, 8, 16, 40):\n"
+        "    x = rng.normal(size=(rows, 5003)).astype(np.float32)\n"
+        "    w = (rng.normal(size=(90, 5003)) * 2**-6).astype(np.float16)\n"
+        "    for weight in (w, w.astype(np.float32), w.astype(np.float32).view(np.uint32) >> 16):\n"
+        "        dtype = 'bfloat16' if weight.dtype == np.uint32 else None\n"
+        "        weight = weight.astype(np.uint16) if dtype else weight\n"
+        "        print(ops.linear_forward(x, weight, dtype=dtype).tobytes().hex())\n"
     )
+    found = [run_python("-c", script, MAMBAINLLAMA_CPU_READS=reads) for reads in READS]
+    assert found[0].returncode == 0, found[0].stderr
+    assert found[0].stdout == found[1].stdout
+
+
+@pytest.mark.parametrize(
+    "variable, known", [("MAMBAINLLAMA_CPU", "avx512bf16"), ("MAMBAINLLAMA_CPU_READS", "in-order")]
+)
+def test_unknown_settings_are_refused(variable, known):
+    done = run_python("-c", "import mambainllama", **{variable: "avx1024"})
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
-    assert "MAMBAINLLAMA_CPU" in last and "avx1024" in last and "avx512bf16" in last
+    assert variable in last and "avx1024" in last and known in last
 
 
 # ---- training: BLAS, and what stands in for it ---------------------------------------------------

@@ -25,6 +25,8 @@
 
 static const char *const names[] = {"portable", "avx2", "avx512", "avx512bf16", "amx"};
 enum { LEVELS = sizeof names / sizeof names[0] };
+static const char *const orders[] = {"side-by-side", "in-order"};
+enum { ORDERS = sizeof orders / sizeof orders[0] };
 
 #if defined(__x86_64__)
 
@@ -96,16 +98,16 @@ detect(mil_cpu_level wanted)
 
 #endif
 
-/* The cap as a level, or LEVELS where the variable is unset or senseless. */
+/* Which of `count` words an environment variable holds, or `count` where it is unset or senseless. */
 static int
-find_cap(void)
+find_setting(const char *variable, const char *const *words, int count)
 {
-    const char *text = getenv("MAMBAINLLAMA_CPU");
-    int level = 0;
-    while (text != NULL && level < LEVELS && strcmp(text, names[level]) != 0) {
-        level++;
+    const char *text = getenv(variable);
+    int found = 0;
+    while (text != NULL && found < count && strcmp(text, words[found]) != 0) {
+        found++;
     }
-    return text == NULL || *text == '\0' ? LEVELS : level;
+    return text == NULL ? count : found;
 }
 
 mil_cpu_level
@@ -114,7 +116,7 @@ mil_cpu_get_level(void)
     static atomic_int known = -1; /* two threads that race here find the same */
     int level = atomic_load_explicit(&known, memory_order_relaxed);
     if (level < 0) {
-        int cap = find_cap();
+        int cap = find_setting("MAMBAINLLAMA_CPU", names, LEVELS);
         mil_cpu_level wanted = cap < LEVELS ? (mil_cpu_level)cap : MIL_CPU_AMX;
         mil_cpu_level best = detect(wanted);
         level = (int)(best < wanted ? best : wanted);
@@ -129,14 +131,45 @@ mil_cpu_level_name(mil_cpu_level level)
     return names[level];
 }
 
-mil_status
-mil_cpu_check_level(void)
+/* Whether cpuid names AMD. */
+static bool
+made_by_amd(void)
 {
-    const char *text = getenv("MAMBAINLLAMA_CPU");
-    if (text != NULL && *text != '\0' && find_cap() == LEVELS) {
-        return mil_fail(MIL_ERR_VALUE,
-                        "MAMBAINLLAMA_CPU: \"%.40s\" is not one of portable, avx2, avx512, avx512bf16, amx",
-                        text);
+#if defined(__x86_64__)
+    uint32_t a, b, c, d;
+    return __get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx && c == signature_AMD_ecx &&
+           d == signature_AMD_edx;
+#else
+    return false;
+#endif
+}
+
+bool
+mil_cpu_reads_in_order(void)
+{
+    static atomic_int known = -1;
+    int order = atomic_load_explicit(&known, memory_order_relaxed);
+    if (order < 0) {
+        order = find_setting("MAMBAINLLAMA_CPU_READS", orders, ORDERS);
+        order = order < ORDERS ? order : made_by_amd();
+        atomic_store_explicit(&known, order, memory_order_relaxed);
+    }
+    return order != 0;
+}
+
+static mil_status
+check_setting(const char *variable, const char *const *words, int count, const char *list)
+{
+    const char *text = getenv(variable);
+    if (text != NULL && *text != '\0' && find_setting(variable, words, count) == count) {
+        return mil_fail(MIL_ERR_VALUE, "%s: \"%.40s\" is not one of %s", variable, text, list);
     }
     return MIL_OK;
+}
+
+mil_status
+mil_cpu_check_settings(void)
+{
+    MIL_TRY(check_setting("MAMBAINLLAMA_CPU", names, LEVELS, "portable, avx2, avx512, avx512bf16, amx"));
+    return check_setting("MAMBAINLLAMA_CPU_READS", orders, ORDERS, "side-by-side, in-order");
 }

@@ -2,9 +2,12 @@
  *
  * Levels are ordered: each includes those before it.  MAMBAINLLAMA_CPU=portable|avx2|avx512|avx512bf16|amx
  * caps the level; a level that the processor lacks falls to the best one that it has.
+ * MAMBAINLLAMA_CPU_READS=in-order|side-by-side says how weights are read, which is the processor's to choose otherwise.
  */
 #ifndef MIL_CPU_FEATURES_H
 #define MIL_CPU_FEATURES_H
+
+#include <stdbool.h>
 
 #include "base/status.h"
 
@@ -24,8 +27,13 @@ mil_cpu_get_level(void);
 const char *
 mil_cpu_level_name(mil_cpu_level level);
 
-/* Fails where MAMBAINLLAMA_CPU holds no level's name; mil_cpu_get_level then ignores it. */
+/* Whether a thread reads memory fastest in one stream of ascending addresses, as on AMD's processors, rather than in
+ * several side by side (docs/performance-log.md). */
+bool
+mil_cpu_reads_in_order(void);
+
+/* Fails where MAMBAINLLAMA_CPU or MAMBAINLLAMA_CPU_READS holds nothing that is known; it is ignored otherwise. */
 mil_status
-mil_cpu_check_level(void) MIL_MUST_CHECK;
+mil_cpu_check_settings(void) MIL_MUST_CHECK;
 
 #endif

@@ -19,6 +19,7 @@
 #define TILE_W4 4
 #define TILE_W5 5
 #define TILE_W6 4
+#define ROW_BY_ROW (GROUP + 1) /* none: arithmetic binds */
 #define THIN_X(dtype) (dtype)
 #define WIDE_W 6
 

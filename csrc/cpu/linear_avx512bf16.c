@@ -20,8 +20,9 @@
 #define TILE_W2 8
 #define TILE_W3 6
 #define TILE_W4 6
-#define TILE_W5 4
+#define TILE_W5 5
 #define TILE_W6 4
+#define ROW_BY_ROW 4
 #define THIN_X(dtype) (dtype)
 #define WIDE_W 6
 

@@ -24,6 +24,7 @@
 #define TILE_W4 2
 #define TILE_W5 2
 #define TILE_W6 2
+#define ROW_BY_ROW (GROUP + 1) /* none: arithmetic binds */
 #define THIN_X(dtype) EXPANDED
 #define WIDE_W 2
 

@@ -29,6 +29,12 @@
  * find anew: 7 to 10 % slower. Further ahead crowds L1, where rows that lie a power of two apart share a few
  * sets; the whole next strip into L2 is slower as well.)
  *
+ * Some processors read one stream of ascending addresses a thread far faster than several (features.h: AMD's). There
+ * a tile asks for the next tile's rows, one after another, into L2: every line where one row of x leaves nearly all
+ * time to reading, every second one where more rows multiply meanwhile, since they drop what is asked for faster than
+ * memory gives it. ROW_BY_ROW and more rows of x in one group, as many as multiply fast enough to be waited for, meet
+ * one weight row after another, read from memory in that very order, while a shorter cut of them rests in L1.
+ *
  * Wide products are bound by multiply-adds: WIDE_COLUMNS weight rows of a k cut are expanded once into a
  * panel of their own (L1) and meet all rows of the chunk, which stream through from L2 in tiles of
  * WIDE_GROUP rows.
@@ -40,6 +46,7 @@
  *   PARTS                         such vectors a step; STEP = PARTS * PANEL_WIDTH elements of k
  *   TILE_W1 … TILE_W6, WIDE_W     weight rows of a tile with 1 … 6 rows of x, and of wide tiles (divisor of
  *                                 WIDE_COLUMNS)
+ *   ROW_BY_ROW                    fewest rows of x that take weight rows one by one where memory is read in order
  *   THIN_X(dtype)                 how x is kept for thin products: dtype, as the weights are stored, or EXPANDED
  *   zero(), load_lanes(p), store_lanes(p, v), load_panel(p), store_panel(p, v), multiply_add(sum, w, x)
  *   load_weight(dtype, p, part)   expands part of the step of stored weights at p
@@ -47,6 +54,7 @@
  */
 #include <string.h>
 
+#include "cpu/features.h"
 #include "cpu/linear.h"
 
 #if defined(__clang__)
@@ -67,10 +75,13 @@ enum {
     WIDE_COLUMNS = 12, /* of a wide block; a multiple of WIDE_W */
     NEAR = 384,        /* bytes by which weights are prefetched, whole steps */
     X_NEAR = 3,        /* steps by which x is, where it is stored as weights are */
+    FAR = 32768,       /* bytes by which weights are, at least, row by row */
+    LINE = 64,         /* bytes that are fetched at once */
     LANES_BYTES = MIL_LINEAR_CHUNK * WIDE_COLUMNS * LANES * sizeof(float), /* more than THIN_ROWS * COLUMNS */
     /* A cut of k: of 512 KiB of L2 a thin product's rows of x take 160, of 32 KiB of L1 a wide block's weights
      * 18. */
     THIN_PANEL = 163840,               /* bytes */
+    ROW_PANEL = 20480,                 /* bytes: row by row, of 32 KiB of L1 */
     WIDE_CUT = 1536 / sizeof(panel_t), /* elements */
 };
 
@@ -95,8 +106,9 @@ element_size(int dtype)
 /* What a tile works on: whole steps of one cut of k. */
 typedef struct tile_work {
     const char *weight[MAX_W]; /* start of each weight row's cut; may repeat a row at the edge */
-    int64_t ahead;             /* bytes from there to the rows that come next */
-    const char *panel;         /* x's cut: [steps, x rows, STEP] */
+    int64_t row_bytes;         /* of a whole weight row */
+    int64_t ahead;     /* bytes from there to the rows that are fetched meanwhile, those that come next */
+    const char *panel; /* x's cut: [steps, x rows, STEP] */
     int64_t steps;
     float *lanes; /* [x rows, weight rows, LANES]: accumulators */
     bool resume;  /* go on from `lanes`; else from zero */
@@ -145,25 +157,47 @@ tile_step(int dtype, int x_dtype, int w_count, int x_count, const char *const *w
     }
 }
 
+/* The accumulators of `count` weight rows from `first` on, of a tile of w_count. */
+INLINE void
+load_sums(const tile_work *work, int w_count, int first, int count, int x_count, vec sums[GROUP][MAX_W])
+{
+    UNROLL
+    for (int j = 0; j < count; j++) {
+        UNROLL
+        for (int i = 0; i < x_count; i++) {
+            sums[i][j] = work->resume ? load_lanes(work->lanes + (i * w_count + first + j) * LANES) : zero();
+        }
+    }
+}
+
+INLINE void
+store_sums(const tile_work *work, int w_count, int first, int count, int x_count, vec sums[GROUP][MAX_W])
+{
+    UNROLL
+    for (int i = 0; i < x_count; i++) {
+        UNROLL
+        for (int j = 0; j < count; j++) {
+            store_lanes(work->lanes + (i * w_count + first + j) * LANES, sums[i][j]);
+        }
+    }
+}
+
+/* Weight rows side by side; what is fetched lies NEAR bytes ahead in all of them, and the next rows' beginnings follow
+ * these rows' ends. */
 INLINE void
 tile(int dtype, int x_dtype, int w_count, int x_count, const tile_work *work)
 {
-    const int64_t size = element_size(dtype), x_size = element_size(x_dtype);
+    const int64_t size = element_size(dtype), x_step = x_count * STEP * element_size(x_dtype);
+    const int64_t wrapped = work->ahead + NEAR - work->steps * STEP * size;
+    const int64_t turn = work->steps - NEAR / (STEP * size);
     const char *panel = work->panel;
-    float *lanes = work->lanes;
+    const char *weight[MAX_W]; /* in registers */
     vec sums[GROUP][MAX_W];
-    const char *weight[MAX_W];
     UNROLL
     for (int j = 0; j < w_count; j++) {
         weight[j] = work->weight[j];
-        UNROLL
-        for (int i = 0; i < x_count; i++) {
-            sums[i][j] = work->resume ? load_lanes(lanes + (i * w_count + j) * LANES) : zero();
-        }
     }
-    /* What is fetched meanwhile: NEAR bytes ahead in the weight rows, whose ends the next ones' beginnings follow. */
-    const int64_t wrapped = work->ahead + NEAR - work->steps * STEP * size;
-    const int64_t turn = work->steps - NEAR / (STEP * size);
+    load_sums(work, w_count, 0, w_count, x_count, sums);
     int64_t offset = 0;
     for (int64_t s = 0; s < work->steps; s++) {
         if (dtype != EXPANDED) {
@@ -175,20 +209,66 @@ tile(int dtype, int x_dtype, int w_count, int x_count, const tile_work *work)
         }
         if (x_dtype != EXPANDED) {
             UNROLL
-            for (int64_t b = 0; b < x_count * STEP * x_size; b += 64) {
-                __builtin_prefetch(panel + X_NEAR * x_count * STEP * x_size + b);
+            for (int64_t b = 0; b < x_step; b += LINE) {
+                __builtin_prefetch(panel + X_NEAR * x_step + b);
             }
         }
         tile_step(dtype, x_dtype, w_count, x_count, weight, offset, panel, sums);
         offset += STEP * size;
-        panel += x_count * STEP * x_size;
+        panel += x_step;
     }
+    store_sums(work, w_count, 0, w_count, x_count, sums);
+}
+
+/* Weight rows side by side, while those that come next are fetched one after another. */
+INLINE void
+tile_in_order(int dtype, int x_dtype, int w_count, int x_count, const tile_work *work)
+{
+    const int64_t size = element_size(dtype), x_step = x_count * STEP * element_size(x_dtype);
+    const int64_t bytes = w_count * STEP * size; /* of a step */
+    const int64_t apart = x_count == 1 ? LINE : 2 * LINE;
+    const int64_t share = (work->steps + w_count - 1) / w_count; /* steps that fetch one row */
+    const char *panel = work->panel, *row = work->weight[0] + work->ahead;
+    const char *weight[MAX_W]; /* in registers */
+    vec sums[GROUP][MAX_W];
     UNROLL
-    for (int i = 0; i < x_count; i++) {
-        UNROLL
-        for (int j = 0; j < w_count; j++) {
-            store_lanes(lanes + (i * w_count + j) * LANES, sums[i][j]);
+    for (int j = 0; j < w_count; j++) {
+        weight[j] = work->weight[j];
+    }
+    load_sums(work, w_count, 0, w_count, x_count, sums);
+    int64_t offset = 0;
+    for (int64_t s = 0; s < work->steps; row += work->row_bytes) {
+        const char *fetched = row;
+        for (const int64_t end = s + share < work->steps ? s + share : work->steps; s < end; s++) {
+            UNROLL
+            for (int64_t b = 0; b < bytes; b += apart) {
+                __builtin_prefetch(fetched + b, 0, 2); /* into L2 */
+            }
+            fetched += bytes;
+            tile_step(dtype, x_dtype, w_count, x_count, weight, offset, panel, sums);
+            offset += STEP * size;
+            panel += x_step;
         }
+    }
+    store_sums(work, w_count, 0, w_count, x_count, sums);
+}
+
+/* One weight row after another, a line of it a step or less; lines far ahead in memory's order are fetched meanwhile. */
+INLINE void
+tile_by_rows(int dtype, int x_dtype, int w_count, int x_count, const tile_work *work)
+{
+    const int64_t step = STEP * element_size(dtype), x_step = x_count * STEP * element_size(x_dtype);
+    for (int j = 0; j < w_count; j++) {
+        const char *weight = work->weight[j], *panel = work->panel;
+        vec sums[GROUP][MAX_W];
+        load_sums(work, w_count, j, 1, x_count, sums);
+        for (int64_t s = 0; s < work->steps; s++) {
+            __builtin_prefetch(weight + work->ahead, 0, 2); /* into L2 */
+            tile_step(dtype, x_dtype, 1, x_count, &weight, 0, panel, sums);
+            weight += step;
+            panel += x_step;
+        }
+        store_sums(work, w_count, j, 1, x_count, sums);
     }
 }
 
@@ -277,20 +357,36 @@ finish_tile(tile_function tile, const tile_work *work, int64_t x_count, int64_t 
     tile(&last);
 }
 
+/* Tiles of 1 … GROUP rows of x by the order in which they read weights. */
+typedef struct thin_tiles {
+    const tile_function *beside, *in_order, *by_rows;
+} thin_tiles;
+
 /* How a thin product of so many rows is divided. */
 typedef struct thin_plan {
+    const tile_function *tiles; /* tiles[x] serves x rows */
     int64_t groups;
     int64_t first_row[THIN_ROWS / GROUP + 2]; /* of each group, and the end of the last */
     /* Weight rows of which the groups take turns while they are in the caches: whole tiles of each. */
     int64_t strip;
-    int64_t cut; /* elements of k */
+    int64_t cut;   /* elements of k */
+    int64_t ahead; /* tiles between the one that is multiplied and the one that is fetched */
 } thin_plan;
 
 static thin_plan
-plan_thin(int64_t rows, int64_t in, int64_t x_size)
+plan_thin(int64_t rows, int64_t in, int64_t size, int64_t x_size, const thin_tiles *tiles)
 {
-    thin_plan plan = {.groups = group_count(rows), .cut = cut_length(in, THIN_PANEL / (rows * x_size))};
-    plan.strip = plan.groups == 1 ? 1 : STRIP;
+    const bool in_order = mil_cpu_reads_in_order(), one = group_count(rows) == 1;
+    const bool by_rows = in_order && one && rows >= ROW_BY_ROW;
+    thin_plan plan = {
+        .tiles = by_rows    ? tiles->by_rows
+                 : in_order ? tiles->in_order
+                            : tiles->beside,
+        .groups = group_count(rows),
+        .strip = one ? 1 : STRIP,
+        .cut = cut_length(in, (by_rows ? ROW_PANEL : THIN_PANEL) / (rows * x_size)),
+        .ahead = 1,
+    };
     for (int64_t g = 1; g <= plan.groups; g++) {
         plan.first_row[g] = group_start(rows, g);
     }
@@ -300,14 +396,18 @@ plan_thin(int64_t rows, int64_t in, int64_t x_size)
     while (plan.strip % first != 0 || plan.strip % last != 0) {
         plan.strip++;
     }
+    if (by_rows) {
+        const int64_t tile_bytes = first * smaller(plan.cut, in) * size;
+        plan.ahead = (FAR + tile_bytes - 1) / tile_bytes;
+    }
     return plan;
 }
 
 /* A block of at most COLUMNS columns, whole strips but for the product's end, and a thin chunk's rows, weights
- * read in place; tiles[x] serves x rows. */
+ * read in place. */
 static void
-thin_block(const mil_linear_block *block, const thin_plan *plan, int64_t size, int64_t x_size,
-           const tile_function *tiles, int64_t column, int64_t columns)
+thin_block(const mil_linear_block *block, const thin_plan *plan, int64_t size, int64_t x_size, int64_t column,
+           int64_t columns)
 {
     const mil_linear *product = block->product;
     const int64_t in = product->in, end = column + columns, padded = padded_length(in), row_bytes = in * size;
@@ -316,7 +416,7 @@ thin_block(const mil_linear_block *block, const thin_plan *plan, int64_t size, i
     for (int64_t k = 0; k < in; k += plan->cut) {
         const int64_t length = smaller(plan->cut, in - k), next_k = k + plan->cut < in ? k + plan->cut : 0;
         const int64_t tail = length % STEP; /* the end of a row that is no whole step */
-        tile_work work = {.steps = length / STEP, .resume = k != 0};
+        tile_work work = {.row_bytes = row_bytes, .steps = length / STEP, .resume = k != 0};
         for (int64_t first = column; first < end; first += plan->strip) {
             const int64_t strip_end = smaller(first + plan->strip, end);
             for (int64_t g = 0; g < plan->groups; g++) {
@@ -326,18 +426,21 @@ thin_block(const mil_linear_block *block, const thin_plan *plan, int64_t size, i
                 for (int64_t c = first; c < strip_end; c += weights) {
                     /* Next come the strip's next rows, all of it for the next group, the next strip, the next cut,
                      * or the next block. */
-                    const bool within = c + weights < strip_end, again = !within && g + 1 < plan->groups;
-                    const bool cut_ends = !within && !again && strip_end == end;
-                    const int64_t next = within                    ? c + weights
-                                         : again                   ? first
-                                         : cut_ends && next_k != 0 ? column
-                                                                   : strip_end;
-                    work.ahead = (next - c) * row_bytes + (cut_ends ? next_k - k : 0) * size;
+                    int64_t next = c + plan->ahead * weights, fetched_k = k;
+                    if (next >= strip_end && g + 1 < plan->groups) {
+                        next = first;
+                    }
+                    else if (next >= end && next_k != 0) {
+                        next += column - end;
+                        fetched_k = next_k;
+                    }
+                    work.ahead = (next - c) * row_bytes + (fetched_k - k) * size;
                     point_at_weights(product, size, c, end, (int)weights, k, work.weight);
                     work.lanes = lanes + (row * COLUMNS + (c - column) * x_count) * LANES;
-                    tiles[x_count](&work);
+                    plan->tiles[x_count](&work);
                     if (tail != 0) {
-                        finish_tile(tiles[x_count], &work, x_count, tail * size, STEP * size, STEP * x_size);
+                        finish_tile(plan->tiles[x_count], &work, x_count, tail * size, STEP * size,
+                                    STEP * x_size);
                     }
                     if (next_k == 0) {
                         finish(block, row, x_count, c, weights, end, work.lanes);
@@ -416,14 +519,14 @@ wide_block(const mil_linear_block *block, expand_function expand_cut, const tile
 
 static void
 multiply(const mil_linear_block *block, int64_t size, int64_t x_size, expand_function expand_cut,
-         const tile_function *thin_tiles, const tile_function *wide_tiles)
+         const thin_tiles *thin_tiles, const tile_function *wide_tiles)
 {
     const int64_t end = block->column + block->columns;
     if (block->chunk_rows <= THIN_ROWS) {
-        const thin_plan plan = plan_thin(block->rows, block->product->in, x_size);
+        const thin_plan plan = plan_thin(block->rows, block->product->in, size, x_size, thin_tiles);
         const int64_t most = COLUMNS / plan.strip * plan.strip;
         for (int64_t column = block->column; column < end; column += most) {
-            thin_block(block, &plan, size, x_size, thin_tiles, column, smaller(most, end - column));
+            thin_block(block, &plan, size, x_size, column, smaller(most, end - column));
         }
         return;
     }
@@ -484,28 +587,34 @@ pack(int dtype, int64_t rows, int64_t g, int64_t in, const float *x, int64_t x_s
 
 /* ---- one kernel a dtype ------------------------------------------------------------------------------ */
 
-#define DEFINE_TILE(name, dtype, x_dtype, w_count, x_count) \
-    TARGET static void name(const tile_work *work)          \
-    {                                                       \
-        tile(dtype, x_dtype, w_count, x_count, work);       \
+#define DEFINE_TILE(name, body, dtype, x_dtype, w_count, x_count) \
+    TARGET static void name(const tile_work *work)                \
+    {                                                             \
+        body(dtype, x_dtype, w_count, x_count, work);             \
     }
 
-DEFINE_TILE(wide_tile_1, EXPANDED, EXPANDED, WIDE_W, 1)
-DEFINE_TILE(wide_tile_2, EXPANDED, EXPANDED, WIDE_W, 2)
-DEFINE_TILE(wide_tile_3, EXPANDED, EXPANDED, WIDE_W, 3)
-DEFINE_TILE(wide_tile_4, EXPANDED, EXPANDED, WIDE_W, 4)
+DEFINE_TILE(wide_tile_1, tile, EXPANDED, EXPANDED, WIDE_W, 1)
+DEFINE_TILE(wide_tile_2, tile, EXPANDED, EXPANDED, WIDE_W, 2)
+DEFINE_TILE(wide_tile_3, tile, EXPANDED, EXPANDED, WIDE_W, 3)
+DEFINE_TILE(wide_tile_4, tile, EXPANDED, EXPANDED, WIDE_W, 4)
 static const tile_function wide_tiles[WIDE_GROUP + 1] = {NULL, wide_tile_1, wide_tile_2, wide_tile_3,
                                                          wide_tile_4};
 
+#define DEFINE_THIN_TILES(name, body, dtype)                                              \
+    DEFINE_TILE(name##_1, body, dtype, THIN_X(dtype), TILE_W1, 1)                         \
+    DEFINE_TILE(name##_2, body, dtype, THIN_X(dtype), TILE_W2, 2)                         \
+    DEFINE_TILE(name##_3, body, dtype, THIN_X(dtype), TILE_W3, 3)                         \
+    DEFINE_TILE(name##_4, body, dtype, THIN_X(dtype), TILE_W4, 4)                         \
+    DEFINE_TILE(name##_5, body, dtype, THIN_X(dtype), TILE_W5, 5)                         \
+    DEFINE_TILE(name##_6, body, dtype, THIN_X(dtype), TILE_W6, 6)                         \
+    static const tile_function name[GROUP + 1] = {NULL,     name##_1, name##_2, name##_3, \
+                                                  name##_4, name##_5, name##_6};
+
 #define DEFINE_KERNEL(name, dtype)                                                                          \
-    DEFINE_TILE(name##_tile_1, dtype, THIN_X(dtype), TILE_W1, 1)                                            \
-    DEFINE_TILE(name##_tile_2, dtype, THIN_X(dtype), TILE_W2, 2)                                            \
-    DEFINE_TILE(name##_tile_3, dtype, THIN_X(dtype), TILE_W3, 3)                                            \
-    DEFINE_TILE(name##_tile_4, dtype, THIN_X(dtype), TILE_W4, 4)                                            \
-    DEFINE_TILE(name##_tile_5, dtype, THIN_X(dtype), TILE_W5, 5)                                            \
-    DEFINE_TILE(name##_tile_6, dtype, THIN_X(dtype), TILE_W6, 6)                                            \
-    static const tile_function name##_tiles[GROUP + 1] = {                                                  \
-        NULL, name##_tile_1, name##_tile_2, name##_tile_3, name##_tile_4, name##_tile_5, name##_tile_6};    \
+    DEFINE_THIN_TILES(name##_beside, tile, dtype)                                                           \
+    DEFINE_THIN_TILES(name##_in_order, tile_in_order, dtype)                                                \
+    DEFINE_THIN_TILES(name##_by_rows, tile_by_rows, dtype)                                                  \
+    static const thin_tiles name##_tiles = {name##_beside, name##_in_order, name##_by_rows};                \
     TARGET static void name##_expand(const mil_linear *product, int64_t column, int64_t columns, int64_t k, \
                                      int64_t length, panel_t *to)                                           \
     {                                                                                                       \
@@ -518,7 +627,7 @@ static const tile_function wide_tiles[WIDE_GROUP + 1] = {NULL, wide_tile_1, wide
     }                                                                                                       \
     static void name##_multiply(const mil_linear_block *block)                                              \
     {                                                                                                       \
-        multiply(block, element_size(dtype), element_size(THIN_X(dtype)), name##_expand, name##_tiles,      \
+        multiply(block, element_size(dtype), element_size(THIN_X(dtype)), name##_expand, &name##_tiles,     \
                  wide_tiles);                                                                               \
     }                                                                                                       \
     static const mil_linear_kernel name##_kernel = {                                                        \

@@ -318,7 +318,8 @@ fail_after(PyObject *module, PyObject *argument)
 static PyObject *
 cpu_info(PyObject *module, PyObject *Py_UNUSED(ignored))
 {
-    return Py_BuildValue("{s:s,s:s,s:O,s:i}", "level", mil_cpu_level_name(mil_cpu_get_level()), "blas",
+    return Py_BuildValue("{s:s,s:s,s:s,s:O,s:i}", "level", mil_cpu_level_name(mil_cpu_get_level()), "reads",
+                         mil_cpu_reads_in_order() ? "in-order" : "side-by-side", "blas",
                          mil_blas_description(), "blas_loaded", mil_blas_loaded() ? Py_True : Py_False,
                          "threads", core_get_state(module)->threads);
 }
@@ -416,7 +417,7 @@ module_exec(PyObject *module)
         add_host(module) < 0 || add_cpu_table(module) < 0) {
         return -1;
     }
-    mil_status status = mil_cpu_check_level(); /* MAMBAINLLAMA_CPU misspelt: say so at once */
+    mil_status status = mil_cpu_check_settings(); /* environment variables misspelt: say so at once */
     if (status != MIL_OK) {
         core_raise(state, status);
         return -1;
