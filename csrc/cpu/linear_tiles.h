@@ -75,13 +75,13 @@ enum {
     WIDE_COLUMNS = 12, /* of a wide block; a multiple of WIDE_W */
     NEAR = 384,        /* bytes by which weights are prefetched, whole steps */
     X_NEAR = 3,        /* steps by which x is, where it is stored as weights are */
-    FAR = 32768,       /* bytes by which weights are, at least, row by row */
+    FAR = 16384,       /* bytes by which weights are, at least, row by row */
     LINE = 64,         /* bytes that are fetched at once */
     LANES_BYTES = MIL_LINEAR_CHUNK * WIDE_COLUMNS * LANES * sizeof(float), /* more than THIN_ROWS * COLUMNS */
     /* A cut of k: of 512 KiB of L2 a thin product's rows of x take 160, of 32 KiB of L1 a wide block's weights
      * 18. */
     THIN_PANEL = 163840,               /* bytes */
-    ROW_PANEL = 20480,                 /* bytes: row by row, of 32 KiB of L1 */
+    ROW_PANEL = 26624,                 /* bytes: row by row, of 32 KiB of L1 */
     WIDE_CUT = 1536 / sizeof(panel_t), /* elements */
 };
 
