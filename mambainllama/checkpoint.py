@@ -31,7 +31,7 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -363,9 +363,11 @@ class Checkpoint:
             )
         return _WEIGHT_DTYPES[tensor.dtype]
 
-    def read(self, name: str, mmap: bool = True) -> tuple[np.ndarray, str]:
+    def read(
+        self, name: str, mmap: bool = True, new: Callable[..., np.ndarray] = empty
+    ) -> tuple[np.ndarray, str]:
         """A tensor and the name of its dtype; the array is a writeable copy-on-write view of the
-        file or, without `mmap`, memory of its own.
+        file or, without `mmap`, memory of its own, made by `new`.
 
         bfloat16 comes as uint16 (see `dtypes`).
         """
@@ -373,7 +375,7 @@ class Checkpoint:
         if tensor.begin == tensor.end:
             return np.zeros(tensor.shape, STORAGE[dtype]), dtype
         if not mmap:
-            array = empty(tensor.shape, dtype)
+            array = new(tensor.shape, dtype)
             _read_into(array.reshape(-1).view(np.uint8), tensor)
             return array, dtype
         data = self._map(tensor.file)[tensor.begin : tensor.end]

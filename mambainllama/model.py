@@ -19,7 +19,7 @@ import numpy as np
 from . import _core
 from .checkpoint import Checkpoint, parse_json, read_companions, write_folder
 from .devices import check_device, operator_table
-from .dtypes import check_dtype, convert, to_float32
+from .dtypes import Room, bytes_of, check_dtype, convert, empty, to_float32
 from .errors import (
     ArgumentError,
     FormatError,
@@ -563,10 +563,17 @@ def load(
     check_weights(str(path_or_hub_id), device, found.specs, dtypes, weights, mmap)
     _check_tied(found)
     parameters = {}
+    stored = {name: checkpoint.weight_dtype(source) for name, source in found.sources.items()}
+    room = Room(  # for all that does not stay in its file
+        bytes_of(checkpoint.tensors[found.sources[name]].shape, wanted)
+        for name, wanted in dtypes.items()
+        if not mmap or stored[name] != wanted
+    )
     for name, wanted in dtypes.items():
         try:
-            array, stored = checkpoint.read(found.sources[name], mmap)
-            parameters[name] = convert(array, stored, wanted)
+            new = room.empty if stored[name] == wanted else empty
+            array, _ = checkpoint.read(found.sources[name], mmap, new)
+            parameters[name] = convert(array, stored[name], wanted, room.empty)
         except MemoryError as error:
             raise OutOfMemoryError(
                 f"load: {checkpoint.tensors[found.sources[name]].file}: no memory for {name} as "

@@ -13,7 +13,7 @@ from tiny_checkpoints import CONFIGS, VOCAB, tiny, tiny_hybrid
 import mambainllama as mil
 from mambainllama import _core
 from mambainllama.checkpoint import Checkpoint, write_folder, write_safetensors
-from mambainllama.dtypes import convert, from_float32, to_float32
+from mambainllama.dtypes import LINE, convert, from_float32, to_float32
 
 
 @pytest.fixture
@@ -75,11 +75,29 @@ def test_weights_in_memory_are_those_of_the_files(case, tmp_path, rng):
         assert np.array_equal(bits(read.parameters()[name]), bits(array)), name
     assert any(map(is_mapped, mapped.parameters().values()))
     assert not any(map(is_mapped, read.parameters().values()))
+    check_in_one_piece(read)
     tokens = rng.integers(0, VOCAB, (2, 11))
     assert np.array_equal(read(tokens), mapped(tokens))
     options = {"max_new_tokens": 12, "stop": [], "logprobs": True}
     [a], [b] = (mil.generate(model, [tokens[0].tolist()], **options) for model in (mapped, read))
     assert a.token_ids == b.token_ids and np.array_equal(a.logprobs, b.logprobs)
+
+
+def check_in_one_piece(model):
+    """Huge pages then hold nearly all of it; and no vector lies in two lines of the caches."""
+    arrays = list(model.parameters().values())
+    begin = min(array.ctypes.data for array in arrays)
+    end = max(array.ctypes.data + array.nbytes for array in arrays)
+    assert end - begin <= sum(-(-array.nbytes // LINE) * LINE for array in arrays)
+    assert all(array.ctypes.data % LINE == 0 for array in arrays)
+
+
+def test_converted_weights_lie_in_one_piece(tmp_path):
+    tiny(tmp_path, "llama")
+    [stored] = {*mil.load(tmp_path).dtypes().values()}
+    other = "bfloat16" if stored == "float32" else "float32"
+    for mmap in (True, False):
+        check_in_one_piece(mil.load(tmp_path, dtype=other, mmap=mmap))
 
 
 def bits(array):
