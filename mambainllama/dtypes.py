@@ -86,7 +86,7 @@ class Room:
         try:
             self._left = _bytes(total)
         except MemoryError:  # arrays get memory of their own, as long as there is some
-            self._left = _bytes(0)
+            self._left = np.zeros(0, np.uint8)
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
         """The next new array."""

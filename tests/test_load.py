@@ -365,7 +365,7 @@ def test_names_that_no_folder_can_have(name, llama, tmp_path, monkeypatch):
 
 
 def test_no_memory_for_another_dtype(llama, monkeypatch):
-    def refuse(array, dtype, to):
+    def refuse(array, dtype, to, new):
         raise MemoryError("Unable to allocate 128. GiB")
 
     monkeypatch.setattr("mambainllama.model.convert", refuse)
