@@ -196,91 +196,6 @@ test_projects(harness *h)
 
 /* ---- weights of 8 bits -------------------------------------------------------------------------------------------- */
 
-/* A weight matrix in 8 bits on the device, its codes' values in float32 on the host. */
-typedef struct scaled_weights {
-    float *values; /* [out, in], the harness's */
-    void *codes;
-    float *scale;
-} scaled_weights;
-
-/* What device.h says of mil_quantize, in float64. */
-static double
-quantized(double value, double largest, mil_dtype dtype, float *scale)
-{
-    if (dtype == MIL_I8) {
-        *scale = largest > 0 ? (float)largest / 127.0f : 1.0f;
-        return fmin(fmax(rint((double)((float)value / *scale)), -127), 127);
-    }
-    *scale = 1.0f;
-    if (largest > 0) {
-        *scale = exp2f(-100);
-        while (448.0 * *scale < largest) {
-            *scale *= 2;
-        }
-    }
-    double magnitude = fabs(value) / *scale;
-    double step = magnitude < 0x1p-6 ? 0x1p-9 : exp2(floor(log2(magnitude)) - 3);
-    return copysign(fmin(rint(magnitude / step) * step, 448), value);
-}
-
-static double
-decoded(uint8_t code, mil_dtype dtype)
-{
-    if (dtype == MIL_I8) {
-        return (int8_t)code;
-    }
-    int exponent = code >> 3 & 15, mantissa = code & 7;
-    double magnitude = exponent == 0 ? mantissa * 0x1p-9 : (8 + mantissa) * exp2(exponent - 10);
-    return code & 0x80 ? -magnitude : magnitude;
-}
-
-/* Random rows of very different sizes, quantised on the device and checked against the rule. */
-static scaled_weights
-random_scaled(harness *h, int64_t out, int64_t in, mil_dtype dtype)
-{
-    harness_array w = harness_random(h, out * in, 1.0f);
-    for (int64_t i = 0; i < out * in; i++) {
-        w.cpu[i] *= i / in % 5 == 3 ? 0.0f : exp2f((float)(i / in % 7) - 6.0f) * (i % 11 == 0 ? 1.0f : 0.05f);
-    }
-    harness_upload(h, &w);
-    harness_array codes = harness_random_of(h, (out * in + 3) / 4, 1.0f, MIL_F32);
-    harness_array scale = harness_empty_of(h, out, MIL_F32), bad = harness_zeros(h, 1);
-    mil_quantize q = {};
-    q.rows = out;
-    q.columns = in;
-    q.values = w.gpu;
-    q.from = h->act;
-    q.dtype = dtype;
-    q.codes = codes.gpu;
-    q.scale = (float *)scale.gpu;
-    q.bad = (int32_t *)bad.gpu;
-    harness_check(h, h->gpu.ops->quantize(&h->gpu, &q));
-    uint8_t *got = (uint8_t *)malloc((size_t)(out * in));
-    harness_need(h->gpu.ops->copy(&h->gpu, got, codes.gpu, (size_t)(out * in)));
-    int64_t wrong = 0;
-    for (int64_t j = 0; j < out; j++) {
-        double largest = 0;
-        for (int64_t k = 0; k < in; k++) {
-            largest = fmax(largest, fabs((double)w.cpu[j * in + k]));
-        }
-        for (int64_t k = j * in; k < (j + 1) * in; k++) {
-            double expected = quantized((double)w.cpu[k], largest, dtype, &scale.cpu[j]);
-            wrong += decoded(got[k], dtype) != expected;
-            w.cpu[k] = (float)expected * scale.cpu[j];
-        }
-    }
-    h->checks++;
-    if (wrong > 0) {
-        h->failures++;
-        printf("FAILED: %s to %s: %lld of %lld codes are wrong\n", harness_act_name(h), mil_dtype_name(dtype),
-               (long long)wrong, (long long)(out * in));
-    }
-    harness_compare(h, "scales", scale, 0);
-    harness_compare(h, "nothing bad", bad, 0);
-    free(got);
-    return {w.cpu, codes.gpu, (float *)scale.gpu};
-}
-
 static void
 test_scaled_product(harness *h, int64_t rows, int64_t in, int64_t out, mil_dtype dtype, bool accumulate,
                     bool float_output)
@@ -288,7 +203,7 @@ test_scaled_product(harness *h, int64_t rows, int64_t in, int64_t out, mil_dtype
     char name[96];
     snprintf(name, sizeof name, "%s product %lld x %lld -> %lld%s%s", mil_dtype_name(dtype), (long long)rows,
              (long long)in, (long long)out, accumulate ? " accumulate" : "", float_output ? " float" : "");
-    scaled_weights w = random_scaled(h, out, in, dtype);
+    scaled_weights w = products_random_scaled(h, out, in, dtype);
     harness_array x = harness_random(h, rows * in, 1.0f), b = harness_random_of(h, out, 1.0f, MIL_F32);
     mil_dtype y_dtype = float_output ? MIL_F32 : h->act;
     harness_array y = accumulate ? harness_random_of(h, rows * out, 1.0f, y_dtype)
@@ -319,7 +234,8 @@ test_scaled_product(harness *h, int64_t rows, int64_t in, int64_t out, mil_dtype
 static void
 test_scaled_bits(harness *h, int64_t in, int64_t out, mil_dtype dtype)
 {
-    scaled_weights w[2] = {random_scaled(h, out, in, dtype), random_scaled(h, out, in, dtype)};
+    scaled_weights w[2] = {products_random_scaled(h, out, in, dtype),
+                           products_random_scaled(h, out, in, dtype)};
     harness_array x = harness_random(h, 64 * in, 1.0f), alone = harness_empty(h, out);
     mil_linear l = products_linear(1, in, out, dtype);
     l.x = x.gpu;
@@ -380,7 +296,7 @@ test_scaled_table(harness *h, mil_dtype dtype)
 {
     enum { VOCAB = 9, WIDTH = 40, ROWS = 4 };
     static const int32_t tokens[ROWS] = {8, 0, 3, 4};
-    scaled_weights w = random_scaled(h, VOCAB, WIDTH, dtype);
+    scaled_weights w = products_random_scaled(h, VOCAB, WIDTH, dtype);
     harness_array x = harness_empty(h, ROWS * WIDTH);
     mil_embedding e = {};
     e.rows = ROWS;

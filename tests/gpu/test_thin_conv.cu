@@ -11,8 +11,10 @@ typedef struct thin_conv_case {
 
 typedef struct thin_conv_parameters {
     thin_conv_case size;
-    bool apart; /* CUDA's operators one by one */
-    harness_array norm, W, W_besides, b, conv, conv_bias;
+    bool apart;      /* CUDA's operators one by one */
+    mil_dtype dtype; /* of weights */
+    harness_array norm, b, conv, conv_bias;
+    scaled_weights W[2]; /* and of the other product; scale = NULL where they are of 16 bits or more */
 } thin_conv_parameters;
 
 /* A row of y is [the product, of which what was convolved is 0 | the other product | the convolution]. */
@@ -36,10 +38,11 @@ run(harness *h, const mixer_case *c, bool gpu, const mil_rows *rows, const void 
     mil_linear products[2];
     for (int i = 0; i < 2; i++) {
         products[i] =
-            products_linear(rows->rows, s->in, i == 0 ? s->out : s->besides, gpu ? h->act : MIL_F32);
+            products_linear(rows->rows, s->in, i == 0 ? s->out : s->besides, gpu ? p->dtype : MIL_F32);
         products[i].x = n.y;
         products[i].y_stride = c->y_width;
-        products[i].weight = mixer_side(i == 0 ? &p->W : &p->W_besides, gpu);
+        products[i].weight = gpu ? p->W[i].codes : p->W[i].values;
+        products[i].scale = gpu ? p->W[i].scale : NULL;
         products[i].y = (void *)mixer_at(h, gpu, y, i == 0 ? 0 : s->out);
     }
     products[0].bias = s->bias ? (const float *)mixer_side(&p->b, gpu) : NULL;
@@ -78,23 +81,33 @@ run(harness *h, const mixer_case *c, bool gpu, const mil_rows *rows, const void 
     mil_arena_rewind(context->scratch, mark);
 }
 
+static scaled_weights
+random_weights(harness *h, int64_t out, int64_t in, mil_dtype dtype)
+{
+    if (mil_dtype_is_scaled(dtype)) {
+        return products_random_scaled(h, out, in, dtype);
+    }
+    const harness_array w = harness_random(h, out * in, 2.0f / sqrtf((float)in));
+    return {w.cpu, w.gpu, NULL};
+}
+
 static mixer_case
-make_case(harness *h, const thin_conv_case *size, thin_conv_parameters *p)
+make_case(harness *h, const thin_conv_case *size, mil_dtype dtype, thin_conv_parameters *p)
 {
     mixer_case c = {};
     const thin_conv_case *s = size;
-    const float scale = 2.0f / sqrtf((float)s->in);
     memset(p, 0, sizeof *p);
     p->size = *size;
     p->norm = mixer_parameters(h, s->in, 0.5f, 1.5f);
-    p->W = harness_random(h, s->out * s->in, scale);
-    p->W_besides = harness_random(h, (s->besides > 0 ? s->besides : 1) * s->in, scale);
+    p->dtype = dtype;
+    p->W[0] = random_weights(h, s->out, s->in, dtype);
+    p->W[1] = random_weights(h, s->besides > 0 ? s->besides : 1, s->in, dtype);
     p->b = mixer_parameters(h, s->out, -1, 1);
     p->conv = mixer_parameters(h, s->channels * s->taps, -1, 1);
     p->conv_bias = mixer_parameters(h, s->channels, -1, 1);
-    snprintf(c.name, sizeof c.name, "product %lld x %lld, %lld of it convolved from %lld on, %lld taps",
-             (long long)s->out, (long long)s->in, (long long)s->channels, (long long)s->first,
-             (long long)s->taps);
+    snprintf(c.name, sizeof c.name, "%s product %lld x %lld, %lld of it convolved from %lld on, %lld taps",
+             mil_dtype_name(dtype), (long long)s->out, (long long)s->in, (long long)s->channels,
+             (long long)s->first, (long long)s->taps);
     c.conv = s->channels;
     c.conv_rows = s->taps - 1 + MIL_TAIL;
     c.width = s->in;
@@ -125,15 +138,17 @@ main(void)
         {4096, 1100, 500, 600, 4, 100, true, true},
         {64, 40, 8, 24, 6, 0, true, true}, /* too many taps */
     };
-    static const mil_dtype types[] = {MIL_F32, MIL_BF16, MIL_F16};
+    static const mil_dtype types[][2] = {/* activations, weights */
+                                         {MIL_F32, MIL_F32}, {MIL_BF16, MIL_BF16}, {MIL_F16, MIL_F16},
+                                         {MIL_BF16, MIL_F8}, {MIL_BF16, MIL_I8},   {MIL_F16, MIL_F8}};
     static harness h;
     for (size_t t = 0; t < sizeof types / sizeof *types; t++) {
-        harness_begin(&h, types[t]);
+        harness_begin(&h, types[t][0]);
         for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
             thin_conv_parameters p;
-            mixer_case c = make_case(&h, &cases[i], &p);
+            mixer_case c = make_case(&h, &cases[i], types[t][1], &p);
             mixer_test_thin_parity(&h, &c);
-            c = make_case(&h, &cases[i], &p);
+            c = make_case(&h, &cases[i], types[t][1], &p);
             mixer_test_thin_bits(&h, &c, &p.apart);
         }
         harness_close(&h);
