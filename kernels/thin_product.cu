@@ -285,8 +285,8 @@ launch_loads(mil_context *context, const thin_arguments &a, size_t shared)
 {
     if constexpr (NORM == NORMED_NARROW && !GATED) {
         static_assert(LOADS / 2 * WARPS * CHUNK<W> >= MIL_NORM_WIDEST_FOR_WARP, "they are always few");
-        if (a.conv.channels > 0) {
-            return launch_rows<T, W, NORM, GATED, LOADS, true, true>(context, a, shared);
+        if (sizeof(W) == 2 && a.conv.channels > 0) {
+            return launch_rows<T, T, NORM, GATED, LOADS, true, true>(context, a, shared);
         }
         return launch_rows<T, W, NORM, GATED, LOADS, true>(context, a, shared);
     }
@@ -300,10 +300,6 @@ launch_loads(mil_context *context, const thin_arguments &a, size_t shared)
                : loads <= 12         ? launch_rows<T, W, NORM, GATED, 12, true>(context, a, shared)
                : loads <= MOST_LOADS ? launch_rows<T, W, NORM, GATED, MOST_LOADS, true>(context, a, shared)
                                      : launch_rows<T, W, NORM, GATED, LOADS, false>(context, a, shared);
-    }
-    else if constexpr (NORM == AS_IT_IS && !GATED) {
-        return a.conv.channels > 0 ? launch_rows<T, W, NORM, GATED, LOADS, false, true>(context, a, shared)
-                                   : launch_rows<T, W, NORM, GATED, LOADS, false>(context, a, shared);
     }
     else {
         return launch_rows<T, W, NORM, GATED, LOADS, false>(context, a, shared);
@@ -383,9 +379,9 @@ conv_of(const mil_context *context, const mil_conv1d *c, const mil_linear *produ
 {
     thin_conv conv = {};
     if (c == NULL || c->states == NULL || products->dtype == MIL_F32 ||
-        (products->dtype != context->ops->activation_dtype && !mil_dtype_is_scaled(products->dtype)) ||
-        c->repeat != 1 || c->width < 2 || c->width > CONV_TAPS || c->rows.sequences > MIL_THIN_ROWS ||
-        c->rows.rows != products->rows || !c->silu) {
+        products->dtype != context->ops->activation_dtype || c->repeat != 1 || c->width < 2 ||
+        c->width > CONV_TAPS || c->rows.sequences > MIL_THIN_ROWS || c->rows.rows != products->rows ||
+        !c->silu) {
         return conv;
     }
     for (int i = 0; i < count; i++) {

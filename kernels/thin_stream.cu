@@ -632,9 +632,13 @@ launch(mil_context *context, mil_dtype weights, const stream_arguments &s, x_sou
         return mil_launch(context, "thin product", stream_kernel<T, T, X_IN_PLACE, OUT, 2>, grid, dim3(BLOCK),
                           shared, s);
     }
-    return (weights == MIL_F8   ? launch_rows<T, mil_f8, OUT>
-            : weights == MIL_I8 ? launch_rows<T, mil_i8, OUT>
-                                : launch_rows<T, T, OUT>)(context, s, x, grid, shared);
+    if constexpr (OUT != CONVOLVED) {
+        if (weights == MIL_F8 || weights == MIL_I8) {
+            return (weights == MIL_F8 ? launch_rows<T, mil_f8, OUT>
+                                      : launch_rows<T, mil_i8, OUT>)(context, s, x, grid, shared);
+        }
+    }
+    return launch_rows<T, T, OUT>(context, s, x, grid, shared);
 }
 
 template <typename T>
