@@ -136,7 +136,7 @@ static bool
 made_by_amd(void)
 {
 #if defined(__x86_64__)
-    uint32_t a, b, c, d;
+    uint32_t a = 0, b = 0, c = 0, d = 0; /* gcc cannot see that they are set */
     return __get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx && c == signature_AMD_ecx &&
            d == signature_AMD_edx;
 #else
