@@ -182,15 +182,18 @@ store_sums(const tile_work *work, int w_count, int first, int count, int x_count
     }
 }
 
-/* Weight rows side by side; what is fetched lies NEAR bytes ahead in all of them, and the next rows' beginnings follow
- * these rows' ends. */
+/* Weight rows side by side. What is fetched meanwhile lies NEAR bytes ahead in all of them, where the next rows'
+ * beginnings follow these rows' ends; or, in order, it is the next rows one after another. */
 INLINE void
-tile(int dtype, int x_dtype, int w_count, int x_count, const tile_work *work)
+tile(int dtype, int x_dtype, int w_count, int x_count, bool in_order, const tile_work *work)
 {
     const int64_t size = element_size(dtype), x_step = x_count * STEP * element_size(x_dtype);
     const int64_t wrapped = work->ahead + NEAR - work->steps * STEP * size;
     const int64_t turn = work->steps - NEAR / (STEP * size);
-    const char *panel = work->panel;
+    /* In order: of the next rows, what a step fetches, and the steps that fetch one of them. */
+    const int64_t bytes = w_count * STEP * size, apart = x_count == 1 ? LINE : 2 * LINE;
+    const int64_t share = in_order ? (work->steps + w_count - 1) / w_count : work->steps;
+    const char *panel = work->panel, *next_row = work->weight[0] + work->ahead;
     const char *weight[MAX_W]; /* in registers */
     vec sums[GROUP][MAX_W];
     UNROLL
@@ -199,58 +202,47 @@ tile(int dtype, int x_dtype, int w_count, int x_count, const tile_work *work)
     }
     load_sums(work, w_count, 0, w_count, x_count, sums);
     int64_t offset = 0;
-    for (int64_t s = 0; s < work->steps; s++) {
-        if (dtype != EXPANDED) {
-            const int64_t fetched = offset + (s < turn ? NEAR : wrapped);
-            UNROLL
-            for (int j = 0; j < w_count; j++) {
-                __builtin_prefetch(weight[j] + fetched);
-            }
-        }
-        if (x_dtype != EXPANDED) {
-            UNROLL
-            for (int64_t b = 0; b < x_step; b += LINE) {
-                __builtin_prefetch(panel + X_NEAR * x_step + b);
-            }
-        }
-        tile_step(dtype, x_dtype, w_count, x_count, weight, offset, panel, sums);
-        offset += STEP * size;
-        panel += x_step;
-    }
-    store_sums(work, w_count, 0, w_count, x_count, sums);
-}
-
-/* Weight rows side by side, while those that come next are fetched one after another. */
-INLINE void
-tile_in_order(int dtype, int x_dtype, int w_count, int x_count, const tile_work *work)
-{
-    const int64_t size = element_size(dtype), x_step = x_count * STEP * element_size(x_dtype);
-    const int64_t bytes = w_count * STEP * size; /* of a step */
-    const int64_t apart = x_count == 1 ? LINE : 2 * LINE;
-    const int64_t share = (work->steps + w_count - 1) / w_count; /* steps that fetch one row */
-    const char *panel = work->panel, *row = work->weight[0] + work->ahead;
-    const char *weight[MAX_W]; /* in registers */
-    vec sums[GROUP][MAX_W];
-    UNROLL
-    for (int j = 0; j < w_count; j++) {
-        weight[j] = work->weight[j];
-    }
-    load_sums(work, w_count, 0, w_count, x_count, sums);
-    int64_t offset = 0;
-    for (int64_t s = 0; s < work->steps; row += work->row_bytes) {
-        const char *fetched = row;
+    for (int64_t s = 0; s < work->steps; next_row += work->row_bytes) {
+        const char *next = next_row;
         for (const int64_t end = s + share < work->steps ? s + share : work->steps; s < end; s++) {
-            UNROLL
-            for (int64_t b = 0; b < bytes; b += apart) {
-                __builtin_prefetch(fetched + b, 0, 2); /* into L2 */
+            if (in_order) {
+                UNROLL
+                for (int64_t b = 0; b < bytes; b += apart) {
+                    __builtin_prefetch(next + b, 0, 2); /* into L2 */
+                }
+                next += bytes;
             }
-            fetched += bytes;
+            if (!in_order && dtype != EXPANDED) {
+                const int64_t fetched = offset + (s < turn ? NEAR : wrapped);
+                UNROLL
+                for (int j = 0; j < w_count; j++) {
+                    __builtin_prefetch(weight[j] + fetched);
+                }
+            }
+            if (!in_order && x_dtype != EXPANDED) {
+                UNROLL
+                for (int64_t b = 0; b < x_step; b += LINE) {
+                    __builtin_prefetch(panel + X_NEAR * x_step + b);
+                }
+            }
             tile_step(dtype, x_dtype, w_count, x_count, weight, offset, panel, sums);
             offset += STEP * size;
             panel += x_step;
         }
     }
     store_sums(work, w_count, 0, w_count, x_count, sums);
+}
+
+INLINE void
+tile_beside(int dtype, int x_dtype, int w_count, int x_count, const tile_work *work)
+{
+    tile(dtype, x_dtype, w_count, x_count, false, work);
+}
+
+INLINE void
+tile_in_order(int dtype, int x_dtype, int w_count, int x_count, const tile_work *work)
+{
+    tile(dtype, x_dtype, w_count, x_count, true, work);
 }
 
 /* One weight row after another, a line of it a step or less; lines far ahead in memory's order are fetched meanwhile. */
@@ -593,10 +585,10 @@ pack(int dtype, int64_t rows, int64_t g, int64_t in, const float *x, int64_t x_s
         body(dtype, x_dtype, w_count, x_count, work);             \
     }
 
-DEFINE_TILE(wide_tile_1, tile, EXPANDED, EXPANDED, WIDE_W, 1)
-DEFINE_TILE(wide_tile_2, tile, EXPANDED, EXPANDED, WIDE_W, 2)
-DEFINE_TILE(wide_tile_3, tile, EXPANDED, EXPANDED, WIDE_W, 3)
-DEFINE_TILE(wide_tile_4, tile, EXPANDED, EXPANDED, WIDE_W, 4)
+DEFINE_TILE(wide_tile_1, tile_beside, EXPANDED, EXPANDED, WIDE_W, 1)
+DEFINE_TILE(wide_tile_2, tile_beside, EXPANDED, EXPANDED, WIDE_W, 2)
+DEFINE_TILE(wide_tile_3, tile_beside, EXPANDED, EXPANDED, WIDE_W, 3)
+DEFINE_TILE(wide_tile_4, tile_beside, EXPANDED, EXPANDED, WIDE_W, 4)
 static const tile_function wide_tiles[WIDE_GROUP + 1] = {NULL, wide_tile_1, wide_tile_2, wide_tile_3,
                                                          wide_tile_4};
 
@@ -611,7 +603,7 @@ static const tile_function wide_tiles[WIDE_GROUP + 1] = {NULL, wide_tile_1, wide
                                                   name##_4, name##_5, name##_6};
 
 #define DEFINE_KERNEL(name, dtype)                                                                          \
-    DEFINE_THIN_TILES(name##_beside, tile, dtype)                                                           \
+    DEFINE_THIN_TILES(name##_beside, tile_beside, dtype)                                                    \
     DEFINE_THIN_TILES(name##_in_order, tile_in_order, dtype)                                                \
     DEFINE_THIN_TILES(name##_by_rows, tile_by_rows, dtype)                                                  \
     static const thin_tiles name##_tiles = {name##_beside, name##_in_order, name##_by_rows};                \
