@@ -120,7 +120,7 @@ def test_killed_at_random_moments(undisturbed, teacher_folder, tmp_path):
     chance = random.Random(7)
     kills = 0
     for _ in range(40):
-        process = start(teacher_folder, tmp_path / "run", dtype, pause=0.02)
+        process = start(teacher_folder, tmp_path / "run", dtype, pause=0.05)
         process.stdout.readline()
         if kills < 3:
             time.sleep(chance.uniform(0.05, 0.4))

@@ -268,7 +268,7 @@ def test_killed_at_random_moments(folder, tmp_path):
     chance = random.Random(11)
     kills = 0
     for _ in range(40):
-        run = process(folder, tmp_path / "run", 0.03)
+        run = process(folder, tmp_path / "run", 0.12)  # 32 steps outlast five sleeps
         run.stdout.readline()
         if kills < 5:
             time.sleep(chance.uniform(0.1, 0.6))
