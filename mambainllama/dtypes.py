@@ -17,6 +17,7 @@ from .errors import DtypeError, shorten
 
 __all__ = [
     "LINE",
+    "PAGE",
     "STORAGE",
     "Room",
     "bytes_of",
@@ -29,6 +30,9 @@ __all__ = [
 
 #: Bytes of a line of the caches, as wide as the widest vectors of a CPU.
 LINE = 64
+
+#: Bytes of a small page of memory.
+PAGE = 4096
 
 #: How an array of each dtype lies in memory.
 STORAGE: dict[str, np.dtype] = {
@@ -67,14 +71,15 @@ def bytes_of(shape: tuple[int, ...], dtype: str) -> int:
     return math.prod(shape) * STORAGE[dtype].itemsize
 
 
-def _bytes(size: int) -> np.ndarray:
-    memory = np.empty(size + LINE, np.uint8)  # NumPy asks for huge pages by itself
-    begin = -memory.ctypes.data % LINE
+def _bytes(size: int, unit: int = LINE) -> np.ndarray:
+    memory = np.empty(size + unit, np.uint8)  # NumPy asks for huge pages by itself
+    begin = -memory.ctypes.data % unit
     return memory[begin : begin + size]
 
 
 class Room:
-    """Memory in one piece for the arrays of a model, so that nearly all of it lies in huge pages.
+    """Memory in one piece for the arrays of a model, so that nearly all of it lies in huge pages,
+    and each begins at a page, as rows of 4 KiB then do, which a processor fetches page by page.
 
     Arrays by themselves have small pages at their ends, a seventh of a 1B model, which cost up to
     a tenth of the time of a decoded token. It is free again when the last of its arrays is.
@@ -82,9 +87,9 @@ class Room:
 
     def __init__(self, sizes: Iterable[int]) -> None:
         """`sizes`: bytes of each array."""
-        total = sum(-(-size // LINE) * LINE for size in sizes)
+        total = sum(-(-size // PAGE) * PAGE for size in sizes)
         try:
-            self._left = _bytes(total)
+            self._left = _bytes(total, PAGE)
         except MemoryError:  # arrays get memory of their own, as long as there is some
             self._left = np.zeros(0, np.uint8)
 
@@ -94,7 +99,7 @@ class Room:
         if size > self._left.size:
             return empty(shape, dtype)
         array = self._left[:size].view(STORAGE[dtype]).reshape(shape)
-        self._left = self._left[-(-size // LINE) * LINE :]
+        self._left = self._left[-(-size // PAGE) * PAGE :]
         return array
 
 

@@ -13,7 +13,7 @@ from tiny_checkpoints import CONFIGS, VOCAB, tiny, tiny_hybrid
 import mambainllama as mil
 from mambainllama import _core
 from mambainllama.checkpoint import Checkpoint, write_folder, write_safetensors
-from mambainllama.dtypes import LINE, convert, from_float32, to_float32
+from mambainllama.dtypes import PAGE, convert, from_float32, to_float32
 
 
 @pytest.fixture
@@ -84,12 +84,12 @@ def test_weights_in_memory_are_those_of_the_files(case, tmp_path, rng):
 
 
 def check_in_one_piece(model):
-    """What is no file's: huge pages then hold nearly all of it, and no vector lies in two lines."""
+    """What is no file's: huge pages then hold nearly all of it."""
     arrays = [array for array in model.parameters().values() if not is_mapped(array)]
     begin = min(array.ctypes.data for array in arrays)
     end = max(array.ctypes.data + array.nbytes for array in arrays)
-    assert end - begin <= sum(-(-array.nbytes // LINE) * LINE for array in arrays)
-    assert all(array.ctypes.data % LINE == 0 for array in arrays)
+    assert end - begin <= sum(-(-array.nbytes // PAGE) * PAGE for array in arrays)
+    assert all(array.ctypes.data % PAGE == 0 for array in arrays)
 
 
 def test_converted_weights_lie_in_one_piece(tmp_path):
