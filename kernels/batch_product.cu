@@ -15,13 +15,15 @@
  *
  * Several products of one x go in one launch, and the first steps' weights are under way before the kernel before this one has
  * ended, which a library's kernels do not do.  How inputs are cut depends on the weights of the launch only, so a
- * row is the same bits in any company of 17 to 64 rows.  Bytes: W once, and x once a tile of outputs from the
+ * row is the same bits in any company of 17 to 64 rows.  A long product that is alone in its launch is batch_stream.cu's.  Bytes: W once, and x once a tile of outputs from the
  * second-level cache, a quarter (32 rows) of W's or a half (64); beyond, that is what would decide, and cuBLASLt is better.
  */
 #include "batch_product.cuh"
 
 #include "activate.cuh"
 #include "attention.cuh"
+#include "batch_stream.cuh"
+#include "batch_tile.cuh"
 #include "cluster.cuh"
 #include "panel_map.cuh"
 #include "thin_product.cuh"
@@ -37,15 +39,6 @@
 #define MOST_BLOCKS 264 /* to which cutting the inputs may lead: two for each of 132 multiprocessors */
 #define LEAST_STEPS 4   /* of a block */
 #define MOST_OUTPUTS (65535 / MIL_BATCH_PRODUCTS * GROUP_OUTPUTS) /* of a product: tiles are a grid's y */
-
-struct batch_output {
-    const void *weight;
-    const float *bias;
-    void *y;
-    int64_t y_stride;
-    int out, first_tile;
-    bool accumulate, float_output, wide; /* wide: y takes four outputs at once */
-};
 
 struct batch_arguments {
     int rows, in, count, tiles;
@@ -93,70 +86,6 @@ add_ranks(float *sums, int row, int column, float (&total)[4])
     }
 }
 
-template <typename T>
-static __device__ __forceinline__ void
-add_bias(const batch_output &o, int out, float (&sum)[4])
-{
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        sum[i] += o.bias != NULL && out + i < o.out ? o.bias[out + i] : 0.0f;
-    }
-}
-
-/* Up to four neighbouring outputs of a row. */
-template <typename T>
-static __device__ __forceinline__ void
-write_outputs(T *y, bool wide, int count, const float (&value)[4])
-{
-    if (wide) {
-        mil_store<4>(y, value);
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        if (i < count) {
-            y[i] = mil_round<T>(value[i]);
-        }
-    }
-}
-
-/* What four outputs are added to. */
-template <typename T>
-static __device__ __forceinline__ void
-read_before(const batch_output &o, int row, int out, float (&before)[4])
-{
-    const T *y = (const T *)o.y + row * o.y_stride + out;
-    if (o.wide && out < o.out) {
-        mil_load<4>(y, before);
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        before[i] = out + i < o.out ? mil_float(y[i]) : 0.0f;
-    }
-}
-
-template <typename T>
-static __device__ __forceinline__ void
-finish_outputs(const batch_output &o, int row, int out, const float (&before)[4], float (&sum)[4])
-{
-    int count = o.out - out;
-    if (count <= 0) {
-        return;
-    }
-    add_bias<T>(o, out, sum);
-    int64_t at = row * o.y_stride + out;
-    if (o.float_output) {
-        write_outputs((float *)o.y + at, o.wide, count, sum);
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        sum[i] = o.accumulate ? sum[i] + before[i] : sum[i];
-    }
-    write_outputs((T *)o.y + at, o.wide, count, sum);
-}
-
 /* act(gate) * up of both products as they would have been stored. */
 template <typename T>
 static __device__ __forceinline__ void
@@ -166,8 +95,8 @@ finish_gated(const batch_arguments &a, int row, int out, float (&up)[4], float (
     if (count <= 0) {
         return;
     }
-    add_bias<T>(a.outputs[0], out, up);
-    add_bias<T>(a.outputs[1], out, gate);
+    add_bias(a.outputs[0], out, up);
+    add_bias(a.outputs[1], out, gate);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         up[i] = mil_activate(a.activation, mil_float(mil_round<T>(gate[i]))) * mil_float(mil_round<T>(up[i]));
@@ -241,31 +170,6 @@ struct batch_maps {
     CUtensorMap x, w[MIL_BATCH_PRODUCTS]; /* boxes of STEP inputs by all rows, and by GROUP_OUTPUTS outputs */
 };
 
-/* A box whose corner is at (input, row) of the array into shared memory. */
-template <bool ONCE>
-static __device__ __forceinline__ void
-copy_box(uint32_t to, const CUtensorMap *map, int input, int row, uint64_t *barrier)
-{
-#if MIL_HAS_WGMMA
-    if constexpr (ONCE) {
-        asm volatile(
-            "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-            ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-            "l"(map), "r"(input), "r"(row), "r"(shared_address(barrier)), "l"(FORGET_FIRST)
-            : "memory");
-    }
-    else {
-        asm volatile(
-            "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-            " [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
-            "l"(map), "r"(input), "r"(row), "r"(shared_address(barrier))
-            : "memory");
-    }
-#else
-    (void)to, (void)map, (void)input, (void)row, (void)barrier;
-#endif
-}
-
 /* Grid: ranks of a tile, tiles. */
 template <typename T, int COLUMNS, int RANKS, bool GATED>
 static __global__ void
@@ -289,15 +193,15 @@ MIL_CLUSTER(RANKS) __launch_bounds__(THREADS + MIL_WARP, 2)
         phase_expect(&full[at], ring::STAGE);
 #pragma unroll
         for (int g = 0; g < GROUPS; g++) {
-            copy_box<true>(stages + at * ring::STAGE + g * GROUP_OUTPUTS * 128,
-                           &maps.w[GATED ? g / SHARERS : product], (rank + i * RANKS) * STEP,
-                           (tile * SHARERS + g % SHARERS) * GROUP_OUTPUTS, &full[at]);
+            copy_panel<true>(memory + at * ring::STAGE + g * GROUP_OUTPUTS * 128,
+                             &maps.w[GATED ? g / SHARERS : product], (rank + i * RANKS) * STEP,
+                             (tile * SHARERS + g % SHARERS) * GROUP_OUTPUTS, &full[at]);
         }
     };
     auto copy_x = [&](int i) {
         const int at = i % STAGES;
-        copy_box<false>(stages + at * ring::STAGE + ring::W_BYTES, &maps.x, (rank + i * RANKS) * STEP, 0,
-                        &full[at]);
+        copy_panel(memory + at * ring::STAGE + ring::W_BYTES, &maps.x, (rank + i * RANKS) * STEP, 0,
+                   &full[at]);
     };
     if (copies) {
         for (int i = 0; i < STAGES; i++) {
@@ -437,32 +341,20 @@ mil_batch_product_fits(const mil_context *context, const mil_linear *products, i
     return fits;
 }
 
-/* Whether four outputs of `size` bytes can be written at once. */
-static bool
-is_wide(const void *y, int64_t stride, int64_t out, size_t size)
-{
-    return (uintptr_t)y % (4 * size) == 0 && stride % 4 == 0 && out % 4 == 0;
-}
-
-static batch_output
-output_of(const mil_linear *p, int first_tile)
-{
-    return {p->weight,     p->bias,         p->y,
-            p->y_stride,   (int)p->out,     first_tile,
-            p->accumulate, p->float_output, is_wide(p->y, p->y_stride, p->out, p->float_output ? 4 : 2)};
-}
-
 static batch_arguments
 arguments_of(const mil_linear *products, int64_t count, int tile_outputs)
 {
     return mil_product_arguments<batch_arguments>(
         products, count, tile_outputs,
-        [](const mil_linear *p, int first_tile) { return output_of(p, first_tile); });
+        [](const mil_linear *p, int first_tile) { return batch_output_of(p, first_tile); });
 }
 
 mil_status
 mil_batch_product(mil_context *context, const mil_linear *products, int64_t count)
 {
+    if (count == 1 && mil_batch_stream_pays(context, products)) {
+        return mil_batch_stream(context, products);
+    }
     return choose_type<false>(context, arguments_of(products, count, TILE_OUTPUTS));
 }
 
@@ -475,10 +367,10 @@ mil_batch_gated(mil_context *context, const mil_linear *products, int64_t count,
         return gate == NULL ? MIL_OK : context->ops->glu_forward(context, gate);
     }
     batch_arguments a = arguments_of(products, 1, TILE_OUTPUTS / 2);
-    a.outputs[1] = output_of(&products[1], 0);
+    a.outputs[1] = batch_output_of(&products[1], 0);
     a.gated = gate->y;
     a.gated_stride = gate->y_stride;
     a.activation = gate->activation;
-    a.gated_wide = is_wide(gate->y, gate->y_stride, products[0].out, 2);
+    a.gated_wide = batch_is_wide(gate->y, gate->y_stride, products[0].out, 2);
     return choose_type<true>(context, a);
 }

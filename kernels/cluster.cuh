@@ -79,24 +79,40 @@ mil_cluster_publish()
 #endif
 }
 
-/* 8 bytes into the shared memory of the block of that rank, where this one has `to`; `barrier` there counts them as they come,
- * so that nobody needs a fence. */
+/* Where the block of that rank has what this one has at `here`, in shared memory, for mil_cluster_send(). */
+static __device__ __forceinline__ uint32_t
+mil_cluster_place(const void *here, int rank)
+{
+    uint32_t place = (uint32_t)__cvta_generic_to_shared(here);
+#if MIL_HAS_CLUSTERS
+    asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(place) : "r"(rank));
+#else
+    (void)rank;
+#endif
+    return place;
+}
+
+/* 8 bytes to such a place; the barrier at `told`, in the same block, counts them as they come, so that nobody needs a fence. */
 static __device__ __forceinline__ void
-mil_cluster_send(uint64_t *to, uint64_t value, uint64_t *barrier, int rank)
+mil_cluster_send(uint32_t place, uint64_t value, uint32_t told)
 {
 #if MIL_HAS_CLUSTERS
-    asm volatile(
-        "{\n.reg .b32 place, told;\n"
-        "mapa.shared::cluster.u32 place, %0, %3;\n"
-        "mapa.shared::cluster.u32 told, %2, %3;\n"
-        "st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [place], %1, [told];\n}" ::"r"(
-            (uint32_t)__cvta_generic_to_shared(to)),
-        "l"(value), "r"((uint32_t)__cvta_generic_to_shared(barrier)), "r"(rank)
-        : "memory");
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(place),
+                 "l"(value), "r"(told)
+                 : "memory");
 #else
-    (void)barrier, (void)rank;
-    *to = value;
+    (void)told;
+    asm volatile("st.shared.b64 [%0], %1;" ::"r"(place), "l"(value) : "memory");
 #endif
+}
+
+/* The same of two numbers. */
+static __device__ __forceinline__ void
+mil_cluster_send(uint32_t place, float first, float second, uint32_t told)
+{
+    uint64_t pair;
+    asm("mov.b64 %0, {%1, %2};" : "=l"(pair) : "f"(first), "f"(second));
+    mil_cluster_send(place, pair, told);
 }
 
 /* Where the block of that rank has what this one has at `here`, in shared memory. */

@@ -254,7 +254,8 @@ send_best(sampler_memory *memory, uint64_t rating)
     if (BLOCKS > 1) {
         const int rank = mil_cluster_rank();
         if (lane == 0) {
-            mil_cluster_send(&memory->sent_best[rank], rating, &memory->sent, 0);
+            mil_cluster_send(mil_cluster_place(&memory->sent_best[rank], 0), rating,
+                             mil_cluster_place(&memory->sent, 0));
         }
         if (rank == 0) {
             phase_wait(&memory->sent, 0);

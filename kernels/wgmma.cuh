@@ -118,17 +118,28 @@ barrier_announce(int barrier, int threads)
 }
 
 /* A panel of the array that `map` (a CUtensorMap) describes, from (row, column) on, in the background; zeros where there is
- * nothing. The barrier counts its bytes, which need no publishing. */
+ * nothing. The barrier counts its bytes, which need no publishing. ONCE: nothing reads them again soon, so they leave the
+ * second-level cache first. */
+template <bool ONCE = false>
 static __device__ __forceinline__ void
 copy_panel(void *to, const void *map, int column, int row, uint64_t *barrier)
 {
 #if MIL_HAS_WGMMA
     uint32_t at = (uint32_t)__cvta_generic_to_shared(to), meet = (uint32_t)__cvta_generic_to_shared(barrier);
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
-        "[%1, {%2, %3}], [%4];" ::"r"(at),
-        "l"(map), "r"(column), "r"(row), "r"(meet)
-        : "memory");
+    if constexpr (ONCE) {
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+            ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(at),
+            "l"(map), "r"(column), "r"(row), "r"(meet), "l"(FORGET_FIRST)
+            : "memory");
+    }
+    else {
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+            " [%0], [%1, {%2, %3}], [%4];" ::"r"(at),
+            "l"(map), "r"(column), "r"(row), "r"(meet)
+            : "memory");
+    }
 #else
     (void)to, (void)map, (void)column, (void)row, (void)barrier;
 #endif
@@ -136,7 +147,9 @@ copy_panel(void *to, const void *map, int column, int row, uint64_t *barrier)
 
 /* ---- instructions ------------------------------------------------------------------------------------ */
 
-/* Register lists of 16, 32, 64 and 128 accumulators, for text and for operands. */
+/* Register lists of 4, 8, 16, 32, 64 and 128 accumulators, for text and for operands. */
+#define WGMMA_TEXT_4 "%0, %1, %2, %3"
+#define WGMMA_TEXT_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define WGMMA_TEXT_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define WGMMA_TEXT_32 \
     WGMMA_TEXT_16     \
@@ -155,8 +168,11 @@ copy_panel(void *to, const void *map, int column, int row, uint64_t *barrier)
     "%105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, " \
     "%122, "                                                                                                 \
     "%123, %124, %125, %126, %127"
-#define WGMMA_4(c, i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
-#define WGMMA_16_FROM(c, i) WGMMA_4(c, i), WGMMA_4(c, i + 4), WGMMA_4(c, i + 8), WGMMA_4(c, i + 12)
+#define WGMMA_4_FROM(c, i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define WGMMA_4(c) WGMMA_4_FROM(c, 0)
+#define WGMMA_8(c) WGMMA_4_FROM(c, 0), WGMMA_4_FROM(c, 4)
+#define WGMMA_16_FROM(c, i) \
+    WGMMA_4_FROM(c, i), WGMMA_4_FROM(c, i + 4), WGMMA_4_FROM(c, i + 8), WGMMA_4_FROM(c, i + 12)
 #define WGMMA_16(c) WGMMA_16_FROM(c, 0)
 #define WGMMA_32(c) WGMMA_16(c), WGMMA_16_FROM(c, 16)
 #define WGMMA_64(c) WGMMA_32(c), WGMMA_16_FROM(c, 32), WGMMA_16_FROM(c, 48)
@@ -191,8 +207,21 @@ static __device__ __forceinline__ void
 wgmma_shared(float (&c)[COUNT], uint64_t a, uint64_t b, int add)
 {
 #if MIL_HAS_WGMMA
-    static_assert(COUNT == 16 || COUNT == 32 || COUNT == 64, "32, 64 or 128 columns");
-    if constexpr (COUNT == 16 && wgmma_is_half<T>) {
+    static_assert(COUNT == 4 || COUNT == 8 || COUNT == 16 || COUNT == 32 || COUNT == 64,
+                  "8, 16, 32, 64 or 128 columns");
+    if constexpr (COUNT == 4 && wgmma_is_half<T>) {
+        WGMMA_SHARED(4, "8", "f16", "4", "5", "6");
+    }
+    else if constexpr (COUNT == 4) {
+        WGMMA_SHARED(4, "8", "bf16", "4", "5", "6");
+    }
+    else if constexpr (COUNT == 8 && wgmma_is_half<T>) {
+        WGMMA_SHARED(8, "16", "f16", "8", "9", "10");
+    }
+    else if constexpr (COUNT == 8) {
+        WGMMA_SHARED(8, "16", "bf16", "8", "9", "10");
+    }
+    else if constexpr (COUNT == 16 && wgmma_is_half<T>) {
         WGMMA_SHARED(16, "32", "f16", "16", "17", "18");
     }
     else if constexpr (COUNT == 16) {

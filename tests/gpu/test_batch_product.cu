@@ -7,18 +7,25 @@ tolerance_of(const harness *h)
     return h->act == MIL_F16 ? 2e-3 : 1.6e-2; /* two roundings of the output */
 }
 
+/* Of float32 sums of so many products, in whatever order. */
+static double
+sum_tolerance(int64_t in)
+{
+    return fmax(1e-5, 2e-9 * (double)in);
+}
+
 enum { PRODUCTS = 3 };
 
-/* Three products of one x in one call, of different widths, rows of x and y further apart than they are long. */
+/* `count` products of one x in one call, of different widths, rows of x and y further apart than they are long. */
 static void
-test_products(harness *h, int64_t rows, int64_t in, int64_t out, bool bias, bool accumulate,
+test_products(harness *h, int count, int64_t rows, int64_t in, int64_t out, bool bias, bool accumulate,
               bool float_output)
 {
     const int64_t widths[PRODUCTS] = {out, out / 2 + 1, 32}, x_stride = in + 16;
     harness_array x = harness_random(h, rows * x_stride, 1.0f), y[PRODUCTS], w[PRODUCTS], b[PRODUCTS];
     mil_linear l[PRODUCTS];
     mil_dtype y_dtype = float_output ? MIL_F32 : h->act;
-    for (int i = 0; i < PRODUCTS; i++) {
+    for (int i = 0; i < count; i++) {
         w[i] = harness_random(h, widths[i] * in, 1.0f);
         b[i] = harness_random_of(h, widths[i], 1.0f, MIL_F32);
         l[i] = products_linear(rows, in, widths[i], MIL_F32);
@@ -33,21 +40,21 @@ test_products(harness *h, int64_t rows, int64_t in, int64_t out, bool bias, bool
         l[i].bias = bias ? b[i].cpu : NULL;
         l[i].y = y[i].cpu;
     }
-    harness_check(h, mil_cpu_ops.linear_forward(&h->cpu, l, PRODUCTS));
-    for (int i = 0; i < PRODUCTS; i++) {
+    harness_check(h, mil_cpu_ops.linear_forward(&h->cpu, l, count));
+    for (int i = 0; i < count; i++) {
         l[i].dtype = h->act;
         l[i].x = x.gpu;
         l[i].weight = w[i].gpu;
         l[i].bias = bias ? (const float *)b[i].gpu : NULL;
         l[i].y = y[i].gpu;
     }
-    harness_check(h, h->gpu.ops->linear_forward(&h->gpu, l, PRODUCTS));
-    for (int i = 0; i < PRODUCTS; i++) {
+    harness_check(h, h->gpu.ops->linear_forward(&h->gpu, l, count));
+    for (int i = 0; i < count; i++) {
         char name[96];
         snprintf(name, sizeof name, "product %lld x %lld -> %lld%s%s%s", (long long)rows, (long long)in,
                  (long long)widths[i], bias ? " bias" : "", accumulate ? " accumulate" : "",
                  float_output ? " float" : "");
-        harness_compare(h, name, y[i], float_output ? 1e-5 : tolerance_of(h));
+        harness_compare(h, name, y[i], float_output ? sum_tolerance(in) : tolerance_of(h));
     }
     harness_reset(h);
 }
@@ -81,6 +88,34 @@ test_gate(harness *h, int64_t rows, int64_t in, int64_t out, bool bias)
 }
 
 static void
+test_kinds(harness *h, int count, const int64_t (&size)[3])
+{
+    for (int flags = 0; flags < 4; flags++) {
+        test_products(h, count, size[0], size[1], size[2], flags & 1, (flags & 2) != 0, false);
+    }
+    test_products(h, count, size[0], size[1], size[2], true, false, true);
+}
+
+/* One product with much to read for each multiprocessor: every width of tile on devices of 132, rows that end within a panel, a
+ * step or a tile. */
+static void
+test_long(harness *h)
+{
+    static const int64_t sizes[][3] = {
+        {17, 20488, 1},    {33, 10248, 130},  {64, 14336, 4096}, {64, 10272, 2049}, {31, 5128, 4100},
+        {20, 4112, 6002},  {48, 5128, 8190},  {32, 4096, 10272}, {57, 3080, 12601}, {18, 4104, 14700},
+        {63, 3000, 16896}, {40, 5000, 16897}, {17, 7048, 3001},  {50, 4104, 5100},  {33, 3000, 7130},
+        {23, 2312, 9401},  {64, 2000, 11501}, {29, 1608, 13601}, {61, 1376, 15702}};
+    for (const auto &size : sizes) {
+        if (harness_turn(h)) {
+            test_kinds(h, 1, size);
+        }
+    }
+    test_bits(h, 14344, 4000);
+    test_bits(h, 4096, 10274);
+}
+
+static void
 test_all(harness *h)
 {
     static const int64_t sizes[][3] = {{17, 8, 1},     {17, 64, 16},   {20, 72, 130},   {31, 200, 33},
@@ -91,16 +126,14 @@ test_all(harness *h)
         if (!harness_turn(h)) {
             continue;
         }
-        for (int flags = 0; flags < 4; flags++) {
-            test_products(h, sizes[i][0], sizes[i][1], sizes[i][2], flags & 1, (flags & 2) != 0, false);
-        }
-        test_products(h, sizes[i][0], sizes[i][1], sizes[i][2], true, false, true);
+        test_kinds(h, PRODUCTS, sizes[i]);
         test_gate(h, sizes[i][0], sizes[i][1], sizes[i][2], i % 2 == 0);
     }
     test_bits(h, 4096, 40); /* four blocks a tile */
     test_bits(h, 520, 9000);
     test_bits(h, 1024, 40000); /* one block a tile */
     test_gate(h, 24, 1024, 17000, true);
+    test_long(h);
 }
 
 int
