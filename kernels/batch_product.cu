@@ -15,8 +15,9 @@
  *
  * Several products of one x go in one launch, and the first steps' weights are under way before the kernel before this one has
  * ended, which a library's kernels do not do.  How inputs are cut depends on the weights of the launch only, so a
- * row is the same bits in any company of 17 to 64 rows.  A long product that is alone in its launch is batch_stream.cu's.  Bytes: W once, and x once a tile of outputs from the
+ * row is the same bits in any company of 17 to 64 rows.  Bytes: W once, and x once a tile of outputs from the
  * second-level cache, a quarter (32 rows) of W's or a half (64); beyond, that is what would decide, and cuBLASLt is better.
+ * A long product that is alone in its launch is batch_stream.cu's.
  */
 #include "batch_product.cuh"
 
