@@ -97,7 +97,7 @@ steps_of(const stream_arguments &a, int rank)
     return (a.steps - rank + RANKS - 1) / RANKS;
 }
 
-static __device__ __forceinline__ void
+[[maybe_unused]] static __device__ __forceinline__ void
 copy_weights(const stream_arguments &a, const stream_ring &ring, const CUtensorMap *map, int first_output,
              stream_barriers &barriers)
 {
@@ -118,7 +118,7 @@ copy_weights(const stream_arguments &a, const stream_ring &ring, const CUtensorM
     }
 }
 
-static __device__ __forceinline__ void
+[[maybe_unused]] static __device__ __forceinline__ void
 copy_rows(const stream_arguments &a, const stream_ring &ring, const CUtensorMap *map,
           stream_barriers &barriers)
 {
