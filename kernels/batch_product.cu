@@ -4,7 +4,7 @@
  * brings the next one), but W must now pass through the large tensor core instruction (wgmma), which takes it
  * as the left factor: 64 outputs times 32 or 64 rows of x.
  *
- *   block     128 outputs (two groups of four warps, 64 each; of a gated pair one group has up and one gate), all
+ *   block     up to 128 outputs (two groups of four warps, up to 64 each; of a gated pair one group has up and one gate), all
  *             rows, a part of the inputs
  *   ring      64 inputs a step: 16 KB of W and 4 or 8 KB of x, copied by the engine that knows the arrays (tensor maps) into
  *             panels as wgmma.cuh has them.  A warp of its own tells it what to copy, as far ahead as places are free; the
@@ -12,6 +12,8 @@
  *             reads
  *   cluster   where outputs make too few blocks for that, up to four blocks share the inputs of a tile, taking steps in turn, and
  *             add their sums through each other's shared memory, in the order of the blocks
+ *   cut       as many blocks as there are places for, as far as fewer outputs a block bring them there: a multiprocessor takes in
+ *             some 40 GB/s at most, so that one with two blocks is what all wait for, where others have one
  *
  * Several products of one x go in one launch, and the first steps' weights are under way before the kernel before this one has
  * ended, which a library's kernels do not do.  How inputs are cut depends on the weights of the launch only, so a
@@ -32,7 +34,8 @@
 
 #define GROUPS 2 /* of four warps */
 #define THREADS (GROUPS * 4 * MIL_WARP)
-#define GROUP_OUTPUTS 64
+#define GROUP_OUTPUTS 64 /* at most */
+#define FEWEST_GROUP_OUTPUTS 40
 #define TILE_OUTPUTS (GROUPS * GROUP_OUTPUTS)
 #define STEP 64                  /* inputs */
 #define PITCH (TILE_OUTPUTS + 4) /* of a row of sums: another 4 for the banks' sake */
@@ -43,6 +46,7 @@
 
 struct batch_arguments {
     int rows, in, count, tiles;
+    int group; /* outputs of a group, a multiple of 8 */
     const void *x;
     int64_t x_stride;
     void *gated; /* where the two outputs are a gate's */
@@ -123,22 +127,44 @@ put_sums(const float (&c)[COLUMNS / 2], int rows, float *sums)
 /* What a thread writes of the tile: four outputs of a row here and there, and what they are added to. */
 template <typename T, int RANKS, bool GATED>
 struct batch_writer {
-    static constexpr int OUTPUTS = GATED ? TILE_OUTPUTS / 2 : TILE_OUTPUTS, QUADS = OUTPUTS / 4;
+    static constexpr int COLUMNS = GATED ? GROUP_OUTPUTS : TILE_OUTPUTS, QUADS = COLUMNS / 4; /* of sums */
     int at, end;
     float before[4];
+
+    __device__ __forceinline__ int row() const
+    {
+        return at / QUADS;
+    }
+
+    __device__ __forceinline__ int column() const
+    {
+        return at % QUADS * 4;
+    }
+
+    /* Columns beyond a group's outputs are nobody's. */
+    __device__ __forceinline__ bool is_output(const batch_arguments &a) const
+    {
+        return column() % GROUP_OUTPUTS < a.group;
+    }
+
+    __device__ __forceinline__ int output(const batch_arguments &a, int tile) const
+    {
+        return (tile * (COLUMNS / GROUP_OUTPUTS) + column() / GROUP_OUTPUTS) * a.group +
+               column() % GROUP_OUTPUTS;
+    }
 
     __device__ __forceinline__ batch_writer(const batch_arguments &a, const batch_output &o, int tile)
     {
         const int share = (a.rows * QUADS + RANKS - 1) / RANKS;
         end = min(a.rows * QUADS, ((int)blockIdx.x + 1) * share);
         at = (int)threadIdx.x < THREADS ? (int)blockIdx.x * share + (int)threadIdx.x : end;
-        read(o, tile);
+        read(a, o, tile);
     }
 
-    __device__ __forceinline__ void read(const batch_output &o, int tile)
+    __device__ __forceinline__ void read(const batch_arguments &a, const batch_output &o, int tile)
     {
-        if (!GATED && o.accumulate && at < end) {
-            read_before<T>(o, at / QUADS, tile * OUTPUTS + at % QUADS * 4, before);
+        if (!GATED && o.accumulate && at < end && is_output(a)) {
+            read_before<T>(o, row(), output(a, tile), before);
         }
     }
 
@@ -146,20 +172,20 @@ struct batch_writer {
     __device__ __forceinline__ void
     write(const batch_arguments &a, const batch_output &o, int tile, float *sums)
     {
-        while (at < end) {
-            const int row = at / QUADS, column = at % QUADS * 4;
+        for (; at < end; at += THREADS, read(a, o, tile)) {
+            if (!is_output(a)) {
+                continue;
+            }
             float sum[4];
-            add_ranks<RANKS>(sums, row, column, sum);
+            add_ranks<RANKS>(sums, row(), column(), sum);
             if constexpr (GATED) {
                 float gate[4];
-                add_ranks<RANKS>(sums, row, column + OUTPUTS, gate);
-                finish_gated<T>(a, row, tile * OUTPUTS + column, sum, gate);
+                add_ranks<RANKS>(sums, row(), column() + GROUP_OUTPUTS, gate);
+                finish_gated<T>(a, row(), output(a, tile), sum, gate);
             }
             else {
-                finish_outputs<T>(o, row, tile * OUTPUTS + column, before, sum);
+                finish_outputs<T>(o, row(), output(a, tile), before, sum);
             }
-            at += THREADS;
-            read(o, tile);
         }
     }
 };
@@ -168,7 +194,7 @@ struct batch_writer {
 
 /* How the copy engine finds x and the weights: what lies beyond an array it fills with zeros. */
 struct batch_maps {
-    CUtensorMap x, w[MIL_BATCH_PRODUCTS]; /* boxes of STEP inputs by all rows, and by GROUP_OUTPUTS outputs */
+    CUtensorMap x, w[MIL_BATCH_PRODUCTS]; /* boxes of STEP inputs by all rows, and by a group's outputs */
 };
 
 /* Grid: ranks of a tile, tiles. */
@@ -189,14 +215,15 @@ MIL_CLUSTER(RANKS) __launch_bounds__(THREADS + MIL_WARP, 2)
     const int tile = (int)blockIdx.y - o.first_tile, product = GATED ? 0 : (int)(&o - a.outputs);
     const int steps = ((a.in + STEP - 1) / STEP - rank + RANKS - 1) / RANKS; /* rank, rank + RANKS, .. */
     const bool copies = threadIdx.x == THREADS;
+    const uint32_t step_bytes = (uint32_t)(GROUPS * a.group + COLUMNS) * 128;
     auto copy_w = [&](int i) {
         const int at = i % STAGES;
-        phase_expect(&full[at], ring::STAGE);
+        phase_expect(&full[at], step_bytes);
 #pragma unroll
         for (int g = 0; g < GROUPS; g++) {
             copy_panel<true>(memory + at * ring::STAGE + g * GROUP_OUTPUTS * 128,
                              &maps.w[GATED ? g / SHARERS : product], (rank + i * RANKS) * STEP,
-                             (tile * SHARERS + g % SHARERS) * GROUP_OUTPUTS, &full[at]);
+                             (tile * SHARERS + g % SHARERS) * a.group, &full[at]);
         }
     };
     auto copy_x = [&](int i) {
@@ -276,7 +303,7 @@ map_arrays(mil_context *context, const batch_arguments &a, bool gated, int colum
     MIL_TRY(mil_map_panels(context, a.x, a.rows, a.in, a.x_stride, columns,
                            CU_TENSOR_MAP_L2_PROMOTION_L2_128B, &maps->x));
     for (int i = 0; i < (gated ? 2 : a.count); i++) {
-        MIL_TRY(mil_map_panels(context, a.outputs[i].weight, a.outputs[i].out, a.in, a.in, GROUP_OUTPUTS,
+        MIL_TRY(mil_map_panels(context, a.outputs[i].weight, a.outputs[i].out, a.in, a.in, a.group,
                                CU_TENSOR_MAP_L2_PROMOTION_L2_128B, &maps->w[i]));
     }
     return MIL_OK;
@@ -293,15 +320,10 @@ launch(mil_context *context, const batch_arguments &a)
                       maps);
 }
 
-/* Into how many parts the inputs are cut: by the sizes of the weights alone. */
 template <typename T, int COLUMNS, bool GATED>
 static mil_status
-choose_ranks(mil_context *context, const batch_arguments &a)
+choose_ranks(mil_context *context, const batch_arguments &a, int ranks)
 {
-    int ranks = MOST_RANKS;
-    while (ranks > 1 && (a.tiles * ranks > MOST_BLOCKS || a.in < ranks * LEAST_STEPS * STEP)) {
-        ranks /= 2;
-    }
     return ranks == 4   ? launch<T, COLUMNS, 4, GATED>(context, a)
            : ranks == 2 ? launch<T, COLUMNS, 2, GATED>(context, a)
                         : launch<T, COLUMNS, 1, GATED>(context, a);
@@ -309,17 +331,19 @@ choose_ranks(mil_context *context, const batch_arguments &a)
 
 template <typename T, bool GATED>
 static mil_status
-choose_columns(mil_context *context, const batch_arguments &a)
+choose_columns(mil_context *context, const batch_arguments &a, int ranks)
 {
-    return a.rows <= 32 ? choose_ranks<T, 32, GATED>(context, a) : choose_ranks<T, 64, GATED>(context, a);
+    return a.rows <= 32 ? choose_ranks<T, 32, GATED>(context, a, ranks)
+                        : choose_ranks<T, 64, GATED>(context, a, ranks);
 }
 
 template <bool GATED>
 static mil_status
-choose_type(mil_context *context, const batch_arguments &a)
+choose_type(mil_context *context, const batch_arguments &a, int ranks)
 {
-    return context->ops->activation_dtype == MIL_BF16 ? choose_columns<__nv_bfloat16, GATED>(context, a)
-                                                      : choose_columns<__half, GATED>(context, a);
+    return context->ops->activation_dtype == MIL_BF16
+               ? choose_columns<__nv_bfloat16, GATED>(context, a, ranks)
+               : choose_columns<__half, GATED>(context, a, ranks);
 }
 
 bool
@@ -342,12 +366,44 @@ mil_batch_product_fits(const mil_context *context, const mil_linear *products, i
     return fits;
 }
 
-static batch_arguments
-arguments_of(const mil_linear *products, int64_t count, int tile_outputs)
+/* Outputs of a group, and into how many parts the inputs are cut. */
+struct batch_cut {
+    int group, ranks;
+};
+
+/* The cut that makes most blocks of those that have a place each, by the sizes of the weights alone.  A group has fewer outputs only for
+ * a sixteenth more blocks, and where no clusters are needed: 65 of four blocks for 66 places are not always all there at once.
+ * sharers: groups of one product in a tile. */
+static batch_cut
+choose_cut(const mil_linear *products, int64_t count, int sharers)
 {
-    return mil_product_arguments<batch_arguments>(
-        products, count, tile_outputs,
+    batch_cut best = {GROUP_OUTPUTS, 1};
+    int64_t most = 0;
+    for (int group = GROUP_OUTPUTS; group >= FEWEST_GROUP_OUTPUTS; group -= 8) {
+        int64_t tiles = 0;
+        for (int64_t i = 0; i < count; i++) {
+            tiles += mil_ceil_div(products[i].out, sharers * group);
+        }
+        for (int ranks = group == GROUP_OUTPUTS ? MOST_RANKS : 1; ranks > 0; ranks /= 2) {
+            const int64_t blocks = tiles * ranks;
+            if (blocks <= MOST_BLOCKS && (ranks == 1 || products->in >= ranks * LEAST_STEPS * STEP) &&
+                blocks > most + most / 16) {
+                best = {group, ranks};
+                most = blocks;
+            }
+        }
+    }
+    return best;
+}
+
+static batch_arguments
+arguments_of(const mil_linear *products, int64_t count, int sharers, batch_cut cut)
+{
+    batch_arguments a = mil_product_arguments<batch_arguments>(
+        products, count, sharers * cut.group,
         [](const mil_linear *p, int first_tile) { return batch_output_of(p, first_tile); });
+    a.group = cut.group;
+    return a;
 }
 
 mil_status
@@ -356,7 +412,8 @@ mil_batch_product(mil_context *context, const mil_linear *products, int64_t coun
     if (count == 1 && mil_batch_stream_pays(context, products)) {
         return mil_batch_stream(context, products);
     }
-    return choose_type<false>(context, arguments_of(products, count, TILE_OUTPUTS));
+    const batch_cut cut = choose_cut(products, count, GROUPS);
+    return choose_type<false>(context, arguments_of(products, count, GROUPS, cut), cut.ranks);
 }
 
 mil_status
@@ -367,11 +424,12 @@ mil_batch_gated(mil_context *context, const mil_linear *products, int64_t count,
         MIL_TRY(mil_batch_product(context, products, count));
         return gate == NULL ? MIL_OK : context->ops->glu_forward(context, gate);
     }
-    batch_arguments a = arguments_of(products, 1, TILE_OUTPUTS / 2);
+    const batch_cut cut = choose_cut(products, 1, GROUPS / 2);
+    batch_arguments a = arguments_of(products, 1, GROUPS / 2, cut);
     a.outputs[1] = batch_output_of(&products[1], 0);
     a.gated = gate->y;
     a.gated_stride = gate->y_stride;
     a.activation = gate->activation;
     a.gated_wide = batch_is_wide(gate->y, gate->y_stride, products[0].out, 2);
-    return choose_type<true>(context, a);
+    return choose_type<true>(context, a, cut.ranks);
 }

@@ -34,7 +34,7 @@ norm_by_block(norm_arguments a)
 
 /* Rows of one group each, STEPS vectors a thread, with the weights there before the rows are. FEW: a row is one trip to
  * memory; else other blocks have work while it is under way, and fewer registers are better. */
-template <typename T, int V, int STEPS, bool FEW>
+template <typename T, int V, int STEPS, bool FEW, bool GATED>
 static __global__ void
 __launch_bounds__(MIL_NORM_THREADS) norm_rows(norm_arguments a)
 {
@@ -52,7 +52,7 @@ __launch_bounds__(MIL_NORM_THREADS) norm_rows(norm_arguments a)
     mil_wait();
     for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
         const T *x = (const T *)a.x + row * a.x_stride;
-        const T *z = a.z == NULL ? NULL : (const T *)a.z + row * a.z_stride;
+        const T *z = GATED ? (const T *)a.z + row * a.z_stride : NULL;
         T *y = group_output<T>(a, row, 0);
         mil_vector<T, V> inputs[STEPS], gates[STEPS];
 #pragma unroll
@@ -61,7 +61,7 @@ __launch_bounds__(MIL_NORM_THREADS) norm_rows(norm_arguments a)
             if (column < a.group) {
                 inputs[s] = *(const mil_vector<T, V> *)(x + column);
             }
-            if (column < a.group && z != NULL) {
+            if (GATED && column < a.group) {
                 gates[s] = *(const mil_vector<T, V> *)(z + column);
             }
         }
@@ -77,7 +77,7 @@ __launch_bounds__(MIL_NORM_THREADS) norm_rows(norm_arguments a)
                 for (int i = 0; i < V; i++) {
                     if constexpr (FEW) {
                         value[s][i] = mil_float(inputs[s].at[i]);
-                        value[s][i] *= z != NULL ? mil_silu(mil_float(gates[s].at[i])) : 1.0f;
+                        value[s][i] *= GATED ? mil_silu(mil_float(gates[s].at[i])) : 1.0f;
                     }
                     squares = fmaf(value[s][i], value[s][i], squares);
                 }
@@ -163,6 +163,19 @@ norm_by_warp(norm_arguments a)
     }
 }
 
+/* The kernel for rows of so many vectors a thread. */
+template <typename T, int V, bool GATED>
+static auto
+choose_rows(int64_t steps, bool few)
+{
+    return few          ? steps == 1   ? norm_rows<T, V, 1, true, GATED>
+                          : steps == 2 ? norm_rows<T, V, 2, true, GATED>
+                                       : norm_rows<T, V, 4, true, GATED>
+           : steps == 1 ? norm_rows<T, V, 1, false, GATED>
+           : steps == 2 ? norm_rows<T, V, 2, false, GATED>
+                        : norm_rows<T, V, 4, false, GATED>;
+}
+
 template <typename T, int V>
 static mil_status
 launch(mil_context *context, const norm_arguments &a)
@@ -181,14 +194,10 @@ launch(mil_context *context, const norm_arguments &a)
     }
     if (a.groups == 1 && steps <= 4 && (a.z == NULL || !a.norm_before_gate)) {
         const bool few = a.rows < most;
-        return mil_launch(context, "norm",
-                          few          ? steps == 1   ? norm_rows<T, V, 1, true>
-                                         : steps == 2 ? norm_rows<T, V, 2, true>
-                                                      : norm_rows<T, V, 4, true>
-                          : steps == 1 ? norm_rows<T, V, 1, false>
-                          : steps == 2 ? norm_rows<T, V, 2, false>
-                                       : norm_rows<T, V, 4, false>,
-                          dim3((unsigned)(few ? a.rows : most)), dim3(MIL_NORM_THREADS), 0, a);
+        return mil_launch(
+            context, "norm",
+            a.z != NULL ? choose_rows<T, V, true>(steps, few) : choose_rows<T, V, false>(steps, few),
+            dim3((unsigned)(few ? a.rows : most)), dim3(MIL_NORM_THREADS), 0, a);
     }
     return mil_launch(context, "norm", norm_by_block<T, V>, dim3((unsigned)items), dim3(MIL_NORM_THREADS), 0,
                       a);

@@ -241,7 +241,7 @@ ask_for_piece(const float *state, int index, batch_memory<WIDTH, STATE> &m)
     constexpr int FLOATS = PIECE * WIDTH, BYTES = FLOATS * (int)sizeof(float);
     uint64_t *barrier = &m.full[index % STAGES];
     phase_expect(barrier, BYTES);
-    copy_bulk(m.H[index % STAGES], state + index * FLOATS, BYTES, barrier);
+    copy_bulk<true>(m.H[index % STAGES], state + index * FLOATS, BYTES, barrier);
 }
 
 /* A piece of head h in registers becomes what it is after the folded window; x and B of that are in shared memory. */

@@ -129,6 +129,15 @@ test_all(harness *h)
         test_kinds(h, PRODUCTS, sizes[i]);
         test_gate(h, sizes[i][0], sizes[i][1], sizes[i][2], i % 2 == 0);
     }
+    /* Tiles of fewer outputs, where they make more blocks: 112, 96 and 80; of gated pairs 56, 48 and 40. */
+    static const int64_t fewer[][3] = {{32, 1024, 16300}, {17, 520, 19200}, {64, 1032, 4400},
+                                       {48, 1024, 14336}, {33, 264, 11008}, {20, 512, 10001}};
+    for (const auto &size : fewer) {
+        if (harness_turn(h)) {
+            test_kinds(h, PRODUCTS, size);
+            test_gate(h, size[0], size[1], size[2], true);
+        }
+    }
     test_bits(h, 4096, 40); /* four blocks a tile */
     test_bits(h, 520, 9000);
     test_bits(h, 1024, 40000); /* one block a tile */
