@@ -675,9 +675,7 @@ static mil_status
 decode_width(mil_context *context, const attention_arguments *a, int64_t longest, int64_t texts)
 {
     int64_t slots = longest * a->group, clusters = (int64_t)a->kv_heads * a->rows.sequences;
-    int multiprocessors = 0;
-    MIL_CUDA_TRY(
-        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, context->ops->device));
+    const int multiprocessors = mil_multiprocessors(context);
     bool many = 2 * a->kv_heads * texts >= (slots <= 16 ? 1 : 6) * multiprocessors;
     bool deep = clusters * mil_ceil_div(slots, 32) * PARTS <= multiprocessors;
     if constexpr (D > 128) {

@@ -343,9 +343,7 @@ prefill(mil_context *context, const attention_arguments *a, int64_t longest)
 mil_status
 mil_attention_prefill_hopper(mil_context *context, const attention_arguments *a, int64_t longest, bool *done)
 {
-    int major = 0;
-    MIL_CUDA_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, context->ops->device));
-    *done = major == 9;
+    *done = mil_device_major(context) == 9;
     if (!*done) {
         return MIL_OK;
     }

@@ -349,11 +349,8 @@ choose_type(mil_context *context, const batch_arguments &a, int ranks)
 bool
 mil_batch_product_fits(const mil_context *context, const mil_linear *products, int64_t count)
 {
-    int major = 0;
     if (count > MIL_BATCH_PRODUCTS || context->ops->activation_dtype == MIL_F32 ||
-        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, context->ops->device) !=
-            cudaSuccess ||
-        major != 9 || mil_find_panel_encoder() == NULL) {
+        mil_device_major(context) != 9 || mil_find_panel_encoder() == NULL) {
         return false;
     }
     bool fits = true;

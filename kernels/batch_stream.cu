@@ -315,10 +315,8 @@ MIL_CLUSTER(RANKS) __launch_bounds__(THREADS, 1)
 static int64_t
 tile_outputs(const mil_context *context, int64_t out)
 {
-    int multiprocessors = 0;
-    if (cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, context->ops->device) !=
-            cudaSuccess ||
-        multiprocessors < RANKS) {
+    const int multiprocessors = mil_multiprocessors(context);
+    if (multiprocessors < RANKS) {
         return 0;
     }
     const int64_t outputs = mil_ceil_div(mil_ceil_div(out, multiprocessors / RANKS), TILE_UNIT) * TILE_UNIT;

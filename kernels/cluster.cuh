@@ -21,10 +21,7 @@
 static inline bool
 mil_device_has_clusters(const mil_context *context)
 {
-    int major = 0;
-    return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, context->ops->device) ==
-               cudaSuccess &&
-           major >= 9;
+    return mil_device_major(context) >= 9;
 }
 
 static __device__ __forceinline__ int

@@ -65,14 +65,32 @@ mil_allow_shared(const void *kernel, int device, size_t bytes);
 cudaError_t
 mil_prefer_shared(const void *kernel, int device);
 
+/* A number of the context's device, 0 where it cannot be had. */
+static inline int
+mil_device_number(const mil_context *context, cudaDeviceAttr which)
+{
+    int number = 0;
+    return cudaDeviceGetAttribute(&number, which, context->ops->device) == cudaSuccess ? number : 0;
+}
+
+static inline int
+mil_multiprocessors(const mil_context *context)
+{
+    return mil_device_number(context, cudaDevAttrMultiProcessorCount);
+}
+
+/* Of the compute capability. */
+static inline int
+mil_device_major(const mil_context *context)
+{
+    return mil_device_number(context, cudaDevAttrComputeCapabilityMajor);
+}
+
 /* Whether a block of this device can have so much shared memory, and a little that is static. */
 static inline bool
 mil_device_has_shared(const mil_context *context, size_t bytes)
 {
-    int most = 0;
-    return cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, context->ops->device) ==
-               cudaSuccess &&
-           bytes + 64 <= (size_t)most;
+    return bytes + 64 <= (size_t)mil_device_number(context, cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
 /* Launches `kernel<<<grid, block, shared>>>(arguments...)` on the context's stream, as a programmatic dependent of

@@ -517,9 +517,7 @@ mil_ssd_batch(mil_context *context, const ssd_arguments *arguments, const mil_mi
               int64_t sequences, bool *done)
 {
     const ssd_arguments &s = *arguments;
-    int major = 0;
-    MIL_CUDA_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, context->ops->device));
-    *done = major == 9 && states != NULL && sequences * s.heads >= MANY_BLOCKS &&
+    *done = mil_device_major(context) == 9 && states != NULL && sequences * s.heads >= MANY_BLOCKS &&
             (s.head_dim == 64 || s.head_dim == 128) && (s.state_dim == 64 || s.state_dim == 128) &&
             MIL_FOR_ACT(context, is_aligned, s, states, sequences);
     if (!*done) {

@@ -927,16 +927,12 @@ mil_ssd_hopper_takes(const mil_context *context, const ssd_arguments *a, chunk_b
 {
     const bool pairs = a->head_dim % 128 != 0, /* of which both must read the same B and C */
         shares = a->heads / a->B_groups % 2 == 0 && a->heads / a->C_groups % 2 == 0;
-    int major = 0, multiprocessors = 0;
-    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, context->ops->device) !=
-            cudaSuccess ||
-        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, context->ops->device) !=
-            cudaSuccess ||
-        major != 9 || a->head_dim % 64 != 0 || (a->state_dim != 64 && a->state_dim != 128) ||
-        (pairs && !shares) || a->rows_count > INT32_MAX / 2 || mil_find_panel_encoder() == NULL) {
+    if (mil_device_major(context) != 9 || a->head_dim % 64 != 0 ||
+        (a->state_dim != 64 && a->state_dim != 128) || (pairs && !shares) || a->rows_count > INT32_MAX / 2 ||
+        mil_find_panel_encoder() == NULL) {
         return false;
     }
-    *out = {pairs, a->head_dim / (pairs ? 64 : 128), multiprocessors};
+    *out = {pairs, a->head_dim / (pairs ? 64 : 128), mil_multiprocessors(context)};
     return true;
 }
 

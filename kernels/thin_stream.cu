@@ -656,7 +656,6 @@ mil_status
 mil_thin_stream(mil_context *context, mil_dtype weights, const thin_arguments &thin, bool normed, bool gated,
                 bool *done)
 {
-    int device = context->ops->device, major, multiprocessors, most_shared;
     stream_arguments s = {};
     s.thin = thin;
     int total = 0;
@@ -671,10 +670,9 @@ mil_thin_stream(mil_context *context, mil_dtype weights, const thin_arguments &t
         total * row_bytes * (gated ? 2 : 1) < FEWEST_BYTES || (normed && !norm_fits(thin))) {
         return MIL_OK;
     }
-    MIL_CUDA_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    MIL_CUDA_TRY(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-    MIL_CUDA_TRY(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    if (major < 9 || most_shared < (int)RING_BYTES || total < multiprocessors) {
+    const int multiprocessors = mil_multiprocessors(context),
+              most_shared = mil_device_number(context, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    if (mil_device_major(context) < 9 || most_shared < (int)RING_BYTES || total < multiprocessors) {
         return MIL_OK;
     }
     s.units = units_of_segment(mil_ceil_div(row_bytes, UNIT));

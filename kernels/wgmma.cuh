@@ -180,7 +180,7 @@ copy_panel(void *to, const void *map, int column, int row, uint64_t *barrier)
     WGMMA_64(c), WGMMA_16_FROM(c, 64), WGMMA_16_FROM(c, 80), WGMMA_16_FROM(c, 96), WGMMA_16_FROM(c, 112)
 
 /* COUNT accumulators are N = 2 * COUNT columns; A0 .. are the numbers of the operands after them. */
-#define WGMMA_SHARED(COUNT, N, TYPE, A, B, P)                                                           \
+#define WGMMA_SHARED_OF(TYPE, COUNT, N, A, B, P)                                                        \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" P                                                 \
                  ", 0;\n"                                                                               \
                  "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" WGMMA_TEXT_##COUNT \
@@ -188,7 +188,7 @@ copy_panel(void *to, const void *map, int column, int row, uint64_t *barrier)
                  : WGMMA_##COUNT(c)                                                                     \
                  : "l"(a), "l"(b), "r"(add)                                                             \
                  : "memory")
-#define WGMMA_REGISTERS(COUNT, N, TYPE, A0, A1, A2, A3, B)                                              \
+#define WGMMA_REGISTERS_OF(TYPE, COUNT, N, A0, A1, A2, A3, B)                                           \
     asm volatile("wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" WGMMA_TEXT_##COUNT \
                  "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" B ", 1, 1, 1, 1;"                         \
                  : WGMMA_##COUNT(c)                                                                     \
@@ -200,6 +200,17 @@ constexpr bool wgmma_is_half = false;
 template <>
 constexpr bool wgmma_is_half<__half> = true;
 
+/* Of type T. */
+#define WGMMA_OF(FORM, ...)                         \
+    do {                                            \
+        if constexpr (wgmma_is_half<T>) {           \
+            WGMMA_##FORM##_OF("f16", __VA_ARGS__);  \
+        }                                           \
+        else {                                      \
+            WGMMA_##FORM##_OF("bf16", __VA_ARGS__); \
+        }                                           \
+    } while (0)
+
 /* c [64, N] (+)= a [64, 16] b [N, 16]^T, both in shared memory; c has N / 2 values a thread, added to where
  * `add`. */
 template <typename T, int COUNT>
@@ -209,35 +220,20 @@ wgmma_shared(float (&c)[COUNT], uint64_t a, uint64_t b, int add)
 #if MIL_HAS_WGMMA
     static_assert(COUNT == 4 || COUNT == 8 || COUNT == 16 || COUNT == 32 || COUNT == 64,
                   "8, 16, 32, 64 or 128 columns");
-    if constexpr (COUNT == 4 && wgmma_is_half<T>) {
-        WGMMA_SHARED(4, "8", "f16", "4", "5", "6");
-    }
-    else if constexpr (COUNT == 4) {
-        WGMMA_SHARED(4, "8", "bf16", "4", "5", "6");
-    }
-    else if constexpr (COUNT == 8 && wgmma_is_half<T>) {
-        WGMMA_SHARED(8, "16", "f16", "8", "9", "10");
+    if constexpr (COUNT == 4) {
+        WGMMA_OF(SHARED, 4, "8", "4", "5", "6");
     }
     else if constexpr (COUNT == 8) {
-        WGMMA_SHARED(8, "16", "bf16", "8", "9", "10");
-    }
-    else if constexpr (COUNT == 16 && wgmma_is_half<T>) {
-        WGMMA_SHARED(16, "32", "f16", "16", "17", "18");
+        WGMMA_OF(SHARED, 8, "16", "8", "9", "10");
     }
     else if constexpr (COUNT == 16) {
-        WGMMA_SHARED(16, "32", "bf16", "16", "17", "18");
-    }
-    else if constexpr (COUNT == 32 && wgmma_is_half<T>) {
-        WGMMA_SHARED(32, "64", "f16", "32", "33", "34");
+        WGMMA_OF(SHARED, 16, "32", "16", "17", "18");
     }
     else if constexpr (COUNT == 32) {
-        WGMMA_SHARED(32, "64", "bf16", "32", "33", "34");
-    }
-    else if constexpr (wgmma_is_half<T>) {
-        WGMMA_SHARED(64, "128", "f16", "64", "65", "66");
+        WGMMA_OF(SHARED, 32, "64", "32", "33", "34");
     }
     else {
-        WGMMA_SHARED(64, "128", "bf16", "64", "65", "66");
+        WGMMA_OF(SHARED, 64, "128", "64", "65", "66");
     }
 #else
     (void)c, (void)a, (void)b, (void)add;
@@ -252,23 +248,14 @@ wgmma_registers(float (&c)[COUNT], const uint32_t (&a)[4], uint64_t b)
 {
 #if MIL_HAS_WGMMA
     static_assert(COUNT == 32 || COUNT == 64 || COUNT == 128, "64, 128 or 256 columns");
-    if constexpr (COUNT == 32 && wgmma_is_half<T>) {
-        WGMMA_REGISTERS(32, "64", "f16", "32", "33", "34", "35", "36");
-    }
-    else if constexpr (COUNT == 32) {
-        WGMMA_REGISTERS(32, "64", "bf16", "32", "33", "34", "35", "36");
-    }
-    else if constexpr (COUNT == 64 && wgmma_is_half<T>) {
-        WGMMA_REGISTERS(64, "128", "f16", "64", "65", "66", "67", "68");
+    if constexpr (COUNT == 32) {
+        WGMMA_OF(REGISTERS, 32, "64", "32", "33", "34", "35", "36");
     }
     else if constexpr (COUNT == 64) {
-        WGMMA_REGISTERS(64, "128", "bf16", "64", "65", "66", "67", "68");
-    }
-    else if constexpr (wgmma_is_half<T>) {
-        WGMMA_REGISTERS(128, "256", "f16", "128", "129", "130", "131", "132");
+        WGMMA_OF(REGISTERS, 64, "128", "64", "65", "66", "67", "68");
     }
     else {
-        WGMMA_REGISTERS(128, "256", "bf16", "128", "129", "130", "131", "132");
+        WGMMA_OF(REGISTERS, 128, "256", "128", "129", "130", "131", "132");
     }
 #else
     (void)c, (void)a, (void)b;
