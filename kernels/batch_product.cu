@@ -46,7 +46,7 @@
 
 struct batch_arguments {
     int rows, in, count, tiles;
-    int group; /* outputs of a group, a multiple of 8 */
+    int group, ranks; /* outputs of a group, a multiple of 8; blocks that share the inputs of a tile */
     const void *x;
     int64_t x_stride;
     void *gated; /* where the two outputs are a gate's */
@@ -56,7 +56,8 @@ struct batch_arguments {
     batch_output outputs[MIL_BATCH_PRODUCTS];
 };
 
-/* A step's factors: W [TILE_OUTPUTS, STEP] and x [COLUMNS, STEP]; then barriers: what has arrived, and what has been read. */
+/* A step's factors: W [TILE_OUTPUTS, STEP] and x [COLUMNS, STEP]; then barriers: what has arrived, and what has been read.  Of fewer
+ * outputs the rest of a group's rows is anything; its sums are nobody's. */
 template <int COLUMNS>
 struct batch_ring {
     static constexpr int W_BYTES = TILE_OUTPUTS * 128, STAGE = W_BYTES + COLUMNS * 128;
@@ -322,28 +323,26 @@ launch(mil_context *context, const batch_arguments &a)
 
 template <typename T, int COLUMNS, bool GATED>
 static mil_status
-choose_ranks(mil_context *context, const batch_arguments &a, int ranks)
+choose_ranks(mil_context *context, const batch_arguments &a)
 {
-    return ranks == 4   ? launch<T, COLUMNS, 4, GATED>(context, a)
-           : ranks == 2 ? launch<T, COLUMNS, 2, GATED>(context, a)
-                        : launch<T, COLUMNS, 1, GATED>(context, a);
+    return a.ranks == 4   ? launch<T, COLUMNS, 4, GATED>(context, a)
+           : a.ranks == 2 ? launch<T, COLUMNS, 2, GATED>(context, a)
+                          : launch<T, COLUMNS, 1, GATED>(context, a);
 }
 
 template <typename T, bool GATED>
 static mil_status
-choose_columns(mil_context *context, const batch_arguments &a, int ranks)
+choose_columns(mil_context *context, const batch_arguments &a)
 {
-    return a.rows <= 32 ? choose_ranks<T, 32, GATED>(context, a, ranks)
-                        : choose_ranks<T, 64, GATED>(context, a, ranks);
+    return a.rows <= 32 ? choose_ranks<T, 32, GATED>(context, a) : choose_ranks<T, 64, GATED>(context, a);
 }
 
 template <bool GATED>
 static mil_status
-choose_type(mil_context *context, const batch_arguments &a, int ranks)
+choose_type(mil_context *context, const batch_arguments &a)
 {
-    return context->ops->activation_dtype == MIL_BF16
-               ? choose_columns<__nv_bfloat16, GATED>(context, a, ranks)
-               : choose_columns<__half, GATED>(context, a, ranks);
+    return context->ops->activation_dtype == MIL_BF16 ? choose_columns<__nv_bfloat16, GATED>(context, a)
+                                                      : choose_columns<__half, GATED>(context, a);
 }
 
 bool
@@ -363,19 +362,15 @@ mil_batch_product_fits(const mil_context *context, const mil_linear *products, i
     return fits;
 }
 
-/* Outputs of a group, and into how many parts the inputs are cut. */
-struct batch_cut {
-    int group, ranks;
-};
-
-/* The cut that makes most blocks of those that have a place each, by the sizes of the weights alone.  A group has fewer outputs only for
- * a sixteenth more blocks, and where no clusters are needed: 65 of four blocks for 66 places are not always all there at once.
- * sharers: groups of one product in a tile. */
-static batch_cut
-choose_cut(const mil_linear *products, int64_t count, int sharers)
+/* Chooses group and ranks, by the sizes of the weights alone, so that of the blocks that have a place each there are most. A group has
+ * fewer outputs only for a sixteenth more blocks, and where no clusters are needed: 65 of four blocks for 66 places are not always all
+ * there at once.  sharers: groups of one product in a tile. */
+static void
+choose_cut(const mil_linear *products, int64_t count, int sharers, int *best_group, int *best_ranks)
 {
-    batch_cut best = {GROUP_OUTPUTS, 1};
     int64_t most = 0;
+    *best_group = GROUP_OUTPUTS;
+    *best_ranks = 1;
     for (int group = GROUP_OUTPUTS; group >= FEWEST_GROUP_OUTPUTS; group -= 8) {
         int64_t tiles = 0;
         for (int64_t i = 0; i < count; i++) {
@@ -385,21 +380,24 @@ choose_cut(const mil_linear *products, int64_t count, int sharers)
             const int64_t blocks = tiles * ranks;
             if (blocks <= MOST_BLOCKS && (ranks == 1 || products->in >= ranks * LEAST_STEPS * STEP) &&
                 blocks > most + most / 16) {
-                best = {group, ranks};
+                *best_group = group;
+                *best_ranks = ranks;
                 most = blocks;
             }
         }
     }
-    return best;
 }
 
 static batch_arguments
-arguments_of(const mil_linear *products, int64_t count, int sharers, batch_cut cut)
+arguments_of(const mil_linear *products, int64_t count, int sharers)
 {
+    int group, ranks;
+    choose_cut(products, count, sharers, &group, &ranks);
     batch_arguments a = mil_product_arguments<batch_arguments>(
-        products, count, sharers * cut.group,
+        products, count, sharers * group,
         [](const mil_linear *p, int first_tile) { return batch_output_of(p, first_tile); });
-    a.group = cut.group;
+    a.group = group;
+    a.ranks = ranks;
     return a;
 }
 
@@ -409,8 +407,7 @@ mil_batch_product(mil_context *context, const mil_linear *products, int64_t coun
     if (count == 1 && mil_batch_stream_pays(context, products)) {
         return mil_batch_stream(context, products);
     }
-    const batch_cut cut = choose_cut(products, count, GROUPS);
-    return choose_type<false>(context, arguments_of(products, count, GROUPS, cut), cut.ranks);
+    return choose_type<false>(context, arguments_of(products, count, GROUPS));
 }
 
 mil_status
@@ -421,12 +418,11 @@ mil_batch_gated(mil_context *context, const mil_linear *products, int64_t count,
         MIL_TRY(mil_batch_product(context, products, count));
         return gate == NULL ? MIL_OK : context->ops->glu_forward(context, gate);
     }
-    const batch_cut cut = choose_cut(products, 1, GROUPS / 2);
-    batch_arguments a = arguments_of(products, 1, GROUPS / 2, cut);
+    batch_arguments a = arguments_of(products, 1, GROUPS / 2);
     a.outputs[1] = batch_output_of(&products[1], 0);
     a.gated = gate->y;
     a.gated_stride = gate->y_stride;
     a.activation = gate->activation;
     a.gated_wide = batch_is_wide(gate->y, gate->y_stride, products[0].out, 2);
-    return choose_type<true>(context, a, cut.ranks);
+    return choose_type<true>(context, a);
 }

@@ -33,7 +33,8 @@ norm_by_block(norm_arguments a)
 }
 
 /* Rows of one group each, STEPS vectors a thread, with the weights there before the rows are. FEW: a row is one trip to
- * memory; else other blocks have work while it is under way, and fewer registers are better. */
+ * memory; else other blocks have work while it is under way, and fewer registers are better.  GATED: z is given; its code is twice as
+ * long as all the rest. */
 template <typename T, int V, int STEPS, bool FEW, bool GATED>
 static __global__ void
 __launch_bounds__(MIL_NORM_THREADS) norm_rows(norm_arguments a)
