@@ -139,8 +139,9 @@ CUDA_KERNELS := $(sort $(wildcard kernels/*.cu))
 CUDA_TESTS := $(sort $(wildcard tests/gpu/test_*.cu))
 CUDA_BENCHES := $(sort $(wildcard benchmarks/gpu/*.cu))
 CUDA_CORE := $(sort $(filter-out csrc/python/%,$(wildcard csrc/*/*.c)))
-CUDA_FLAGS := -std=c++17 -O3 -lineinfo --expt-relaxed-constexpr -Werror all-warnings -Xcompiler -Wall$(COMMA)-Wextra \
-              -Icsrc -Ikernels -Itests/gpu -Ibenchmarks/gpu -isystem build/cuda-headers \
+CUDA_ANY_FLAGS := -std=c++17 --expt-relaxed-constexpr -Werror all-warnings -Xcompiler -Wall$(COMMA)-Wextra \
+                  -Icsrc -Ikernels -Itests/gpu -Ibenchmarks/gpu -isystem build/cuda-headers
+CUDA_FLAGS := $(CUDA_ANY_FLAGS) -O3 -lineinfo \
               $(foreach a,$(subst $(COMMA), ,$(ARCHS)),-gencode=arch=compute_$(a)$(COMMA)code=sm_$(a))
 GPU := build/gpu
 
@@ -165,6 +166,13 @@ $(CUDA_BENCHES:benchmarks/gpu/%.cu=$(GPU)/bench_%): $(GPU)/bench_%: $(GPU)/bench
 	$(NVCC) $^ -o $@ -Xcompiler -fopenmp -ldl
 -include $(patsubst %.cu,$(GPU)/%.d,$(CUDA_KERNELS) $(CUDA_TESTS) $(CUDA_BENCHES)) $(CUDA_CORE:%.c=$(GPU)/%.d)
 
+# The same sources for what is not tuned for, as far as this nvcc knows it, no further than PTX.
+CUDA_OTHERS = $(filter compute_80 compute_89 compute_100,$(shell $(NVCC) --list-gpu-arch))
+$(GPU)/others/%.o: %.cu | build/cuda-headers
+	@mkdir -p $(@D)
+	$(NVCC) $(CUDA_ANY_FLAGS) -O1 $(foreach a,$(CUDA_OTHERS),-gencode=arch=$(a)$(COMMA)code=$(a)) -MMD -MP -c $< -o $@
+-include $(CUDA_KERNELS:%.cu=$(GPU)/others/%.d)
+
 GPU_TEST_PROGRAMS := $(CUDA_TESTS:tests/gpu/%.cu=$(GPU)/%)
 GPU_BENCH_PROGRAMS := $(CUDA_BENCHES:benchmarks/gpu/%.cu=$(GPU)/bench_%)
 
@@ -172,6 +180,11 @@ GPU_BENCH_PROGRAMS := $(CUDA_BENCHES:benchmarks/gpu/%.cu=$(GPU)/bench_%)
 cuda: ## compile and link all CUDA sources, warnings being errors (needs no GPU)
 	@$(MAKE) --no-print-directory --silent -j$(JOBS) $(GPU_TEST_PROGRAMS) $(GPU_BENCH_PROGRAMS)
 	@echo "cuda: $(words $(CUDA_KERNELS)) kernel files compiled and linked for $(ARCHS)"
+
+.PHONY: cuda-others
+cuda-others: ## compile the CUDA sources for sm_80, sm_89 and sm_100 as well
+	@$(MAKE) --no-print-directory --silent -j$(JOBS) $(CUDA_KERNELS:%.cu=$(GPU)/others/%.o)
+	@echo "cuda: the same compiled for $(CUDA_OTHERS)"
 
 .PHONY: test-gpu
 test-gpu: ## CUDA operators and models against the CPU's; fails without a GPU
